@@ -1,0 +1,224 @@
+"""The torch ops: schemas, shape functions, the reference as a fallback, and autograd of the elementwise op.
+
+The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
+``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see ``functional.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cats_ext import reference
+from cats_ext._library import LIBRARIES
+from cats_ext.reference import ACTIVATIONS
+
+_WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
+_RULE = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
+_BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
+
+SCHEMAS = {
+    "sparse_mlp": f"({_WEIGHTS}, {_RULE}, {_BIASES}) -> Tensor",
+    # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
+    "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_BIASES}) -> Tensor",
+    "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
+    "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_RULE}) -> (Tensor, Tensor)",
+}
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"cats::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+sparse_mlp = torch.ops.cats.sparse_mlp
+sparse_mlp_counted = torch.ops.cats.sparse_mlp_counted
+gated_threshold = torch.ops.cats.gated_threshold
+gated_threshold_backward = torch.ops.cats.gated_threshold_backward
+
+SPARSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ELEMENTWISE_DTYPES = (*SPARSE_DTYPES, torch.float64)
+
+
+def _check(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:
+        raise RuntimeError(message())
+
+
+def _check_activation(op: str, activation: str) -> None:
+    _check(
+        activation in ACTIVATIONS,
+        lambda: f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'",
+    )
+
+
+def _check_like(op: str, name: str, t: Tensor | None, like_name: str, like: Tensor, shape: tuple) -> None:
+    if t is None:
+        return
+    _check(t.dtype == like.dtype, lambda: f"{op}: {name} must have {like_name}'s dtype {like.dtype}, got {t.dtype}")
+    _check(
+        t.device == like.device, lambda: f"{op}: {name} must be on {like_name}'s device {like.device}, got {t.device}"
+    )
+    _check(tuple(t.shape) == shape, lambda: f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}")
+
+
+def _check_thresholds(op: str, like: Tensor, intermediate: int, **thresholds: Tensor | None) -> None:
+    for name, t in thresholds.items():
+        if t is None:
+            continue
+        _check(t.dtype == torch.float32, lambda n=name, t=t: f"{op}: {n} must be torch.float32, got {t.dtype}")
+        _check(
+            t.device == like.device,
+            lambda n=name, t=t: f"{op}: {n} must be on the device {like.device} of the other arguments, got {t.device}",
+        )
+        _check(
+            t.dim() == 0 or tuple(t.shape) == (intermediate,),
+            lambda n=name, t=t: f"{op}: {n} must have shape [] or [{intermediate}], got {list(t.shape)}",
+        )
+
+
+def _check_gated_threshold(gate, up, threshold, down_threshold, activation) -> None:
+    op = "gated_threshold"
+    _check(
+        gate.dtype in ELEMENTWISE_DTYPES,
+        lambda: f"{op}: gate must be float32, float16, bfloat16 or float64, got {gate.dtype}",
+    )
+    _check(gate.dim() >= 1, lambda: f"{op}: gate must have at least one dimension, got shape {list(gate.shape)}")
+    _check_like(op, "up", up, "gate", gate, tuple(gate.shape))
+    _check_thresholds(op, gate, gate.shape[-1], threshold=threshold, down_threshold=down_threshold)
+    _check_activation(op, activation)
+
+
+# --- shape functions: the same checks as in C++, so that torch.compile fails at trace time with the same sentence -------
+
+
+def _sparse_mlp_fake(
+    x,
+    w_gate,
+    w_up,
+    w_down_t,
+    threshold,
+    down_threshold=None,
+    activation="silu",
+    gate_bias=None,
+    up_bias=None,
+    down_bias=None,
+):
+    op = "sparse_mlp"
+    _check(x.dtype in SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+    _check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got shape {list(x.shape)}")
+    _check(w_gate.dim() == 2, lambda: f"{op}: w_gate must have shape [I, H], got {list(w_gate.shape)}")
+    intermediate, hidden = w_gate.shape
+    _check(intermediate > 0 and hidden > 0, lambda: f"{op}: w_gate must have I > 0 and H > 0, got {list(w_gate.shape)}")
+    _check(x.shape[-1] == hidden, lambda: f"{op}: x must have last dimension H = {hidden}, got shape {list(x.shape)}")
+    for name, w in (("w_gate", w_gate), ("w_up", w_up), ("w_down_t", w_down_t)):
+        _check_like(op, name, w, "x", x, (intermediate, hidden))
+        _check(
+            hidden == 1 or w.stride(1) == 1,
+            lambda n=name, w=w: (
+                f"{op}: {n} must have unit stride in its last dimension, got strides {list(w.stride())}"
+                + ("; lay down_proj.weight out with one contiguous row a neuron" if n == "w_down_t" else "")
+            ),
+        )
+    _check_thresholds(op, x, intermediate, threshold=threshold, down_threshold=down_threshold)
+    _check_activation(op, activation)
+    _check_like(op, "gate_bias", gate_bias, "x", x, (intermediate,))
+    _check_like(op, "up_bias", up_bias, "x", x, (intermediate,))
+    _check_like(op, "down_bias", down_bias, "x", x, (hidden,))
+    return x.new_empty(x.shape)
+
+
+def _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named):
+    _check(
+        counts.dtype == torch.int64 and tuple(counts.shape) == (3,) and counts.device == x.device,
+        lambda: (
+            f"sparse_mlp: counts must be int64 of shape [3] on {x.device}, "
+            f"got {counts.dtype} of shape {list(counts.shape)} on {counts.device}"
+        ),
+    )
+    return _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
+
+
+def _gated_threshold_fake(gate, up, threshold, down_threshold=None, activation="silu"):
+    _check_gated_threshold(gate, up, threshold, down_threshold, activation)
+    return gate.new_empty(gate.shape)
+
+
+def _gated_threshold_backward_fake(grad_h, gate, up, threshold, down_threshold=None, activation="silu"):
+    _check_gated_threshold(gate, up, threshold, down_threshold, activation)
+    _check_like("gated_threshold", "grad_h", grad_h, "gate", gate, tuple(gate.shape))
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+# --- the reference, on every device that has no compiled kernel -----------------------------------------------------
+
+
+def _sparse_mlp_fallback(*args, **named):
+    _sparse_mlp_fake(*args, **named)
+    return reference.sparse_mlp_ref(*args, **named)
+
+
+def _sparse_mlp_counted_fallback(x, w_gate, w_up, w_down_t, counts, *rule, **named):
+    _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named)
+    counts += reference.sparse_mlp_counts_ref(
+        x, w_gate, w_up, *rule[:5], **{k: v for k, v in named.items() if k != "down_bias"}
+    )
+    return reference.sparse_mlp_ref(x, w_gate, w_up, w_down_t, *rule, **named)
+
+
+def _gated_threshold_fallback(*args, **named):
+    _gated_threshold_fake(*args, **named)
+    return reference.gated_threshold_ref(*args, **named)
+
+
+def _gated_threshold_backward_fallback(*args, **named):
+    _gated_threshold_backward_fake(*args, **named)
+    return reference.gated_threshold_backward_ref(*args, **named)
+
+
+@functools.cache
+def _warn_slow(device: str) -> None:
+    library = LIBRARIES["_C_cuda" if device == "cuda" else "_C"]
+    warnings.warn(
+        f"cats_ext has no compiled kernel for {device} ({library.name}: {library.reason}); "
+        "the PyTorch reference runs instead: right, but slower than the dense model. `cats env` shows what is built.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _register() -> None:
+    implementations = {
+        "sparse_mlp": (_sparse_mlp_fake, _sparse_mlp_fallback),
+        "sparse_mlp_counted": (_sparse_mlp_counted_fake, _sparse_mlp_counted_fallback),
+        "gated_threshold": (_gated_threshold_fake, _gated_threshold_fallback),
+        "gated_threshold_backward": (_gated_threshold_backward_fake, _gated_threshold_backward_fallback),
+    }
+    uncompiled = [d for d, lib in (("cpu", "_C"), ("cuda", "_C_cuda")) if not LIBRARIES[lib].loaded]
+    for name, (fake, fallback) in implementations.items():
+        torch.library.register_fake(f"cats::{name}", fake)
+        for device in uncompiled:
+
+            def slow(*args, _device=device, _fallback=fallback, **named):
+                _warn_slow(_device)
+                return _fallback(*args, **named)
+
+            torch.library.register_kernel(f"cats::{name}", device, slow)
+
+
+# --- autograd of the elementwise op ---------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    gate, up, threshold, down_threshold, ctx.activation = inputs
+    ctx.save_for_backward(gate, up, threshold, down_threshold)
+
+
+def _backward(ctx, grad_h):
+    grad_gate, grad_up = gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation)
+    return grad_gate, grad_up, None, None, None
+
+
+_register()
+torch.library.register_autograd("cats::gated_threshold", _backward, setup_context=_setup_context)

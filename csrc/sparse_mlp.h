@@ -1,0 +1,68 @@
+// What every layer below the torch ops shares: plain-old-data parameters of the sparse gated MLP, on CPU and CUDA.
+// No torch header is included here or by any kernel, so the benchmark binaries link the kernels without torch.
+//
+//     g = x Wg^T + bg        v = act(g)            keep neuron j if not (|v_j| < threshold_j)
+//     u = x Wu^T + bu        h = v * u             then if not (|h_j| < down_threshold_j)
+//     y = h Wd^T + bd        (CATS, arXiv 2404.08763, eq. 2-5; the second test is our extension)
+//
+// Written as "not less than" so that NaN is kept, and so that a NaN or negative threshold keeps everything.
+// All strides are in elements, not bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace cats {
+
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+
+// Number of entries of `counts`: token-neuron pairs evaluated, kept by `threshold`, kept by `down_threshold` too.
+constexpr int kNumCounts = 3;
+
+struct SparseMlpParams {
+    int64_t tokens;            // M
+    int64_t hidden_size;       // H
+    int64_t intermediate_size; // I
+
+    const void *x;        // [M, H], contiguous
+    const void *w_gate;   // [I, H], unit column stride
+    const void *w_up;     // [I, H], unit column stride
+    const void *w_down_t; // [I, H], unit column stride: row j is neuron j's column of down_proj.weight
+    int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons
+
+    const float *threshold;         // fp32, one value (stride 0) or one per neuron (stride 1)
+    const float *down_threshold;    // likewise, or null: no second test
+    int64_t threshold_stride, down_threshold_stride;
+
+    const void *gate_bias, *up_bias; // [I] or null
+    const void *down_bias;           // [H] or null
+
+    void *y;         // [M, H], contiguous; accumulated in fp32, rounded once
+    int64_t *counts; // [kNumCounts], added to; or null
+
+    Activation activation;
+    DType dtype; // of x, the weights, the biases and y: fp32, fp16 or bf16
+};
+
+// h = mask * act(gate) * up, elementwise: the dense masked path used for many tokens and for training.
+struct GatedThresholdParams {
+    int64_t rows;              // tokens
+    int64_t intermediate_size; // I
+
+    const void *gate, *up; // [rows, I], unit column stride (views of a merged gate_up output have a larger row stride)
+    int64_t gate_stride, up_stride;
+
+    const float *threshold, *down_threshold; // as above
+    int64_t threshold_stride, down_threshold_stride;
+
+    void *h; // forward: [rows, I], contiguous
+
+    const void *grad_h;          // backward: [rows, I], contiguous
+    void *grad_gate, *grad_up;   // backward: [rows, I], contiguous
+
+    Activation activation;
+    DType dtype; // fp32, fp16, bf16 or fp64; computed in fp32 (fp64 for fp64)
+};
+
+} // namespace cats
