@@ -1,80 +1,76 @@
 """Builds the two compiled libraries of cats_ext against the LibTorch stable ABI (target 2.10).
 
 _C       CPU kernels; always built.
-_C_cuda  CUDA kernels; built where nvcc is found. CATS_CUDA=auto|0|1 (1: an error where it is not found).
+_C_cuda  CUDA kernels; built where nvcc is found. CATS_CUDA=auto|0|1 (0: leave out; 1: an error where it is not found).
 
 One build serves every torch >= 2.10 and every Python >= 3.10. No GPU is needed to build: the architectures come from
 TORCH_CUDA_ARCH_LIST, never from the card in the machine.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from setuptools import setup
+from torch.torch_version import TorchVersion
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
-RELEASE_ARCH_LIST = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+MIN_NVCC = "12.0"  # the first with C++20, which torch's headers ask for, and sm_90a
 # Both compilers see the target version: with it, headers newer than 2.10 compile to calls that 2.10 has.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def say(message: str) -> None:
     print(f"cats_ext: {message}", file=sys.stderr, flush=True)
 
 
-def find_cuda_home() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc:
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    return next((Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").exists()), None)
+def ask_nvcc(nvcc: str, pattern: str, *arguments: str) -> str:
+    done = subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return re.search(pattern, done.stdout).group(1)
 
 
-def cuda_home_or_reason() -> tuple[Path | None, str]:
-    """Where to build _C_cuda with, or why not to."""
-    wanted = os.environ.get("CATS_CUDA", "auto")
+def find_cuda() -> tuple[Path, str] | tuple[None, str]:
+    """The CUDA toolkit to build _C_cuda with and its version, or None and the reason for leaving _C_cuda out."""
+    wanted = os.environ.get("CATS_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"cats_ext: CATS_CUDA must be auto, 0 or 1, got '{wanted}'")
     if wanted == "0":
         return None, "CATS_CUDA=0"
-    home, reason = find_cuda_home(), "no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
-    if home is not None and torch.version.cuda:
-        release = subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True)
-        major = release.split("release ")[1].split(".")[0]
-        if major != torch.version.cuda.split(".")[0]:
-            home, reason = None, f"nvcc is CUDA {major} and torch {torch.__version__} is CUDA {torch.version.cuda}"
-    if home is None and wanted == "1":
-        raise SystemExit(f"cats_ext: CATS_CUDA=1, but the CUDA kernels cannot be built: {reason}")
-    return home, reason
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        nvcc, reason = f"{home}/bin/nvcc", f"no bin/nvcc in CUDA_HOME '{home}'"
+    else:
+        nvcc, reason = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "no nvcc in PATH or /usr/local/cuda/bin"
+    if Path(nvcc).exists():
+        version = ask_nvcc(nvcc, r"release (\d+\.\d+)", "--version")
+        if TorchVersion(version) >= MIN_NVCC:
+            # nvcc's own word for where its toolkit is: the one in PATH may be a wrapper script.
+            return Path(ask_nvcc(nvcc, r"TOP=(.*)", "--dryrun", "-x", "cu", "-E", "/dev/null")).resolve(), version
+        reason = f"{nvcc} {version} is too old, the kernels need {MIN_NVCC}"
+    if wanted == "1":
+        raise SystemExit(f"cats_ext: CATS_CUDA=1, but _C_cuda cannot be built: {reason}")
+    return None, reason
+
+
+def cuda_arch_list(nvcc_version: str) -> str:
+    """TORCH_CUDA_ARCH_LIST without architectures before 8.0, which the kernels do not support; or the release list."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        archs = re.split(r"[; ]+", asked)
+        kept = [arch for arch in archs if not re.match(r"[1-7]\.", arch)]
+        if not kept:
+            raise SystemExit(f"cats_ext: TORCH_CUDA_ARCH_LIST must name an architecture of 8.0 or newer, got '{asked}'")
+        return ";".join(kept)
+    return "8.0;8.6;8.9;9.0a;10.0;12.0+PTX" if TorchVersion(nvcc_version) >= "12.8" else "8.0;8.6;8.9+PTX;9.0a"
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
-
-
-def libtorch_cuda_dir() -> str:
-    """A directory with libtorch_cuda.so to link against: torch's own, or a stub of that soname for CPU-only torch.
-
-    The library has to be named in _C_cuda's dynamic section, because Python loads torch's libraries privately; its
-    contents are only needed at run time.
-    """
-    torch_lib = Path(torch.__file__).parent / "lib"
-    if (torch_lib / "libtorch_cuda.so").exists():
-        return str(torch_lib)
-    stub_dir = ROOT / "build" / "stub"
-    stub_dir.mkdir(parents=True, exist_ok=True)
-    (stub_dir / "empty.c").write_text("")
-    subprocess.check_call(
-        [os.environ.get("CC", "cc"), "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", "libtorch_cuda.so", "empty.c"],
-        cwd=stub_dir,
-    )
-    return str(stub_dir)
 
 
 def cpu_extension() -> CppExtension:
@@ -83,40 +79,73 @@ def cpu_extension() -> CppExtension:
         sources("csrc/ops_cpu.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
-        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", *STABLE_ABI]},
+        extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden", *STABLE_ABI]},
     )
 
 
-def cuda_extension(home: Path) -> CppExtension:
+def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
     cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch leaves it unset
-    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", RELEASE_ARCH_LIST)
-    defines = [*STABLE_ABI, "-DUSE_CUDA", f'-DCATS_ARCH_LIST="{arch_list}"']
+    # torch refuses an nvcc of another major version than its own; _C_cuda shares no CUDA header or runtime with torch.
+    cpp_extension._check_cuda_version = lambda *_: None
+    arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(nvcc_version)
     return CppExtension(
         "cats_ext._C_cuda",
         sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu"),
-        include_dirs=[str(ROOT / "csrc"), str(home / "include")],
-        library_dirs=[libtorch_cuda_dir(), str(home / "lib64")],
+        include_dirs=[str(ROOT / "csrc")],
+        library_dirs=[str(home / directory) for directory in ("lib64", "lib", "targets/x86_64-linux/lib")],
         # The static runtime: the wheel then needs a driver, but no particular libcudart.
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"],
         py_limited_api=True,
         extra_compile_args={
-            "cxx": ["-O3", *defines],
-            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr", *defines],
+            "cxx": [],
+            "nvcc": [
+                *("-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA", f'-DCATS_ARCH_LIST="{arch_list}"'),
+                *STABLE_ABI,
+            ],
         },
     )
 
 
-extensions = [cpu_extension()]
-cuda_home, reason = cuda_home_or_reason()
-if cuda_home is not None:
-    extensions.append(cuda_extension(cuda_home))
-    say(f"building _C (CPU) and _C_cuda (CUDA, {cuda_home}, {os.environ['TORCH_CUDA_ARCH_LIST']})")
-else:
-    say(f"building _C (CPU); leaving out _C_cuda (CUDA): {reason}")
+def libtorch_cuda_dir(build_temp: str) -> str:
+    """A directory with libtorch_cuda.so to link against: torch's own, or a stub of that soname for CPU-only torch.
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+    _C_cuda's dynamic section has to name the library, because Python loads torch's libraries privately; its contents
+    are only needed at run time.
+    """
+    torch_lib = Path(torch.__file__).parent / "lib"
+    if (torch_lib / "libtorch_cuda.so").exists():
+        return str(torch_lib)
+    stub = Path(build_temp, "stub", "libtorch_cuda.so")
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CC", "cc").split()
+    subprocess.check_call([*compiler, "-shared", f"-Wl,-soname,{stub.name}", "-x", "c", "/dev/null", "-o", str(stub)])
+    return str(stub.parent)
+
+
+class Build(BuildExtension):
+    """Says what is built and what is left out, and leaves no library of an earlier build behind."""
+
+    def run(self) -> None:
+        for stale in Path(ROOT if self.inplace else self.build_lib, "cats_ext").glob("_C*.so"):
+            stale.unlink()
+        if cuda_home is None:
+            summary = f"_C (CPU); left out _C_cuda (CUDA): {cuda_note}"
+        else:
+            self.extensions[-1].library_dirs.append(libtorch_cuda_dir(self.build_temp))
+            summary = f"_C (CPU) and _C_cuda (CUDA {cuda_note} for {os.environ['TORCH_CUDA_ARCH_LIST']})"
+        say(f"building {summary}")
+        super().run()
+        say(f"built {summary}")
+        if cuda_home is None and os.environ.get("CATS_CUDA") != "0":
+            # pip shows a build's output only with -v, but (from pip 26.3 on) always its warnings.
+            warnings.warn(f"cats_ext: built {summary}", stacklevel=2)
+
+
+if __name__ == "__main__":
+    cuda_home, cuda_note = find_cuda()
+    setup(
+        ext_modules=[cpu_extension(), *([cuda_extension(cuda_home, cuda_note)] if cuda_home else [])],
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

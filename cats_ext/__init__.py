@@ -1,6 +1,25 @@
 """cats_ext: activation sparsity (CATS, arXiv 2404.08763) for gated MLPs, as fused CPU and CUDA kernels."""
 
-from cats_ext import ops
+from cats_ext import evaluation, functional, ops
 from cats_ext._version import __version__
+from cats_ext.calibration import calibrate
+from cats_ext.config import CatsConfig
+from cats_ext.modules import CatsMLP
+from cats_ext.patching import apply_cats, remove_cats
+from cats_ext.report import SparsityReport, reset_sparsity, sparsity_report, track_sparsity
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "CatsConfig",
+    "CatsMLP",
+    "SparsityReport",
+    "__version__",
+    "apply_cats",
+    "calibrate",
+    "evaluation",
+    "functional",
+    "ops",
+    "remove_cats",
+    "reset_sparsity",
+    "sparsity_report",
+    "track_sparsity",
+]

@@ -66,6 +66,15 @@ inline void check_like(const char *op, const char *name, const Tensor &t, const 
                     describe_device(like), ", got ", describe_device(t));
 }
 
+inline void check_same_shape(const char *op, const char *name, const Tensor &t, const char *like_name,
+                             const Tensor &like) {
+    check_like(op, name, t, like_name, like);
+    bool same = t.dim() == like.dim();
+    for (int64_t d = 0; same && d < t.dim(); d++) same = t.size(d) == like.size(d);
+    STD_TORCH_CHECK(same, op, ": ", name, " must have ", like_name, "'s shape ", describe(like.sizes()), ", got ",
+                    describe(t.sizes()));
+}
+
 inline void check_weight(const char *op, const char *name, const Tensor &w, const Tensor &x, int64_t rows,
                          int64_t columns) {
     check_like(op, name, w, "x", x);
@@ -154,9 +163,7 @@ inline GatedThresholdParams check_gated_threshold(const Tensor &gate, const Tens
     GatedThresholdParams p{};
     p.dtype = check_dtype(op, "gate", gate, /*allow_double=*/true);
     STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate must have at least one dimension, got shape []");
-    check_like(op, "up", up, "gate", gate);
-    STD_TORCH_CHECK(describe(up.sizes()) == describe(gate.sizes()), op, ": up must have gate's shape ",
-                    describe(gate.sizes()), ", got ", describe(up.sizes()));
+    check_same_shape(op, "up", up, "gate", gate);
     p.intermediate_size = gate.size(gate.dim() - 1);
     p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;
     p.gate = gate.const_data_ptr();

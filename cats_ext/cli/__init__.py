@@ -1,0 +1,47 @@
+"""The command line ``cats``: one module a command, and what they share in ``common``."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from cats_ext._version import __version__
+from cats_ext.cli import bench, calibrate, demo, env, evaluate, generate
+
+app = typer.Typer(
+    name="cats",
+    help="Activation sparsity for the gated MLPs of language models (CATS, arXiv 2404.08763).",
+    epilog="Start with: cats demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("env")(env.env)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cats_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error, as CATS_DEBUG=1 does.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    if debug:
+        os.environ["CATS_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point of the console script. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage."""
+    app()

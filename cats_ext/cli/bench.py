@@ -1,0 +1,93 @@
+"""``cats bench``: the op against the dense PyTorch MLP on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from cats_ext import benchmark
+from cats_ext.cli.common import (
+    Device,
+    DType,
+    Json,
+    escape,
+    notes,
+    one_sentence_errors,
+    output,
+    pick_device,
+    pick_dtype,
+    print_json,
+    status,
+)
+
+
+@one_sentence_errors
+def bench(
+    shape: Annotated[str, typer.Option(help=f"HxI, or one of {', '.join(benchmark.SHAPES)}.")] = "mistral-7b",
+    sparsity: Annotated[str, typer.Option(help="Shares of neurons to skip, comma-separated.")] = "0,0.5,0.7,0.9",
+    tokens: Annotated[int, typer.Option(help="Tokens in one call.")] = 1,
+    dtype: DType = None,
+    device: Device = None,
+    passes: Annotated[int, typer.Option(help="Passes over all layers; the median counts.")] = 20,
+    json: Json = False,
+) -> None:
+    """Time the sparse op against the dense PyTorch MLP on this machine.
+
+    Both run over layers of distinct random weights, larger together than any cache, in turns; on a GPU inside a CUDA
+    graph, timed by device events. A time is set against the bytes that had to be read and the read rate of this machine,
+    measured in the same run.
+
+    Examples:
+
+        cats bench
+
+        cats bench --shape llama-2-7b --dtype bfloat16 --sparsity 0.5,0.7
+
+        cats bench --shape 2048x8192 --tokens 4 --json
+    """
+    hidden, intermediate = benchmark.parse_shape(shape)
+    try:
+        sparsities = [float(part) for part in sparsity.split(",")]
+    except ValueError:
+        raise ValueError(f"--sparsity must be numbers separated by commas, got '{sparsity}'") from None
+    where = pick_device(device)
+    precision = pick_dtype(dtype) or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    with status("Timing ...") as report:
+        result = benchmark.run(
+            hidden,
+            intermediate,
+            sparsities=sparsities,
+            tokens=tokens,
+            dtype=precision,
+            device=where,
+            passes=passes,
+            report=report,
+        )
+    if not result.compiled:
+        notes.print(f"[yellow]No kernel is compiled for {where.type}: this times the PyTorch reference ('cats env').[/]")
+    if json:
+        print_json(result.to_dict())
+        return
+    console = output(json)
+    threads = f", {result.threads} threads" if result.threads else ""
+    console.print(
+        f"{escape(shape)}: H {hidden}, I {intermediate}, {tokens} token{'s' * (tokens > 1)}, {result.dtype}, "
+        f"{result.device}{threads}; {result.layers} layers, median of {result.passes} passes"
+    )
+    table = Table(caption=f"read limit of this machine, measured: {result.read_limit_gb_per_s:.1f} GB/s")
+    for title in ("", "neurons skipped", "us per layer", "MB read", "GB/s", "of read limit", "speed-up"):
+        table.add_column(title, justify="right" if title else "left")
+    for row in result.rows:
+        table.add_row(
+            row.variant,
+            f"{row.sparsity:.1%}",
+            f"{row.microseconds:,.1f}",
+            f"{row.bytes_read / 1e6:,.1f}",
+            f"{row.gb_per_s:,.1f}",
+            f"{row.share_of_read_limit:.0%}",
+            f"{row.speedup:.2f}x",
+        )
+    console.print(table)

@@ -1,0 +1,145 @@
+"""What the commands share: consoles, JSON output, one sentence for an error, options, and loading.
+
+With ``--json`` standard output carries the JSON document alone; everything for people goes to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from cats_ext import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+notes = Console(stderr=True, highlight=False)
+"""Where progress and remarks go, whatever the result's form."""
+
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_HELP = f"Directory, hub name, .gguf file, or '{models.DEMO_MODEL.name}' for the demo model."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32 on cpu, bfloat16 on cuda]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
+TextFiles = Annotated[
+    list[Path], typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
+]
+CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory written by 'cats calibrate'.")]
+
+
+def debugging() -> bool:
+    return os.environ.get("CATS_DEBUG", "0") not in ("", "0")
+
+
+def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an exception of ``command`` into a sentence on standard error and exit code 1 (a traceback for debugging)."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **named: Any) -> None:
+        try:
+            command(*args, **named)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if debugging():
+                raise
+            if isinstance(error, _EXPECTED):
+                message = str(error) or type(error).__name__
+            else:
+                message = f"{type(error).__name__}: {error}. This is a defect; CATS_DEBUG=1 shows the traceback"
+            notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+def escape(text: str) -> str:
+    """``text`` with nothing in it taken for Rich markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
+
+
+def output(as_json: bool) -> Console:
+    """Where a command shows its result to a person."""
+    return notes if as_json else Console(highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """``document`` on standard output; what is not finite becomes null, which JSON has a word for."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    sys.stdout.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got '{name}'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device ('cats env' says more)")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got '{name}'")
+    return None if name is None else DTYPES[name]
+
+
+@contextmanager
+def status(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal, plain lines elsewhere. Gives a function that says what is being done now."""
+    if notes.is_terminal:
+        with notes.status(message) as spinner:
+            yield spinner.update
+    else:
+        notes.print(message)
+        yield notes.print
+
+
+def load(
+    name: str, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``models.load_model``, without the loader's own bars and remarks."""
+    from transformers.utils import logging
+
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if name == models.DEMO_MODEL.name and not Path(name).is_dir():
+        # Outside the spinner, since the download draws its own progress.
+        models.obtain(models.DEMO_MODEL)
+    with status(f"Loading {escape(name)} ..."):
+        return models.load_model(name, device=device, dtype=dtype)

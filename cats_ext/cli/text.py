@@ -1,0 +1,98 @@
+"""Text for calibration and evaluation: files of the user's, or the docstrings of Python's standard library."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Modules with long prose docstrings, in every Python from 3.10 on and alike in all of them; no module is in both lists.
+CALIBRATION_MODULES = (
+    *("typing", "difflib", "inspect", "logging", "ipaddress", "statistics", "email.message", "smtplib", "threading"),
+    *("configparser", "logging.handlers", "http.cookiejar", "codecs", "os", "optparse", "doctest", "unittest.mock"),
+)
+HELD_OUT_MODULES = (
+    *("json", "subprocess", "shutil", "argparse", "urllib.parse", "urllib.request", "traceback", "socketserver"),
+    *("ssl", "uuid", "textwrap", "tarfile", "zipfile", "collections", "fractions", "asyncio.tasks", "tempfile"),
+)
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The texts of ``paths``: a file is one text, a ``.jsonl`` file one text a line (field ``text``); ``.gz`` unpacks.
+
+    Raises:
+        FileNotFoundError: a path does not exist or is not a file.
+        ValueError: a file is not what its name says, or there is no text in any of them.
+    """
+    texts: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"text file '{path}' does not exist")
+        try:
+            data = path.read_bytes()
+            content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{path}' is not UTF-8 text: {error}") from error
+        name = path.name.removesuffix(".gz")
+        texts += _jsonl_texts(path, content) if name.endswith(".jsonl") else [content]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}")
+    return texts
+
+
+def _jsonl_texts(path: Path, content: str) -> Iterable[str]:
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of '{path}' must be a JSON object with a field 'text'") from error
+        if not isinstance(text, str):
+            raise ValueError(f"line {number} of '{path}': field 'text' must be a string, got {type(text).__name__}")
+        yield text
+
+
+def docstrings(modules: Sequence[str]) -> str:
+    """The docstrings of ``modules`` in the order of their source, read without importing anything.
+
+    Raises:
+        FileNotFoundError: this Python carries no source of its standard library.
+    """
+    found: list[str] = []
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in modules:
+        path = library.joinpath(*module.split("."))
+        source = next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+        if source is None:
+            continue
+        tree = ast.parse(source.read_bytes())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+        # short ones are mostly "Return the x." over and over
+        found += [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 200]
+    if not found:
+        raise FileNotFoundError("this Python has no source of its standard library: give a text with --text FILE")
+    return "\n\n".join(found)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Token ids ``[N]`` of ``texts``, joined by blank lines."""
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
+    if ids.numel() < 2:
+        raise ValueError(f"the text has {ids.numel()} tokens: at least 2 are needed")
+    return ids.to(torch.int64)

@@ -1,0 +1,294 @@
+"""CatsConfig: the thresholds of one model, and what they were made from, as a directory of JSON and safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cats_ext.detection import GatedMLP
+from cats_ext.histogram import Histogram
+
+CONFIG_FILE = "cats_config.json"
+THRESHOLDS_FILE = "cats_thresholds.safetensors"
+FORMAT_VERSION = 1
+RULES = ("plain", "two_threshold")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One gated MLP: what it must look like, and the share of its neurons that the thresholds were set to skip."""
+
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    up_sparsity: float  # of the rows of up_proj
+    down_sparsity: float  # of the rows of down_proj, laid out by neuron
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of the dense MLP's weight bytes that one token reads."""
+        return bytes_share(self.up_sparsity, self.down_sparsity)
+
+
+def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
+    """Share of the three equal matrices that one token reads; the gate is always read."""
+    return (3 - up_sparsity - down_sparsity) / 3
+
+
+@dataclass(eq=False)  # tensors have no truth value
+class CatsConfig:
+    """Thresholds by MLP name, the sparsity they aim at, and the facts of their calibration.
+
+    A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``.
+
+    Attributes:
+        thresholds: float32 ``[]`` or ``[I]`` by module name.
+        down_thresholds: likewise; empty for the plain rule.
+        layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
+            fingerprint by which a config for another model is recognised.
+        rule, sparsity, weighted_gate: as given to :func:`cats_ext.calibrate`.
+        calibration: tokens, windows, sequence_length, seed and package version of the calibration.
+        histograms: by module name: "gate", what the gate threshold is a quantile of, and "down" for the second.
+    """
+
+    thresholds: dict[str, Tensor]
+    layers: dict[str, LayerConfig]
+    model_type: str | None
+    sparsity: float
+    rule: str = "plain"
+    weighted_gate: bool = False
+    down_thresholds: dict[str, Tensor] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of all MLP weight bytes that one token reads at the target sparsity."""
+        sizes = [layer.hidden_size * layer.intermediate_size for layer in self.layers.values()]
+        shares = [layer.bytes_share for layer in self.layers.values()]
+        return sum(n * share for n, share in zip(sizes, shares, strict=True)) / sum(sizes)
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
+        check_sparsity("sparsity", self.sparsity)
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if not self.layers:
+            raise ValueError("layers must name at least one MLP, got none")
+        for name, layer in self.layers.items():
+            check_sparsity(f"layers[{name!r}].up_sparsity", layer.up_sparsity)
+            check_sparsity(f"layers[{name!r}].down_sparsity", layer.down_sparsity)
+        for field_name in ("thresholds", "down_thresholds"):
+            thresholds: dict[str, Tensor] = getattr(self, field_name)
+            if field_name == "down_thresholds" and self.rule == "plain":
+                expected: Iterable[str] = ()
+            else:
+                expected = self.layers
+            if thresholds.keys() != set(expected):
+                raise ValueError(
+                    f"{field_name} must have one entry per layer for rule {self.rule!r}: "
+                    + _difference(expected, thresholds, "layers", field_name)
+                )
+            for name, threshold in thresholds.items():
+                _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name].intermediate_size)
+
+    def check_fits(self, model: nn.Module, mlps: list[GatedMLP]) -> None:
+        """Raise ValueError unless the config was made for a model of this kind."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type != self.model_type:
+            raise ValueError(f"config is for a model of type {self.model_type!r}, got one of type {model_type!r}")
+        names = [mlp.name for mlp in mlps]
+        if set(names) != self.layers.keys():
+            raise ValueError(
+                f"config has {len(self.layers)} MLPs and the model {len(names)}: "
+                + _difference(self.layers, names, "the config", "the model")
+            )
+        for mlp in mlps:
+            layer = self.layers[mlp.name]
+            for attribute in ("hidden_size", "intermediate_size", "activation"):
+                want, have = getattr(layer, attribute), getattr(mlp, attribute)
+                if want != have:
+                    raise ValueError(f"config has {attribute} {want!r} for {mlp.name}, the model has {have!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, ready for JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "rule": self.rule,
+            "sparsity": self.sparsity,
+            "weighted_gate": self.weighted_gate,
+            "bytes_share": self.bytes_share,
+            "model_type": self.model_type,
+            "calibration": self.calibration,
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+        }
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``cats_config.json`` and ``cats_thresholds.safetensors`` into a directory, made if missing.
+
+        Both files are complete on disk before they replace earlier ones, and an error in between puts the earlier ones
+        back.
+        """
+        self.validate()
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors, buckets = self._tensors()
+        blob = save_tensors(tensors)
+        document = self.to_dict()
+        document["histogram_buckets"] = buckets
+        document["thresholds_sha256"] = hashlib.sha256(blob).hexdigest()
+        text = json.dumps(document, indent=2) + "\n"
+        _write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:
+        """What goes into the safetensors file, and the position of each histogram's counts: first bucket, bits."""
+        tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
+        tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
+        buckets: dict[str, dict[str, list[int]]] = {}
+        for name, histograms in self.histograms.items():
+            for kind, histogram in histograms.items():
+                first, counts = histogram.trimmed()
+                narrow = counts.numel() == 0 or int(counts.max()) < 2**31
+                tensors[f"{name}.{kind}_histogram"] = counts.to(torch.int32) if narrow else counts
+                buckets.setdefault(name, {})[kind] = [first, histogram.mantissa_bits]
+        return tensors, buckets
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the directory or one of the two files is missing.
+            ValueError: a file is not what was written (format, hash), or its contents are not valid.
+        """
+        directory = Path(directory)
+        path = directory / CONFIG_FILE
+        document = _read_json(path)
+        tensors_path = directory / THRESHOLDS_FILE
+        if not tensors_path.is_file():
+            raise FileNotFoundError(f"{tensors_path} is missing; {path} refers to it")
+        blob = tensors_path.read_bytes()
+        expected, actual = document.get("thresholds_sha256"), hashlib.sha256(blob).hexdigest()
+        if actual != expected:
+            raise ValueError(
+                f"{tensors_path} is not the file that {path.name} was saved with (truncated or altered): "
+                f"sha256 {actual}, expected {expected}"
+            )
+        try:
+            return cls._from_parts(document, load_tensors(blob))
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            what = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is not a valid CATS config: {what}") from error
+
+    @classmethod
+    def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
+        layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
+        histograms: dict[str, dict[str, Histogram]] = {}
+        for name, kinds in document["histogram_buckets"].items():
+            for kind, (first, mantissa_bits) in kinds.items():
+                counts = tensors.pop(f"{name}.{kind}_histogram")
+                histograms.setdefault(name, {})[kind] = Histogram.from_trimmed(first, counts, mantissa_bits)
+
+        def take(suffix: str) -> dict[str, Tensor]:
+            return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}
+
+        down_thresholds = take(".down_threshold")
+        config = cls(
+            thresholds=take(".threshold"),
+            down_thresholds=down_thresholds,
+            layers=layers,
+            histograms=histograms,
+            **{key: document[key] for key in ("model_type", "sparsity", "rule", "weighted_gate", "calibration")},
+        )
+        if tensors:
+            raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(tensors))}")
+        return config
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def _check_threshold(name: str, threshold: Tensor, intermediate_size: int) -> None:
+    if not isinstance(threshold, Tensor) or threshold.dtype != torch.float32:
+        kind = threshold.dtype if isinstance(threshold, Tensor) else type(threshold).__name__
+        raise TypeError(f"{name} must be a float32 tensor, got {kind}")
+    if threshold.shape not in ((), (intermediate_size,)):
+        raise ValueError(f"{name} must have shape [] or [{intermediate_size}], got {list(threshold.shape)}")
+    bad = threshold[~(threshold >= 0)]  # the negation catches NaN
+    if len(bad):
+        raise ValueError(f"{name} must be >= 0, got {float(bad[0])}")
+
+
+def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right_name: str) -> str:
+    """Which names are on one side only, the first few of them."""
+    parts = []
+    for only, other, label in ((left, right, left_name), (right, left, right_name)):
+        names = [name for name in only if name not in set(other)]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"only in {label}: {', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory with a CATS config")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {path.parent} has no CATS config")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
+    return document
+
+
+def _write_together(contents: dict[Path, bytes]) -> None:
+    """Replace all files or none. Each is complete on disk before the first rename, and an error undoes the renames."""
+    new = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
+    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents if path.exists()}
+    try:
+        for path, content in contents.items():
+            with open(new[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, backup in old.items():
+            shutil.copy2(path, backup)
+        try:
+            for path in contents:
+                os.replace(new[path], path)
+        except BaseException:
+            for path in contents:
+                if path in old:
+                    os.replace(old[path], path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+    finally:
+        for leftover in (*new.values(), *old.values()):
+            leftover.unlink(missing_ok=True)

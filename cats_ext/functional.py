@@ -1,0 +1,98 @@
+"""The sparse gated MLP as a function, and the choice between its two ways: decode kernel or dense masked path.
+
+The dense masked path is three matrix products with one fused elementwise op between them. It reads all weights, is
+differentiable, and is what many tokens (prefill, large batches) run on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cats_ext import ops, reference
+
+# Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
+# skipped by all of them, while a dense product reads the weights once for all. From bench/ (op benchmarks over tokens).
+MAX_KERNEL_TOKENS = {"cpu": 4, "cuda": 4}
+
+
+def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
+    """Whether the sparse kernel is the way for ``x``: few tokens, a dtype and a layout it takes, and no autocast.
+
+    Under autocast the operands have to be cast first, which the dense path's ``linear`` does.
+    """
+    device = x.device.type
+    return (
+        x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * w_down_t.shape[-1]
+        and x.dtype in ops.SPARSE_DTYPES
+        and w_down_t.stride(-1) == 1
+        and not torch.is_autocast_enabled(device)
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the operation. The sparse kernel has no backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def sparse_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """``y = h Wd`` with ``h = act(x Wg) * (x Wu)``, of which only the neurons above their thresholds are used.
+
+    A neuron j is kept if ``|act(g_j)| >= threshold_j`` and, where given, ``|h_j| >= down_threshold_j`` (CATS, arXiv
+    2404.08763, eq. 2 to 5; the second test is an extension). A threshold of 0 keeps every neuron. For few tokens,
+    without gradients, the sparse kernel reads the weights of kept neurons only; otherwise the dense masked path runs.
+
+    Args:
+        x: ``[..., H]``, float32, float16 or bfloat16 (float64 takes the dense path).
+        w_gate, w_up: ``[I, H]``, as in ``nn.Linear``; the row stride may exceed H.
+        w_down_t: ``[I, H]``, the down projection with one contiguous row a neuron: ``down_proj.weight.t()`` of a
+            weight stored that way. Any other layout takes the dense path.
+        threshold, down_threshold: float32, ``[]`` or ``[I]``, on x's device.
+        activation: silu, gelu, gelu_tanh or relu.
+        gate_bias, up_bias, down_bias: ``[I]``, ``[I]``, ``[H]``.
+        counts: int64 ``[3]``, added to: token-neuron pairs evaluated, kept by ``threshold``, kept by both.
+
+    Returns:
+        ``[..., H]`` in x's dtype.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    operands = (x, w_gate, w_up, w_down_t, gate_bias, up_bias, down_bias)
+    if kernel_fits(x, w_down_t) and not needs_grad(*operands):
+        rule = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias)
+        if counts is None:
+            return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)
+        return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, counts, *rule)
+    gate, up = F.linear(x, w_gate, gate_bias), F.linear(x, w_up, up_bias)
+    h = masked_product(gate, up, threshold, down_threshold, activation, counts)
+    return F.linear(h, w_down_t.t(), down_bias)
+
+
+def masked_product(
+    gate: Tensor,
+    up: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None,
+    activation: str,
+    counts: Tensor | None,
+) -> Tensor:
+    """``h`` of :func:`sparse_mlp` from the projections of shape ``[..., I]``; differentiable by both."""
+    if counts is not None:
+        with torch.no_grad():
+            counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
+    return ops.gated_threshold(gate, up, threshold, down_threshold, activation)

@@ -1,0 +1,117 @@
+"""Quantiles of magnitudes in bounded memory: a histogram over the upper bits of the float32 pattern.
+
+The bits of a non-negative float32 sort like its value, so dropping the low mantissa bits gives log-spaced buckets for
+free: every power of two is cut into ``2**mantissa_bits`` equal parts. Counts are integers, so the result does not
+depend on the order of the data, and two histograms merge by adding.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+_MANTISSA = 23  # stored mantissa bits of float32
+_CHUNK = 1 << 22  # values bucketed at a time: bounds the temporaries to tens of MB
+
+
+class Histogram:
+    """Distribution of ``|value|`` for float32 values, in ``256 * 2**mantissa_bits`` int64 counts (1 MiB by default).
+
+    A bucket of normal numbers has the relative width ``2**-mantissa_bits`` (0.2 % by default); below the smallest
+    normal number 2**-126 the width is the constant ``2**-(126 + mantissa_bits)``. bfloat16 values have buckets of
+    their own, so their quantiles are exact.
+    """
+
+    def __init__(self, mantissa_bits: int = 9, device: torch.device | str = "cpu") -> None:
+        if not 0 <= mantissa_bits <= 16:
+            raise ValueError(f"mantissa_bits must be in [0, 16], got {mantissa_bits}")
+        self.mantissa_bits = mantissa_bits
+        self.counts = torch.zeros(256 << mantissa_bits, dtype=torch.int64, device=device)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Histogram)
+            and self.mantissa_bits == other.mantissa_bits
+            and torch.equal(self.counts.cpu(), other.counts.cpu())
+        )
+
+    __hash__ = None  # mutable
+
+    def add(self, values: Tensor) -> None:
+        """Count ``|values|`` (any shape, computed as float32).
+
+        Raises:
+            ValueError: a value is NaN or infinite. Nothing is counted then beyond earlier chunks of ``values``.
+        """
+        flat = values.detach().reshape(-1)
+        for chunk in flat.split(_CHUNK):
+            bits = chunk.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+            counts = torch.bincount(bits >> (_MANTISSA - self.mantissa_bits), minlength=len(self.counts))
+            not_finite = int(counts[255 << self.mantissa_bits :].sum())
+            if not_finite:
+                raise ValueError(f"{not_finite} of {len(chunk)} values are NaN or infinite")
+            self.counts += counts
+
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of ``other``, which must have the same resolution."""
+        if other.mantissa_bits != self.mantissa_bits:
+            raise ValueError(f"mantissa_bits differ: {self.mantissa_bits} and {other.mantissa_bits}")
+        self.counts += other.counts.to(self.counts.device)
+
+    @property
+    def total(self) -> int:
+        """Number of values counted."""
+        return int(self.counts.sum())
+
+    @property
+    def zeros(self) -> int:
+        """Number of values in the first bucket: zeros, and denormals below ``2**-(126 + mantissa_bits)``."""
+        return int(self.counts[0])
+
+    def lower_edge(self, bucket: int) -> float:
+        """Smallest magnitude that falls into ``bucket``."""
+        return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - self.mantissa_bits)))[0]
+
+    def quantile(self, q: float) -> float:
+        """A threshold below which at most the share ``q`` of the values lies.
+
+        With n values in ascending order, the exact quantile is value number ``floor(q * n)`` counted from 0: dropping
+        what is smaller drops at most the share q. The result is the lower edge of that value's bucket. So it is at
+        most the exact quantile, by a relative error of no more than ``2**-mantissa_bits`` (by an absolute one of
+        ``2**-(126 + mantissa_bits)`` below 2**-126), and the share of values below it falls short of the exact
+        quantile's by no more than that bucket's share of all values.
+
+        Raises:
+            ValueError: ``q`` outside [0, 1), or no value has been counted.
+        """
+        if not 0 <= q < 1:
+            raise ValueError(f"q must be in [0, 1), got {q}")
+        total = self.total
+        if total == 0:
+            raise ValueError("the histogram is empty")
+        up_to = self.counts.cumsum(0)
+        return self.lower_edge(int(torch.searchsorted(up_to, int(q * total), right=True)))
+
+    def share_below(self, threshold: float) -> float:
+        """Share of the values in buckets that end at or below ``threshold``."""
+        bits = struct.unpack("<I", struct.pack("<f", abs(threshold)))[0]
+        return int(self.counts[: bits >> (_MANTISSA - self.mantissa_bits)].sum()) / self.total
+
+    def trimmed(self) -> tuple[int, Tensor]:
+        """First occupied bucket, and the counts from there to the last occupied one (for storing and drawing)."""
+        occupied = self.counts.nonzero().flatten()
+        if len(occupied) == 0:
+            return 0, self.counts[:0].cpu()
+        first, last = int(occupied[0]), int(occupied[-1])
+        return first, self.counts[first : last + 1].cpu()
+
+    @classmethod
+    def from_trimmed(cls, first: int, counts: Tensor, mantissa_bits: int) -> Histogram:
+        """Inverse of :meth:`trimmed`."""
+        histogram = cls(mantissa_bits)
+        if first < 0 or first + len(counts) > 255 << mantissa_bits:
+            raise ValueError(f"buckets {first} to {first + len(counts)} exceed the histogram's {255 << mantissa_bits}")
+        histogram.counts[first : first + len(counts)] = counts
+        return histogram

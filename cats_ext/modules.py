@@ -1,0 +1,146 @@
+"""CatsMLP: a model's own gated MLP module with the sparse forward.
+
+Patching changes the class of the module and nothing around it: name, parent, children, parameters, hooks and state
+dict stay the same objects, and taking the class back undoes it. The down projection's weight keeps its shape [H, I]
+and its Parameter; its memory is laid out with one contiguous row a neuron, which both the sparse kernel and the dense
+products read, so there is one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext import ops
+from cats_ext.detection import GatedMLP
+from cats_ext.functional import kernel_fits, masked_product, needs_grad
+
+
+@dataclass
+class CatsState:
+    """What a patched module knows besides its children: how to compute, and how to become what it was."""
+
+    original_class: type[nn.Module]
+    down: nn.Linear  # the module whose weight was laid out, also if an adapter has been put in its place
+    down_strides: tuple[int, ...]  # of its weight before
+    activation: str
+    merged: bool
+    up_target: float  # share of neurons to skip, from the config
+    down_target: float
+    tracking: bool = False
+
+
+class CatsMLP(nn.Module):
+    """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
+
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights. Otherwise, and whenever a
+    projection is not a bare ``nn.Linear`` (an adapter, a hook), the children are called as modules and the mask is
+    applied between them.
+
+    ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
+    the state dict. They follow the module from device to device and keep their dtype when the model is cast.
+    """
+
+    cats: CatsState
+    threshold: Tensor
+    down_threshold: Tensor | None
+    counts: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Dictionaries are read directly: nn.Module's attribute lookup costs more than the checks themselves, and this
+        # runs once a layer and token.
+        cats, buffers = self.cats, self._buffers
+        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
+        weights = self._bare_weights()
+        if weights is not None:
+            w_gate, w_up, w_down_t, *biases = weights
+            if kernel_fits(x, w_down_t) and not needs_grad(x, *weights):
+                rule = (threshold, down_threshold, cats.activation, *biases)
+                if cats.tracking:
+                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, buffers["counts"], *rule)
+                return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)
+        children = self._modules
+        if cats.merged:
+            gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
+        else:
+            gate, up = children["gate_proj"](x), children["up_proj"](x)
+        counts = buffers["counts"] if cats.tracking else None
+        return children["down_proj"](masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
+
+    def _bare_weights(self) -> tuple[Tensor | None, ...] | None:
+        """``w_gate, w_up, w_down_t`` and the three biases, or None where a projection has to be called as a module."""
+        children = self._modules
+        down = children["down_proj"]
+        if not _is_bare_linear(down):
+            return None
+        if self.cats.merged:
+            gate_up = children["gate_up_proj"]
+            if not _is_bare_linear(gate_up):
+                return None
+            w_gate, w_up = gate_up._parameters["weight"].chunk(2)
+            bias = gate_up._parameters["bias"]
+            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        else:
+            gate, up = children["gate_proj"], children["up_proj"]
+            if not (_is_bare_linear(gate) and _is_bare_linear(up)):
+                return None
+            w_gate, gate_bias = gate._parameters["weight"], gate._parameters["bias"]
+            w_up, up_bias = up._parameters["weight"], up._parameters["bias"]
+        return w_gate, w_up, down._parameters["weight"].t(), gate_bias, up_bias, down._parameters["bias"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsMLP:
+        """Moves and casts the module as ever, except that the thresholds keep float32 and their exact values."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self) -> str:
+        rule = "one threshold" if self.down_threshold is None else "two thresholds"
+        return f"{rule}, target sparsity up {self.cats.up_target:.3f}, down {self.cats.down_target:.3f}"
+
+
+def _is_bare_linear(module: nn.Module) -> bool:
+    """Whether using the weight directly is the same as calling the module."""
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def make_sparse(
+    mlp: GatedMLP, threshold: Tensor, down_threshold: Tensor | None, up_target: float, down_target: float
+) -> None:
+    """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done."""
+    module, weight = mlp.module, mlp.down.weight
+    # First of all, so that make_dense knows what there is to undo.
+    module.cats = CatsState(type(module), mlp.down, weight.stride(), mlp.activation, mlp.merged, up_target, down_target)
+    weight.data = weight.data.t().contiguous().t()
+    for name, value in (("threshold", threshold), ("down_threshold", down_threshold)):
+        copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
+        module.register_buffer(name, copy, persistent=False)
+    module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
+    module.__class__ = CatsMLP
+
+
+def make_dense(module: nn.Module) -> None:
+    """Turn a :class:`CatsMLP`, whole or half made, back into what it was. Safe to call again if interrupted."""
+    state: CatsState | None = vars(module).get("cats")
+    if state is None:
+        return
+    module.__class__ = state.original_class
+    for name in ("threshold", "down_threshold", "counts"):
+        if name in module._buffers:
+            delattr(module, name)
+    weight = state.down.weight
+    if weight.stride() != state.down_strides:
+        dense = torch.empty_strided(weight.shape, state.down_strides, dtype=weight.dtype, device=weight.device)
+        weight.data = dense.copy_(weight.data)
+    del module.cats

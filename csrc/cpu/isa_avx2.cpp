@@ -1,0 +1,21 @@
+// The kernels for AVX2 with FMA and F16C.
+// All headers come before the pragma: what they define is compiled for every x86-64, whichever copy the linker keeps.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define CATS_ISA avx2
+#define CATS_VECTOR_BYTES 32
+#include "kernels.inl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

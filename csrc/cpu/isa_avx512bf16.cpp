@@ -1,0 +1,22 @@
+// The kernels for AVX-512 with BF16: as avx512, and bf16 dot products by vdpbf16ps.
+// All headers come before the pragma: what they define is compiled for every x86-64, whichever copy the linker keeps.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")
+#endif
+
+#define CATS_ISA avx512bf16
+#define CATS_VECTOR_BYTES 64
+#define CATS_DOT_BF16
+#include "kernels.inl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

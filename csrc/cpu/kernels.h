@@ -1,0 +1,60 @@
+// The CPU kernels as the rest of the library sees them: one table of functions per instruction set, chosen at run time.
+// The kernels know neither torch nor OpenMP; whoever calls them says how to run in parallel.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "sparse_mlp.h"
+
+namespace cats {
+
+struct Half {
+    uint16_t bits;
+};
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// Calls body(context, i) once for every i in [0, n), spread over at most `threads` threads. Results depend on `threads`,
+// because it is the number of parts that the neurons are split into, but not on which thread runs which part.
+struct Parallel {
+    int64_t threads;
+    void (*for_each)(int64_t n, void (*body)(void *context, int64_t i), void *context);
+};
+
+struct CpuKernels {
+    const char *isa;
+    void (*sparse_mlp)(const SparseMlpParams &, const Parallel &);
+    void (*gated_threshold)(const GatedThresholdParams &, const Parallel &); // fp32, fp16 and bf16
+    void (*gated_threshold_backward)(const GatedThresholdParams &, const Parallel &);
+};
+
+// clang-format off
+namespace portable { extern const CpuKernels kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const CpuKernels kernels; }
+namespace avx512 { extern const CpuKernels kernels; }
+namespace avx512bf16 { extern const CpuKernels kernels; }
+#endif
+// clang-format on
+
+// The best table for this processor, or the one that CATS_CPU_ISA names; chosen once. Throws std::runtime_error if
+// CATS_CPU_ISA names one that is unknown or that this processor cannot run.
+const CpuKernels &cpu_kernels();
+
+// What is compiled in, and what cpu_kernels() chooses.
+std::string cpu_kernels_info();
+
+// fp64 is for gradcheck, not for speed: plain scalar code, the same on every machine.
+void gated_threshold_double(const GatedThresholdParams &, const Parallel &);
+void gated_threshold_double_backward(const GatedThresholdParams &, const Parallel &);
+
+// Scratch memory of the calling thread, aligned to 64 bytes, kept for its next call.
+void *cpu_workspace(size_t bytes);
+
+} // namespace cats

@@ -1,0 +1,163 @@
+// Vectors of CATS_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set, with
+// intrinsics only where the language has no word for the instruction (half conversion, bf16 dot product).
+//
+// Two ways to read rows. load() keeps the order of the elements. load_group() reads kGroup = 2 * kLanes elements into two
+// vectors in whatever order is cheapest: for bf16 the even and the odd elements, which costs one instruction each where
+// widening in order costs two. Sums do not care, as long as x and y went through load_group() and store_group() too.
+#pragma once
+
+#define CATS_INLINE static inline __attribute__((always_inline))
+
+namespace cats::CATS_ISA {
+
+constexpr int kLanes = CATS_VECTOR_BYTES / 4;
+constexpr int kGroup = 2 * kLanes;
+
+typedef float VecF __attribute__((vector_size(CATS_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(CATS_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(CATS_VECTOR_BYTES)));
+typedef uint16_t VecH __attribute__((vector_size(CATS_VECTOR_BYTES / 2)));
+
+template <class V, class T> CATS_INLINE V load_bits(const T *p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+// --- one vector of fp32 from or to kLanes elements, in order -----------------------------------------------------------
+
+CATS_INLINE VecF load(const float *p) { return load_bits<VecF>(p); }
+CATS_INLINE void store(float *p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
+
+CATS_INLINE VecF load(const BFloat16 *p) { return (VecF)(__builtin_convertvector(load_bits<VecH>(p), VecU) << 16); }
+
+// Bits of v rounded to bf16, to nearest even, in the upper half of each lane; the lower half is rubbish.
+CATS_INLINE VecU round_to_bfloat16(VecF v) {
+    const VecU bits = (VecU)v;
+    const VecU rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return v != v ? bits | 0x400000 : rounded; // rounding could carry a NaN into infinity
+}
+
+CATS_INLINE void store(BFloat16 *p, VecF v) {
+    const VecH bits = __builtin_convertvector(round_to_bfloat16(v) >> 16, VecH);
+    std::memcpy(p, &bits, sizeof(bits));
+}
+
+#if CATS_VECTOR_BYTES == 64
+CATS_INLINE VecF load(const Half *p) { return (VecF)_mm512_cvtph_ps(load_bits<__m256i>(p)); }
+CATS_INLINE void store(Half *p, VecF v) {
+    const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof(bits));
+}
+#elif CATS_VECTOR_BYTES == 32
+CATS_INLINE VecF load(const Half *p) { return (VecF)_mm256_cvtph_ps(load_bits<__m128i>(p)); }
+CATS_INLINE void store(Half *p, VecF v) {
+    const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof(bits));
+}
+#else
+// The exponent moves by 112 through a multiplication, which is exact and makes subnormal halves normal.
+CATS_INLINE VecF load(const Half *p) {
+    const VecU h = __builtin_convertvector(load_bits<VecH>(p), VecU);
+    const VecF magnitude = (VecF)((h & 0x7fff) << 13) * 0x1p112f;
+    const VecU infinite = magnitude >= 65536.f ? (VecU){} + 0x7f800000 : (VecU){};
+    return (VecF)((VecU)magnitude | infinite | (h & 0x8000) << 16);
+}
+CATS_INLINE void store(Half *p, VecF v) {
+    const VecU bits = (VecU)v, magnitude = bits & 0x7fffffff;
+    // Normal halves: round to nearest even at bit 13, then move the exponent by 112. From 65520 on that is infinity.
+    const VecU normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    // Subnormal halves: adding 0.5 moves their bits to the end of the mantissa, rounded to nearest even.
+    const VecU subnormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000;
+    VecU h = magnitude < 0x38800000 ? subnormal : normal; // 2^-14
+    h = magnitude >= 0x477ff000 ? (VecU){} + 0x7c00 : h;  // 65520
+    h = magnitude > 0x7f800000 ? (VecU){} + 0x7e00 : h;
+    const VecH out = __builtin_convertvector(h | (bits >> 16 & 0x8000), VecH);
+    std::memcpy(p, &out, sizeof(out));
+}
+#endif
+
+// As load() and store() where fewer than kLanes elements are left; missing ones read as zero.
+template <class T> CATS_INLINE VecF load(const T *p, int64_t n) {
+    if (n >= kLanes) return load(p);
+    T buffer[kLanes] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
+}
+
+template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
+    if (n >= kLanes) return store(p, v);
+    T buffer[kLanes];
+    store(buffer, v);
+    std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// --- kGroup elements, in the order of their dtype ----------------------------------------------------------------------
+
+struct Group {
+    VecF a, b;
+};
+
+template <class T> CATS_INLINE Group load_group(const T *p) { return {load(p), load(p + kLanes)}; }
+CATS_INLINE Group load_group(const BFloat16 *p) {
+    const VecU pairs = load_bits<VecU>(p); // little-endian: the even element is the lower half
+    return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+}
+
+template <class T> CATS_INLINE void store_group(T *p, Group g) { store(p, g.a), store(p + kLanes, g.b); }
+CATS_INLINE void store_group(BFloat16 *p, Group g) {
+    const VecU pairs = round_to_bfloat16(g.a) >> 16 | (round_to_bfloat16(g.b) & 0xffff0000);
+    std::memcpy(p, &pairs, sizeof(pairs));
+}
+
+template <class T> CATS_INLINE Group load_group(const T *p, int64_t n) {
+    if (n >= kGroup) return load_group(p);
+    T buffer[kGroup] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load_group(buffer);
+}
+
+template <class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
+    if (n >= kGroup) return store_group(p, g);
+    T buffer[kGroup];
+    store_group(buffer, g);
+    std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// --- arithmetic --------------------------------------------------------------------------------------------------------
+
+// a * b + c: the compiler fuses it where the instruction set has the instruction.
+CATS_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+
+CATS_INLINE VecF abs(VecF v) { return (VecF)((VecU)v & 0x7fffffff); }
+
+CATS_INLINE VecF broadcast(float v) { return (VecF){} + v; }
+
+CATS_INLINE float sum(VecF v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+// e^x to about one unit in the last place, from the polynomial of Cephes' expf on [-ln2/2, ln2/2].
+CATS_INLINE VecF exp(VecF x) {
+    x = x < -104.f ? broadcast(-104.f) : x; // below is zero and above is infinity; NaN fails both tests and stays
+    x = x > 89.f ? broadcast(89.f) : x;
+    const VecF shifted = fma(x, broadcast(1.44269504f), broadcast(0x1.8p23f)); // the sum rounds x / ln2 to an integer,
+    const VecF n = shifted - 0x1.8p23f;                                        // held in the last bits of `shifted`
+    const VecI power = (VecI)shifted - 0x4b400000;
+    VecF r = fma(n, broadcast(-0.693359375f), x); // ln2 in two parts, the first of them with few bits
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    VecF p = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+    p = fma(p, r, broadcast(8.3334519073e-3f));
+    p = fma(p, r, broadcast(4.1665795894e-2f));
+    p = fma(p, r, broadcast(1.6666665459e-1f));
+    p = fma(p, r, broadcast(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.f;
+    const VecI half = power >> 1; // twice half the power, so that 2^power overflows and underflows as p does
+    return p * (VecF)((half + 127) << 23) * (VecF)((power - half + 127) << 23);
+}
+
+} // namespace cats::CATS_ISA

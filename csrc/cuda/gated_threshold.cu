@@ -1,0 +1,106 @@
+// h = mask * act(gate) * up and its gradients, elementwise: the dense masked path of prefill and training.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "activation.cuh"
+#include "row_format.cuh"
+#include "sparse_mlp_launch.h"
+
+namespace cats {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxWidth = 8; // elements a thread treats at once: 16 bytes of a 2-byte type
+
+template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Pack {
+    T v[kWidth];
+};
+
+template <typename T> struct ComputeType {
+    using type = float;
+};
+template <> struct ComputeType<double> {
+    using type = double;
+};
+
+template <typename T, typename C> __device__ __forceinline__ T round_to(C v) { return static_cast<T>(v); }
+template <> __device__ __forceinline__ __nv_bfloat16 round_to(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ __half round_to(float v) { return __float2half_rn(v); }
+
+template <typename T, int kWidth, bool kBackward>
+__global__ void __launch_bounds__(kThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
+    using C = typename ComputeType<T>::type;
+    using Packed = Pack<T, kWidth>;
+    const int64_t packs_per_row = p.intermediate_size / kWidth, packs = p.rows * packs_per_row;
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
+        const int64_t row = i / packs_per_row, first = i % packs_per_row * kWidth;
+        const auto load = [&](const void *base, int64_t stride) {
+            return *reinterpret_cast<const Packed *>(static_cast<const T *>(base) + row * stride + first);
+        };
+        const Packed gate = load(p.gate, p.gate_stride), up = load(p.up, p.up_stride);
+        Packed grad{}, out{}, grad_up{};
+        if constexpr (kBackward) grad = load(p.grad_h, p.intermediate_size);
+#pragma unroll
+        for (int e = 0; e < kWidth; e++) {
+            const int64_t j = first + e;
+            const C g = static_cast<C>(gate.v[e]), u = static_cast<C>(up.v[e]);
+            const C v = activate(g, p.activation), h = v * u;
+            bool kept = keep(v, C(p.threshold[j * p.threshold_stride]));
+            if (p.down_threshold) kept = kept && keep(h, C(p.down_threshold[j * p.down_threshold_stride]));
+            if constexpr (kBackward) {
+                const C d = static_cast<C>(grad.v[e]);
+                out.v[e] = round_to<T>(kept ? d * u * activate_grad(g, p.activation) : C(0));
+                grad_up.v[e] = round_to<T>(kept ? d * v : C(0));
+            } else {
+                out.v[e] = round_to<T>(kept ? h : C(0));
+            }
+        }
+        const auto store = [&](void *base, const Packed &value) {
+            *reinterpret_cast<Packed *>(static_cast<T *>(base) + row * p.intermediate_size + first) = value;
+        };
+        if constexpr (kBackward) store(p.grad_gate, out), store(p.grad_up, grad_up);
+        else store(p.h, out);
+    }
+}
+
+template <typename T, int kWidth, bool kBackward>
+cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
+    const int64_t packs = p.rows * (p.intermediate_size / kWidth);
+    if (packs == 0) return cudaSuccess;
+    const int64_t blocks = std::min<int64_t>((packs + kThreads - 1) / kThreads, 1 << 20);
+    gated_threshold_kernel<T, kWidth, kBackward><<<unsigned(blocks), kThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T, bool kBackward> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {
+    constexpr int kWidth = std::min<int>(kMaxWidth, 16 / sizeof(T));
+    bool wide = p.intermediate_size % kWidth == 0 && p.gate_stride % kWidth == 0 && p.up_stride % kWidth == 0;
+    for (const void *base : {p.gate, p.up, static_cast<const void *>(p.h), p.grad_h,
+                             static_cast<const void *>(p.grad_gate), static_cast<const void *>(p.grad_up)})
+        wide = wide && reinterpret_cast<uintptr_t>(base) % 16 == 0;
+    return wide ? launch<T, kWidth, kBackward>(p, stream) : launch<T, 1, kBackward>(p, stream);
+}
+
+template <bool kBackward> cudaError_t launch_dtype(const GatedThresholdParams &p, cudaStream_t stream) {
+    switch (p.dtype) {
+    case DType::kFloat32: return launch_width<float, kBackward>(p, stream);
+    case DType::kFloat16: return launch_width<__half, kBackward>(p, stream);
+    case DType::kBFloat16: return launch_width<__nv_bfloat16, kBackward>(p, stream);
+    case DType::kFloat64: return launch_width<double, kBackward>(p, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace
+
+cudaError_t gated_threshold_cuda(const GatedThresholdParams &params, cudaStream_t stream) {
+    return launch_dtype<false>(params, stream);
+}
+
+cudaError_t gated_threshold_backward_cuda(const GatedThresholdParams &params, cudaStream_t stream) {
+    return launch_dtype<true>(params, stream);
+}
+
+} // namespace cats

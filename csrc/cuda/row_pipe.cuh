@@ -1,0 +1,141 @@
+// A warp's queue of weight rows on their way from device memory into its ring of shared-memory slots.
+//
+// Each warp copies just its own columns of a row and is the only one to read them, so a slot needs no synchronisation
+// beyond the warp. Rows complete in the order of their requests. Two implementations of one interface:
+//     Pipe pipe(ring, barriers, slots, slot_bytes, bytes)   every lane calls everything; bytes: this warp's part of a row
+//     pipe.request(slot, row)                               start the copy of `bytes` from row into the slot
+//     pipe.wait(slot, in_flight)                            until the oldest of in_flight requests, in this slot, is there
+//     pipe.chunk(slot, i)                                   this lane's i-th 16-byte chunk
+#pragma once
+
+#include <cstdint>
+
+namespace cats {
+
+// Up to 16 slots: the kernel's bookkeeping of rows still to be requested has 32 entries, two for each slot.
+constexpr int kMaxSlots = 16;
+
+__device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Brings a part of a row into L2 without waiting and without changing what later reads see.
+__device__ __forceinline__ void prefetch_l2(const void *row, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
+#endif
+}
+
+// sm_80: every lane copies the chunks that it will read itself, one commit group a row.
+template <int kChunks> class AsyncCopyPipe {
+  public:
+    static constexpr int kBarrierBytes = 0; // per slot
+    static constexpr int kMinArch = 800;    // as __CUDA_ARCH__
+
+    __device__ AsyncCopyPipe(uint8_t *ring, uint64_t *, int, uint32_t slot_bytes, uint32_t bytes)
+        : ring_(ring), slot_bytes_(slot_bytes), bytes_(bytes), lane_offset_(threadIdx.x % 32 * 16) {}
+
+    __device__ __forceinline__ void request(int slot, const uint8_t *row) {
+        const uint32_t to = smem_address(ring_ + slot * slot_bytes_);
+#pragma unroll
+        for (int i = 0; i < kChunks; i++) {
+            const uint32_t offset = i * 512 + lane_offset_;
+            if (offset < bytes_)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + offset), "l"(row + offset) : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void wait(int, int in_flight) {
+        switch (in_flight - 1) { // the number of younger groups that may stay open has to be an immediate
+        case 0: wait_group<0>(); break;
+        case 1: wait_group<1>(); break;
+        case 2: wait_group<2>(); break;
+        case 3: wait_group<3>(); break;
+        case 4: wait_group<4>(); break;
+        case 5: wait_group<5>(); break;
+        case 6: wait_group<6>(); break;
+        case 7: wait_group<7>(); break;
+        case 8: wait_group<8>(); break;
+        case 9: wait_group<9>(); break;
+        case 10: wait_group<10>(); break;
+        case 11: wait_group<11>(); break;
+        case 12: wait_group<12>(); break;
+        case 13: wait_group<13>(); break;
+        case 14: wait_group<14>(); break;
+        default: wait_group<kMaxSlots - 1>(); break;
+        }
+    }
+
+    __device__ __forceinline__ uint4 chunk(int slot, int i) const {
+        return *reinterpret_cast<const uint4 *>(ring_ + slot * slot_bytes_ + i * 512 + lane_offset_);
+    }
+
+  private:
+    template <int kOpen> static __device__ __forceinline__ void wait_group() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+    }
+
+    uint8_t *ring_;
+    uint32_t slot_bytes_, bytes_, lane_offset_;
+};
+
+// sm_90: one lane asks the copy engine for the whole part; it completes on the slot's mbarrier.
+template <int kChunks> class BulkCopyPipe {
+  public:
+    static constexpr int kBarrierBytes = 8;
+    static constexpr int kMinArch = 900;
+
+    __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t slot_bytes, uint32_t bytes)
+        : ring_(ring), barriers_(barriers), slot_bytes_(slot_bytes), bytes_(bytes), phases_(0) {
+#if __CUDA_ARCH__ >= 900
+        const int lane = threadIdx.x % 32;
+        if (lane < slots)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(barriers + lane)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // the copy engine sees the barriers
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy_)); // weights are read once
+        __syncwarp();
+#endif
+    }
+
+    __device__ __forceinline__ void request(int slot, const uint8_t *row) {
+#if __CUDA_ARCH__ >= 900
+        __syncwarp(); // every lane has read what the slot held
+        if (threadIdx.x % 32 == 0) {
+            const uint32_t barrier = smem_address(barriers_ + slot);
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes_) : "memory");
+            if (bytes_)
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                             "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(ring_ + slot * slot_bytes_)),
+                             "l"(row), "r"(bytes_), "r"(barrier), "l"(policy_)
+                             : "memory");
+        }
+#endif
+    }
+
+    __device__ __forceinline__ void wait(int slot, int) {
+#if __CUDA_ARCH__ >= 900
+        const uint32_t barrier = smem_address(barriers_ + slot), parity = phases_ >> slot & 1;
+        uint32_t done;
+        do {
+            asm volatile("{\n.reg .pred p;\n"
+                         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                         "selp.u32 %0, 1, 0, p;\n}"
+                         : "=r"(done)
+                         : "r"(barrier), "r"(parity)
+                         : "memory");
+        } while (!done);
+        phases_ ^= 1u << slot;
+#endif
+    }
+
+    __device__ __forceinline__ uint4 chunk(int slot, int i) const {
+        return *reinterpret_cast<const uint4 *>(ring_ + slot * slot_bytes_ + i * 512 + threadIdx.x % 32 * 16);
+    }
+
+  private:
+    uint8_t *ring_;
+    uint64_t *barriers_;
+    uint32_t slot_bytes_, bytes_, phases_;
+    uint64_t policy_ = 0;
+};
+
+} // namespace cats

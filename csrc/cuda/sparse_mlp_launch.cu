@@ -1,0 +1,100 @@
+// Splits the tokens into groups and picks the kernel for each; the instances are in sparse_mlp_{bf16,fp16,fp32}.cu.
+#include "sparse_mlp_launch.h"
+
+#include <mutex>
+
+#include "sparse_mlp_dispatch.cuh"
+
+namespace cats {
+
+namespace {
+
+cudaError_t device_limits(DeviceLimits *limits) {
+    constexpr int kMaxDevices = 64;
+    static std::mutex mutex;
+    static DeviceLimits known[kMaxDevices];
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (known[device].multiprocessors == 0) {
+        DeviceLimits found{};
+        int major, minor;
+        const auto get = [&](int *value, cudaDeviceAttr attribute) {
+            if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+        };
+        get(&major, cudaDevAttrComputeCapabilityMajor);
+        get(&minor, cudaDevAttrComputeCapabilityMinor);
+        get(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        get(&found.multiprocessors, cudaDevAttrMultiProcessorCount);
+        if (error != cudaSuccess) return error;
+        found.compute_capability = 10 * major + minor;
+        known[device] = found;
+    }
+    *limits = known[device];
+    return cudaSuccess;
+}
+
+int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long.
+bool rows_are_aligned(const SparseMlpParams &p) {
+    const int bytes = element_bytes(p.dtype);
+    const auto aligned = [&](const void *base, int64_t stride) {
+        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes % 16 == 0;
+    };
+    return aligned(p.x, p.hidden_size) && aligned(p.w_gate, p.w_gate_stride) && aligned(p.w_up, p.w_up_stride) &&
+           aligned(p.w_down_t, p.w_down_t_stride);
+}
+
+cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLimits &device, SparseMlpKernel kernel,
+                                  void *workspace, cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    switch (params.dtype) {
+    case DType::kFloat32: return launch_group<DenseRow<float>>(params, device, kernel, workspace, stream, options);
+    case DType::kFloat16: return launch_group<DenseRow<__half>>(params, device, kernel, workspace, stream, options);
+    case DType::kBFloat16:
+        return launch_group<DenseRow<__nv_bfloat16>>(params, device, kernel, workspace, stream, options);
+    case DType::kFloat64: break;
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace
+
+size_t sparse_mlp_workspace_bytes(const SparseMlpParams &params) {
+    return (size_t(kMaxTokensPerLaunch) * params.hidden_size + 1) * sizeof(float); // y in fp32, and a counter
+}
+
+cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
+                            const SparseMlpLaunchOptions &options) {
+    DeviceLimits device;
+    cudaError_t error = device_limits(&device);
+    if (error != cudaSuccess) return error;
+    SparseMlpKernel kernel = options.kernel;
+    if (kernel == SparseMlpKernel::kAuto)
+        kernel = device.compute_capability >= 90 ? SparseMlpKernel::kBulkCopy : SparseMlpKernel::kAsyncCopy;
+    if (!rows_are_aligned(params)) kernel = SparseMlpKernel::kGeneric;
+
+    const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
+    int group = kMaxTokensPerLaunch;
+    for (int64_t first = 0; first < params.tokens;) {
+        SparseMlpParams part = params;
+        part.tokens = std::min<int64_t>(group, params.tokens - first);
+        part.x = static_cast<const uint8_t *>(params.x) + first * row_bytes;
+        part.y = static_cast<uint8_t *>(params.y) + first * row_bytes;
+        error = launch_group_of_dtype(part, device, kernel, workspace, stream, options);
+        if (error == cudaErrorNotSupported && group > 1) {
+            group /= 2;
+        } else if (error == cudaErrorNotSupported && kernel != SparseMlpKernel::kGeneric) {
+            kernel = SparseMlpKernel::kGeneric, group = kMaxTokensPerLaunch;
+        } else if (error != cudaSuccess) {
+            return error;
+        } else {
+            first += part.tokens;
+        }
+    }
+    return cudaSuccess;
+}
+
+} // namespace cats
