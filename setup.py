@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).parent
 MIN_NVCC = "12.0"  # the first with C++20, which torch's headers ask for, and sm_90a
 # Both compilers see the target version: with it, headers newer than 2.10 compile to calls that 2.10 has.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def say(message: str) -> None:
@@ -73,13 +73,13 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-def cpu_extension() -> CppExtension:
+def cpu_extension(left_out: list[str]) -> CppExtension:
     return CppExtension(
         "cats_ext._C",
         sources("csrc/ops_cpu.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
-        extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden", *STABLE_ABI]},
+        extra_compile_args={"cxx": [*FLAGS, "-g0", "-fvisibility=hidden", *left_out]},
     )
 
 
@@ -87,7 +87,9 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
     cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch leaves it unset
     # torch refuses an nvcc of another major version than its own; _C_cuda shares no CUDA header or runtime with torch.
     cpp_extension._check_cuda_version = lambda *_: None
-    arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(nvcc_version)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(nvcc_version)
+    # torch hides the conversions of the 16-bit types; the kernels compile the same with and without torch.
+    undo_torch = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     return CppExtension(
         "cats_ext._C_cuda",
         sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu"),
@@ -97,21 +99,14 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"],
         py_limited_api=True,
-        extra_compile_args={
-            "cxx": [],
-            "nvcc": [
-                *("-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA", f'-DCATS_ARCH_LIST="{arch_list}"'),
-                *STABLE_ABI,
-            ],
-        },
+        extra_compile_args={"nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *undo_torch]},
     )
 
 
 def libtorch_cuda_dir(build_temp: str) -> str:
-    """A directory with libtorch_cuda.so to link against: torch's own, or a stub of that soname for CPU-only torch.
+    """Where libtorch_cuda.so is to link against: torch's own, or an empty one of that soname for a CPU-only torch.
 
-    _C_cuda's dynamic section has to name the library, because Python loads torch's libraries privately; its contents
-    are only needed at run time.
+    _C_cuda's dynamic section has to name it, because Python loads torch's libraries privately.
     """
     torch_lib = Path(torch.__file__).parent / "lib"
     if (torch_lib / "libtorch_cuda.so").exists():
@@ -138,14 +133,16 @@ class Build(BuildExtension):
         super().run()
         say(f"built {summary}")
         if cuda_home is None and os.environ.get("CATS_CUDA") != "0":
-            # pip shows a build's output only with -v, but (from pip 26.3 on) always its warnings.
-            warnings.warn(f"cats_ext: built {summary}", stacklevel=2)
+            # pip shows a build's output only with -v; its warnings always, from pip 26.3 on.
+            warnings.warn(f"cats_ext: built {summary}", stacklevel=1)
 
 
 if __name__ == "__main__":
     cuda_home, cuda_note = find_cuda()
+    cuda_extensions = [cuda_extension(cuda_home, cuda_note)] if cuda_home else []
+    left_out = [] if cuda_home else [f'-DCATS_LEFT_OUT="_C_cuda: {cuda_note}"']  # for `cats env`
     setup(
-        ext_modules=[cpu_extension(), *([cuda_extension(cuda_home, cuda_note)] if cuda_home else [])],
+        ext_modules=[cpu_extension(left_out), *cuda_extensions],
         cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -68,7 +68,7 @@ def calibrate(
         weighted_gate: divide the gate's threshold by ``rms(u_j) norm(Wd_j)``, neuron by neuron; one more pass. Lowers
             perplexity, but hurt a last-word prediction task (LAMBADA), so it is off by default.
         max_tokens: how many tokens to use at most.
-        sequence_length: tokens in a window.
+        sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
         seed: chooses the windows where there are more than needed. Equal arguments give equal thresholds.
         progress: show a bar per pass, with the time left, on standard error.
@@ -86,8 +86,8 @@ def calibrate(
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     layers = [_Layer(mlp) for mlp in find_dense_mlps(model)]
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise ValueError(f"sequence_length must be at most the model's {longest} positions, got {sequence_length}")
+    if longest is not None:
+        sequence_length = min(sequence_length, longest)
     windows = collect_windows(data, tokenizer, sequence_length, max_tokens, seed)
     check_token_ids("data", torch.cat(windows), model)
 

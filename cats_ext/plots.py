@@ -58,7 +58,7 @@ def plot_activations(panels: Sequence[ActivationPanel], path: str | Path, *, tit
     for axis, panel in zip(axes, panels, strict=True):
         upper = max(panel.histogram.quantile(0.98), 1.5 * panel.threshold)
         # a whole number of bins below the threshold, so that no bar has two colours
-        below = max(1, round(60 * panel.threshold / upper)) if panel.threshold > 0 else 0
+        below = round(60 * panel.threshold / upper)
         width = panel.threshold / below if below else upper / 60
         bins = int(np.ceil(upper / width))
         edges, shares = linear_bins(panel.histogram, bins * width, bins)

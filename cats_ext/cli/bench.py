@@ -14,11 +14,10 @@ from cats_ext.cli.common import (
     DType,
     Json,
     escape,
-    notes,
+    note_uncompiled,
     one_sentence_errors,
     output,
     pick_device,
-    pick_dtype,
     print_json,
     status,
 )
@@ -36,17 +35,18 @@ def bench(
 ) -> None:
     """Time the sparse op against the dense PyTorch MLP on this machine.
 
-    Both run over layers of distinct random weights, larger together than any cache, in turns; on a GPU inside a CUDA
-    graph, timed by device events. A time is set against the bytes that had to be read and the read rate of this machine,
-    measured in the same run.
+    Both run in turns over layers of distinct random weights, larger together than
+    any cache; on a GPU inside a CUDA graph, timed by device events. Each time is set
+    against the bytes that had to be read and this machine's own read rate, measured
+    in the same run.
 
     Examples:
 
-        cats bench
+    $ cats bench
 
-        cats bench --shape llama-2-7b --dtype bfloat16 --sparsity 0.5,0.7
+    $ cats bench --shape llama-2-7b --dtype bfloat16 --sparsity 0.5,0.7
 
-        cats bench --shape 2048x8192 --tokens 4 --json
+    $ cats bench --shape 2048x8192 --tokens 4 --json
     """
     hidden, intermediate = benchmark.parse_shape(shape)
     try:
@@ -54,20 +54,19 @@ def bench(
     except ValueError:
         raise ValueError(f"--sparsity must be numbers separated by commas, got '{sparsity}'") from None
     where = pick_device(device)
-    precision = pick_dtype(dtype) or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    note_uncompiled(where)
+    default = torch.float32 if where.type == "cpu" else torch.bfloat16
     with status("Timing ...") as report:
         result = benchmark.run(
             hidden,
             intermediate,
             sparsities=sparsities,
             tokens=tokens,
-            dtype=precision,
+            dtype=dtype.dtype if dtype else default,
             device=where,
             passes=passes,
             report=report,
         )
-    if not result.compiled:
-        notes.print(f"[yellow]No kernel is compiled for {where.type}: this times the PyTorch reference ('cats env').[/]")
     if json:
         print_json(result.to_dict())
         return

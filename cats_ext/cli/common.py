@@ -10,8 +10,10 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ import typer
 from rich.console import Console
 
 from cats_ext import models
+from cats_ext._library import LIBRARIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,14 +32,24 @@ notes = Console(stderr=True, highlight=False)
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+class Precision(str, Enum):
+    """Dtypes of the command line; an Enum gives the choices in --help and exit code 2 for any other."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.value)
+
+
 MODEL_HELP = f"Directory, hub name, .gguf file, or '{models.DEMO_MODEL.name}' for the demo model."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")]
-DType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32 on cpu, bfloat16 on cuda]")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; without it cuda if there is one.")]
+DType = Annotated[Precision | None, typer.Option(help="Without it float32 on cpu and bfloat16 on cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 TextFiles = Annotated[
     list[Path], typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
@@ -49,7 +62,7 @@ def debugging() -> bool:
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of ``command`` into a sentence on standard error and exit code 1 (a traceback for debugging)."""
+    """Turn an exception of ``command`` into a sentence on standard error and exit code 1; debugging, let it through."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **named: Any) -> None:
@@ -112,12 +125,6 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got '{name}'")
-    return None if name is None else DTYPES[name]
-
-
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal, plain lines elsewhere. Gives a function that says what is being done now."""
@@ -129,12 +136,25 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
         yield notes.print
 
 
+def note_uncompiled(device: torch.device) -> None:
+    """Say so if the kernels for ``device`` are missing, in place of the warning that the op would give."""
+    library = LIBRARIES["_C_cuda" if device.type == "cuda" else "_C"]
+    if not library.loaded:
+        notes.print(
+            f"[yellow]No kernel for {device.type} is loaded, so the PyTorch reference runs: right, but slow. "
+            f"{library.name}: {escape(library.reason or '')}[/]",
+            soft_wrap=True,
+        )
+        warnings.filterwarnings("ignore", message="cats_ext has no compiled kernel", category=RuntimeWarning)
+
+
 def load(
-    name: str, device: torch.device, dtype: torch.dtype | None = None
+    name: str, device: torch.device, precision: Precision | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """``models.load_model``, without the loader's own bars and remarks."""
     from transformers.utils import logging
 
+    note_uncompiled(device)
     if not debugging():
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -142,4 +162,4 @@ def load(
         # Outside the spinner, since the download draws its own progress.
         models.obtain(models.DEMO_MODEL)
     with status(f"Loading {escape(name)} ..."):
-        return models.load_model(name, device=device, dtype=dtype)
+        return models.load_model(name, device=device, dtype=precision and precision.dtype)

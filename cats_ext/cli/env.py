@@ -14,9 +14,9 @@ def env(json: Json = False) -> None:
 
     Examples:
 
-        cats env
+    $ cats env
 
-        cats env --json
+    $ cats env --json
     """
     report = environment.collect()
     if json:

@@ -91,8 +91,19 @@ def docstrings(modules: Sequence[str]) -> str:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """Token ids ``[N]`` of ``texts``, joined by blank lines."""
-    ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
+    """Token ids ``[N]`` of ``texts``, joined by blank lines, without special tokens.
+
+    Raises:
+        ValueError: fewer than two tokens, which leaves nothing to predict.
+    """
+    encoded = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt")
+    ids = encoded.input_ids[0].to(torch.int64)
     if ids.numel() < 2:
-        raise ValueError(f"the text has {ids.numel()} tokens: at least 2 are needed")
-    return ids.to(torch.int64)
+        raise ValueError(f"the text has {ids.numel()} token: at least 2 are needed to predict one")
+    return ids
+
+
+def window_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token if the tokenizer starts every text with it, as the model then was trained to see it."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None

@@ -1,8 +1,8 @@
 // Chooses the kernels for this processor, once. CATS_CPU_ISA=portable|avx2|avx512|avx512bf16 overrides the choice.
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "kernels.h"
 
@@ -15,27 +15,31 @@ struct Candidate {
 };
 
 // Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
-const Candidate kCandidates[] = {
+std::vector<Candidate> candidates() {
+    std::vector<Candidate> list;
 #if defined(__x86_64__)
-    {&avx512bf16::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")},
-    {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl")},
-    {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl");
+    list.push_back({&avx512bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+    list.push_back({&avx512::kernels, has_avx512});
+    list.push_back({&avx2::kernels, has_avx2});
 #endif
-    {&portable::kernels, true},
-};
+    list.push_back({&portable::kernels, true});
+    return list;
+}
 
 std::string names(bool only_supported) {
     std::string out;
-    for (const Candidate &c : kCandidates)
+    for (const Candidate &c : candidates())
         if (c.supported || !only_supported) out += (out.empty() ? "" : ", ") + std::string(c.kernels->isa);
     return out;
 }
 
 const CpuKernels *choose() {
     const char *wanted = std::getenv("CATS_CPU_ISA");
-    for (const Candidate &c : kCandidates) {
+    for (const Candidate &c : candidates()) {
         if (wanted && *wanted ? std::string(wanted) != c.kernels->isa : !c.supported) continue;
         if (!c.supported)
             throw std::runtime_error("CATS_CPU_ISA=" + std::string(wanted) +
@@ -56,24 +60,28 @@ std::string cpu_kernels_info() {
     std::string info = "compiled for " + names(false) + "; ";
     try {
         return info + "uses " + cpu_kernels().isa;
-    } catch (const std::runtime_error &error) { return info + "unusable: " + error.what(); }
+    } catch (const std::runtime_error &error) {
+        return info + "unusable: " + error.what();
+    }
 }
 
-void *cpu_workspace(size_t bytes) {
-    struct Free {
-        void operator()(void *p) const { std::free(p); }
+void *cpu_workspace(int slot, size_t bytes) {
+    struct Buffer {
+        void *data = nullptr;
+        size_t size = 0;
+        ~Buffer() { std::free(data); }
     };
-    thread_local std::unique_ptr<void, Free> memory;
-    thread_local size_t size = 0;
-    if (bytes > size) {
-        size = 0;
-        memory.reset(); // before allocating, so that never both are held
-        bytes = (bytes + 63) / 64 * 64;
-        memory.reset(std::aligned_alloc(64, bytes));
-        if (!memory) throw std::bad_alloc();
-        size = bytes;
+    thread_local Buffer buffers[kWorkspaceSlots];
+    Buffer &buffer = buffers[slot];
+    if (bytes > buffer.size) {
+        bytes = (bytes + 63) / 64 * 64; // aligned_alloc asks for a multiple
+        void *data = std::aligned_alloc(64, bytes);
+        if (!data) throw std::bad_alloc();
+        std::free(buffer.data);
+        buffer.data = data;
+        buffer.size = bytes;
     }
-    return memory.get();
+    return buffer.data;
 }
 
 } // namespace cats

@@ -20,8 +20,9 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-// Calls body(context, i) once for every i in [0, n), spread over at most `threads` threads. Results depend on `threads`,
-// because it is the number of parts that the neurons are split into, but not on which thread runs which part.
+// Calls body(context, i) once for every i in [0, n), spread over at most `threads` threads. Results depend on
+// `threads`, because it is the number of parts that the neurons are split into, but not on which thread runs which
+// part.
 struct Parallel {
     int64_t threads;
     void (*for_each)(int64_t n, void (*body)(void *context, int64_t i), void *context);
@@ -54,7 +55,8 @@ std::string cpu_kernels_info();
 void gated_threshold_double(const GatedThresholdParams &, const Parallel &);
 void gated_threshold_double_backward(const GatedThresholdParams &, const Parallel &);
 
-// Scratch memory of the calling thread, aligned to 64 bytes, kept for its next call.
-void *cpu_workspace(size_t bytes);
+// Scratch memory of the calling thread, aligned to 64 bytes and kept for its next call; one buffer for each slot.
+constexpr int kWorkspaceSlots = 6;
+void *cpu_workspace(int slot, size_t bytes);
 
 } // namespace cats

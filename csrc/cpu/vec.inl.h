@@ -1,9 +1,10 @@
 // Vectors of CATS_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set, with
 // intrinsics only where the language has no word for the instruction (half conversion, bf16 dot product).
 //
-// Two ways to read rows. load() keeps the order of the elements. load_group() reads kGroup = 2 * kLanes elements into two
-// vectors in whatever order is cheapest: for bf16 the even and the odd elements, which costs one instruction each where
-// widening in order costs two. Sums do not care, as long as x and y went through load_group() and store_group() too.
+// Two ways to read rows. load() keeps the order of the elements. load_group() reads kGroup = 2 * kLanes elements into
+// two vectors in whatever order is cheapest: for bf16 the even and the odd elements, which costs one instruction each
+// where widening in order costs two. Sums do not care, as long as x and y went through load_group() and store_group()
+// too.
 #pragma once
 
 #define CATS_INLINE static inline __attribute__((always_inline))
@@ -24,7 +25,8 @@ template <class V, class T> CATS_INLINE V load_bits(const T *p) {
     return v;
 }
 
-// --- one vector of fp32 from or to kLanes elements, in order -----------------------------------------------------------
+// --- one vector of fp32 from or to kLanes elements, in order
+// -----------------------------------------------------------
 
 CATS_INLINE VecF load(const float *p) { return load_bits<VecF>(p); }
 CATS_INLINE void store(float *p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
@@ -44,9 +46,10 @@ CATS_INLINE void store(BFloat16 *p, VecF v) {
 }
 
 #if CATS_VECTOR_BYTES == 64
-CATS_INLINE VecF load(const Half *p) { return (VecF)_mm512_cvtph_ps(load_bits<__m256i>(p)); }
+// With a mask of all lanes, because gcc 12 warns of the undefined register that the plain forms start from.
+CATS_INLINE VecF load(const Half *p) { return (VecF)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p)); }
 CATS_INLINE void store(Half *p, VecF v) {
-    const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(p, &bits, sizeof(bits));
 }
 #elif CATS_VECTOR_BYTES == 32
@@ -92,7 +95,8 @@ template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- kGroup elements, in the order of their dtype ----------------------------------------------------------------------
+// --- kGroup elements, in the order of their dtype
+// ----------------------------------------------------------------------
 
 struct Group {
     VecF a, b;
@@ -124,7 +128,8 @@ template <class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- arithmetic --------------------------------------------------------------------------------------------------------
+// --- arithmetic
+// --------------------------------------------------------------------------------------------------------
 
 // a * b + c: the compiler fuses it where the instruction set has the instruction.
 CATS_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }

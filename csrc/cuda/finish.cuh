@@ -1,11 +1,17 @@
 // The end of every sparse MLP kernel: CTAs add their share of y into an fp32 workspace, and the last one rounds it.
 //
-// The workspace (tokens * hidden_size floats and one counter) is zero at the start of every launch and left at zero.
+// The workspace is zero at the start of every launch and left at zero.
 #pragma once
 
 #include "row_format.cuh"
 
 namespace cats {
+
+struct Workspace {
+    float *y_sum;          // [tokens, hidden_size]
+    unsigned *next_neuron; // how many neurons have been drawn; see sparse_mlp_kernel.cuh
+    unsigned *done_ctas;
+};
 
 __device__ __forceinline__ void add_to_global(float *to, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
@@ -17,12 +23,12 @@ __device__ __forceinline__ void add_to_global(float *to, float a, float b, float
 
 // Called by all threads of all CTAs, after their last add_to_global.
 template <typename T>
-__device__ __forceinline__ void finish_output(float *y_sum, unsigned *done_ctas, const T *down_bias, T *y, int tokens,
+__device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, int tokens,
                                               int hidden_size) {
     __shared__ bool last_cta;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last_cta = atomicAdd(done_ctas, 1) == gridDim.x - 1;
+    if (threadIdx.x == 0) last_cta = atomicAdd(workspace.done_ctas, 1) == gridDim.x - 1;
     __syncthreads();
     if (!last_cta) return;
     __threadfence();
@@ -31,7 +37,7 @@ __device__ __forceinline__ void finish_output(float *y_sum, unsigned *done_ctas,
         y[i] = from_float<T>(down_bias ? sum + to_float(down_bias[i % hidden_size]) : sum);
     };
     if (size % 4 == 0) { // four at a time: this is the tail of the launch, and every round trip shows
-        float4 *sums = reinterpret_cast<float4 *>(y_sum);
+        float4 *sums = reinterpret_cast<float4 *>(workspace.y_sum);
         for (int64_t i = threadIdx.x; i < size / 4; i += blockDim.x) {
             const float4 sum = __ldcg(sums + i);
             sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -39,12 +45,12 @@ __device__ __forceinline__ void finish_output(float *y_sum, unsigned *done_ctas,
         }
     } else {
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
-            const float sum = __ldcg(y_sum + i);
-            y_sum[i] = 0.f;
+            const float sum = __ldcg(workspace.y_sum + i);
+            workspace.y_sum[i] = 0.f;
             round_one(i, sum);
         }
     }
-    if (threadIdx.x == 0) *done_ctas = 0;
+    if (threadIdx.x == 0) *workspace.done_ctas = 0, *workspace.next_neuron = 0;
 }
 
 } // namespace cats

@@ -24,7 +24,7 @@ __device__ __forceinline__ float block_sum(float v) {
 
 template <typename T>
 __global__ void __launch_bounds__(kGenericThreads)
-    sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, float *y_sum, unsigned *done_ctas) {
+    sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
     auto row_of = [&](const void *base, int64_t stride, int64_t j) { return static_cast<const T *>(base) + j * stride; };
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kGenericThreads)
             kept_down++;
             const T *down = row_of(p.w_down_t, p.w_down_t_stride, j);
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads)
-                atomicAdd(y_sum + int64_t(m) * hidden + c, to_float(down[c]) * h);
+                atomicAdd(workspace.y_sum + int64_t(m) * hidden + c, to_float(down[c]) * h);
         }
     }
     if (p.counts && threadIdx.x == 0) {
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         atomicAdd(counts, evaluated), atomicAdd(counts + 1, kept), atomicAdd(counts + 2, kept_down);
     }
-    finish_output(y_sum, done_ctas, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), int(p.tokens), hidden);
+    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), int(p.tokens), hidden);
 }
 
 } // namespace cats

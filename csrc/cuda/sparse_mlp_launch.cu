@@ -1,9 +1,10 @@
 // Splits the tokens into groups and picks the kernel for each; the instances are in sparse_mlp_{bf16,fp16,fp32}.cu.
 #include "sparse_mlp_launch.h"
 
+#include <algorithm>
 #include <mutex>
 
-#include "sparse_mlp_dispatch.cuh"
+#include "sparse_mlp_dispatch.h"
 
 namespace cats {
 
@@ -38,18 +39,20 @@ cudaError_t device_limits(DeviceLimits *limits) {
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long.
-bool rows_are_aligned(const SparseMlpParams &p) {
+// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long; the pipelined kernel's
+// row numbers have 24 bits, its strides 32.
+bool fits_pipelined_kernel(const SparseMlpParams &p) {
     const int bytes = element_bytes(p.dtype);
-    const auto aligned = [&](const void *base, int64_t stride) {
-        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes % 16 == 0;
+    const auto fits = [&](const void *base, int64_t stride) {
+        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes % 16 == 0 && stride * bytes < 1ll << 32;
     };
-    return aligned(p.x, p.hidden_size) && aligned(p.w_gate, p.w_gate_stride) && aligned(p.w_up, p.w_up_stride) &&
-           aligned(p.w_down_t, p.w_down_t_stride);
+    return p.intermediate_size < 1 << 24 && fits(p.x, p.hidden_size) && fits(p.w_gate, p.w_gate_stride) &&
+           fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
 }
 
 cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLimits &device, SparseMlpKernel kernel,
-                                  void *workspace, cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+                                  const Workspace &workspace, cudaStream_t stream,
+                                  const SparseMlpLaunchOptions &options) {
     switch (params.dtype) {
     case DType::kFloat32: return launch_group<DenseRow<float>>(params, device, kernel, workspace, stream, options);
     case DType::kFloat16: return launch_group<DenseRow<__half>>(params, device, kernel, workspace, stream, options);
@@ -63,7 +66,7 @@ cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLim
 } // namespace
 
 size_t sparse_mlp_workspace_bytes(const SparseMlpParams &params) {
-    return (size_t(kMaxTokensPerLaunch) * params.hidden_size + 1) * sizeof(float); // y in fp32, and a counter
+    return (size_t(kMaxTokensPerLaunch) * params.hidden_size + 2) * sizeof(float); // y in fp32, and two counters
 }
 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
@@ -74,7 +77,11 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     SparseMlpKernel kernel = options.kernel;
     if (kernel == SparseMlpKernel::kAuto)
         kernel = device.compute_capability >= 90 ? SparseMlpKernel::kBulkCopy : SparseMlpKernel::kAsyncCopy;
-    if (!rows_are_aligned(params)) kernel = SparseMlpKernel::kGeneric;
+    if (!fits_pipelined_kernel(params)) kernel = SparseMlpKernel::kGeneric;
+
+    Workspace parts{static_cast<float *>(workspace)};
+    parts.next_neuron = reinterpret_cast<unsigned *>(parts.y_sum + kMaxTokensPerLaunch * params.hidden_size);
+    parts.done_ctas = parts.next_neuron + 1;
 
     const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
     int group = kMaxTokensPerLaunch;
@@ -83,7 +90,7 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
         part.tokens = std::min<int64_t>(group, params.tokens - first);
         part.x = static_cast<const uint8_t *>(params.x) + first * row_bytes;
         part.y = static_cast<uint8_t *>(params.y) + first * row_bytes;
-        error = launch_group_of_dtype(part, device, kernel, workspace, stream, options);
+        error = launch_group_of_dtype(part, device, kernel, parts, stream, options);
         if (error == cudaErrorNotSupported && group > 1) {
             group /= 2;
         } else if (error == cudaErrorNotSupported && kernel != SparseMlpKernel::kGeneric) {

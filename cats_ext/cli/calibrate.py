@@ -1,0 +1,94 @@
+"""``cats calibrate``: thresholds for a model from text, written to a directory."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cats_ext.cli.common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    TextFiles,
+    escape,
+    load,
+    one_sentence_errors,
+    output,
+    pick_device,
+    print_json,
+)
+from cats_ext.cli.text import read_texts
+
+
+class Rule(str, Enum):
+    PLAIN = "plain"
+    TWO_THRESHOLD = "two_threshold"
+
+
+@one_sentence_errors
+def calibrate(
+    model: Model,
+    text: TextFiles,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the thresholds; made if missing.")],
+    sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
+    rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.PLAIN,
+    down_sparsity: Annotated[
+        float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.1.")
+    ] = None,
+    weighted_gate: Annotated[bool, typer.Option("--weighted-gate", help="Weight the gate neuron by neuron.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Windows run together.")] = 1,
+    seed: Annotated[int, typer.Option(help="Chooses the windows where there are more than needed.")] = 0,
+    device: Device = None,
+    dtype: DType = None,
+    json: Json = False,
+) -> None:
+    """Find the thresholds at which a model skips a share of its neurons, on text of yours.
+
+    Choose text like the one the model will work on; ten thousand tokens are enough.
+
+    Examples:
+
+    $ cats calibrate smollm2-135m --text notes.txt -o thresholds
+
+    $ cats calibrate ./mistral-7b --text a.txt --text b.jsonl.gz --sparsity 0.6 -o out
+    """
+    import cats_ext
+    from cats_ext.calibration import sparsity_split
+
+    sparsity_split(sparsity, rule.value, down_sparsity)
+    texts = read_texts(text)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
+    where = pick_device(device)
+    network, tokenizer = load(model, where, dtype)
+    config = cats_ext.calibrate(
+        network,
+        texts,
+        tokenizer=tokenizer,
+        sparsity=sparsity,
+        rule=rule.value,
+        down_sparsity=down_sparsity,
+        weighted_gate=weighted_gate,
+        max_tokens=max_tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    config.save_pretrained(out)
+    if json:
+        print_json({"directory": str(out), **config.to_dict()})
+        return
+    console = output(json)
+    console.print(
+        f"{len(config.layers)} layers calibrated on {config.calibration['tokens']:,} tokens; at the target a token "
+        f"reads {config.bytes_share:.1%} of the MLP weights."
+    )
+    console.print(f"Thresholds are in [bold]{escape(str(out))}[/]. Next:", soft_wrap=True)
+    for command in (f"eval {model} --cats {out} --text FILE", f"generate {model} --cats {out} --prompt TEXT"):
+        console.print(f"  cats {escape(command)}", soft_wrap=True)

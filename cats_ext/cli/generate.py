@@ -1,0 +1,84 @@
+"""``cats generate``: a continuation of a prompt, dense or sparse, with its speed and the sparsity it reached."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import torch
+import typer
+
+from cats_ext.cli.common import (
+    CatsDirectory,
+    Device,
+    DType,
+    Json,
+    Model,
+    load,
+    notes,
+    one_sentence_errors,
+    pick_device,
+    print_json,
+)
+
+
+@one_sentence_errors
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    cats: CatsDirectory = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy), above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
+    device: Device = None,
+    dtype: DType = None,
+    json: Json = False,
+) -> None:
+    """Continue a prompt; with --cats sparsely. The text goes to standard output, the rest to standard error.
+
+    Examples:
+
+    $ cats generate smollm2-135m --prompt "The capital of France is"
+
+    $ cats generate ./mistral-7b --cats thresholds --chat --prompt "What is a cat?"
+    """
+    import cats_ext
+    from cats_ext.cli.generation import continue_prompt, encode_prompt
+
+    where = pick_device(device)
+    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
+    network, tokenizer = load(model, where, dtype)
+    input_ids = encode_prompt(tokenizer, prompt, chat)
+    if config is not None:
+        cats_ext.apply_cats(network, config)
+        cats_ext.track_sparsity(network)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    torch.manual_seed(seed)
+    live = stream and not json
+    result = continue_prompt(
+        network, tokenizer, input_ids, max_new_tokens, temperature=temperature, write=write if live else None
+    )
+    report = None if config is None else cats_ext.sparsity_report(network)
+    if json:
+        sparsity = None if report is None else {**report.to_dict(), "target": config.sparsity}
+        print_json({"model": model, "prompt": prompt, **asdict(result), "sparsity": sparsity})
+        return
+    sys.stdout.write("\n" if live else result.text + "\n")
+    notes.print(
+        f"[dim]{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; first token after "
+        f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens)[/]",
+        soft_wrap=True,
+    )
+    if report is not None:
+        notes.print(
+            f"[dim]neurons skipped: {report.up_sparsity:.1%} of up, {report.down_sparsity:.1%} of down (target "
+            f"{config.sparsity:.0%}); a token read {report.bytes_share:.1%} of the MLP weights[/]",
+            soft_wrap=True,
+        )

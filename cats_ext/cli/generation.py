@@ -1,0 +1,118 @@
+"""One greedy or sampled continuation, with its clock: shared by ``cats generate`` and ``cats demo``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float  # from the call to the first new token: the prompt phase
+    tokens_per_second: float  # of the tokens after the first; 0 if there are none
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token arrived; transformers hands over the prompt first."""
+
+    def __init__(self, inner: BaseStreamer | None) -> None:
+        self.inner = inner
+        self.times = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.inner is not None:
+            self.inner.put(value)
+
+    def end(self) -> None:
+        if self.inner is not None:
+            self.inner.end()
+
+
+class _Printer(TextStreamer):
+    """Hands finished words to ``write`` as they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``."""
+    if not prompt.strip():
+        raise ValueError("--prompt must not be empty")
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("--chat needs a model whose tokenizer has a chat template, and this one has none")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
+
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    exact_length: bool = False,
+    write: Callable[[str], Any] | None = None,
+) -> Continuation:
+    """Continue ``input_ids`` ``[1, T]``: greedily at ``temperature`` 0, else by sampling from torch's global generator.
+
+    ``exact_length`` goes on past an end-of-text token, for timing. ``write`` gets the text while it grows.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"--temperature must be at least 0, got {temperature}")
+    prompt_tokens = input_ids.shape[1]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + max_new_tokens > longest:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens} after a prompt of {prompt_tokens} tokens exceeds the model's {longest} "
+            "positions"
+        )
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if exact_length:
+        sampling["min_new_tokens"] = max_new_tokens
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    clock = _Clock(None if write is None else _Printer(tokenizer, write))
+    ids = input_ids.to(model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=clock,
+            **sampling,
+        )
+    new = output[0, prompt_tokens:]
+    start, _prompt, *arrivals = clock.times
+    decode = arrivals[-1] - arrivals[0]
+    return Continuation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new),
+        first_token_seconds=arrivals[0] - start,
+        tokens_per_second=(len(arrivals) - 1) / decode if decode > 0 else 0.0,
+    )

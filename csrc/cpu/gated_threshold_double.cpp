@@ -1,0 +1,65 @@
+// gated_threshold in fp64, one element at a time: what gradcheck needs, so clear rather than fast.
+#include "kernels.h"
+
+namespace cats {
+namespace {
+
+constexpr double kSqrt2OverPi = 0.79788456080286535588, kSqrtHalf = 0.70710678118654752440,
+                 kSqrt1Over2Pi = 0.39894228040143267794;
+
+struct ValueAndGrad {
+    double value, grad;
+};
+
+ValueAndGrad activate(Activation activation, double g) {
+    switch (activation) {
+    case Activation::kSilu: {
+        const double s = 1 / (1 + std::exp(-g));
+        return {g * s, s * (1 + g * (1 - s))};
+    }
+    case Activation::kGelu: {
+        const double cdf = 0.5 * std::erfc(-g * kSqrtHalf);
+        return {g * cdf, cdf + g * kSqrt1Over2Pi * std::exp(-0.5 * g * g)};
+    }
+    case Activation::kGeluTanh: {
+        const double s = 1 / (1 + std::exp(-2 * kSqrt2OverPi * (g + 0.044715 * g * g * g)));
+        return {g * s, s + g * s * (1 - s) * 2 * kSqrt2OverPi * (1 + 3 * 0.044715 * g * g)};
+    }
+    case Activation::kRelu: return {g < 0 ? 0 : g, g > 0 ? 1. : 0.};
+    }
+    return {};
+}
+
+// Calls f(index of the contiguous result, value of gate with its derivative, up, whether the neuron is kept).
+template <class F> void over_elements(const GatedThresholdParams &p, const Parallel &parallel, const F &f) {
+    auto row = [&](int64_t i) {
+        const double *gate = static_cast<const double *>(p.gate) + i * p.gate_stride;
+        const double *up = static_cast<const double *>(p.up) + i * p.up_stride;
+        for (int64_t j = 0; j < p.intermediate_size; j++) {
+            const ValueAndGrad v = activate(p.activation, gate[j]);
+            bool keep = !(std::fabs(v.value) < p.threshold[j * p.threshold_stride]);
+            if (p.down_threshold)
+                keep = keep && !(std::fabs(v.value * up[j]) < p.down_threshold[j * p.down_threshold_stride]);
+            f(i * p.intermediate_size + j, v, up[j], keep);
+        }
+    };
+    parallel.for_each(p.rows, [](void *context, int64_t i) { (*static_cast<decltype(row) *>(context))(i); }, &row);
+}
+
+} // namespace
+
+void gated_threshold_double(const GatedThresholdParams &p, const Parallel &parallel) {
+    over_elements(p, parallel, [&](int64_t i, ValueAndGrad v, double up, bool keep) {
+        static_cast<double *>(p.h)[i] = keep ? v.value * up : 0;
+    });
+}
+
+void gated_threshold_double_backward(const GatedThresholdParams &p, const Parallel &parallel) {
+    over_elements(p, parallel, [&](int64_t i, ValueAndGrad v, double up, bool keep) {
+        const double grad = static_cast<const double *>(p.grad_h)[i];
+        static_cast<double *>(p.grad_gate)[i] = keep ? grad * up * v.grad : 0;
+        static_cast<double *>(p.grad_up)[i] = keep ? grad * v.value : 0;
+    });
+}
+
+} // namespace cats
