@@ -141,9 +141,7 @@ def bench(dtype_name: str, arguments: argparse.Namespace, read_rate) -> Iterator
     paths: dict[str, Callable[[Layer], Tensor]] = {"dense": dense, "dense, down transposed": dense_transposed}
     if arguments.compile:
         compiled = torch.compile(lambda *tensors: dense(Layer(*tensors, thresholds={})))
-        paths["dense, torch.compile"] = lambda layer: compiled(
-            layer.x, layer.gate, layer.up, layer.down, layer.down_t
-        )
+        paths["dense, torch.compile"] = lambda layer: compiled(layer.x, layer.gate, layer.up, layer.down, layer.down_t)
     paths |= {f"sparse {s:.0%}": sparse(s) for s in sparsities}
     with torch.inference_mode():
         expected = dense(layers[0]).float()
@@ -205,7 +203,9 @@ def main() -> None:
                 label = f"{row['dtype']} {row['path']}"
                 if row["path"] == "sparse_mlp":
                     label += f" {row['sparsity']:.0%}"
-                print(f"{label:32}{row['ms']:9.2f}{row['gb_per_s']:8.1f}{row['share_of_limit']:10.2f}{row['speedup']:9.2f}")
+                print(
+                    f"{label:32}{row['ms']:9.2f}{row['gb_per_s']:8.1f}{row['share_of_limit']:10.2f}{row['speedup']:9.2f}"
+                )
             print(f"{dtype_name} read limit {rows[-1]['read_limit_gb_per_s']:30.1f}")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ struct Options {
     int hidden = 4096, intermediate = 14336, tokens = 1, layers = 0, replays = 30;
     std::string dtype = "bf16", kernel = "auto", csv, label;
     std::vector<double> sparsity = {0, 50, 70, 90};
-    std::vector<int> slots = {0}, prefetch = {-1};
+    std::vector<int> slots = {0}, prefetch = {0};
     double down_sparsity = -1;
     bool check = true, pdl = true;
 };
@@ -284,7 +284,7 @@ template <typename T> class Bench {
 
     cats::SparseMlpLaunchOptions options(int slots, int prefetch) const {
         cats::SparseMlpLaunchOptions options;
-        options.slots = slots, options.prefetch_rows = prefetch, options.programmatic_launch = o_.pdl;
+        options.slots = slots, options.first_batches = prefetch, options.programmatic_launch = o_.pdl;
         if (o_.kernel == "bulk") options.kernel = cats::SparseMlpKernel::kBulkCopy;
         else if (o_.kernel == "async") options.kernel = cats::SparseMlpKernel::kAsyncCopy;
         else if (o_.kernel == "generic") options.kernel = cats::SparseMlpKernel::kGeneric;

@@ -134,13 +134,14 @@ def _pass_timers(passes: list[Callable[[], Any]], device: torch.device, count: i
 
 
 def _captured(one_pass: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of ``one_pass``, warmed up on the stream it is captured on (workspaces belong to a stream)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         one_pass()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         one_pass()
     return graph.replay
 

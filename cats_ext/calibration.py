@@ -164,8 +164,9 @@ class _Layer:
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        weight = self.mlp.down.weight
-        self.down_norm = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+        weight = self.mlp.down.weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.down_norm = torch.linalg.vector_norm(weight, dim=0, dtype=wide).float()
         self.act = ACTIVATIONS[self.mlp.activation]
 
     def _histogram(self, kind: str) -> Histogram:

@@ -157,17 +157,21 @@ class CatsConfig:
         text = json.dumps(document, indent=2) + "\n"
         _write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
 
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:
-        """What goes into the safetensors file, and the position of each histogram's counts: first bucket, bits."""
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, dict[str, int]]]]:
+        """What goes into the safetensors file, and what the counts of each histogram stand for."""
         tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
         tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
-        buckets: dict[str, dict[str, list[int]]] = {}
+        buckets: dict[str, dict[str, dict[str, int]]] = {}
         for name, histograms in self.histograms.items():
             for kind, histogram in histograms.items():
-                first, counts = histogram.trimmed()
+                first, counts = histogram.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
                 narrow = counts.numel() == 0 or int(counts.max()) < 2**31
                 tensors[f"{name}.{kind}_histogram"] = counts.to(torch.int32) if narrow else counts
-                buckets.setdefault(name, {})[kind] = [first, histogram.mantissa_bits]
+                buckets.setdefault(name, {})[kind] = {
+                    "mantissa_bits": histogram.mantissa_bits,
+                    "first": first,
+                    "zeros": histogram.zeros,
+                }
         return tensors, buckets
 
     @classmethod
@@ -202,9 +206,9 @@ class CatsConfig:
         layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
         histograms: dict[str, dict[str, Histogram]] = {}
         for name, kinds in document["histogram_buckets"].items():
-            for kind, (first, mantissa_bits) in kinds.items():
+            for kind, position in kinds.items():
                 counts = tensors.pop(f"{name}.{kind}_histogram")
-                histograms.setdefault(name, {})[kind] = Histogram.from_trimmed(first, counts, mantissa_bits)
+                histograms.setdefault(name, {})[kind] = Histogram.from_trimmed(counts=counts, **position)
 
         def take(suffix: str) -> dict[str, Tensor]:
             return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}

@@ -154,6 +154,8 @@ def _check_linear(projection: str, linear: nn.Module, uses: Counter) -> None:
         )
     if linear.weight.is_meta:
         raise ValueError(f"{projection}.weight is on the meta device: load the weights first, without offloading")
+    if linear.weight.numel() == 0:
+        raise ValueError(f"{projection}.weight must not be empty, got shape {list(linear.weight.shape)}")
     if type(linear.weight.data) is not Tensor:
         raise ValueError(f"{projection}.weight is a {type(linear.weight.data).__name__}, not a plain tensor")
     if linear.weight.dtype not in WEIGHT_DTYPES:

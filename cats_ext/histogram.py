@@ -20,8 +20,7 @@ class Histogram:
     """Distribution of ``|value|`` for float32 values, in ``256 * 2**mantissa_bits`` int64 counts (1 MiB by default).
 
     A bucket of normal numbers has the relative width ``2**-mantissa_bits`` (0.2 % by default); below the smallest
-    normal number 2**-126 the width is the constant ``2**-(126 + mantissa_bits)``. bfloat16 values have buckets of
-    their own, so their quantiles are exact.
+    normal number 2**-126 the width is the constant ``2**-(126 + mantissa_bits)``.
     """
 
     def __init__(self, mantissa_bits: int = 9, device: torch.device | str = "cpu") -> None:
@@ -75,13 +74,13 @@ class Histogram:
         return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - self.mantissa_bits)))[0]
 
     def quantile(self, q: float) -> float:
-        """A threshold below which at most the share ``q`` of the values lies.
+        """A threshold below which the share ``q`` of the values lies.
 
-        With n values in ascending order, the exact quantile is value number ``floor(q * n)`` counted from 0: dropping
-        what is smaller drops at most the share q. The result is the lower edge of that value's bucket. So it is at
-        most the exact quantile, by a relative error of no more than ``2**-mantissa_bits`` (by an absolute one of
-        ``2**-(126 + mantissa_bits)`` below 2**-126), and the share of values below it falls short of the exact
-        quantile's by no more than that bucket's share of all values.
+        With n values in ascending order, the exact quantile is value number ``floor(q * n)``, counted from 0. The
+        result is an edge of that value's bucket, so its relative error is at most ``2**-mantissa_bits`` (the absolute
+        one ``2**-(126 + mantissa_bits)`` below 2**-126). It is the edge that comes closer to the share q, and misses it
+        by at most half the bucket's share. But a bucket with more than 1/16 of all values holds one value many times
+        (a zero, say), which is not dropped whole: then it is the lower edge, and misses by at most the bucket's share.
 
         Raises:
             ValueError: ``q`` outside [0, 1), or no value has been counted.
@@ -91,27 +90,33 @@ class Histogram:
         total = self.total
         if total == 0:
             raise ValueError("the histogram is empty")
-        up_to = self.counts.cumsum(0)
-        return self.lower_edge(int(torch.searchsorted(up_to, int(q * total), right=True)))
+        rank, up_to = q * total, self.counts.cumsum(0)
+        bucket = int(torch.searchsorted(up_to, int(rank), right=True))
+        through, inside = int(up_to[bucket]), int(self.counts[bucket])
+        last = (255 << self.mantissa_bits) - 1
+        if 16 * inside <= total and through - rank < rank - (through - inside) and bucket < last:
+            bucket += 1
+        return self.lower_edge(bucket)
 
     def share_below(self, threshold: float) -> float:
         """Share of the values in buckets that end at or below ``threshold``."""
         bits = struct.unpack("<I", struct.pack("<f", abs(threshold)))[0]
         return int(self.counts[: bits >> (_MANTISSA - self.mantissa_bits)].sum()) / self.total
 
-    def trimmed(self) -> tuple[int, Tensor]:
-        """First occupied bucket, and the counts from there to the last occupied one (for storing and drawing)."""
-        occupied = self.counts.nonzero().flatten()
+    def trimmed(self, start: int = 0) -> tuple[int, Tensor]:
+        """First occupied bucket from ``start`` on, and the counts from there to the last occupied one."""
+        occupied = self.counts[start:].nonzero().flatten() + start
         if len(occupied) == 0:
-            return 0, self.counts[:0].cpu()
+            return start, self.counts[:0].cpu()
         first, last = int(occupied[0]), int(occupied[-1])
         return first, self.counts[first : last + 1].cpu()
 
     @classmethod
-    def from_trimmed(cls, first: int, counts: Tensor, mantissa_bits: int) -> Histogram:
-        """Inverse of :meth:`trimmed`."""
+    def from_trimmed(cls, first: int, counts: Tensor, mantissa_bits: int, zeros: int = 0) -> Histogram:
+        """Inverse of ``trimmed()``, or of ``zeros`` and ``trimmed(start=1)``."""
         histogram = cls(mantissa_bits)
         if first < 0 or first + len(counts) > 255 << mantissa_bits:
             raise ValueError(f"buckets {first} to {first + len(counts)} exceed the histogram's {255 << mantissa_bits}")
         histogram.counts[first : first + len(counts)] = counts
+        histogram.counts[0] += zeros
         return histogram

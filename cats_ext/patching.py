@@ -48,11 +48,11 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
                 layer.up_sparsity,
                 layer.down_sparsity,
             )
+        return model
     except BaseException:
         for mlp in mlps:
             make_dense(mlp.module)
         raise
-    return model
 
 
 def remove_cats(model: nn.Module) -> nn.Module:

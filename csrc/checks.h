@@ -52,8 +52,8 @@ inline DType check_dtype(const char *op, const char *name, const Tensor &t, bool
         if (allow_double) return DType::kFloat64;
         [[fallthrough]];
     default:
-        STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16", allow_double ? " or float64" : "",
-                        ", got ", torch::headeronly::toString(t.scalar_type()));
+        STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16",
+                        allow_double ? " or float64" : "", ", got ", torch::headeronly::toString(t.scalar_type()));
     }
 }
 
@@ -82,7 +82,8 @@ inline void check_weight(const char *op, const char *name, const Tensor &w, cons
                     rows, ", ", columns, "], got ", describe(w.sizes()));
     STD_TORCH_CHECK(columns == 1 || w.stride(1) == 1, op, ": ", name,
                     " must have unit stride in its last dimension, got strides ", describe(w.strides()),
-                    std::string(name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron" : "");
+                    std::string(name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron"
+                                                    : "");
 }
 
 // Null if absent. A vector must be contiguous: biases and thresholds are small, and the caller owns their layout.
@@ -138,8 +139,8 @@ inline SparseMlpParams check_sparse_mlp(const Tensor &x, const Tensor &w_gate, c
     p.w_down_t_stride = w_down_t.stride(0);
     p.threshold = check_threshold(op, "threshold", threshold, x, p.intermediate_size, &p.threshold_stride);
     if (down_threshold.has_value())
-        p.down_threshold = check_threshold(op, "down_threshold", *down_threshold, x, p.intermediate_size,
-                                           &p.down_threshold_stride);
+        p.down_threshold =
+            check_threshold(op, "down_threshold", *down_threshold, x, p.intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, activation);
     p.gate_bias = check_vector(op, "gate_bias", gate_bias, "x", x, p.intermediate_size);
     p.up_bias = check_vector(op, "up_bias", up_bias, "x", x, p.intermediate_size);
@@ -170,8 +171,8 @@ inline GatedThresholdParams check_gated_threshold(const Tensor &gate, const Tens
     p.up = up.const_data_ptr();
     p.threshold = check_threshold(op, "threshold", threshold, gate, p.intermediate_size, &p.threshold_stride);
     if (down_threshold.has_value())
-        p.down_threshold = check_threshold(op, "down_threshold", *down_threshold, gate, p.intermediate_size,
-                                           &p.down_threshold_stride);
+        p.down_threshold =
+            check_threshold(op, "down_threshold", *down_threshold, gate, p.intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, activation);
     return p;
 }

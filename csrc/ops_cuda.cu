@@ -33,7 +33,8 @@ void check_cuda(const char *op, cudaError_t error) {
 Tensor empty_contiguous_like(const Tensor &like) {
     const auto sizes = like.sizes();
     std::vector<int64_t> strides(sizes.size(), 1);
-    for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; d--) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+    for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; d--)
+        strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
     int32_t dtype;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
     AtenTensorHandle handle;
@@ -61,8 +62,9 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
     return y;
 }
 
-Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold, OptionalTensor down_threshold,
-                  std::string activation, OptionalTensor gate_bias, OptionalTensor up_bias, OptionalTensor down_bias) {
+Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold,
+                  OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
+                  OptionalTensor up_bias, OptionalTensor down_bias) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold, activation, gate_bias,
                           up_bias, down_bias);
 }
@@ -74,9 +76,7 @@ Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t,
                           down_bias);
 }
 
-Tensor with_uniform_rows(const Tensor &t) {
-    return collapsed_row_stride(t) < 0 ? torch::stable::contiguous(t) : t;
-}
+Tensor with_uniform_rows(const Tensor &t) { return collapsed_row_stride(t) < 0 ? torch::stable::contiguous(t) : t; }
 
 void set_inputs(GatedThresholdParams &params, const Tensor &gate, const Tensor &up) {
     params.gate = gate.const_data_ptr();
@@ -85,7 +85,8 @@ void set_inputs(GatedThresholdParams &params, const Tensor &gate, const Tensor &
     params.up_stride = collapsed_row_stride(up);
 }
 
-Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold, std::string activation) {
+Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold,
+                       std::string activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     const DeviceGuard guard(gate.get_device_index());
     const Tensor gate_rows = with_uniform_rows(gate), up_rows = with_uniform_rows(up);

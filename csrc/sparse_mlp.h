@@ -31,8 +31,8 @@ struct SparseMlpParams {
     const void *w_down_t; // [I, H], unit column stride: row j is neuron j's column of down_proj.weight
     int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons
 
-    const float *threshold;         // fp32, one value (stride 0) or one per neuron (stride 1)
-    const float *down_threshold;    // likewise, or null: no second test
+    const float *threshold;      // fp32, one value (stride 0) or one per neuron (stride 1)
+    const float *down_threshold; // likewise, or null: no second test
     int64_t threshold_stride, down_threshold_stride;
 
     const void *gate_bias, *up_bias; // [I] or null
@@ -58,8 +58,8 @@ struct GatedThresholdParams {
 
     void *h; // forward: [rows, I], contiguous
 
-    const void *grad_h;          // backward: [rows, I], contiguous
-    void *grad_gate, *grad_up;   // backward: [rows, I], contiguous
+    const void *grad_h;        // backward: [rows, I], contiguous
+    void *grad_gate, *grad_up; // backward: [rows, I], contiguous
 
     Activation activation;
     DType dtype; // fp32, fp16, bf16 or fp64; computed in fp32 (fp64 for fp64)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
+from models import CharacterTokenizer
+from saved_model import save_tiny_model
 from typer.testing import CliRunner
 
 import cats_ext
@@ -24,21 +25,8 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
-    """A random Llama whose tokens are the first 125 bytes, saved with its tokenizer."""
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
     directory = tmp_path_factory.mktemp("model")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(i): i for i in range(3, 128)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
-    tiny_model("llama").save_pretrained(directory)
+    save_tiny_model(directory)
     return directory
 
 
@@ -56,6 +44,15 @@ def thresholds(model_dir, text_file, tmp_path_factory) -> Path:
     result = cats("calibrate", model_dir, "--text", text_file, "-o", directory, "--sequence-length", 128)
     assert result.exit_code == 0, result.stderr
     return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """At these sizes threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -212,8 +209,9 @@ def test_generate_writes_the_models_own_continuation(model_dir):
 
 def test_generate_reports_the_sparsity_reached(model_dir, thresholds):
     arguments = ("generate", model_dir, "--cats", thresholds, "--prompt", "the cat sat on", "--max-new-tokens", 24)
-    sparsity = json_of(*arguments)["sparsity"]
-    assert sparsity["tokens"] == 14 + 23  # the last token is written, never read
+    document = json_of(*arguments)
+    sparsity = document["sparsity"]
+    assert sparsity["tokens"] == 14 + document["new_tokens"] - 1  # the last token is written, never read
     assert sparsity["target"] == 0.5 and 0.2 < sparsity["up_sparsity"] < 0.8
     assert sparsity["bytes_share"] == pytest.approx(1 - 2 / 3 * sparsity["up_sparsity"])
     assert "neurons skipped: " in cats(*arguments).stderr
@@ -253,11 +251,8 @@ def test_cuda_without_a_device_is_an_error(model_dir):
     assert "finds no CUDA device" in error_of("generate", model_dir, "--prompt", "a", "--device", "cuda")
 
 
-def test_thresholds_of_another_model_are_refused(thresholds, model_dir, tmp_path):
-    from transformers import AutoTokenizer
-
-    tiny_model("qwen2").save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path)
+def test_thresholds_of_another_model_are_refused(thresholds, tmp_path):
+    save_tiny_model(tmp_path, "qwen2")
     assert "'llama'" in error_of("generate", tmp_path, "--cats", thresholds, "--prompt", "a")
 
 
@@ -327,6 +322,15 @@ def test_bench_table(small_working_set):
     assert "bfloat16" in result.stdout and "69.8%" in result.stdout and "of read limit" in result.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bench_on_a_gpu(small_working_set):
+    document = json_of("bench", "--shape", "256x704", "--sparsity", "0,0.9", "--passes", 3, "--device", "cuda")
+    assert document["dtype"] == "bfloat16" and document["device"] == torch.cuda.get_device_name()
+    assert document["compiled"] and document["threads"] is None
+    assert all(row["microseconds"] > 0 for row in document["rows"])
+
+
 def test_bench_refuses_to_time_a_wrong_result(small_working_set, monkeypatch):
     monkeypatch.setattr(benchmark.ops, "sparse_mlp", lambda x, *_: x)
     arguments = ("--shape", "64x96", "--passes", 1, "--device", "cpu")
@@ -381,6 +385,14 @@ def test_demo_on_a_directory(model_dir, tmp_path):
     assert Path(document["figure"]).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_demo_on_a_gpu(model_dir, text_file, tmp_path):
+    document = json_of("demo", "--model", model_dir, "--text", text_file, "-o", tmp_path, "--device", "cuda:0")
+    assert document["dtype"] == "bfloat16" and document["compiled"]
+    assert document["variants"][1]["reached"]["up_sparsity"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_demo_on_text_of_the_user(model_dir, text_file, tmp_path):
     figure = tmp_path / "mine.png"
     arguments = ("demo", "--model", model_dir, "--text", text_file, "-o", figure, "--sparsity", 0.7)
@@ -430,8 +442,6 @@ def test_read_texts_keeps_order_and_drops_blanks(tmp_path):
 
 
 def test_window_bos_only_where_the_tokenizer_adds_one():
-    from models import CharacterTokenizer
-
     class Tokenizer(CharacterTokenizer):
         def __call__(self, text: str, **named: object):
             return type("Encoding", (), super().__call__(text, **named))

@@ -206,8 +206,9 @@ def test_wrong_format_version(config, tmp_path, version):
         (dict(layers={}), "no layer|at least one MLP"),
         (dict(layers={NAME: {"hidden_size": 64}}), "missing 4 required positional arguments"),
         (dict(layers=[1]), "object"),
-        (dict(histogram_buckets={NAME: {"gate": [-1, 9]}}), "exceed"),
-        (dict(histogram_buckets={"elsewhere": {"gate": [0, 9]}}), "missing entry 'elsewhere.gate_histogram'"),
+        (dict(histogram_buckets={NAME: {"gate": {"first": -1, "mantissa_bits": 9}}}), "exceed"),
+        (dict(histogram_buckets={NAME: {"gate": {"last": 1}}}), "unexpected keyword argument 'last'"),
+        (dict(histogram_buckets={"elsewhere": {"gate": {}}}), "missing entry 'elsewhere.gate_histogram'"),
         (dict(histogram_buckets={}), "entries for no layer"),
     ],
 )

@@ -22,13 +22,15 @@ def check_bounds(values: torch.Tensor, q: float, mantissa_bits: int = 9) -> None
     histogram = Histogram(mantissa_bits)
     histogram.add(values)
     got, exact = histogram.quantile(q), exact_quantile(values, q)
-    width = max(2.0**-mantissa_bits * exact, 2.0 ** -(126 + mantissa_bits))
-    assert got <= exact < got + width + 1e-45
+    assert abs(got - exact) <= max(2.0**-mantissa_bits * exact, 2.0 ** -(126 + mantissa_bits))
     magnitudes = values.float().abs()
-    dropped = (magnitudes < got).sum().item()
-    bucket = ((magnitudes >= got) & (magnitudes < got + width)).sum().item()
-    assert dropped <= q * values.numel()
-    assert (magnitudes < exact).sum().item() - dropped <= bucket
+    bits = lambda x: torch.as_tensor(x).view(torch.int32) >> (23 - mantissa_bits)  # noqa: E731
+    bucket = (bits(magnitudes) == bits(torch.tensor(exact))).float().mean().item()
+    missed = (magnitudes < got).double().mean().item() - q
+    if bucket > 1 / 16:
+        assert -bucket - 1e-6 <= missed <= 1e-6
+    else:
+        assert abs(missed) <= bucket / 2 + 1e-6
 
 
 generator = torch.Generator().manual_seed(0)
@@ -71,12 +73,22 @@ def test_quantile_bounds_on_any_values(values, q):
     check_bounds(torch.from_numpy(values), q)
 
 
-@pytest.mark.parametrize("q", [0.0, 0.3, 0.5, 0.9])
-def test_bfloat16_quantiles_are_exact(q):
-    values = DISTRIBUTIONS["bfloat16"]
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9, 0.99])
+def test_a_value_that_occurs_often_is_kept(q):
+    histogram = Histogram()
+    histogram.add(torch.full((1000,), 0.3))
+    assert histogram.quantile(q) <= 0.3
+
+
+def test_where_silu_turns_back_many_values_share_a_bucket():
+    # |silu| has a maximum of 0.27846 among negative arguments, and an unbounded density just below it.
+    values = torch.nn.functional.silu(-0.5 + 1.2 * torch.randn(200_000, generator=generator)).abs()
     histogram = Histogram()
     histogram.add(values)
-    assert histogram.quantile(q) == exact_quantile(values, q)
+    most = histogram.counts.max().item() / len(values)
+    assert 0.01 < most < 0.04
+    for q in torch.linspace(0.4, 0.9, 101).tolist():
+        assert (values < histogram.quantile(q)).float().mean().item() == pytest.approx(q, abs=most / 2)
 
 
 def test_order_chunks_and_merging_do_not_matter():
@@ -122,6 +134,8 @@ def test_trimming_round_trip(name):
     first, counts = histogram.trimmed()
     assert counts[0] > 0 and counts[-1] > 0
     assert Histogram.from_trimmed(first, counts, 9) == histogram
+    first, counts = histogram.trimmed(start=1)
+    assert first > 0 and Histogram.from_trimmed(first, counts, 9, zeros=histogram.zeros) == histogram
     assert Histogram.from_trimmed(*Histogram().trimmed(), 9) == Histogram()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+import sys
 import types
 import warnings
 from dataclasses import replace
@@ -14,10 +16,9 @@ import torch.nn.functional as F
 from models import CONFIGS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, tiny_model, tokens
 from torch import nn
 
-import cats_ext.patching
 from cats_ext import CatsConfig, CatsMLP, apply_cats, calibrate, remove_cats, sparsity_report, track_sparsity
 from cats_ext.functional import MAX_KERNEL_TOKENS
-from cats_ext.modules import make_sparse
+from cats_ext.modules import make_dense, make_sparse
 from cats_ext.reference import ACTIVATIONS, gated_threshold_ref
 
 FAMILIES = list(CONFIGS)
@@ -103,8 +104,9 @@ def test_kernel_equals_the_dense_masked_path(family, called, monkeypatch):
     kernel = logits(model, few())
     assert called == ["sparse_mlp"] * LAYERS
     called.clear()
+    ids = few()
     monkeypatch.setitem(MAX_KERNEL_TOKENS, "cpu", 0)
-    dense = logits(model, few())
+    dense = logits(model, ids)
     assert called == ["gated_threshold"] * LAYERS
     torch.testing.assert_close(kernel, dense, rtol=1e-4, atol=1e-4)
 
@@ -664,7 +666,6 @@ UNSUPPORTED = {
     "activation": (lambda mlp, model: setattr(mlp, "act_fn", nn.Tanh()), "its activation Tanh is none of silu, gelu"),
     "no activation": (lambda mlp, model: delattr(mlp, "act_fn"), "none of the attributes act_fn, activation_fn"),
     "another child": (lambda mlp, model: mlp.add_module("norm", nn.LayerNorm(2)), "it has further children: norm"),
-    "meta": (lambda mlp, model: mlp.down_proj.to("meta"), "down_proj.weight is on the meta device"),
     "tied": (
         lambda mlp, model: setattr(mlp.gate_proj, "weight", model.model.layers[0].mlp.gate_proj.weight),
         "gate_proj.weight is shared with another module",
@@ -677,11 +678,15 @@ UNSUPPORTED = {
     "dtype": (lambda mlp, model: mlp.up_proj.half(), "up_proj.weight is torch.float16 on cpu, but gate_proj.weight is"),
     "integers": (
         lambda mlp, model: mlp.gate_proj.requires_grad_(False).to(torch.complex64),
-        "gate_proj.weight must be one of .*float32.*, got torch.complex64",
+        "gate_proj.weight must be float32, float16, bfloat16 or float64, got torch.complex64",
     ),
     "shape": (
         lambda mlp, model: setattr(mlp, "up_proj", nn.Linear(HIDDEN, 99, bias=False)),
         r"up_proj.weight must have shape \[176, 64\] to fit down_proj.weight \[64, 176\], got \[99, 64\]",
+    ),
+    "empty": (
+        lambda mlp, model: setattr(mlp, "up_proj", nn.Linear(HIDDEN, 0, bias=False)),
+        r"up_proj.weight must not be empty, got shape \[0, 64\]",
     ),
     "clamped": (clamp_gate, r"its forward is not down\(act\(gate\) \* up\)"),
     "scaled": (scale_output, r"its forward is not down\(act\(gate\) \* up\)"),
@@ -695,6 +700,27 @@ def test_unsupported_mlps_are_refused_by_name(name):
     change, message = UNSUPPORTED[name]
     config = config_for(tiny_model())
     refuse(middle(change), config, rf"model.layers.\d.mlp \(\w+\) cannot run sparsely: .*{message}")
+
+
+def test_meta_tensors_are_refused():
+    model, config = tiny_model(), config_for(tiny_model())
+    model.model.layers[1].mlp.down_proj.to("meta")
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp .*: down_proj.weight is on the meta device"):
+        apply_cats(model, config)
+    assert not any(isinstance(module, CatsMLP) for module in layers_of(model))
+    with pytest.raises(ValueError, match="meta device"):
+        apply_cats(tiny_model().to("meta"), config)
+
+
+def test_offloaded_weights_are_refused():
+    from accelerate import cpu_offload
+
+    model, config = tiny_model(), config_for(tiny_model())
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"gate_proj.weight is on the meta device: load the weights .* without offloading"
+    ):
+        apply_cats(model, config)
 
 
 def test_fused_experts_are_refused():
@@ -716,63 +742,55 @@ def test_adapters_first_are_refused():
         apply_cats(model, config)
 
 
+class InterruptAt:
+    """Raises ``error`` when the n-th line of one of ``functions`` is about to run."""
+
+    def __init__(self, line: int, functions: list, error: type[BaseException]) -> None:
+        self.left, self.codes, self.error = line, {function.__code__ for function in functions}, error
+
+    def trace(self, frame, event, argument):
+        if frame.f_code not in self.codes:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)  # once only: what cleans up is not interrupted
+                raise self.error
+        return self.trace
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *exception):
+        sys.settrace(None)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("layer", [0, 1, LAYERS - 1])
-@pytest.mark.parametrize("moment", ["before", "layout", "buffers", "after"])
-def test_interrupted_patching_leaves_nothing(monkeypatch, error, layer, moment):
+def test_patching_interrupted_at_any_line_leaves_nothing(error):
     model = tiny_model()
     config, before = config_for(model), snapshot(model)
-    count = 0
-
-    def interrupted(mlp, *arguments):
-        nonlocal count
-        count += 1
-        if count - 1 != layer:
-            return make_sparse(mlp, *arguments)
-        if moment == "layout":
-            monkeypatch.setattr(mlp.module, "register_buffer", raiser, raising=False)
-        elif moment == "buffers":
-            really = mlp.module.register_buffer
-            calls = []
-
-            def second(*a, **k):
-                calls.append(1)
-                return raiser() if len(calls) == 2 else really(*a, **k)
-
-            monkeypatch.setattr(mlp.module, "register_buffer", second, raising=False)
-        elif moment == "before":
-            raiser()
+    for line in itertools.count():
         try:
-            make_sparse(mlp, *arguments)
-            raiser()
-        finally:
-            vars(mlp.module).pop("register_buffer", None)
-
-    def raiser(*a, **k):
-        raise error
-
-    monkeypatch.setattr(cats_ext.patching, "make_sparse", interrupted)
-    with pytest.raises(error):
-        apply_cats(model, config)
-    assert count == layer + 1
-    assert_unchanged(model, before)
-    monkeypatch.undo()
-    apply_cats(model, config)
+            with InterruptAt(line, [apply_cats, make_sparse], error):
+                apply_cats(model, config)
+            break
+        except error:
+            assert_unchanged(model, before)
+    assert line > 8 * LAYERS
+    assert len([m for m in layers_of(model) if isinstance(m, CatsMLP)]) == LAYERS
 
 
-def test_interrupted_removal_is_completed(monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_removal_interrupted_at_any_line_is_completed(error):
     model = tiny_model()
-    before = snapshot(model)
-    apply_cats(model, config_for(model))
-    really, calls = torch.empty_strided, []
-
-    def interrupted(*arguments, **named):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return really(*arguments, **named)
-
-    monkeypatch.setattr(torch, "empty_strided", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        remove_cats(model)
+    config, before = config_for(model), snapshot(model)
+    for line in itertools.count():
+        apply_cats(model, config)
+        try:
+            with InterruptAt(line, [make_dense], error):
+                remove_cats(model)
+            break
+        except error:
+            assert_unchanged(model, before)
+    assert line > 8 * LAYERS
     assert_unchanged(model, before)

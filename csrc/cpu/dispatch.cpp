@@ -57,7 +57,7 @@ const CpuKernels &cpu_kernels() {
 }
 
 std::string cpu_kernels_info() {
-    std::string info = "compiled for " + names(false) + "; ";
+    std::string info = "compiled for " + names(false) + ", of which this processor runs " + names(true) + "; ";
     try {
         return info + "uses " + cpu_kernels().isa;
     } catch (const std::runtime_error &error) {

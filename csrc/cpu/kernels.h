@@ -48,7 +48,7 @@ namespace avx512bf16 { extern const CpuKernels kernels; }
 // CATS_CPU_ISA names one that is unknown or that this processor cannot run.
 const CpuKernels &cpu_kernels();
 
-// What is compiled in, and what cpu_kernels() chooses.
+// What is compiled in, what of it this processor can run, and what cpu_kernels() chooses.
 std::string cpu_kernels_info();
 
 // fp64 is for gradcheck, not for speed: plain scalar code, the same on every machine.

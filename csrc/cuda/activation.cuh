@@ -24,8 +24,7 @@ template <typename T> __device__ __forceinline__ T activate_grad(T g, Activation
         const T s = T(1) / (T(1) + exp(-g));
         return s * (T(1) + g * (T(1) - s));
     }
-    case Activation::kGelu:
-        return T(0.5) * (T(1) + erf(g * kSqrtHalf)) + g * kInvSqrtTwoPi * exp(T(-0.5) * g * g);
+    case Activation::kGelu: return T(0.5) * (T(1) + erf(g * kSqrtHalf)) + g * kInvSqrtTwoPi * exp(T(-0.5) * g * g);
     case Activation::kGeluTanh: {
         const T t = tanh(kSqrtTwoOverPi * (g + kCubic * g * g * g));
         return T(0.5) * (T(1) + t) + T(0.5) * g * (T(1) - t * t) * kSqrtTwoOverPi * (T(1) + T(3) * kCubic * g * g);

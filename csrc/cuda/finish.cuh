@@ -7,17 +7,23 @@
 
 namespace cats {
 
+// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
+__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
+    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
+}
+
 struct Workspace {
-    float *y_sum;          // [tokens, hidden_size]
-    unsigned *next_neuron; // how many neurons have been drawn; see sparse_mlp_kernel.cuh
+    float *y_sum;         // [tokens, hidden_size]
+    unsigned *next_batch; // how many gate batches have been drawn; see sparse_mlp_kernel.cuh
     unsigned *done_ctas;
 };
 
-__device__ __forceinline__ void add_to_global(float *to, float a, float b, float c, float d) {
+__device__ __forceinline__ void add_to_global(float *to, float4 v) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 #else
-    atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);
+    atomicAdd(to, v.x), atomicAdd(to + 1, v.y), atomicAdd(to + 2, v.z), atomicAdd(to + 3, v.w);
 #endif
 }
 
@@ -41,7 +47,8 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
         for (int64_t i = threadIdx.x; i < size / 4; i += blockDim.x) {
             const float4 sum = __ldcg(sums + i);
             sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-            round_one(4 * i, sum.x), round_one(4 * i + 1, sum.y), round_one(4 * i + 2, sum.z), round_one(4 * i + 3, sum.w);
+            round_one(4 * i, sum.x), round_one(4 * i + 1, sum.y), round_one(4 * i + 2, sum.z),
+                round_one(4 * i + 3, sum.w);
         }
     } else {
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
@@ -50,7 +57,7 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
             round_one(i, sum);
         }
     }
-    if (threadIdx.x == 0) *workspace.done_ctas = 0, *workspace.next_neuron = 0;
+    if (threadIdx.x == 0) *workspace.done_ctas = 0, *workspace.next_batch = 0;
 }
 
 } // namespace cats

@@ -1,6 +1,6 @@
-// How a weight row is stored, as the kernels see it: 16-byte chunks that decode to kPerChunk consecutive columns in fp32.
-// This is the one place to change for another storage (int8 or int4 rows): give it a chunk width, a decoder, and load x
-// with the same columns per chunk.
+// How a weight row is stored, as the kernels see it: 16-byte chunks that decode to kPerChunk consecutive columns in
+// fp32. This is the one place to change for another storage (int8 or int4 rows): give it a chunk width, a decoder, and
+// load x with the same columns per chunk.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,18 +1,18 @@
-// A warp's queue of weight rows on their way from device memory into its ring of shared-memory slots.
+// A warp's queue of batches of weight rows on their way from device memory into its ring of shared-memory slots.
 //
 // Each warp copies just its own columns of a row and is the only one to read them, so a slot needs no synchronisation
-// beyond the warp. Rows complete in the order of their requests. Two implementations of one interface:
-//     Pipe pipe(ring, barriers, slots, slot_bytes, bytes)   every lane calls everything; bytes: this warp's part of a row
-//     pipe.request(slot, row)                               start the copy of `bytes` from row into the slot
-//     pipe.wait(slot, in_flight)                            until the oldest of in_flight requests, in this slot, is there
-//     pipe.chunk(slot, i)                                   this lane's i-th 16-byte chunk
+// beyond the warp. Batches complete in the order of their requests. Two implementations of one interface, of which
+// every lane calls everything; bytes is this warp's part of a row, row_bytes the space for it:
+//     Pipe pipe(ring, barriers, slots, row_bytes, bytes)
+//     pipe.request(slot, count, address)   copy row r of `count` from address(r), for a slot that the warp has read
+//     pipe.wait(slot, in_flight)           until the oldest of in_flight requests, in this slot, is there
+//     pipe.chunk(slot, r, i)               this lane's i-th 16-byte chunk of row r
 #pragma once
 
 #include <cstdint>
 
 namespace cats {
 
-// Up to 16 slots: the kernel's bookkeeping of rows still to be requested has 32 entries, two for each slot.
 constexpr int kMaxSlots = 16;
 
 __device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -24,22 +24,26 @@ __device__ __forceinline__ void prefetch_l2(const void *row, uint32_t bytes) {
 #endif
 }
 
-// sm_80: every lane copies the chunks that it will read itself, one commit group a row.
-template <int kChunks> class AsyncCopyPipe {
+// sm_80: every lane copies the chunks that it will read itself, one commit group a batch.
+template <int kChunks, int kRows> class AsyncCopyPipe {
   public:
     static constexpr int kBarrierBytes = 0; // per slot
     static constexpr int kMinArch = 800;    // as __CUDA_ARCH__
 
-    __device__ AsyncCopyPipe(uint8_t *ring, uint64_t *, int, uint32_t slot_bytes, uint32_t bytes)
-        : ring_(ring), slot_bytes_(slot_bytes), bytes_(bytes), lane_offset_(threadIdx.x % 32 * 16) {}
+    __device__ AsyncCopyPipe(uint8_t *ring, uint64_t *, int, uint32_t row_bytes, uint32_t bytes)
+        : ring_(ring), row_bytes_(row_bytes), bytes_(bytes), lane_offset_(threadIdx.x % 32 * 16) {}
 
-    __device__ __forceinline__ void request(int slot, const uint8_t *row) {
-        const uint32_t to = smem_address(ring_ + slot * slot_bytes_);
+    template <typename Address> __device__ __forceinline__ void request(int slot, int count, Address address) {
 #pragma unroll
-        for (int i = 0; i < kChunks; i++) {
-            const uint32_t offset = i * 512 + lane_offset_;
-            if (offset < bytes_)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + offset), "l"(row + offset) : "memory");
+        for (int r = 0; r < kRows; r++) {
+            if (r >= count) break;
+            const uint8_t *row = address(r) + lane_offset_;
+            const uint32_t to = smem_address(ring_ + (slot * kRows + r) * row_bytes_ + lane_offset_);
+#pragma unroll
+            for (int i = 0; i < kChunks; i++)
+                if (i * 512 + lane_offset_ < bytes_)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 512), "l"(row + i * 512)
+                                 : "memory");
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
@@ -65,8 +69,8 @@ template <int kChunks> class AsyncCopyPipe {
         }
     }
 
-    __device__ __forceinline__ uint4 chunk(int slot, int i) const {
-        return *reinterpret_cast<const uint4 *>(ring_ + slot * slot_bytes_ + i * 512 + lane_offset_);
+    __device__ __forceinline__ uint4 chunk(int slot, int r, int i) const {
+        return *reinterpret_cast<const uint4 *>(ring_ + (slot * kRows + r) * row_bytes_ + i * 512 + lane_offset_);
     }
 
   private:
@@ -75,17 +79,17 @@ template <int kChunks> class AsyncCopyPipe {
     }
 
     uint8_t *ring_;
-    uint32_t slot_bytes_, bytes_, lane_offset_;
+    uint32_t row_bytes_, bytes_, lane_offset_;
 };
 
 // sm_90: one lane asks the copy engine for the whole part; it completes on the slot's mbarrier.
-template <int kChunks> class BulkCopyPipe {
+template <int kChunks, int kRows> class BulkCopyPipe {
   public:
     static constexpr int kBarrierBytes = 8;
     static constexpr int kMinArch = 900;
 
-    __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t slot_bytes, uint32_t bytes)
-        : ring_(ring), barriers_(barriers), slot_bytes_(slot_bytes), bytes_(bytes), phases_(0) {
+    __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t row_bytes, uint32_t bytes)
+        : ring_(ring), barriers_(barriers), row_bytes_(row_bytes), bytes_(bytes), phases_(0) {
 #if __CUDA_ARCH__ >= 900
         const int lane = threadIdx.x % 32;
         if (lane < slots)
@@ -96,18 +100,19 @@ template <int kChunks> class BulkCopyPipe {
 #endif
     }
 
-    __device__ __forceinline__ void request(int slot, const uint8_t *row) {
+    template <typename Address> __device__ __forceinline__ void request(int slot, int count, Address address) {
 #if __CUDA_ARCH__ >= 900
-        __syncwarp(); // every lane has read what the slot held
-        if (threadIdx.x % 32 == 0) {
-            const uint32_t barrier = smem_address(barriers_ + slot);
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes_) : "memory");
-            if (bytes_)
-                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                             "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(ring_ + slot * slot_bytes_)),
-                             "l"(row), "r"(bytes_), "r"(barrier), "l"(policy_)
-                             : "memory");
-        }
+        const int lane = threadIdx.x % 32;
+        const uint32_t barrier = smem_address(barriers_ + slot);
+        if (lane == 0)
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count * bytes_)
+                         : "memory");
+        __syncwarp();
+        if (lane < count && bytes_)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                         "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(ring_ + (slot * kRows + lane) * row_bytes_)),
+                         "l"(address(lane)), "r"(bytes_), "r"(barrier), "l"(policy_)
+                         : "memory");
 #endif
     }
 
@@ -127,14 +132,15 @@ template <int kChunks> class BulkCopyPipe {
 #endif
     }
 
-    __device__ __forceinline__ uint4 chunk(int slot, int i) const {
-        return *reinterpret_cast<const uint4 *>(ring_ + slot * slot_bytes_ + i * 512 + threadIdx.x % 32 * 16);
+    __device__ __forceinline__ uint4 chunk(int slot, int r, int i) const {
+        return *reinterpret_cast<const uint4 *>(ring_ + (slot * kRows + r) * row_bytes_ + i * 512 +
+                                                threadIdx.x % 32 * 16);
     }
 
   private:
     uint8_t *ring_;
     uint64_t *barriers_;
-    uint32_t slot_bytes_, bytes_, phases_;
+    uint32_t row_bytes_, bytes_, phases_;
     uint64_t policy_ = 0;
 };
 

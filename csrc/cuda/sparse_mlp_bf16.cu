@@ -3,7 +3,8 @@
 
 namespace cats {
 
-template cudaError_t launch_group<DenseRow<__nv_bfloat16>>(const SparseMlpParams &, const DeviceLimits &, SparseMlpKernel,
-                                                 const Workspace &, cudaStream_t, const SparseMlpLaunchOptions &);
+template cudaError_t launch_group<DenseRow<__nv_bfloat16>>(const SparseMlpParams &, const DeviceLimits &,
+                                                           SparseMlpKernel, const Workspace &, cudaStream_t,
+                                                           const SparseMlpLaunchOptions &);
 
 } // namespace cats

@@ -10,7 +10,8 @@ namespace cats {
 struct DeviceLimits {
     int compute_capability; // 90 for 9.0
     int multiprocessors;
-    int shared_bytes; // per CTA, after opting in
+    int shared_bytes;         // per CTA, after opting in
+    bool large_shared_memory; // see has_large_shared_memory
 };
 
 // One launch for a group of up to kMaxTokensPerLaunch tokens; kernel is not kAuto. cudaErrorNotSupported: no instance

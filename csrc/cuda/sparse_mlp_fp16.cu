@@ -4,6 +4,6 @@
 namespace cats {
 
 template cudaError_t launch_group<DenseRow<__half>>(const SparseMlpParams &, const DeviceLimits &, SparseMlpKernel,
-                                                 const Workspace &, cudaStream_t, const SparseMlpLaunchOptions &);
+                                                    const Workspace &, cudaStream_t, const SparseMlpLaunchOptions &);
 
 } // namespace cats

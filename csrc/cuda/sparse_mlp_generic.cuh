@@ -27,13 +27,16 @@ __global__ void __launch_bounds__(kGenericThreads)
     sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
-    auto row_of = [&](const void *base, int64_t stride, int64_t j) { return static_cast<const T *>(base) + j * stride; };
+    auto row_of = [&](const void *base, int64_t stride, int64_t j) {
+        return static_cast<const T *>(base) + j * stride;
+    };
     for (int64_t j = blockIdx.x; j < p.intermediate_size; j += gridDim.x) {
         for (int m = 0; m < p.tokens; m++) {
             const T *x = static_cast<const T *>(p.x) + int64_t(m) * hidden;
             auto dot = [&](const T *w, const void *bias) {
                 float sum = 0.f;
-                for (int c = threadIdx.x; c < hidden; c += kGenericThreads) sum = fmaf(to_float(w[c]), to_float(x[c]), sum);
+                for (int c = threadIdx.x; c < hidden; c += kGenericThreads)
+                    sum = fmaf(to_float(w[c]), to_float(x[c]), sum);
                 return block_sum(sum) + (bias ? to_float(static_cast<const T *>(bias)[j]) : 0.f);
             };
             evaluated++;

@@ -1,15 +1,15 @@
 // The one-pass sparse gated MLP: gate, threshold, and the up and down rows of kept neurons, in one persistent kernel.
 //
 // At a few tokens the MLP takes as long as its weights take to read, so the kernel is a queue of weight rows that never
-// runs dry. kTeamWarps warps form a team; a team treats one row at a time, each warp its own
-// segment of the columns. Rows pass through the warps' rings (row_pipe.cuh) in the order of their requests:
-// gate rows, and, as soon as a gate row's dot product passes the threshold, that neuron's up and down rows, which go
-// before the next gate row. While a row is computed the following `slots` rows are on their way, so nothing waits for
-// the decision. Down rows are accumulated in registers; y leaves the CTA once, at the end (finish.cuh).
+// runs dry. kTeamWarps warps form a team; each warp has its own segment of the columns. A team treats a batch of kRows
+// rows of one kind at a time, so that what a row costs beside its columns (waiting, reducing, deciding, asking for the
+// next) is shared by the batch. Batches pass through the warps' rings (row_pipe.cuh) in the order of their requests:
+// gate batches of consecutive neurons, and up and down batches of neurons that passed, which go before the next gate
+// batch. While a batch is computed the next `slots - 1` are on their way. Down rows are accumulated in registers; y
+// leaves the CTA once, at the end (finish.cuh).
 //
-// The warps of a team run the same control flow on the same values: the queue's state is spread over the lanes of every
-// warp (lane s knows what slot s holds), and dot products are summed in the same order by all. The only thing they
-// exchange is partial dot products, one named barrier a gate or up row.
+// The warps of a team run the same control flow on the same values, each with its own copy of the queues, and sum dot
+// products in the same order. All they exchange is partial dot products, at one named barrier a gate or up batch.
 //
 // Weights do not depend on the previous kernel, x does. With programmatic dependent launch this kernel starts while the
 // previous one still runs, and only prefetches its first rows into L2 before it waits. Everything it computes with is
@@ -27,9 +27,9 @@ namespace cats {
 // What the launcher plans per shape; see sparse_mlp_dispatch.cuh.
 struct SparseMlpPlan {
     int ctas;
-    int slots;          // rows in flight per team, 2 to kMaxSlots
+    int slots;          // batches in flight per team, 2 to kMaxSlots
     int segment_chunks; // 16-byte chunks of a row per warp; the last warps of a team may have fewer or none
-    int prefetch_rows;  // gate rows of a team brought into L2 before the previous kernel ends
+    int first_batches;  // gate batches that a team starts with: brought into L2 before the previous kernel ends
 };
 
 struct KernelArguments {
@@ -38,119 +38,174 @@ struct KernelArguments {
     Workspace workspace;
 };
 
-// A row on its way: neuron | value index << 24 | kind << 29. So at most 2^24 neurons; the launcher checks.
-enum RowKind : uint32_t { kGateRow = 0, kUpRow = 1, kDownRow = 2 };
-constexpr int64_t kMaxNeurons = 1 << 24;
-__device__ __forceinline__ uint32_t make_row(RowKind kind, uint32_t value, uint32_t neuron) {
-    return kind << 29 | value << 24 | neuron;
-}
+// A row on its way: neuron | value index << 24. So at most 2^24 neurons; the launcher checks.
+constexpr uint32_t kMaxNeurons = 1 << 24, kNoRow = 0xffffffff;
+enum RowKind : uint32_t { kGate = 0, kUp = 1, kDown = 2 };
 
-// What the warps of a team tell each other at a gate or up row: their partial dot products, and the leader the next
-// neuron. Two of them, used in turns: a warp may be one row ahead of another, never two.
-template <int kTokens, int kTeamWarps> struct Exchange {
-    float dots[kTokens][kTeamWarps];
-    uint32_t next_neuron;
+// Values are act(g), later h, of neurons on their way from their gate row to their down row, one index each.
+constexpr int kMaxValues = 32;
+
+// What one warp remembers, its own copy. Rings of 32: no queue can hold more neurons than there are value indices.
+template <int kTokens, int kRows> struct WarpState {
+    uint32_t up_queue[kMaxValues], down_queue[kMaxValues]; // rows still to be requested
+    uint32_t slot_rows[kMaxSlots][kRows];                  // what the slots hold
+    float values[kMaxValues][kTokens];
+    uint32_t value_tokens[kMaxValues]; // which tokens keep the neuron
 };
 
-// Shared memory: rings | barriers | exchanges. At the end the teams are summed through the space of the rings.
-struct SharedLayout {
-    uint32_t barriers, exchanges, total; // offsets in bytes; the rings start at 0
+// What the warps of a team tell each other at a gate or up batch: their partial dot products, and the leader the next
+// gate batch. Two of them, used in turns: a warp may be one batch ahead of another, never two.
+template <int kDots, int kTeamWarps> struct alignas(16) Exchange {
+    float dots[kDots][kTeamWarps];
+    uint32_t next_batch;
+};
 
-    __host__ __device__ SharedLayout(const SparseMlpPlan &plan, int warps, int teams, int barrier_bytes,
-                                     int columns_per_thread, int exchange_bytes) {
-        const uint32_t rings = warps * plan.slots * plan.segment_chunks * 16;
-        const uint32_t team_sums = warps / teams * 32 * (teams - 1) * columns_per_thread * sizeof(float);
+// Shared memory: rings | barriers | warp states | exchanges. At the end the teams are summed through the rings' space.
+struct SharedLayout {
+    uint32_t barriers, states, exchanges, total; // offsets in bytes; the rings start at 0
+
+    __host__ __device__ SharedLayout(const SparseMlpPlan &plan, int64_t hidden_size, int warps, int teams, int rows,
+                                     int barrier_bytes, int state_bytes, int exchange_bytes) {
+        const uint32_t rings = warps * plan.slots * rows * plan.segment_chunks * 16;
+        const uint32_t team_sums = teams * uint32_t(hidden_size) * sizeof(float);
         barriers = rings > team_sums ? rings : team_sums;
-        exchanges = barriers + warps * plan.slots * barrier_bytes;
+        states = barriers + warps * plan.slots * barrier_bytes;
+        exchanges = states + warps * state_bytes;
         total = exchanges + teams * 2 * exchange_bytes;
     }
 };
 
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks>
+// Sums kValues values over the warp; lane l ends up with value l * kValues / 32, every lane of its group the same bits.
+// Halving the number of values at each exchange takes kValues - 1 shuffles and a few more, instead of 5 * kValues.
+template <int kValues> __device__ __forceinline__ float warp_sum(float (&values)[kValues]) {
+    static_assert((kValues & (kValues - 1)) == 0 && kValues <= 32);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = kValues, o = 16; n > 1; n /= 2, o /= 2)
+#pragma unroll
+        for (int i = 0; i < n / 2; i++) {
+            const bool upper = lane & o;
+            const float sent = upper ? values[i] : values[i + n / 2], kept = upper ? values[i + n / 2] : values[i];
+            values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, o);
+        }
+    float sum = values[0];
+#pragma unroll
+    for (int o = 16 / kValues; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    return sum;
+}
+
+// A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
+// hidden by the other teams. Where a CTA has less shared memory, single rows.
+__host__ __device__ constexpr int rows_per_batch(int tokens, int chunks, bool large_shared_memory) {
+    const int rows = chunks <= 2 ? 4 : (chunks <= 4 ? 2 : 1), most = large_shared_memory ? 4 / tokens : 1;
+    return rows < most ? rows : most;
+}
+
+template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
 __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     using T = typename Row::Element;
-    constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk;
+    constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
+    constexpr int kLanesPerDot = 32 / kDots; // lane l has to do with dot product l / kLanesPerDot
     constexpr uint32_t kAll = 0xffffffffu;
+    using State = WarpState<kTokens, kRows>;
+    using TeamExchange = Exchange<kDots, kTeamWarps>;
     const SparseMlpParams &p = args.mlp;
     const SparseMlpPlan &plan = args.plan;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int team = warp / kTeamWarps, team_warp = warp % kTeamWarps;
+    const int my_row = lane / kLanesPerDot / kTokens, my_token = lane / kLanesPerDot % kTokens;
     const int hidden = int(p.hidden_size);
 
     extern __shared__ __align__(128) uint8_t smem[];
-    using TeamExchange = Exchange<kTokens, kTeamWarps>;
-    const SharedLayout layout(plan, kWarps, kTeams, Pipe::kBarrierBytes, kChunks * kPerChunk, sizeof(TeamExchange));
-    const uint32_t slot_bytes = plan.segment_chunks * 16;
-    uint64_t *barriers = reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots;
+    const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State),
+                              sizeof(TeamExchange));
+    State &state = reinterpret_cast<State *>(smem + layout.states)[warp];
     TeamExchange *exchanges = reinterpret_cast<TeamExchange *>(smem + layout.exchanges) + team * 2;
 
     // This warp's columns.
     const int row_chunks = hidden / kPerChunk;
     const int first_chunk = min(team_warp * plan.segment_chunks, row_chunks);
     const int chunks = min(plan.segment_chunks, row_chunks - first_chunk);
-    const auto row_address = [&](uint32_t row) { // one wide multiply-add: the launcher checks that strides fit 32 bits
-        const uint32_t kind = row >> 29, j = row & (kMaxNeurons - 1);
-        const void *base = kind == kGateRow ? p.w_gate : (kind == kUpRow ? p.w_up : p.w_down_t);
-        const int64_t stride = kind == kGateRow ? p.w_gate_stride : (kind == kUpRow ? p.w_up_stride : p.w_down_t_stride);
+    const auto row_address = [&](RowKind kind, uint32_t j) { // one wide multiply-add; the launcher checks the strides
+        const void *base = kind == kGate ? p.w_gate : (kind == kUp ? p.w_up : p.w_down_t);
+        const int64_t stride = kind == kGate ? p.w_gate_stride : (kind == kUp ? p.w_up_stride : p.w_down_t_stride);
         return static_cast<const uint8_t *>(base) + first_chunk * 16 + uint64_t(j) * uint32_t(stride * sizeof(T));
     };
 
-    // Neurons. A team starts with neurons team, team + teams, ..., one for each slot; from then on it draws the next one
-    // from a counter in global memory. How many rows a neuron has depends on the input, so with fixed shares the CTAs
-    // would end up to a tenth of the whole time apart.
-    const uint32_t intermediate = uint32_t(p.intermediate_size), teams = gridDim.x * kTeams;
-    const uint32_t first_neuron = blockIdx.x * kTeams + team, first_drawn = teams * plan.slots;
+    // Gate batches. A team starts with batches team, team + teams, ..., as many as are prefetched; from then on it
+    // draws the next from a counter in global memory. How many rows a batch leads to depends on the input, so with
+    // fixed shares the CTAs would end up to a tenth of the whole time apart.
+    const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
+    const uint32_t teams = gridDim.x * kTeams, first_batch = blockIdx.x * kTeams + team;
 
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    if (lane == 0)
-        for (uint32_t i = 0, j = first_neuron; i < plan.prefetch_rows && j < intermediate; i++, j += teams)
-            prefetch_l2(row_address(make_row(kGateRow, 0, j)), chunks * 16);
+    if (lane < plan.first_batches * kRows) {
+        const uint32_t j = (first_batch + lane / kRows * teams) * kRows + lane % kRows; // lane by lane, one row each
+        if (j < intermediate) prefetch_l2(row_address(kGate, j), chunks * 16);
+    }
 #endif
-    Pipe pipe(smem + warp * plan.slots * slot_bytes, barriers, plan.slots, slot_bytes, chunks * 16);
+    Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
+              reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots, plan.slots,
+              plan.segment_chunks * 16, chunks * 16);
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-    // The leader's next draw is always on its way, one row before it is needed.
+    // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
-    uint32_t drawn = 0;
-    auto draw = [&] {
-        if (leader) drawn = first_drawn + atomicAdd(args.workspace.next_neuron, 1u);
+    uint32_t drawn = 0, next_batch = first_batch, first_left = plan.first_batches;
+    bool next_known = true; // by every warp of the team
+    const auto draw = [&] {
+        if (leader) drawn = teams * plan.first_batches + atomicAdd(args.workspace.next_batch, 1u);
     };
     draw();
-    uint32_t next_neuron = 0;
-    bool next_known = false; // by every warp of the team
 
-    // The queue. Slots are filled and emptied in ring order, so head and tail say which are in use.
-    uint32_t slot_row = 0;                                   // lane s: the row in slot s
-    uint32_t pending_row = 0, pending_head = 0, pending = 0; // lane q: a ring of up and down rows still to be requested
-    int head = 0, tail = 0, in_flight = 0;
-    auto request = [&](uint32_t row) {
-        pipe.request(tail, row_address(row));
-        if (lane == tail) slot_row = row;
+    // The queues. Slots are filled and emptied in ring order.
+    uint32_t up_head = 0, ups = 0, down_head = 0, downs = 0; // rows still to be requested
+    uint32_t values_used = 0;                                // bit mask
+    int head = 0, tail = 0, in_flight = 0, gates_in_flight = 0;
+    uint32_t slot_kinds = 0;                                               // two bits a slot
+    const auto request = [&](RowKind kind, uint32_t row, uint32_t count) { // lane r has row r of count <= kRows
+        if (lane < kRows) state.slot_rows[tail][lane] = lane < count ? row : kNoRow;
+        __syncwarp();
+        pipe.request(tail, count,
+                     [&](int r) { return row_address(kind, state.slot_rows[tail][r] & (kMaxNeurons - 1)); });
+        slot_kinds = (slot_kinds & ~(3u << 2 * tail)) | kind << 2 * tail;
         tail = tail + 1 == plan.slots ? 0 : tail + 1;
         in_flight++;
     };
-    auto refill = [&] {
+    const auto request_gates = [&](uint32_t batch) {
+        const uint32_t first = batch * kRows;
+        request(kGate, first + lane, min(intermediate - first, uint32_t(kRows)));
+        gates_in_flight++;
+    };
+    const auto refill = [&] {
         while (in_flight < plan.slots) {
-            if (pending) {
-                request(__shfl_sync(kAll, pending_row, pending_head));
-                pending_head = (pending_head + 1) % 32, pending--;
-            } else if (next_known && next_neuron < intermediate) {
-                request(make_row(kGateRow, 0, next_neuron));
-                next_known = false;
+            const bool last = next_known && next_batch >= batches; // no more gates: a batch need not be full
+            if (downs >= kRows || (last && downs)) {
+                const uint32_t count = min(downs, uint32_t(kRows));
+                request(kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
+                down_head += count, downs -= count;
+            } else if (ups >= kRows || (last && ups)) {
+                const uint32_t count = min(ups, uint32_t(kRows)), row = state.up_queue[(up_head + lane) % kMaxValues];
+                request(kUp, row, count);
+                up_head += count, ups -= count;
+                if (!p.down_threshold) { // nothing more to decide: the down rows follow their up rows
+                    if (lane < count) state.down_queue[(down_head + downs + lane) % kMaxValues] = row;
+                    downs += count;
+                    __syncwarp();
+                }
+            } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
+                request_gates(next_batch);
+                if (first_left > 1) next_batch += teams, first_left--;
+                else next_known = false;
             } else {
                 break;
             }
         }
     };
-    auto push_pending = [&](uint32_t row) {
-        if (lane == (pending_head + pending) % 32) pending_row = row;
-        pending++;
-    };
-    for (uint32_t i = 0, j = first_neuron; i < plan.slots && j < intermediate; i++, j += teams)
-        request(make_row(kGateRow, 0, j));
+    refill();
 
     float x[kTokens][kChunks][kPerChunk], acc[kTokens][kChunks][kPerChunk];
 #pragma unroll
@@ -166,98 +221,101 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
             for (int e = 0; e < kPerChunk; e++) acc[m][i][e] = 0.f;
         }
     }
-    // Lane v holds value v: act(g), later h, of a neuron on its way, and which tokens keep it. Between its gate row and
-    // its down row a neuron has a row pending or in flight, at most two for each slot, so 32 values are enough.
-    float value[kTokens] = {};
-    uint32_t value_tokens = 0, values_used = 0;
+
     uint32_t kept = 0, kept_down = 0; // token-neuron pairs
     int turn = 0;
-    // Sums values[m] over the team, and tells its warps the next neuron if they do not know it yet.
-    auto sum_over_team = [&](float (&values)[kTokens]) {
-#pragma unroll
-        for (int m = 0; m < kTokens; m++)
-#pragma unroll
-            for (int o = 16; o; o >>= 1) values[m] += __shfl_xor_sync(kAll, values[m], o);
+    // Sums over the team, each lane getting its dot product; and tells the warps the next batch if they do not know it.
+    const auto sum_over_team = [&](float (&dots)[kDots]) {
+        float sum = warp_sum(dots);
         if constexpr (kTeamWarps == 1) {
-            if (!next_known) next_neuron = __shfl_sync(kAll, drawn, 0);
+            if (!next_known) next_batch = __shfl_sync(kAll, drawn, 0);
         } else {
             TeamExchange &exchange = exchanges[turn];
             turn ^= 1;
-            if (lane == 0) {
-#pragma unroll
-                for (int m = 0; m < kTokens; m++) exchange.dots[m][team_warp] = values[m];
-                if (leader && !next_known) exchange.next_neuron = drawn;
-            }
+            if (lane % kLanesPerDot == 0) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
+            if (leader && !next_known) exchange.next_batch = drawn;
             asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
+            const float *partial = exchange.dots[lane / kLanesPerDot];
+            sum = partial[0];
 #pragma unroll
-            for (int m = 0; m < kTokens; m++) {
-                values[m] = exchange.dots[m][0];
-#pragma unroll
-                for (int w = 1; w < kTeamWarps; w++) values[m] += exchange.dots[m][w];
-            }
-            if (!next_known) next_neuron = exchange.next_neuron;
+            for (int w = 1; w < kTeamWarps; w++) sum += partial[w];
+            if (!next_known) next_batch = exchange.next_batch;
         }
-        if (!next_known && next_neuron < intermediate) draw();
+        if (!next_known && next_batch < batches) draw();
         next_known = true;
+        return sum;
     };
 
     while (true) {
         if (!in_flight) { // nothing on its way, and perhaps nothing left
-            if (next_known && next_neuron >= intermediate) break;
-            float none[kTokens] = {};
+            if (next_known && next_batch >= batches) break;
+            float none[kDots] = {};
             sum_over_team(none);
             refill();
             continue;
         }
-        const uint32_t row = __shfl_sync(kAll, slot_row, head);
-        const uint32_t kind = row >> 29, j = row & (kMaxNeurons - 1), v = row >> 24 & 31;
-        float bias = 0.f, threshold = 0.f; // asked for now, needed after the dot product
-        if (kind == kGateRow) {
+        const RowKind kind = RowKind(slot_kinds >> 2 * head & 3);
+        const uint32_t row = state.slot_rows[head][my_row], j = row & (kMaxNeurons - 1), v = row >> 24 & 31;
+        const bool mine = row != kNoRow && my_token < p.tokens; // this lane has a dot product to look after
+        float bias = 0.f, threshold = 0.f;                      // asked for now, needed after the dot product
+        if (kind == kGate && mine) {
             threshold = p.threshold[j * p.threshold_stride];
             if (p.gate_bias) bias = to_float(static_cast<const T *>(p.gate_bias)[j]);
-        } else if (kind == kUpRow) {
+        } else if (kind == kUp && mine) {
             if (p.down_threshold) threshold = p.down_threshold[j * p.down_threshold_stride];
             if (p.up_bias) bias = to_float(static_cast<const T *>(p.up_bias)[j]);
         }
         pipe.wait(head, in_flight);
-        // use(i, columns of chunk i) for this lane's chunks, with several loads in flight before the first use.
+        // use(r, i, columns of chunk i of row r) for this lane's chunks, with several loads in flight before the first
+        // use.
         const auto for_each_chunk = [&](auto use) {
-            constexpr int kBatch = kChunks % 3 == 0 ? 3 : (kChunks % 4 == 0 && kPerChunk == 8 ? 4 : (kChunks > 1 ? 2 : 1));
+            constexpr int kBatch =
+                kChunks % 4 == 0 && kRows == 1 && kPerChunk == 8 ? 4 : (kChunks % 2 == 0 && kPerChunk == 8 ? 2 : 1);
 #pragma unroll
             for (int first = 0; first < kChunks; first += kBatch) {
-                uint4 packed[kBatch];
+                uint4 packed[kRows][kBatch];
 #pragma unroll
-                for (int b = 0; b < kBatch; b++) {
-                    packed[b] = make_uint4(0, 0, 0, 0);
-                    if ((first + b) * 32 + lane < chunks) packed[b] = pipe.chunk(head, first + b);
-                }
+                for (int r = 0; r < kRows; r++)
 #pragma unroll
-                for (int b = 0; b < kBatch; b++) {
-                    float w[kPerChunk];
-                    Row::decode(packed[b], w);
-                    use(first + b, w);
-                }
+                    for (int b = 0; b < kBatch; b++) {
+                        packed[r][b] = make_uint4(0, 0, 0, 0);
+                        if ((first + b) * 32 + lane < chunks) packed[r][b] = pipe.chunk(head, r, first + b);
+                    }
+#pragma unroll
+                for (int b = 0; b < kBatch; b++)
+#pragma unroll
+                    for (int r = 0; r < kRows; r++) {
+                        float w[kPerChunk];
+                        Row::decode(packed[r][b], w);
+                        use(r, first + b, w);
+                    }
             }
         };
-        if (kind == kDownRow) {
-            const uint32_t tokens = __shfl_sync(kAll, value_tokens, v);
-            float h[kTokens];
+        if (kind == kDown) {
+            float h[kRows][kTokens];
+            uint32_t tokens[kRows], freed = 0;
 #pragma unroll
-            for (int m = 0; m < kTokens; m++) h[m] = __shfl_sync(kAll, value[m], v);
-            values_used &= ~(1u << v);
-            for_each_chunk([&](int i, const float (&w)[kPerChunk]) {
+            for (int r = 0; r < kRows; r++) {
+                const uint32_t other = state.slot_rows[head][r], index = other >> 24 & 31;
+                tokens[r] = other == kNoRow ? 0 : state.value_tokens[index];
+                if (tokens[r]) freed |= 1u << index;
+#pragma unroll
+                for (int m = 0; m < kTokens; m++) h[r][m] = state.values[index][m];
+            }
+            values_used &= ~freed;
+            for_each_chunk([&](int r, int i, const float (&w)[kPerChunk]) {
 #pragma unroll
                 for (int m = 0; m < kTokens; m++) { // a token that dropped the neuron must not see 0 * inf
-                    if (kTokens > 1 && !(tokens >> m & 1)) continue;
+                    if (!(tokens[r] >> m & 1)) continue;
 #pragma unroll
-                    for (int e = 0; e < kPerChunk; e++) acc[m][i][e] = fmaf(w[e], h[m], acc[m][i][e]);
+                    for (int e = 0; e < kPerChunk; e++) acc[m][i][e] = fmaf(w[e], h[r][m], acc[m][i][e]);
                 }
             });
         } else {
-            float dot[kTokens];
+            float dots[kDots];
 #pragma unroll
-            for (int m = 0; m < kTokens; m++) dot[m] = 0.f;
-            for_each_chunk([&](int i, const float (&w)[kPerChunk]) {
+            for (int d = 0; d < kDots; d++) dots[d] = 0.f;
+            for_each_chunk([&](int r, int i, const float (&w)[kPerChunk]) {
 #pragma unroll
                 for (int m = 0; m < kTokens; m++) {
                     float even = 0.f, odd = 0.f;
@@ -266,45 +324,58 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                         even = fmaf(w[e], x[m][i][e], even);
                         odd = fmaf(w[e + 1], x[m][i][e + 1], odd);
                     }
-                    dot[m] += even + odd;
+                    dots[r * kTokens + m] += even + odd;
                 }
             });
-            sum_over_team(dot);
-            if (kind == kGateRow) {
-                uint32_t tokens = 0;
+            float result = sum_over_team(dots) + bias; // of a slot's absent rows: of no meaning, and not `mine`
+            if (kind == kGate) {
+                gates_in_flight--;
+                result = activate(result, p.activation);
+                const uint32_t keeps = __ballot_sync(kAll, mine && keep(result, threshold));
 #pragma unroll
-                for (int m = 0; m < kTokens; m++) {
-                    dot[m] = activate(dot[m] + bias, p.activation);
-                    if (m < p.tokens && keep(dot[m], threshold)) tokens |= 1u << m;
-                }
-                if (tokens) {
+                for (int r = 0; r < kRows; r++) {
+                    uint32_t tokens = 0;
+#pragma unroll
+                    for (int m = 0; m < kTokens; m++) tokens |= (keeps >> (r * kTokens + m) * kLanesPerDot & 1) << m;
+                    if (!tokens) continue;
                     const int free = __ffs(~values_used) - 1;
                     values_used |= 1u << free;
                     kept += __popc(tokens);
-                    if (lane == free) {
-                        value_tokens = tokens;
-#pragma unroll
-                        for (int m = 0; m < kTokens; m++) value[m] = dot[m];
+                    if (my_row == r) {
+                        state.values[free][my_token] = result;
+                        state.value_tokens[free] = tokens;
+                        state.up_queue[(up_head + ups) % kMaxValues] = j | free << 24;
                     }
-                    push_pending(make_row(kUpRow, free, j));
-                    if (!p.down_threshold) push_pending(make_row(kDownRow, free, j));
+                    ups++;
                 }
             } else {
-                uint32_t tokens = __shfl_sync(kAll, value_tokens, v);
+                result *= state.values[v][my_token];
+                const bool still =
+                    mine && state.value_tokens[v] >> my_token & 1 && (!p.down_threshold || keep(result, threshold));
+                const uint32_t keeps = __ballot_sync(kAll, still);
 #pragma unroll
-                for (int m = 0; m < kTokens; m++) {
-                    dot[m] = __shfl_sync(kAll, value[m], v) * (dot[m] + bias);
-                    if (p.down_threshold && !keep(dot[m], threshold)) tokens &= ~(1u << m);
-                    if (lane == v) value[m] = dot[m];
-                }
-                kept_down += __popc(tokens);
-                if (lane == v) value_tokens = tokens;
-                if (p.down_threshold) {
-                    if (tokens) push_pending(make_row(kDownRow, v, j));
-                    else values_used &= ~(1u << v);
+                for (int r = 0; r < kRows; r++) {
+                    uint32_t tokens = 0;
+#pragma unroll
+                    for (int m = 0; m < kTokens; m++) tokens |= (keeps >> (r * kTokens + m) * kLanesPerDot & 1) << m;
+                    kept_down += __popc(tokens);
+                    if (my_row == r && row != kNoRow) {
+                        state.values[v][my_token] = result;
+                        state.value_tokens[v] = tokens;
+                    }
+                    if (!p.down_threshold) continue;
+                    const uint32_t other = state.slot_rows[head][r];
+                    if (other == kNoRow) continue;
+                    if (tokens) {
+                        if (lane == 0) state.down_queue[(down_head + downs) % kMaxValues] = other;
+                        downs++;
+                    } else {
+                        values_used &= ~(1u << (other >> 24 & 31));
+                    }
                 }
             }
         }
+        __syncwarp(); // the slot has been read, the queues have been written
         head = head + 1 == plan.slots ? 0 : head + 1;
         in_flight--;
         refill();
@@ -312,57 +383,49 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
     if (p.counts && leader) {
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
-        if (first_neuron == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
+        if (first_batch == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
         atomicAdd(counts + 1, (unsigned long long)kept);
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
-    // Sum the teams through the rings, which nobody uses any more. Thread by thread the teams own the same columns.
-    constexpr int kTeamThreads = kTeamWarps * 32, kColumns = kChunks * kPerChunk;
-    if (kTeams > 1) {
-        float *others = reinterpret_cast<float *>(smem);
+    // Sum the teams through the rings, which nobody uses any more, and add to the other CTAs' sums.
+    float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
+#pragma unroll
+    for (int m = 0; m < kTokens; m++) {
+        if (m >= p.tokens) break;
         __syncthreads();
 #pragma unroll
-        for (int m = 0; m < kTokens; m++) {
-            if (m >= p.tokens) break;
-            if (team > 0)
+        for (int i = 0; i < kChunks; i++) {
+            if (i * 32 + lane >= chunks) break;
+            float *to = team_sums + team * hidden + (first_chunk + i * 32 + lane) * kPerChunk;
 #pragma unroll
-                for (int c = 0; c < kColumns; c++)
-                    others[((team - 1) * kColumns + c) * kTeamThreads + tid % kTeamThreads] =
-                        acc[m][c / kPerChunk][c % kPerChunk];
-            __syncthreads();
-            if (team == 0)
-#pragma unroll
-                for (int c = 0; c < kColumns; c++)
-#pragma unroll
-                    for (int t = 0; t < kTeams - 1; t++)
-                        acc[m][c / kPerChunk][c % kPerChunk] += others[(t * kColumns + c) * kTeamThreads + tid];
-            __syncthreads();
+            for (int e = 0; e < kPerChunk; e += 4)
+                *reinterpret_cast<float4 *>(to + e) =
+                    make_float4(acc[m][i][e], acc[m][i][e + 1], acc[m][i][e + 2], acc[m][i][e + 3]);
         }
-    }
-    if (team == 0) {
+        __syncthreads();
+        for (int c = tid * 4; c < hidden; c += kWarps * 32 * 4) {
+            float4 sum = *reinterpret_cast<const float4 *>(team_sums + c);
 #pragma unroll
-        for (int m = 0; m < kTokens; m++) {
-            if (m >= p.tokens) break;
-#pragma unroll
-            for (int i = 0; i < kChunks; i++) {
-                if (i * 32 + lane >= chunks) break;
-                float *to = args.workspace.y_sum + m * hidden + (first_chunk + i * 32 + lane) * kPerChunk;
-                const float *a = acc[m][i];
-#pragma unroll
-                for (int e = 0; e < kPerChunk; e += 4) add_to_global(to + e, a[e], a[e + 1], a[e + 2], a[e + 3]);
+            for (int t = 1; t < kTeams; t++) {
+                const float4 other = *reinterpret_cast<const float4 *>(team_sums + t * hidden + c);
+                sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
             }
+            add_to_global(args.workspace.y_sum + m * hidden + c, sum);
         }
     }
     finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), int(p.tokens), hidden);
 }
 
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks>
-__global__ void __launch_bounds__(kTeams *kTeamWarps * 32, 1)
+// Every architecture gets the code of the instances that the launcher picks on it; the others would trap.
+template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
+__global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
     sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
 #ifdef __CUDA_ARCH__
-    if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch)
-        sparse_mlp_body<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks>(args);
+    if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&
+                  kRows == rows_per_batch(kTokens, kChunks, has_large_shared_memory(__CUDA_ARCH__)))
+        sparse_mlp_body<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows>(args);
+    else __trap();
 #endif
 }
 

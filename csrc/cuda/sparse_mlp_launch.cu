@@ -31,6 +31,8 @@ cudaError_t device_limits(DeviceLimits *limits) {
         get(&found.multiprocessors, cudaDevAttrMultiProcessorCount);
         if (error != cudaSuccess) return error;
         found.compute_capability = 10 * major + minor;
+        found.large_shared_memory = has_large_shared_memory(10 * found.compute_capability);
+        found.shared_bytes -= 1024; // for what the kernels declare statically
         known[device] = found;
     }
     *limits = known[device];
@@ -39,8 +41,8 @@ cudaError_t device_limits(DeviceLimits *limits) {
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long; the pipelined kernel's
-// row numbers have 24 bits, its strides 32.
+// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long; the pipelined
+// kernel's row numbers have 24 bits, its strides 32.
 bool fits_pipelined_kernel(const SparseMlpParams &p) {
     const int bytes = element_bytes(p.dtype);
     const auto fits = [&](const void *base, int64_t stride) {
@@ -80,8 +82,8 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     if (!fits_pipelined_kernel(params)) kernel = SparseMlpKernel::kGeneric;
 
     Workspace parts{static_cast<float *>(workspace)};
-    parts.next_neuron = reinterpret_cast<unsigned *>(parts.y_sum + kMaxTokensPerLaunch * params.hidden_size);
-    parts.done_ctas = parts.next_neuron + 1;
+    parts.next_batch = reinterpret_cast<unsigned *>(parts.y_sum + kMaxTokensPerLaunch * params.hidden_size);
+    parts.done_ctas = parts.next_batch + 1;
 
     const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
     int group = kMaxTokensPerLaunch;

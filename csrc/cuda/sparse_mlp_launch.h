@@ -16,8 +16,8 @@ enum class SparseMlpKernel { kAuto, kBulkCopy, kAsyncCopy, kGeneric };
 
 struct SparseMlpLaunchOptions {
     SparseMlpKernel kernel = SparseMlpKernel::kAuto; // kBulkCopy needs compute capability 9.0
-    int slots = 0;                                   // rows in flight per team; 0: as many as fit
-    int prefetch_rows = -1;                          // gate rows per team prefetched into L2; -1: the planned number
+    int slots = 0;                                   // batches of rows in flight per team; 0: as planned
+    int first_batches = 0;                           // gate batches per team prefetched into L2; 0: as planned
     bool programmatic_launch = true;                 // overlap with the end of the previous kernel (9.0 and up)
 };
 

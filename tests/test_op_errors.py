@@ -1,0 +1,157 @@
+"""Every check of the ops fires with the argument's name and value, in the kernels and while tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cats_ext import ops
+
+M, H, I = 2, 6, 4  # noqa: E741
+
+# The kernels run on "cpu" and "cuda"; tensors on "meta" take the path of torch.compile's tracing.
+WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu), "meta"]
+
+
+def sparse_arguments(device: str) -> dict:
+    return dict(
+        x=torch.ones(M, H, device=device),
+        w_gate=torch.ones(I, H, device=device),
+        w_up=torch.ones(I, H, device=device),
+        w_down_t=torch.ones(I, H, device=device),
+        counts=torch.zeros(3, dtype=torch.int64, device=device),
+        threshold=torch.zeros((), device=device),
+        down_threshold=torch.zeros(I, device=device),
+        activation="silu",
+        gate_bias=torch.ones(I, device=device),
+        up_bias=torch.ones(I, device=device),
+        down_bias=torch.ones(H, device=device),
+    )
+
+
+def gated_arguments(device: str) -> dict:
+    return dict(
+        grad_h=torch.ones(M, I, device=device),
+        gate=torch.ones(M, I, device=device),
+        up=torch.ones(M, I, device=device),
+        threshold=torch.zeros((), device=device),
+        down_threshold=torch.zeros(I, device=device),
+        activation="silu",
+    )
+
+
+def double(t):
+    return t.double()
+
+
+DOUBLE, FLOAT, HALF = r"(Double|torch\.float64)", r"(Float|torch\.float32)", r"(Half|torch\.float16)"
+SPARSE = [  # argument, what is done to it, the message
+    ("x", double, rf"x must be float32, float16 or bfloat16, got {DOUBLE}"),
+    ("x", lambda t: t.long(), r"x must be float32, float16 or bfloat16, got (Long|torch\.int64)"),
+    ("x", lambda t: t[0, 0], r"x must have at least one dimension, got shape \[\]"),
+    ("x", lambda t: t[:, 1:], r"x must have last dimension H = 6, got shape \[2, 5\]"),
+    ("w_gate", lambda t: t[0], r"w_gate must have shape \[I, H\], got \[6\]"),
+    ("w_gate", lambda t: t[:0], r"w_gate must have I > 0 and H > 0, got \[0, 6\]"),
+    ("w_gate", lambda t: t[:, :0], r"w_gate must have I > 0 and H > 0, got \[4, 0\]"),
+    ("w_gate", lambda t: t.half(), rf"w_gate must have x's dtype {FLOAT}, got {HALF}"),
+    ("w_gate", lambda t: t.t().contiguous().t(), r"w_gate must have unit stride .*, got strides \[1, 4\]"),
+    ("w_up", lambda t: t[1:], r"w_up must have shape \[4, 6\], got \[3, 6\]"),
+    ("w_up", double, rf"w_up must have x's dtype {FLOAT}, got {DOUBLE}"),
+    ("w_up", lambda t: t.t().contiguous().t(), r"w_up must have unit stride .*, got strides \[1, 4\]"),
+    ("w_down_t", lambda t: t.t(), r"w_down_t must have shape \[4, 6\], got \[6, 4\]"),
+    ("w_down_t", lambda t: t[None], r"w_down_t must have shape \[4, 6\], got \[1, 4, 6\]"),
+    ("w_down_t", double, rf"w_down_t must have x's dtype {FLOAT}, got {DOUBLE}"),
+    (
+        "w_down_t",
+        lambda t: t.t().contiguous().t(),
+        r"w_down_t must have unit stride in its last dimension, got strides \[1, 4\]; "
+        "lay down_proj.weight out with one contiguous row a neuron",
+    ),
+    ("threshold", double, rf"threshold must be (torch\.)?float32, got {DOUBLE}"),
+    ("threshold", lambda t: t.expand(3), r"threshold must have shape \[\] or \[4\], got \[3\]"),
+    ("threshold", lambda t: t.expand(1, 4), r"threshold must have shape \[\] or \[4\], got \[1, 4\]"),
+    ("down_threshold", lambda t: t.half(), rf"down_threshold must be (torch\.)?float32, got {HALF}"),
+    ("down_threshold", lambda t: t[:1], r"down_threshold must have shape \[\] or \[4\], got \[1\]"),
+    ("activation", lambda _: "tanh", "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"),
+    ("gate_bias", lambda t: t[1:], r"gate_bias must have shape \[4\], got \[3\]"),
+    ("gate_bias", double, rf"gate_bias must have x's dtype {FLOAT}, got {DOUBLE}"),
+    ("up_bias", lambda t: t[None], r"up_bias must have shape \[4\], got \[1, 4\]"),
+    ("up_bias", double, rf"up_bias must have x's dtype {FLOAT}, got {DOUBLE}"),
+    ("down_bias", lambda t: t[:4], r"down_bias must have shape \[6\], got \[4\]"),
+    ("down_bias", double, rf"down_bias must have x's dtype {FLOAT}, got {DOUBLE}"),
+    ("counts", lambda t: t.int(), r"counts must be .*int64 of shape \[3\] on .*, got (Int|torch\.int32)"),
+    ("counts", lambda t: t[:2], r"counts must be .*int64 of shape \[3\] on .*, got .* of shape \[2\]"),
+]
+GATED = [
+    ("gate", lambda t: t.int(), r"gate must be float32, float16(,| or) bfloat16 or float64, got (Int|torch\.int32)"),
+    ("gate", lambda t: t[0, 0], r"gate must have at least one dimension, got shape \[\]"),
+    ("up", double, rf"up must have gate's dtype {FLOAT}, got {DOUBLE}"),
+    ("up", lambda t: t[:, 1:], r"up must have (gate's )?shape \[2, 4\], got \[2, 3\]"),
+    ("up", lambda t: t[0], r"up must have (gate's )?shape \[2, 4\], got \[4\]"),
+    ("threshold", double, rf"threshold must be (torch\.)?float32, got {DOUBLE}"),
+    ("threshold", lambda t: t.expand(3), r"threshold must have shape \[\] or \[4\], got \[3\]"),
+    ("down_threshold", double, rf"down_threshold must be (torch\.)?float32, got {DOUBLE}"),
+    ("down_threshold", lambda t: t[1:], r"down_threshold must have shape \[\] or \[4\], got \[3\]"),
+    ("activation", lambda _: "", "activation must be one of silu, gelu, gelu_tanh, relu, got ''"),
+    ("grad_h", lambda t: t.half(), rf"grad_h must have gate's dtype {FLOAT}, got {HALF}"),
+    ("grad_h", lambda t: t[:1], r"grad_h must have (gate's )?shape \[2, 4\], got \[1, 4\]"),
+]
+
+
+def ids(table):
+    return [f"{name}-{i}" for i, (name, *_) in enumerate(table)]
+
+
+def fails(op, arguments: dict, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        op(**arguments)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), SPARSE, ids=ids(SPARSE))
+@pytest.mark.parametrize("where", WHERE)
+def test_sparse_mlp(name, change, message, where):
+    arguments = sparse_arguments(where)
+    arguments[name] = change(arguments[name])
+    fails(ops.sparse_mlp_counted, arguments, "sparse_mlp: " + message)
+    if name != "counts":
+        del arguments["counts"]
+        fails(ops.sparse_mlp, arguments, "sparse_mlp: " + message)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), GATED, ids=ids(GATED))
+@pytest.mark.parametrize("where", WHERE)
+def test_gated_threshold(name, change, message, where):
+    arguments = gated_arguments(where)
+    arguments[name] = change(arguments[name])
+    fails(ops.gated_threshold_backward, arguments, "gated_threshold: " + message)
+    if name != "grad_h":
+        del arguments["grad_h"]
+        fails(ops.gated_threshold, arguments, "gated_threshold: " + message)
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("name", "stride"), [("gate_bias", 2), ("up_bias", 2), ("down_bias", 0)])
+def test_biases_must_be_contiguous(name, stride, where):
+    arguments = sparse_arguments(where)
+    arguments[name] = arguments[name].repeat(2)[:: max(stride, 1)] if stride else arguments[name][0].expand(H)
+    fails(ops.sparse_mlp_counted, arguments, f"sparse_mlp: {name} must be contiguous, got stride {stride}")
+
+
+# A mixed call goes to the kernel of the "stronger" device, so the other one is what the message calls wrong.
+OTHER = [("meta", "cpu"), pytest.param("cuda", "cpu", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("where", "other"), OTHER)
+@pytest.mark.parametrize("name", [name for name in sparse_arguments("cpu") if name not in ("x", "activation")])
+def test_sparse_mlp_on_mixed_devices(name, where, other):
+    arguments = sparse_arguments(where)
+    arguments[name] = torch.ones_like(arguments[name], device=other)
+    fails(ops.sparse_mlp_counted, arguments, rf"sparse_mlp: {name} must be .*on .*{where}.*, got .*{other}")
+
+
+@pytest.mark.parametrize(("where", "other"), OTHER)
+@pytest.mark.parametrize("name", ["grad_h", "up", "threshold", "down_threshold"])
+def test_gated_threshold_on_mixed_devices(name, where, other):
+    arguments = gated_arguments(where)
+    arguments[name] = torch.ones_like(arguments[name], device=other)
+    fails(ops.gated_threshold_backward, arguments, rf"gated_threshold: {name} must be on .*{where}.*, got {other}")

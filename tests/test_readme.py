@@ -1,0 +1,35 @@
+"""README.md keeps its word: its Python runs as it stands, and the commands it shows exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from saved_model import save_tiny_model
+from typer.testing import CliRunner
+
+from cats_ext.cli import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", README, re.MULTILINE)
+
+
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) == 2 and len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1][:40])
+def test_snippet_runs(snippet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text("The cat sat on a mat, and so did that other cat. " * 40)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("command", "arguments"), COMMANDS)
+def test_command_knows_its_options(command, arguments):
+    help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    for option in re.findall(r"(?<!\S)--?[a-z]\S*", arguments):
+        assert re.search(rf"{option}\b", help_text), f"cats {command} has no {option}"
