@@ -1,11 +1,12 @@
-"""One token through a gated MLP on the CPU: torch.ops.cats.sparse_mlp against the best dense PyTorch path.
+"""A few tokens through a gated MLP on the CPU: torch.ops.cats.sparse_mlp against the best dense PyTorch path.
 
     python bench/bench_mlp_cpu.py --output bench/results/cpu-NAME
 
 Every call works on the weights of another layer, so that no cache holds what it reads; all paths take turns within one
 repetition, so that a change of the machine's speed hits all of them; medians are reported. The read limit is the best
 rate at which this machine sums a buffer of the same weights (read_limit.cpp), measured in the same turns. Thresholds
-are exact quantiles of |act(gate)| for the x in use, so that exactly the stated share of neurons is skipped.
+are exact quantiles of |act(gate)| for the x in use, so that exactly the stated share of neurons is skipped; of several
+tokens each skips its own, and the bytes to read are those of the neurons that any of them keeps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import ctypes
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -37,29 +39,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Layer:
-    x: Tensor  # [1, H]
+    x: Tensor  # [M, H]
     gate: Tensor  # [I, H]
     up: Tensor  # [I, H]
     down: Tensor  # [H, I], as nn.Linear stores it
     down_t: Tensor  # [I, H], as the op reads it
     thresholds: dict[float, Tensor]  # by sparsity
+    rows_kept: dict[float, float]  # by sparsity: share of the neurons that some token keeps
 
 
-def make_layer(hidden: int, intermediate: int, dtype: torch.dtype, sparsities: list[float], seed: int) -> Layer:
+def make_layer(
+    tokens: int, hidden: int, intermediate: int, dtype: torch.dtype, sparsities: list[float], seed: int
+) -> Layer:
     generator = torch.Generator().manual_seed(seed)
 
     def weight(rows: int) -> Tensor:
         return (torch.randn(rows, hidden, generator=generator) / hidden**0.5).to(dtype)
 
-    x = torch.randn(1, hidden, generator=generator).to(dtype)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     gate, up, down_t = (weight(intermediate) for _ in range(3))
-    value = F.silu(F.linear(x.float(), gate.float())).abs().flatten().sort().values
+    value = F.silu(F.linear(x.float(), gate.float())).abs()
+    by_size = value.flatten().sort().values
     # Halfway between two neurons, so that rounding cannot move one over the threshold.
-    thresholds = {
-        s: (value[round(s * intermediate) - 1] + value[round(s * intermediate)]) / 2 if s else torch.tensor(0.0)
-        for s in sparsities
-    }
-    return Layer(x, gate, up, down_t.t().contiguous(), down_t, thresholds)
+    thresholds = {s: by_size[round(s * len(by_size)) - 1 :][:2].mean() if s else torch.tensor(0.0) for s in sparsities}
+    rows_kept = {s: float((value >= threshold).any(0).float().mean()) for s, threshold in thresholds.items()}
+    return Layer(x, gate, up, down_t.t().contiguous(), down_t, thresholds, rows_kept)
 
 
 def dense(layer: Layer) -> Tensor:
@@ -112,6 +116,8 @@ def measure(layers: list[Layer], paths: dict[str, Callable[[Layer], Tensor]], re
             limit = max(limit, read_rate(layers[turn % len(layers)].up, streams))
             turn += 1
         for name, path in paths.items():
+            if repetition > 2 and statistics.median(seconds[name]) > 2:
+                continue  # hopeless, and the run should end today
             layer = layers[turn % len(layers)]
             turn += 1
             start = time.perf_counter()
@@ -133,36 +139,36 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain") else "")
 
 
-def bench(dtype_name: str, arguments: argparse.Namespace, read_rate) -> Iterator[dict]:
+def bench(dtype_name: str, tokens: int, arguments: argparse.Namespace, read_rate) -> Iterator[dict]:
     hidden, intermediate, sparsities = arguments.hidden_size, arguments.intermediate_size, arguments.sparsity
-    layers = [
-        make_layer(hidden, intermediate, DTYPES[dtype_name], sparsities, seed) for seed in range(arguments.layers)
-    ]
+    dtype = DTYPES[dtype_name]
+    layers = [make_layer(tokens, hidden, intermediate, dtype, sparsities, seed) for seed in range(arguments.layers)]
     paths: dict[str, Callable[[Layer], Tensor]] = {"dense": dense, "dense, down transposed": dense_transposed}
-    if arguments.compile:
-        compiled = torch.compile(lambda *tensors: dense(Layer(*tensors, thresholds={})))
+    if arguments.compile and tokens == 1:
+        compiled = torch.compile(lambda *tensors: dense(Layer(*tensors, thresholds={}, rows_kept={})))
         paths["dense, torch.compile"] = lambda layer: compiled(layer.x, layer.gate, layer.up, layer.down, layer.down_t)
-    paths |= {f"sparse {s:.0%}": sparse(s) for s in sparsities}
+    sparsity_of = {f"sparse_mlp {s:.0%}": s for s in sparsities}
+    paths |= {name: sparse(s) for name, s in sparsity_of.items()}
     with torch.inference_mode():
         expected = dense(layers[0]).float()
-        for name, path in paths.items():
-            if not name.startswith("sparse") or name == "sparse 0%":
-                torch.testing.assert_close(path(layers[0]).float(), expected, atol=0.02, rtol=0.02)
+        for name in paths.keys() - (sparsity_of.keys() - {"sparse_mlp 0%"}):
+            torch.testing.assert_close(paths[name](layers[0]).float(), expected, atol=0.02, rtol=0.02)
         seconds, limit = measure(layers, paths, arguments.repetitions, read_rate)
-    best_dense = min(time for name, time in seconds.items() if name.startswith("dense"))
-    matrix = hidden * intermediate * DTYPES[dtype_name].itemsize
-    sparsity_of = {f"sparse {s:.0%}": s for s in sparsities}
+    best_dense = min(time for name, time in seconds.items() if name not in sparsity_of)
     for name, time_taken in seconds.items():
-        sparsity = sparsity_of.get(name, 0.0)
-        read = matrix * (3 - 2 * sparsity)
+        sparsity = sparsity_of.get(name)
+        rows = 1.0 if sparsity is None else statistics.mean(layer.rows_kept[sparsity] for layer in layers)
+        gb_per_s = hidden * intermediate * dtype.itemsize * (1 + 2 * rows) / time_taken / 1e9
         yield {
             "dtype": dtype_name,
-            "path": "sparse_mlp" if name in sparsity_of else name,
-            "sparsity": sparsity,
+            "tokens": tokens,
+            "path": "dense" if sparsity is None else "sparse_mlp",
+            "variant": name,
+            "sparsity": sparsity or 0.0,
             "ms": round(time_taken * 1e3, 3),
-            "gb_per_s": round(read / time_taken / 1e9, 1),
+            "gb_per_s": round(gb_per_s, 1),
             "read_limit_gb_per_s": round(limit, 1),
-            "share_of_limit": round(read / time_taken / 1e9 / limit, 3),
+            "share_of_limit": round(gb_per_s / limit, 3),
             "speedup": round(best_dense / time_taken, 2),
         }
 
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--intermediate-size", type=int, default=14336)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9])
     parser.add_argument("--layers", type=int, default=4, help="sets of weights to rotate through")
     parser.add_argument("--repetitions", type=int, default=41)
@@ -184,7 +191,6 @@ def main() -> None:
     machine = {
         "hidden_size": arguments.hidden_size,
         "intermediate_size": arguments.intermediate_size,
-        "tokens": 1,
         "device": cpu_model(),
         "kernels": build.split("uses ")[-1],
         "threads": arguments.threads,
@@ -193,20 +199,17 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{'':32}{'ms':>9}{'GB/s':>8}{'of limit':>10}{'speedup':>9}")
+    print(f"{'':40}{'ms':>10}{'GB/s':>8}{'of limit':>10}{'speedup':>9}")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         read_rate = load_read_limit(directory)
-        for dtype_name in arguments.dtype:
-            for row in bench(dtype_name, arguments, read_rate):
+        for dtype_name, tokens in itertools.product(arguments.dtype, arguments.tokens):
+            for row in bench(dtype_name, tokens, arguments, read_rate):
                 rows.append(row | machine)
-                label = f"{row['dtype']} {row['path']}"
-                if row["path"] == "sparse_mlp":
-                    label += f" {row['sparsity']:.0%}"
-                print(
-                    f"{label:32}{row['ms']:9.2f}{row['gb_per_s']:8.1f}{row['share_of_limit']:10.2f}{row['speedup']:9.2f}"
-                )
-            print(f"{dtype_name} read limit {rows[-1]['read_limit_gb_per_s']:30.1f}")
+                label = f"{dtype_name}, {tokens} tokens, {row['variant']}"
+                numbers = f"{row['ms']:10.2f}{row['gb_per_s']:8.1f}{row['share_of_limit']:10.2f}{row['speedup']:9.2f}"
+                print(f"{label:40}{numbers}", flush=True)
+            print(f"{dtype_name}, {tokens} tokens, read limit {rows[-1]['read_limit_gb_per_s']:.1f} GB/s")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         with (arguments.output / "mlp_cpu.csv").open("w", newline="") as file:

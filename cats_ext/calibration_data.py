@@ -21,8 +21,8 @@ def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens:
     with a BOS token, so does every window. Token tensors are sequences of their own: one longer than a window is cut, a
     shorter one stays as it is, and positions with attention mask 0 are left out.
 
-    If there is more than ``max_tokens``: of a text, a tensor, a mapping or a sequence, ``seed`` chooses the windows. Any
-    other iterable is read in its order, and only as far as needed.
+    If there is more than ``max_tokens``: of a text, a tensor, a mapping or a sequence, ``seed`` chooses the windows.
+    Any other iterable is read in its order, and only as far as needed.
 
     Raises:
         TypeError: an element of ``data`` is none of the above, or texts come without a tokenizer.

@@ -40,7 +40,7 @@ def linear_bins(histogram: Histogram, upper: float, bins: int) -> tuple[np.ndarr
 def plot_activations(panels: Sequence[ActivationPanel], path: str | Path, *, title: str | None = None) -> Path:
     """Histograms of |activation| side by side, each cut at its threshold (Figure 1 of arXiv 2404.08763).
 
-    Each axis ends where 2 % of the values are still to come; the tail beyond is long and flat.
+    An axis ends where 4 % of the values are still to come, or at six times the threshold: the tail is long and flat.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -56,7 +56,9 @@ def plot_activations(panels: Sequence[ActivationPanel], path: str | Path, *, tit
     figure = Figure(figsize=(4 * len(panels), 3.4), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        upper = max(panel.histogram.quantile(0.98), 1.5 * panel.threshold)
+        upper = panel.histogram.quantile(0.96)
+        if panel.threshold > 0:
+            upper = min(max(upper, 1.5 * panel.threshold), 6 * panel.threshold)
         # a whole number of bins below the threshold, so that no bar has two colours
         below = round(60 * panel.threshold / upper)
         width = panel.threshold / below if below else upper / 60
@@ -68,10 +70,9 @@ def plot_activations(panels: Sequence[ActivationPanel], path: str | Path, *, tit
         skipped = panel.histogram.share_below(panel.threshold)
         axis.annotate(
             f"threshold {panel.threshold:.3g}\n{skipped:.0%} of neurons skipped",
-            (panel.threshold, 0.94),
-            xycoords=("data", "axes fraction"),
-            xytext=(6, 0),
-            textcoords="offset points",
+            (0.98, 0.96),
+            xycoords="axes fraction",
+            ha="right",
             va="top",
             color=_LINE,
             fontsize=9,

@@ -9,15 +9,12 @@ namespace cats {
 
 namespace {
 
-const Parallel &torch_threads() {
-    thread_local Parallel parallel;
-    parallel.threads = torch::stable::get_num_threads();
-    parallel.for_each = [](int64_t n, void (*body)(void *, int64_t), void *context) {
-        torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) body(context, i);
-        });
-    };
-    return parallel;
+Parallel torch_threads() {
+    return {torch::stable::get_num_threads(), [](int64_t n, void (*body)(void *, int64_t), void *context) {
+                torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; i++) body(context, i);
+                });
+            }};
 }
 
 Tensor empty_contiguous_like(const Tensor &like) { return torch::stable::new_empty(like, like.sizes()); }

@@ -377,10 +377,12 @@ def test_demo_on_a_directory(model_dir, tmp_path):
         assert variant["reached"]["up_sparsity"] == pytest.approx(up, abs=0.1)
         assert variant["reached"]["down_sparsity"] == pytest.approx(down, abs=0.1)
         assert variant["reached"]["bytes_share"] == pytest.approx(2 / 3, abs=0.1)
-    for name in ("dense", "CATS, two thresholds"):
+    for name in ("dense", "CATS, one threshold", "CATS, two thresholds"):
         assert document["continuations"][name]["new_tokens"] <= 6
     speed = document["tokens_per_second"]
     assert speed["speedup"] == pytest.approx(speed["sparse"] / speed["dense"])
+    assert [len(times) for times in speed["rounds"].values()] == [3, 3]
+    assert speed["bound"] == pytest.approx(1 / (1 - document["mlp_share"] * (1 - two["reached"]["bytes_share"])))
     assert Path(document["figure"]) == tmp_path / "figures" / "cats_demo.png"
     assert Path(document["figure"]).read_bytes().startswith(b"\x89PNG")
 

@@ -12,22 +12,20 @@ CATS_INLINE VecI below(VecF value, const float *threshold, int64_t stride, int64
     return abs(value) < (stride ? load(threshold + column, n) : broadcast(*threshold));
 }
 
+CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n) {
+    VecI drop = below(v, p.threshold, p.threshold_stride, column, n);
+    if (p.down_threshold) drop |= below(h, p.down_threshold, p.down_threshold_stride, column, n);
+    return drop;
+}
+
+// Columns [begin, end) of one row.
 template <Activation A, class T> struct GatedThreshold {
     const GatedThresholdParams &p;
 
-    CATS_INLINE const T *at(const void *data, int64_t row, int64_t stride, int64_t column) {
-        return static_cast<const T *>(data) + row * stride + column;
-    }
-
-    CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n) {
-        VecI drop = below(v, p.threshold, p.threshold_stride, column, n);
-        if (p.down_threshold) drop |= below(h, p.down_threshold, p.down_threshold_stride, column, n);
-        return drop;
-    }
-
     void forward(int64_t row, int64_t begin, int64_t end) const {
-        const T *gate = at(p.gate, row, p.gate_stride, 0), *up = at(p.up, row, p.up_stride, 0);
-        T *out = const_cast<T *>(at(p.h, row, p.intermediate_size, 0));
+        const T *gate = static_cast<const T *>(p.gate) + row * p.gate_stride;
+        const T *up = static_cast<const T *>(p.up) + row * p.up_stride;
+        T *out = static_cast<T *>(p.h) + row * p.intermediate_size;
         for (int64_t c = begin; c < end; c += kLanes) {
             const int64_t n = end - c;
             const VecF v = activate<A>(load(gate + c, n)), h = v * load(up + c, n);
@@ -36,10 +34,11 @@ template <Activation A, class T> struct GatedThreshold {
     }
 
     void backward(int64_t row, int64_t begin, int64_t end) const {
-        const T *gate = at(p.gate, row, p.gate_stride, 0), *up = at(p.up, row, p.up_stride, 0);
-        const T *grad_h = at(p.grad_h, row, p.intermediate_size, 0);
-        T *grad_gate = const_cast<T *>(at(p.grad_gate, row, p.intermediate_size, 0));
-        T *grad_up = const_cast<T *>(at(p.grad_up, row, p.intermediate_size, 0));
+        const T *gate = static_cast<const T *>(p.gate) + row * p.gate_stride;
+        const T *up = static_cast<const T *>(p.up) + row * p.up_stride;
+        const T *grad_h = static_cast<const T *>(p.grad_h) + row * p.intermediate_size;
+        T *grad_gate = static_cast<T *>(p.grad_gate) + row * p.intermediate_size;
+        T *grad_up = static_cast<T *>(p.grad_up) + row * p.intermediate_size;
         for (int64_t c = begin; c < end; c += kLanes) {
             const int64_t n = end - c;
             const VecF g = load(gate + c, n), u = load(up + c, n), grad = load(grad_h + c, n);
@@ -51,7 +50,7 @@ template <Activation A, class T> struct GatedThreshold {
     }
 };
 
-// Calls f(rows, row, begin, end) for every run of columns within a row, the elements split evenly over the parts.
+// Calls f(row, begin, end) for every run of columns within a row, the elements split evenly over the parts.
 template <class F> static void over_columns(const GatedThresholdParams &p, const Parallel &parallel, const F &f) {
     const int64_t size = p.rows * p.intermediate_size;
     const int64_t parts = parts_for(parallel, size, 1 << 14);

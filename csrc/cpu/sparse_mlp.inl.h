@@ -5,14 +5,13 @@
 //    its up rows, applies the second threshold, and adds the surviving down rows into its own fp32 y.
 // 3. The threads' y are added in the order of their parts and rounded once.
 //
-// Everything below comes from one fact: a core that reads one row after the other gets half of the memory's bandwidth.
-// The processor's prefetchers follow a stream of addresses within a 4 KB page and lose it at each page and each row,
-// but they follow several streams at once. So kRows rows are read side by side, one load of x serving all of them.
-// Measured on Zen 3, 2 threads, Mistral-7B's shape at 50 % sparsity, against 48 GB/s for the best plain read of the
-// same memory: fp32 1 row 34 GB/s, 2 rows 40, 4 rows 43, 8 rows 45; software prefetch, any distance, made fp32 slower
-// (31 to 40). bf16 has twice the instructions a byte and was bound by how far ahead the core could see: reading pairs
-// as in load_group() took 4 rows from 24 to 29 GB/s; 8 rows reach 34, as good as 4 rows with the best prefetch
-// distance.
+// Why eight rows side by side (kRows): the processor's prefetchers follow a stream of addresses up to the end of its 4
+// KB page and have to find it again, at every page and every row, but they follow several streams at once. Measured on
+// Zen 3 with 2 threads, 4096 x 14336, 50 % sparsity, in GB/s, where the best plain sum of the same memory read 48:
+//     fp32: 1 row 34, 2 rows 40, 4 rows 43, 8 rows 45; bf16: 4 rows 32, 8 rows 35
+// Software prefetch, of the same rows or the next ones, at any distance, into L1 or L2, did not help: fp32 4 rows 31 to
+// 37 instead of 38, bf16 8 rows 28 to 32 instead of 35. bf16 is held back by its instructions a byte: what load_group()
+// saves took 4 rows from 24 to 29.
 #pragma once
 
 #include "activation.inl.h"

@@ -1,10 +1,9 @@
 // Vectors of CATS_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set, with
 // intrinsics only where the language has no word for the instruction (half conversion, bf16 dot product).
 //
-// Two ways to read rows. load() keeps the order of the elements. load_group() reads kGroup = 2 * kLanes elements into
-// two vectors in whatever order is cheapest: for bf16 the even and the odd elements, which costs one instruction each
-// where widening in order costs two. Sums do not care, as long as x and y went through load_group() and store_group()
-// too.
+// There are two ways to read elements. load() keeps their order. load_group() reads kGroup = 2 * kLanes of them into
+// two vectors in whatever order is cheapest: for bf16 the even and the odd ones, one instruction each, where widening
+// in order takes two. Sums over neurons or columns do not care, if x and y go through the same order.
 #pragma once
 
 #define CATS_INLINE static inline __attribute__((always_inline))
@@ -25,8 +24,7 @@ template <class V, class T> CATS_INLINE V load_bits(const T *p) {
     return v;
 }
 
-// --- one vector of fp32 from or to kLanes elements, in order
-// -----------------------------------------------------------
+// --- one vector of fp32 from or to kLanes elements, in order -------------------------------------------------------
 
 CATS_INLINE VecF load(const float *p) { return load_bits<VecF>(p); }
 CATS_INLINE void store(float *p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
@@ -95,8 +93,7 @@ template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- kGroup elements, in the order of their dtype
-// ----------------------------------------------------------------------
+// --- kGroup elements, in the order of their dtype ------------------------------------------------------------------
 
 struct Group {
     VecF a, b;
@@ -128,8 +125,7 @@ template <class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- arithmetic
-// --------------------------------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------------------------
 
 // a * b + c: the compiler fuses it where the instruction set has the instruction.
 CATS_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }

@@ -114,6 +114,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int team = warp / kTeamWarps, team_warp = warp % kTeamWarps;
     const int my_row = lane / kLanesPerDot / kTokens, my_token = lane / kLanesPerDot % kTokens;
+    const bool spokesman = lane % kLanesPerDot == 0; // of the lanes that have the same dot product, the one that writes
     const int hidden = int(p.hidden_size);
 
     extern __shared__ __align__(128) uint8_t smem[];
@@ -232,9 +233,10 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         } else {
             TeamExchange &exchange = exchanges[turn];
             turn ^= 1;
-            if (lane % kLanesPerDot == 0) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
+            if (spokesman) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
             if (leader && !next_known) exchange.next_batch = drawn;
-            asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
+            // Not bar.sync, its aligned form: with an id in a register, racecheck loses track of all later barriers.
+            asm volatile("barrier.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
             const float *partial = exchange.dots[lane / kLanesPerDot];
             sum = partial[0];
 #pragma unroll
@@ -341,7 +343,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                     const int free = __ffs(~values_used) - 1;
                     values_used |= 1u << free;
                     kept += __popc(tokens);
-                    if (my_row == r) {
+                    if (my_row == r && spokesman) {
                         state.values[free][my_token] = result;
                         state.value_tokens[free] = tokens;
                         state.up_queue[(up_head + ups) % kMaxValues] = j | free << 24;
@@ -353,13 +355,14 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 const bool still =
                     mine && state.value_tokens[v] >> my_token & 1 && (!p.down_threshold || keep(result, threshold));
                 const uint32_t keeps = __ballot_sync(kAll, still);
+                __syncwarp(); // values and value_tokens have been read
 #pragma unroll
                 for (int r = 0; r < kRows; r++) {
                     uint32_t tokens = 0;
 #pragma unroll
                     for (int m = 0; m < kTokens; m++) tokens |= (keeps >> (r * kTokens + m) * kLanesPerDot & 1) << m;
                     kept_down += __popc(tokens);
-                    if (my_row == r && row != kNoRow) {
+                    if (my_row == r && row != kNoRow && spokesman) {
                         state.values[v][my_token] = result;
                         state.value_tokens[v] = tokens;
                     }
