@@ -18,6 +18,7 @@ import datetime
 import itertools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -187,12 +188,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="directory for mlp_cpu.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    build = LIBRARIES["_C"].build_info or f"no compiled library: {LIBRARIES['_C'].reason}"
+    if not LIBRARIES["_C"].loaded:
+        parser.error(f"cats_ext._C is not loaded: {LIBRARIES['_C'].reason}")
     machine = {
         "hidden_size": arguments.hidden_size,
         "intermediate_size": arguments.intermediate_size,
         "device": cpu_model(),
-        "kernels": build.split("uses ")[-1],
+        "kernels": re.search(r"uses (\w+)", LIBRARIES["_C"].build_info)[1],
         "threads": arguments.threads,
         "torch": torch.__version__,
         "commit": commit(),

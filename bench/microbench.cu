@@ -3,9 +3,9 @@
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc bench/microbench.cu csrc/cuda/sparse_mlp_*.cu
 //         -o microbench && ./microbench --shape 4096x14336 --dtype bf16 --tokens 1 --sparsity 0,50,70,90
 //
-// Every run is checked against a CPU reference in fp64 first. Timing replays a CUDA graph over distinct layers, more than
-// twice the L2 in all, and takes the median; "limit" is the time to read the bytes that must be read, at the rate of the
-// fastest of several streaming read kernels in the same process.
+// Every run is checked against a CPU reference in fp64 first. Timing replays a CUDA graph over distinct layers, more
+// than twice the L2 in all, and takes the median; "limit" is the time to read the bytes that must be read, at the rate
+// of the fastest of several streaming read kernels in the same process.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -33,7 +33,7 @@ namespace {
 
 struct Options {
     int hidden = 4096, intermediate = 14336, tokens = 1, layers = 0, replays = 30;
-    std::string dtype = "bf16", kernel = "auto", csv, label;
+    std::string dtype = "bf16", kernel = "auto", csv, driver, commit, date; // the last three: for the CSV file
     std::vector<double> sparsity = {0, 50, 70, 90};
     std::vector<int> slots = {0}, prefetch = {0};
     double down_sparsity = -1;
@@ -55,8 +55,14 @@ Options parse(int argc, char **argv) {
     Options o;
     for (int i = 1; i < argc; i++) {
         const std::string name = argv[i];
-        if (name == "--no-check") { o.check = false; continue; }
-        if (name == "--no-pdl") { o.pdl = false; continue; }
+        if (name == "--no-check") {
+            o.check = false;
+            continue;
+        }
+        if (name == "--no-pdl") {
+            o.pdl = false;
+            continue;
+        }
         if (i + 1 >= argc) fprintf(stderr, "%s needs a value\n", name.c_str()), exit(2);
         const char *value = argv[++i];
         const auto ints = [&] {
@@ -69,7 +75,9 @@ Options parse(int argc, char **argv) {
         } else if (name == "--dtype") o.dtype = value;
         else if (name == "--kernel") o.kernel = value;
         else if (name == "--csv") o.csv = value;
-        else if (name == "--label") o.label = value;
+        else if (name == "--driver") o.driver = value;
+        else if (name == "--commit") o.commit = value;
+        else if (name == "--date") o.date = value;
         else if (name == "--tokens") o.tokens = atoi(value);
         else if (name == "--layers") o.layers = atoi(value);
         else if (name == "--replays") o.replays = atoi(value);
@@ -100,8 +108,7 @@ template <typename T> __global__ void fill_random(T *to, int64_t size, uint64_t 
 }
 
 // One warp a row: dot products of every row with every token, for choosing thresholds.
-template <typename T>
-__global__ void project(const T *w, const T *x, float *out, int rows, int hidden, int tokens) {
+template <typename T> __global__ void project(const T *w, const T *x, float *out, int rows, int hidden, int tokens) {
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
     for (int m = 0; m < tokens; m++) {
@@ -184,6 +191,7 @@ template <typename T> class Bench {
         CHECK_CUDA(cudaMalloc(&workspace_, workspace_bytes));
         CHECK_CUDA(cudaMemset(workspace_, 0, workspace_bytes));
         for (int l = 0; l < layers_; l++) measure_activations(l);
+        device_name_ = properties.name;
         read_gbps_ = measure_read_limit(properties);
         printf("%s, %s, %dx%d, %d tokens, %d layers of %.1f MB, read limit %.0f GB/s\n", properties.name,
                o.dtype.c_str(), o.hidden, o.intermediate, o.tokens, layers_, layer_bytes / 1e6, read_gbps_);
@@ -202,27 +210,35 @@ template <typename T> class Bench {
                            o_.kernel.c_str(), us, bytes / us / 1e3, limit, limit / us, error,
                            error > tolerance() ? "  WRONG" : "");
                     if (error > tolerance()) failed_ = true;
-                    if (FILE *csv = o_.csv.empty() ? nullptr : fopen(o_.csv.c_str(), "a")) {
-                        fprintf(csv, "%s,%s,%d,%d,%d,%s,%.1f,%.1f,%d,%d,%.3f,%.1f,%.3f,%.4f,%.1e\n", o_.label.c_str(),
-                                o_.dtype.c_str(), o_.hidden, o_.intermediate, o_.tokens, o_.kernel.c_str(), sparsity,
-                                o_.down_sparsity, slots, prefetch, us, read_gbps_, limit, limit / us, error);
-                        fclose(csv);
-                    }
+                    if (!o_.csv.empty()) write_csv(sparsity, slots, prefetch, us, limit, error);
                 }
         }
         if (failed_) exit(1);
     }
 
   private:
+    void write_csv(double sparsity, int slots, int prefetch, double us, double limit, double error) const {
+        FILE *csv = fopen(o_.csv.c_str(), "a");
+        if (!csv) fprintf(stderr, "cannot write '%s'\n", o_.csv.c_str()), exit(2);
+        if (fseek(csv, 0, SEEK_END) == 0 && ftell(csv) == 0)
+            fputs("hidden_size,intermediate_size,dtype,tokens,kernel,sparsity,down_sparsity,slots,first_batches,us,"
+                  "read_limit_gb_per_s,limit_us,share_of_limit,relative_error,device,driver,commit,date\n",
+                  csv);
+        fprintf(csv, "%d,%d,%s,%d,%s,%.3f,%.3f,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
+                o_.intermediate, o_.dtype.c_str(), o_.tokens, o_.kernel.c_str(), sparsity / 100,
+                (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, slots, prefetch, us, read_gbps_, limit,
+                limit / us, error, device_name_.c_str(), o_.driver.c_str(), o_.commit.c_str(), o_.date.c_str());
+        fclose(csv);
+    }
+
     double tolerance() const { return sizeof(T) == 4 ? 2e-5 : 1e-2; }
     const T *weight(int layer, int which) const { return weights_ + (int64_t(layer) * 3 + which) * size_; }
 
     void measure_activations(int layer) {
         std::vector<float> g(size_t(o_.tokens) * o_.intermediate), u(g.size());
         for (int which = 0; which < 2; which++)
-            project<<<(o_.intermediate + 7) / 8, 256, 0, stream_>>>(weight(layer, which), x_,
-                                                                   projection_ + which * g.size(), o_.intermediate,
-                                                                   o_.hidden, o_.tokens);
+            project<<<(o_.intermediate + 7) / 8, 256, 0, stream_>>>(
+                weight(layer, which), x_, projection_ + which * g.size(), o_.intermediate, o_.hidden, o_.tokens);
         CHECK_CUDA(cudaStreamSynchronize(stream_));
         CHECK_CUDA(cudaMemcpy(g.data(), projection_, g.size() * 4, cudaMemcpyDeviceToHost));
         CHECK_CUDA(cudaMemcpy(u.data(), projection_ + g.size(), u.size() * 4, cudaMemcpyDeviceToHost));
@@ -348,6 +364,7 @@ template <typename T> class Bench {
     cats::SparseMlpParams params_{};
     std::vector<std::vector<double>> act_, product_; // per layer: |act(g)| and |act(g) u|, [tokens][I]
     std::vector<float> host_thresholds_;
+    std::string device_name_;
     double read_gbps_;
     bool failed_ = false;
 };

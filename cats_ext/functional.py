@@ -14,7 +14,7 @@ from cats_ext import ops, reference
 
 # Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
 # skipped by all of them, while a dense product reads the weights once for all. From bench/ (op benchmarks over tokens).
-MAX_KERNEL_TOKENS = {"cpu": 4, "cuda": 4}
+MAX_KERNEL_TOKENS = {"cpu": 4, "cuda": 1}
 
 
 def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
