@@ -54,7 +54,7 @@ def load_libraries() -> dict[str, LibraryStatus]:
         missing = [f"{name} ({status[name].reason})" for name in required if not status[name].loaded]
         if missing:
             raise ImportError(
-                f"CATS_REQUIRE_EXT=1, and these compiled libraries of cats_ext in {Path(__file__).parent} did not load: "
+                f"CATS_REQUIRE_EXT=1, and compiled libraries of cats_ext in {Path(__file__).parent} did not load: "
                 f"{'; '.join(missing)}. Install the package (pip install .) and do not run from the source tree, or "
                 "build in place (python setup.py build_ext --inplace)."
             )

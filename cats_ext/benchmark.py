@@ -1,7 +1,7 @@
 """Times ``sparse_mlp`` against the dense PyTorch MLP on this machine; ``cats bench`` is its command line.
 
-Every pass runs over as many layers of distinct weights as no cache holds, dense and sparse take turns, medians are
-reported, and each time is set against the bytes that had to be read and this machine's own measured read rate.
+Every pass runs over as many layers of distinct weights as no cache holds; dense, sparse and a plain read of memory take
+turns; medians are reported, and each time is set against the bytes that had to be read and the best plain read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Result:
     compiled: bool  # false: no kernel for this device is built, and the PyTorch reference was timed
     read_limit_gb_per_s: float
     torch_version: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,7 +119,7 @@ def _make_layers(count: int, hidden: int, intermediate: int, dtype: torch.dtype,
     return layers
 
 
-def _pass_timers(passes: list[Callable[[], Any]], device: torch.device, count: int) -> list[list[float]]:
+def _time_passes(passes: list[Callable[[], Any]], device: torch.device, count: int) -> list[list[float]]:
     """Seconds of ``count`` runs of each pass, taken in turns after a warm-up; on a GPU captured and timed by events."""
     if device.type == "cuda":
         passes = [_captured(one_pass) for one_pass in passes]
@@ -159,13 +159,6 @@ def _time(one_pass: Callable[[], Any], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def read_limit(device: torch.device, passes: int = 10) -> float:
-    """GB/s at which this machine reads memory: the best of ``passes`` sums over 1 GiB of float32."""
-    data = torch.ones(_WORKING_SET[device.type] // 4, device=device)
-    (seconds,) = _pass_timers([data.sum], device, passes)
-    return data.numel() * 4 / min(seconds) / 1e9
-
-
 @torch.inference_mode()
 def run(
     hidden_size: int,
@@ -184,6 +177,8 @@ def run(
         ValueError: an argument is out of range.
         RuntimeError: the op's result at threshold 0 is not the dense MLP's.
     """
+    if not sparsities:
+        raise ValueError("sparsities must not be empty")
     for name, value in (("tokens", tokens), ("passes", passes)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -195,14 +190,39 @@ def run(
     dense_bytes = 3 * intermediate_size * row_bytes
     count = min(_MAX_LAYERS, max(2, -(-_WORKING_SET[device.type] // dense_bytes)))
 
-    report("measuring the read limit")
-    limit = read_limit(device)
     report(f"making {count} layers of random weights")
+    memory = torch.ones(_WORKING_SET[device.type] // 4, device=device)
     layers = _make_layers(count, hidden_size, intermediate_size, dtype, device)
     x = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     _check_equal(layers[0], x)
 
-    result = Result(
+    def dense() -> None:
+        for layer in layers:
+            layer.dense(x)
+
+    def sparse() -> None:
+        for layer in layers:
+            layer.sparse(x)
+
+    times: dict[str, list[float]] = {"dense": [], "read": []}
+    timings = []  # by sparsity: sparsity reached, bytes read per layer, seconds of the dense and the sparse passes
+    for sparsity in sparsities:
+        report(f"timing sparsity {sparsity:.0%}")
+        reached, kept = zip(*(layer.set_sparsity(x, sparsity) for layer in layers), strict=True)
+        bytes_read = dense_bytes // 3 + 2 * row_bytes * sum(kept) // count
+        dense_seconds, sparse_seconds, read_seconds = _time_passes([dense, sparse, memory.sum], device, passes)
+        timings.append((sum(reached) / count, bytes_read, dense_seconds, sparse_seconds))
+        times["dense"] += dense_seconds
+        times["read"] += read_seconds
+    limit = memory.numel() * memory.itemsize / min(times["read"]) / 1e9
+
+    def row(variant: str, sparsity: float, bytes_read: int, dense: list[float], seconds: list[float]) -> Row:
+        per_layer = statistics.median(seconds) / count
+        rate = bytes_read / per_layer / 1e9
+        speedup = statistics.median(dense) / statistics.median(seconds)
+        return Row(variant, sparsity, per_layer * 1e6, bytes_read, rate, rate / limit, speedup)
+
+    return Result(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         tokens=tokens,
@@ -214,25 +234,9 @@ def run(
         compiled=LIBRARIES["_C_cuda" if device.type == "cuda" else "_C"].loaded,
         read_limit_gb_per_s=limit,
         torch_version=torch.__version__,
+        rows=[row("dense", 0.0, dense_bytes, times["dense"], times["dense"])]
+        + [row("sparse", *timing) for timing in timings],
     )
-
-    def row(variant: str, sparsity: float, bytes_read: int, seconds: list[float], dense: list[float]) -> Row:
-        per_layer = statistics.median(seconds) / count
-        rate = bytes_read / per_layer / 1e9
-        speedup = statistics.median(dense) / statistics.median(seconds)
-        return Row(variant, sparsity, per_layer * 1e6, bytes_read, rate, rate / limit, speedup)
-
-    dense_times: list[float] = []
-    for sparsity in sparsities:
-        report(f"timing sparsity {sparsity:.0%}")
-        reached, kept = zip(*(layer.set_sparsity(x, sparsity) for layer in layers), strict=True)
-        passes_of = [lambda: [layer.dense(x) for layer in layers], lambda: [layer.sparse(x) for layer in layers]]
-        dense, sparse = _pass_timers(passes_of, device, passes)
-        dense_times += dense
-        bytes_read = dense_bytes // 3 + 2 * row_bytes * sum(kept) // count
-        result.rows.append(row("sparse", sum(reached) / count, bytes_read, sparse, dense))
-    result.rows.insert(0, row("dense", 0.0, dense_bytes, dense_times, dense_times))
-    return result
 
 
 def _check_equal(layer: _Layer, x: Tensor) -> None:

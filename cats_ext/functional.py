@@ -6,8 +6,6 @@ differentiable, and is what many tokens (prefill, large batches) run on.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,15 +19,17 @@ from cats_ext import ops, reference
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 
-@functools.cache
-def _cpu_has_dense(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's matrix products in a half dtype use instructions for it, and not scalar code.
-
-    Without them ``down_proj`` in the layout that the kernel needs takes 27 times as long as it does in its own (bf16,
-    Zen 3), and the kernel is faster than any dense path for as many tokens as were measured.
-    """
-    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return query is None or getattr(torch.ops.mkldnn, query)()
+# Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
+# the kernel needs takes 27 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
+# as many tokens as were measured (32), so it takes them all.
+_SCALAR_ON_CPU = tuple(
+    dtype
+    for dtype, query in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, query)()
+)
 
 
 def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
@@ -40,7 +40,7 @@ def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
     device = x.device.type
     few = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * w_down_t.shape[-1]
     return (
-        (few or (device == "cpu" and not _cpu_has_dense(x.dtype)))
+        (few or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and w_down_t.stride(-1) == 1
         and not torch.is_autocast_enabled(device)

@@ -90,7 +90,7 @@ def _check_gated_threshold(gate, up, threshold, down_threshold, activation) -> N
     _check_activation(op, activation)
 
 
-# --- shape functions: the same checks as in C++, so that torch.compile fails at trace time with the same sentence -------
+# --- shape functions: the checks of csrc/checks.h, so that torch.compile fails at trace time with the same sentence ---
 
 
 def _sparse_mlp_fake(
@@ -123,9 +123,16 @@ def _sparse_mlp_fake(
         )
     _check_thresholds(op, x, intermediate, threshold=threshold, down_threshold=down_threshold)
     _check_activation(op, activation)
-    _check_like(op, "gate_bias", gate_bias, "x", x, (intermediate,))
-    _check_like(op, "up_bias", up_bias, "x", x, (intermediate,))
-    _check_like(op, "down_bias", down_bias, "x", x, (hidden,))
+    for name, bias, size in (
+        ("gate_bias", gate_bias, intermediate),
+        ("up_bias", up_bias, intermediate),
+        ("down_bias", down_bias, hidden),
+    ):
+        _check_like(op, name, bias, "x", x, (size,))
+        _check(
+            bias is None or size == 1 or bias.stride(0) == 1,
+            lambda n=name, b=bias: f"{op}: {n} must be contiguous, got stride {b.stride(0)}",
+        )
     return x.new_empty(x.shape)
 
 

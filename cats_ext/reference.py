@@ -1,4 +1,4 @@
-"""The ops written as their formulas, in PyTorch. Slow, differentiable where PyTorch is, and the definition of correct."""
+"""The ops written as their formulas, in PyTorch: slow, and the definition of correct."""
 
 from __future__ import annotations
 

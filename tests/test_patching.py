@@ -123,7 +123,8 @@ def test_other_dtypes(dtype, family, called):
     assert got.dtype == dtype
     assert set(called) == {"gated_threshold" if dtype == torch.float64 else "sparse_mlp"}
     # rounding moves neurons across their thresholds, hence only close
-    assert F.cosine_similarity(got.float(), reference, dim=-1).min() > 0.99
+    similarity = F.cosine_similarity(got.float(), reference, dim=-1)
+    assert similarity.min() > 0.95 and similarity.mean() > 0.99
 
 
 # --- around the numbers ---------------------------------------------------------------------------------------------

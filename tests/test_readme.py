@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,10 @@ def test_command_knows_its_options(command, arguments):
     help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
     for option in re.findall(r"(?<!\S)--?[a-z]\S*", arguments):
         assert re.search(rf"{option}\b", help_text), f"cats {command} has no {option}"
+
+
+def test_result_tables_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "bench"), *sys.path])
+    import readme_tables
+
+    assert readme_tables.insert(README) == README, "run python bench/readme_tables.py"

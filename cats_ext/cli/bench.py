@@ -76,8 +76,8 @@ def bench(
         f"{escape(shape)}: H {hidden}, I {intermediate}, {tokens} token{'s' * (tokens > 1)}, {result.dtype}, "
         f"{result.device}{threads}; {result.layers} layers, median of {result.passes} passes"
     )
-    table = Table(caption=f"read limit of this machine, measured: {result.read_limit_gb_per_s:.1f} GB/s")
-    for title in ("", "neurons skipped", "us per layer", "MB read", "GB/s", "of read limit", "speed-up"):
+    table = Table(caption=f"limit: plain reading of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s")
+    for title in ("", "skipped", "us/layer", "MB read", "GB/s", "of limit", "speed-up"):
         table.add_column(title, justify="right" if title else "left")
     for row in result.rows:
         table.add_row(

@@ -1,0 +1,85 @@
+"""Writes README.md's result tables from the files in bench/results; tests/test_readme.py checks that they are current.
+
+python bench/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(name: str, row: dict[str, str]) -> str:
+    return f"[`{name}`](bench/results/{name}), torch {row['torch']}, commit {row['commit']}, {row['date']}"
+
+
+def gpu() -> str:
+    name = "h100/mlp.csv"
+    data = [row for row in read(name) if row["dtype"] == "bf16"]
+    rows = []
+    for shape, tokens in dict.fromkeys((row["shape"], row["tokens"]) for row in data):
+        group = [row for row in data if (row["shape"], row["tokens"]) == (shape, tokens)]
+        dense = min(float(row["us"]) for row in group if row["path"] == "dense")
+        size = f"{group[0]['hidden_size']}x{group[0]['intermediate_size']}"
+        cells = [
+            f"{float(row['us']):.0f} us, {float(row['speedup']):.2f}x" for row in group if row["path"] == "sparse_mlp"
+        ]
+        rows.append([f"{shape}, {size}, {tokens} token{'s' * (tokens != '1')}", f"{dense:.0f} us", *cells])
+    header = ["GPU, bf16, one layer's MLP", "fastest dense", *(f"sparsity {s} %" for s in (0, 50, 70, 90))]
+    return f"{data[0]['device']}: {source(name, data[0])}.\n\n{table(header, rows)}"
+
+
+def cpu() -> str:
+    name = "cpu-epyc-zen3/mlp_cpu.csv"
+    data = read(name)
+    rows = []
+    for dtype in dict.fromkeys(row["dtype"] for row in data):
+        group = [row for row in data if row["dtype"] == dtype]
+        dense = min(float(row["ms"]) for row in group if row["path"] == "dense")
+        cells = [
+            f"{float(row['ms']):.1f} ms, {float(row['speedup']):.2f}x" for row in group if row["path"] == "sparse_mlp"
+        ]
+        rows.append([f"mistral-7b, 4096x14336, {dtype}", f"{dense:.1f} ms", *cells])
+    header = ["CPU, one token, one layer's MLP", "fastest dense", *(f"sparsity {s} %" for s in (0, 50, 70, 90))]
+    first = data[0]
+    return f"{first['device']} (Zen 3), {first['threads']} threads: {source(name, first)}.\n\n{table(header, rows)}"
+
+
+def patching() -> str:
+    name = "h100/patching.csv"
+    data = read(name)
+    share = max(float(row["added_share"]) for row in data)
+    peak = max(int(row["peak_extra_bytes"]) for row in data) / 1e6
+    return (
+        f"Patching adds at most {share:.3%} to the memory of a model of these shapes, and {peak:.0f} MB while it works "
+        f"({source(name, data[0])})."
+    )
+
+
+def tables() -> str:
+    return "\n\n".join((gpu(), cpu(), patching()))
+
+
+def insert(readme: str) -> str:
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(insert(path.read_text()))
