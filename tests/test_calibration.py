@@ -71,7 +71,7 @@ def test_two_thresholds(weighted):
     )
     modules = dict(model.named_modules())
     for name, (v, u) in gate_and_up(model, ids.view(3, 200)).items():
-        norm = modules[name].down_proj.weight.norm(dim=0)
+        norm = modules[name].down_proj.weight.detach().norm(dim=0)
         weight = u.square().mean(0).sqrt() * norm if weighted else torch.ones(INTERMEDIATE)
         gate_cut = exact_quantile(v * weight, 0.4)
         for j in (0, 7, INTERMEDIATE - 1):

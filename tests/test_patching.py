@@ -676,8 +676,10 @@ UNSUPPORTED = {
     ),
     "shared": (lambda mlp, model: setattr(model.model.layers[2], "mlp", mlp), "used in more than one place"),
     "dtype": (lambda mlp, model: mlp.up_proj.half(), "up_proj.weight is torch.float16 on cpu, but gate_proj.weight is"),
-    "integers": (
-        lambda mlp, model: mlp.gate_proj.requires_grad_(False).to(torch.complex64),
+    "complex": (
+        lambda mlp, model: setattr(
+            mlp.gate_proj, "weight", nn.Parameter(mlp.gate_proj.weight.data.to(torch.complex64))
+        ),
         "gate_proj.weight must be float32, float16, bfloat16 or float64, got torch.complex64",
     ),
     "shape": (

@@ -238,7 +238,8 @@ def test_counts(tokens, rule, dtype, device):
     kept = v >= case.threshold
     kept_down = kept if case.down_threshold is None else kept & (h >= case.down_threshold)
     assert counts.tolist() == [1000 + v.numel(), 2000 + int(kept.sum()), 3000 + int(kept_down.sum())]
-    assert_close(y, ops.sparse_mlp(*case.args()))
+    # on CUDA the order of additions varies from run to run, so a rounding may go either way
+    assert_close(y, ops.sparse_mlp(*case.args()), rtol=2**-7, atol=1e-5)
 
 
 def test_threshold_zero_is_the_dense_module(device):

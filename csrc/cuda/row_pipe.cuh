@@ -17,6 +17,23 @@ constexpr int kMaxSlots = 16;
 
 __device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+// Whether the phase of this parity is over. On 9.0 the hardware may hold the warp for a while before it says no.
+__device__ __forceinline__ bool mbarrier_phase_done(uint64_t *barrier, uint32_t parity) {
+    uint32_t done;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
+    return done;
+}
+
 // Brings a part of a row into L2 without waiting and without changing what later reads see.
 __device__ __forceinline__ void prefetch_l2(const void *row, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -118,16 +135,8 @@ template <int kChunks, int kRows> class BulkCopyPipe {
 
     __device__ __forceinline__ void wait(int slot, int) {
 #if __CUDA_ARCH__ >= 900
-        const uint32_t barrier = smem_address(barriers_ + slot), parity = phases_ >> slot & 1;
-        uint32_t done;
-        do {
-            asm volatile("{\n.reg .pred p;\n"
-                         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                         "selp.u32 %0, 1, 0, p;\n}"
-                         : "=r"(done)
-                         : "r"(barrier), "r"(parity)
-                         : "memory");
-        } while (!done);
+        while (!mbarrier_phase_done(barriers_ + slot, phases_ >> slot & 1)) {
+        }
         phases_ ^= 1u << slot;
 #endif
     }

@@ -22,7 +22,7 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     const auto ceil_div = [](int64_t a, int64_t b) { return int((a + b - 1) / b); };
     const auto shared_bytes = [&](const SparseMlpPlan &plan) {
         return SharedLayout(plan, params.hidden_size, kWarps, kTeams, kRows, Pipe::kBarrierBytes,
-                            sizeof(WarpState<kTokens, kRows>), sizeof(Exchange<kRows * kTokens, kTeamWarps>))
+                            sizeof(WarpState<kTokens, kRows>), sizeof(TeamState<kRows * kTokens, kTeamWarps>))
             .total;
     };
 

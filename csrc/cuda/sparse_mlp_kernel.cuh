@@ -9,7 +9,7 @@
 // leaves the CTA once, at the end (finish.cuh).
 //
 // The warps of a team run the same control flow on the same values, each with its own copy of the queues, and sum dot
-// products in the same order. All they exchange is partial dot products, at one named barrier a gate or up batch.
+// products in the same order. All they exchange is partial dot products, at one barrier a gate or up batch.
 //
 // Weights do not depend on the previous kernel, x does. With programmatic dependent launch this kernel starts while the
 // previous one still runs, and only prefetches its first rows into L2 before it waits. Everything it computes with is
@@ -55,23 +55,36 @@ template <int kTokens, int kRows> struct WarpState {
 
 // What the warps of a team tell each other at a gate or up batch: their partial dot products, and the leader the next
 // gate batch. Two of them, used in turns: a warp may be one batch ahead of another, never two.
-template <int kDots, int kTeamWarps> struct alignas(16) Exchange {
-    float dots[kDots][kTeamWarps];
-    uint32_t next_batch;
+template <int kDots, int kTeamWarps> struct alignas(16) TeamState {
+    struct alignas(16) Exchange {
+        float dots[kDots][kTeamWarps];
+        uint32_t next_batch;
+    } exchanges[2];
+    uint64_t barrier; // an mbarrier on which all threads of the team arrive; its phases have parity 0 and 1 in turns
 };
 
-// Shared memory: rings | barriers | warp states | exchanges. At the end the teams are summed through the rings' space.
+// Until all threads of the team have come here in this turn. An mbarrier and not a named barrier: teams synchronise
+// different numbers of times, after which racecheck takes no named barrier or __syncthreads() into account.
+__device__ __forceinline__ void synchronise_team(uint64_t *barrier, int turn) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(smem_address(barrier))
+                 : "memory");
+    while (!mbarrier_phase_done(barrier, turn)) {
+    }
+}
+
+// Shared memory: rings | barriers | warp states | team states. At the end the teams are summed through the rings'
+// space.
 struct SharedLayout {
-    uint32_t barriers, states, exchanges, total; // offsets in bytes; the rings start at 0
+    uint32_t barriers, warp_states, team_states, total; // offsets in bytes; the rings start at 0
 
     __host__ __device__ SharedLayout(const SparseMlpPlan &plan, int64_t hidden_size, int warps, int teams, int rows,
-                                     int barrier_bytes, int state_bytes, int exchange_bytes) {
+                                     int barrier_bytes, int warp_state_bytes, int team_state_bytes) {
         const uint32_t rings = warps * plan.slots * rows * plan.segment_chunks * 16;
         const uint32_t team_sums = teams * uint32_t(hidden_size) * sizeof(float);
         barriers = rings > team_sums ? rings : team_sums;
-        states = barriers + warps * plan.slots * barrier_bytes;
-        exchanges = states + warps * state_bytes;
-        total = exchanges + teams * 2 * exchange_bytes;
+        warp_states = barriers + warps * plan.slots * barrier_bytes;
+        team_states = warp_states + warps * warp_state_bytes;
+        total = team_states + teams * team_state_bytes;
     }
 };
 
@@ -108,7 +121,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     constexpr int kLanesPerDot = 32 / kDots; // lane l has to do with dot product l / kLanesPerDot
     constexpr uint32_t kAll = 0xffffffffu;
     using State = WarpState<kTokens, kRows>;
-    using TeamExchange = Exchange<kDots, kTeamWarps>;
+    using Team = TeamState<kDots, kTeamWarps>;
     const SparseMlpParams &p = args.mlp;
     const SparseMlpPlan &plan = args.plan;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
@@ -118,10 +131,14 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const int hidden = int(p.hidden_size);
 
     extern __shared__ __align__(128) uint8_t smem[];
-    const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State),
-                              sizeof(TeamExchange));
-    State &state = reinterpret_cast<State *>(smem + layout.states)[warp];
-    TeamExchange *exchanges = reinterpret_cast<TeamExchange *>(smem + layout.exchanges) + team * 2;
+    const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State), sizeof(Team));
+    State &state = reinterpret_cast<State *>(smem + layout.warp_states)[warp];
+    Team &team_state = reinterpret_cast<Team *>(smem + layout.team_states)[team];
+    if (team_warp == 0 && lane == 0)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&team_state.barrier)),
+                     "n"(kTeamWarps * 32)
+                     : "memory");
+    __syncthreads();
 
     // This warp's columns.
     const int row_chunks = hidden / kPerChunk;
@@ -231,12 +248,11 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         if constexpr (kTeamWarps == 1) {
             if (!next_known) next_batch = __shfl_sync(kAll, drawn, 0);
         } else {
-            TeamExchange &exchange = exchanges[turn];
-            turn ^= 1;
+            auto &exchange = team_state.exchanges[turn];
             if (spokesman) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
             if (leader && !next_known) exchange.next_batch = drawn;
-            // Not bar.sync, its aligned form: with an id in a register, racecheck loses track of all later barriers.
-            asm volatile("barrier.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
+            synchronise_team(&team_state.barrier, turn);
+            turn ^= 1;
             const float *partial = exchange.dots[lane / kLanesPerDot];
             sum = partial[0];
 #pragma unroll
