@@ -77,6 +77,7 @@ def cpu_extension(left_out: list[str]) -> CppExtension:
     return CppExtension(
         "cats_ext._C",
         sources("csrc/ops_cpu.cpp", "csrc/cpu/*.cpp"),
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
         extra_compile_args={"cxx": [*FLAGS, "-g0", "-fvisibility=hidden", *left_out]},
@@ -93,6 +94,7 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
     return CppExtension(
         "cats_ext._C_cuda",
         sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu"),
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         library_dirs=[str(home / directory) for directory in ("lib64", "lib", "targets/x86_64-linux/lib")],
         # The static runtime: the wheel then needs a driver, but no particular libcudart.
@@ -129,7 +131,6 @@ class Build(BuildExtension):
         else:
             self.extensions[-1].library_dirs.append(libtorch_cuda_dir(self.build_temp))
             summary = f"_C (CPU) and _C_cuda (CUDA {cuda_note} for {os.environ['TORCH_CUDA_ARCH_LIST']})"
-        say(f"building {summary}")
         super().run()
         say(f"built {summary}")
         if cuda_home is None and os.environ.get("CATS_CUDA") != "0":

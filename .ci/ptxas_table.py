@@ -12,8 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-# Kernels that may spill, by the start of their name, each with the reason.
-NOT_HOT = {
+# Kernels that may spill, as patterns of "NAME for ARCH", each with the reason.
+MAY_SPILL = {
     "gated_threshold_kernel": "elementwise and bound by memory, which hides a few spilled bytes a thread",
 }
 
@@ -37,7 +37,7 @@ class Kernel:
 
     @property
     def may_spill(self) -> bool:
-        return any(self.name.startswith(prefix) for prefix in NOT_HOT)
+        return any(re.match(pattern, f"{self.name} for {self.arch}") for pattern in MAY_SPILL)
 
 
 def parse(log: str) -> list[Kernel]:

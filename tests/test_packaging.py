@@ -17,6 +17,9 @@ import pytest
 import cats_ext
 from cats_ext._library import LIBRARIES
 
+# Here, before any test runs: after an import of the standard library's distutils, setuptools refuses to load.
+pytest.importorskip("setuptools", minversion="77")
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = [name for name, library in LIBRARIES.items() if library.path is not None]
 # Found on every Linux with torch. libcudart is linked statically, libtorch_cuda comes with a CUDA build of torch.
@@ -26,7 +29,6 @@ ALLOWED_LIBRARIES = re.compile(r"lib(c10|torch|torch_cpu|torch_cuda|stdc\+\+|gcc
 @pytest.fixture
 def build_script(monkeypatch) -> dict:
     """setup.py's functions, in an environment that says nothing about CUDA."""
-    pytest.importorskip("setuptools", minversion="77")
     for name in ("CATS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -113,7 +115,6 @@ def test_architectures_that_are_all_too_old(build_script, monkeypatch):
 
 def test_source_distribution_is_complete(tmp_path):
     """Also where it is made without nvcc, the archive holds every source, header and module."""
-    pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path / "source"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "results"))
     subprocess.run(

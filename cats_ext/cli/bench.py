@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.table import Table
 
 from cats_ext import benchmark
@@ -71,12 +72,15 @@ def bench(
         print_json(result.to_dict())
         return
     console = output(json)
-    threads = f", {result.threads} threads" if result.threads else ""
+    threads = f", {result.threads} thread{'s' * (result.threads != 1)}" if result.threads else ""
     console.print(
         f"{escape(shape)}: H {hidden}, I {intermediate}, {tokens} token{'s' * (tokens > 1)}, {result.dtype}, "
         f"{result.device}{threads}; {result.layers} layers, median of {result.passes} passes"
     )
-    table = Table(caption=f"limit: plain reading of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"limit: plain reading of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s",
+    )
     for title in ("", "skipped", "us/layer", "MB read", "GB/s", "of limit", "speed-up"):
         table.add_column(title, justify="right" if title else "left")
     for row in result.rows:

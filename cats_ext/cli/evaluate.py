@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from cats_ext.cli.common import (
@@ -76,14 +77,15 @@ def evaluate(
     if json:
         print_json(document)
         return
-    table = Table(caption=f"{dense.tokens:,} predicted tokens in windows of {window}")
-    table.add_column("")
-    for title in ("perplexity", "against dense", "up skipped", "down skipped", "MLP bytes read"):
-        table.add_column(title, justify="right")
+    caption = f"{dense.tokens:,} predicted tokens in windows of {window}; read: share of the MLP weights"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
+    table.add_column("", no_wrap=True)
+    for title in ("perplexity", "change", "up skipped", "down skipped", "read"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_row("dense", f"{dense.ppl:.2f}", "", "0.0%", "0.0%", "100.0%")
     if config is not None:
         table.add_row(
-            f"{config.rule}, target {config.sparsity:.0%}",
+            f"{config.rule} {config.sparsity:.0%}",
             f"{sparse.ppl:.2f}",
             f"{sparse.ppl / dense.ppl - 1:+.1%}",
             f"{report.up_sparsity:.1%}",
