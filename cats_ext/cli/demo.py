@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def demo(
     from cats_ext.calibration import sparsity_split
     from cats_ext.cli.generation import encode_prompt
 
-    started = time.perf_counter()
+    started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
     figure_path = _figure_path(out)
     where = pick_device(device)
@@ -114,6 +115,7 @@ def demo(
     question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
     held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
     document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
+    document["load_at_start"] = load_at_start
     document |= show_model(console, model, network)
     variants = calibrate_variants(network, tokenizer, calibration_text, sparsity, calibration_tokens)
     evaluate_variants(network, tokenizer, variants, held_out)
@@ -121,7 +123,9 @@ def demo(
     document["variants"] = show_quality(console, variants, held_out.numel())
     _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
     document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
-    document["tokens_per_second"] = show_speed(console, network, tokenizer, variants, new_tokens, document["mlp_share"])
+    document["tokens_per_second"] = show_speed(
+        console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
+    )
     document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
     document["seconds"] = time.perf_counter() - started
     console.print(f"\n[dim]{document['seconds']:.0f} s in all. On a model of yours:[/]")
@@ -284,6 +288,7 @@ def show_speed(
     variants: dict[str, Variant],
     new_tokens: int,
     mlp_share: float,
+    load: float,
 ) -> dict[str, Any]:
     """Decode speed, dense and sparse in turns, each warmed up, over the same number of tokens of the same text."""
     from cats_ext.cli.generation import continue_prompt, encode_prompt
@@ -312,8 +317,9 @@ def show_speed(
     _show(console, grid)
     if fast < dense:
         console.print(
-            "  [yellow]Not faster here.[/] Other work on the machine or the small size of the model hides the gain; "
-            "'cats bench' times the op alone, in the size of a 7B model."
+            "  [yellow]Not faster here.[/] Other work on the machine or the small size of the model hides the gain "
+            f"(load average at the start: {load:.1f} on {os.cpu_count()} cores). 'cats bench' times the op alone, in "
+            "the size of a 7B model."
         )
     return {"dense": dense, "sparse": fast, "speedup": fast / dense, "worth": worth, "rounds": rates}
 
