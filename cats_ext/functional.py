@@ -14,13 +14,13 @@ from cats_ext import ops, reference
 
 # Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
 # skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity
-# (bench/results): on an H100, bf16, the kernel takes 0.82 of the dense time for 2 tokens and 2.3 of it for 4; on two
+# (bench/results): on an H100, bf16, the kernel takes 0.83 of the dense time for 2 tokens and 2.3 of it for 4; on two
 # cores of a Zen 3, fp32, about half for 16 tokens, and as long as dense for 64.
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 
 # Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
-# the kernel needs takes 27 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
+# the kernel needs takes 25 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
 # as many tokens as were measured (32), so it takes them all.
 _SCALAR_ON_CPU = tuple(
     dtype
