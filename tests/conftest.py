@@ -26,3 +26,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Which of the two ways the patched MLPs took."""
+    from cats_ext import ops
+
+    ways = []
+
+    def spy(name):
+        real = getattr(ops, name)
+        return lambda *arguments: (ways.append(name), real(*arguments))[1]
+
+    for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold"):
+        monkeypatch.setattr(ops, name, spy(name))
+    return ways

@@ -1,0 +1,63 @@
+"""What the tests of patched models share: configs, short and long inputs, and snapshots of a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from models import tokens
+from torch import nn
+
+from cats_ext import CatsConfig, calibrate
+from cats_ext.functional import MAX_KERNEL_TOKENS
+
+
+def config_for(model, sparsity=0.5, rule="two_threshold", **arguments) -> CatsConfig:
+    return calibrate(model, tokens(300), sparsity=sparsity, rule=rule, sequence_length=150, progress=False, **arguments)
+
+
+def layers_of(model) -> list[nn.Module]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+def few(seed=5):
+    """As many tokens as the kernel takes."""
+    return tokens(MAX_KERNEL_TOKENS["cpu"], seed)[None]
+
+
+def many(seed=6):
+    return tokens(40, seed)[None]
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def snapshot(model) -> dict:
+    return {
+        "state": {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()},
+        "parameters": [(name, id(p)) for name, p in model.named_parameters()],
+        "buffers": [name for name, _ in model.named_buffers()],
+        "modules": [(name, id(m), type(m)) for name, m in model.named_modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "non-persistent": [sorted(m._non_persistent_buffers_set) for m in model.modules()],
+    }
+
+
+def assert_unchanged(model, before) -> None:
+    after = snapshot(model)
+    state, state_before = after.pop("state"), before["state"]
+    assert after == {name: value for name, value in before.items() if name != "state"}
+    assert list(state) == list(state_before)
+    for name, (value, stride) in state.items():
+        assert stride == state_before[name][1], name
+        assert torch.equal(value, state_before[name][0]), name
+
+
+def replace_thresholds(config: CatsConfig, value: float) -> CatsConfig:
+    return replace(
+        config,
+        thresholds={name: torch.tensor(value) for name in config.thresholds},
+        down_thresholds={name: torch.tensor(value) for name in config.down_thresholds},
+    )

@@ -1,0 +1,122 @@
+"""Patched models in company: adapters, generation, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import HIDDEN, tiny_model, tokens
+from patched import config_for, few, layers_of, logits, many, replace_thresholds
+from torch import nn
+
+from cats_ext import apply_cats, remove_cats, sparsity_report, track_sparsity
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["q_proj"]])
+def test_lora_unmerged_and_merged(targets, called):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    config = config_for(model)
+    dense = copy.deepcopy(model)
+    apply_cats(model, config)
+    called.clear()
+    peft_model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted = logits(peft_model, few())
+    in_mlp = targets != ["q_proj"]
+    assert set(called) == {"gated_threshold" if in_mlp else "sparse_mlp"}
+
+    merged = copy.deepcopy(peft_model).merge_and_unload()
+    called.clear()
+    torch.testing.assert_close(logits(merged, few()), adapted, rtol=1e-3, atol=1e-3)
+    assert set(called) == {"sparse_mlp"}
+
+    remove_cats(peft_model)  # the adapter stays
+    torch.manual_seed(0)
+    assert all(m.weight.is_contiguous() for m in peft_model.modules() if type(m) is nn.Linear)
+    twin = get_peft_model(dense, LoraConfig(target_modules=targets, init_lora_weights=False))
+    twin.load_state_dict(peft_model.state_dict())
+    assert torch.equal(logits(twin, few()), logits(peft_model, few()))
+
+
+def test_generation_with_beams_padding_and_sampling():
+    model = tiny_model()
+    prompts = torch.stack([tokens(10), tokens(10, seed=1)])
+    mask = torch.ones_like(prompts)
+    prompts[0, :4], mask[0, :4] = 0, 0
+    arguments = dict(attention_mask=mask, max_new_tokens=8)
+    torch.manual_seed(0)
+    ways = (dict(num_beams=3, do_sample=False), dict(do_sample=False), dict(do_sample=True))
+    dense = []
+    for way in ways:
+        torch.manual_seed(0)
+        dense.append(model.generate(prompts, **arguments, **way))
+    config = config_for(model)
+    apply_cats(model, config_for_zero := replace_thresholds(config, 0.0))
+    assert config_for_zero.rule == "two_threshold"
+    for way, expected in zip(ways, dense, strict=True):
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(prompts, **arguments, **way), expected)
+
+
+def test_static_cache_generation():
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    arguments = dict(max_new_tokens=8, do_sample=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        static = model.generate(tokens(9)[None], cache_implementation="static", disable_compile=True, **arguments)
+    assert torch.equal(static, model.generate(tokens(9)[None], **arguments))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("tracking", [False, True])
+@pytest.mark.parametrize("ids", [few(), many()], ids=["kernel", "dense path"])
+def test_compile_fullgraph(family, tracking, ids):
+    model = tiny_model(family)
+    apply_cats(model, config_for(model))
+    expected = logits(model, ids)
+    track_sparsity(model, tracking)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-4, atol=1e-4)
+    for module in layers_of(model):
+        module.threshold.zero_()  # not baked in
+    assert not torch.allclose(logits(compiled, ids), expected)
+    if tracking:
+        assert sparsity_report(model).tokens == 2 * ids.numel()
+
+
+@pytest.mark.slow
+def test_compile_fullgraph_with_inductor(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    torch._dynamo.reset()
+    compiled = torch.compile(layers_of(model)[0], fullgraph=True)
+    for count in (1, 3, 40):
+        x = torch.randn(count, HIDDEN)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layers_of(model)[0](x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_compiled_before_patching_notices(called):
+    model = tiny_model()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    dense = logits(compiled, few())
+    apply_cats(model, config_for(model, sparsity=0.9))
+    assert not torch.allclose(logits(compiled, few()), dense, atol=1e-2)
+    remove_cats(model)
+    torch.testing.assert_close(logits(compiled, few()), dense)
+
+
+def test_inference_mode():
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    for ids in (few(), many()):
+        with torch.inference_mode():
+            got = model(input_ids=ids).logits
+        assert torch.equal(got, logits(model, ids))

@@ -1,0 +1,129 @@
+"""Which way a patched MLP computes: the kernel only where nobody needs the projections or their gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import HIDDEN, tiny_model
+from patched import config_for, few, layers_of, logits, many
+
+from cats_ext import apply_cats, remove_cats
+from cats_ext.reference import gated_threshold_ref
+
+
+def test_a_weight_in_another_layout_takes_the_dense_path(called):
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    expected = logits(model, few())
+    model.load_state_dict({k: v.clone().contiguous() for k, v in model.state_dict().items()}, assign=True)
+    called.clear()
+    torch.testing.assert_close(logits(model, few()), expected, rtol=1e-4, atol=1e-4)
+    assert set(called) == {"gated_threshold"}
+
+
+def test_gradients_take_the_dense_path_and_are_right(called):
+    model = tiny_model().double()
+    config = config_for(model)
+    reference = copy.deepcopy(layers_of(model)[0])
+    apply_cats(model, config)
+    module = layers_of(model)[0]
+    x = torch.randn(2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    called.clear()
+    module(x).square().sum().backward()
+    assert called == ["gated_threshold"]
+    y = x.detach().clone().requires_grad_()
+    rule = (module.threshold, module.down_threshold, "silu")
+    h = gated_threshold_ref(reference.gate_proj(y), reference.up_proj(y), *rule)
+    reference.down_proj(h).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for got, want in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("needs", ["input", "gate weight", "down bias", "nothing"])
+def test_the_kernel_never_swallows_a_gradient(needs, called):
+    model = tiny_model("llama-bias").requires_grad_(False)
+    apply_cats(model, config_for(model))
+    module = layers_of(model)[0]
+    called.clear()
+    x = torch.randn(1, HIDDEN, requires_grad=needs == "input")
+    module.gate_proj.weight.requires_grad_(needs == "gate weight")
+    module.down_proj.bias.requires_grad_(needs == "down bias")
+    y = module(x)
+    assert y.requires_grad == (needs != "nothing")
+    assert called == ["sparse_mlp" if needs == "nothing" else "gated_threshold"]
+
+
+def test_training_with_gradient_checkpointing():
+    model = tiny_model().train()
+    apply_cats(model, config_for(model))
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable()
+    ids = many()
+    losses = [m(input_ids=ids, labels=ids).loss for m in (model, twin)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer.step()
+    assert model(input_ids=ids, labels=ids).loss < losses[0]
+    assert layers_of(model)[0].down_proj.weight.t().is_contiguous()
+
+
+def test_hooks_on_a_projection_fire_and_count(called):
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    expected = logits(model, few())
+    seen = []
+    handle = layers_of(model)[1].up_proj.register_forward_hook(lambda m, a, output: seen.append(output) or output * 2)
+    called.clear()
+    assert not torch.allclose(logits(model, few()), expected)
+    assert len(seen) == 1 and called.count("gated_threshold") == 1
+    handle.remove()
+    assert torch.equal(logits(model, few()), expected)
+    handle = layers_of(model)[1].down_proj.register_forward_pre_hook(lambda m, a: seen.append(a))
+    logits(model, few())
+    assert len(seen) == 2
+    handle.remove()
+
+
+def test_hooks_on_the_mlp_survive_patching_and_removal():
+    model, seen = tiny_model(), []
+    handle = layers_of(model)[0].register_forward_hook(lambda *a: seen.append(1))
+    config = config_for(model)
+    seen.clear()
+    apply_cats(model, config)
+    logits(model, few())
+    remove_cats(model)
+    logits(model, few())
+    assert len(seen) == 2
+    handle.remove()
+    logits(model, few())
+    assert len(seen) == 2
+
+
+def test_dtype_mismatch_is_as_clear_as_with_a_linear():
+    model = tiny_model(dtype=torch.bfloat16)
+    apply_cats(model, config_for(model))
+    for count in (1, 30):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            layers_of(model)[0](torch.randn(count, HIDDEN))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_autocast(family, called):
+    model = tiny_model(family)
+    config = config_for(model)
+    apply_cats(model, config)
+    module = layers_of(model)[0]
+    x = torch.randn(2, HIDDEN)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        called.clear()
+        y = module(x)
+    assert y.dtype == torch.bfloat16 and called == ["gated_threshold"]
+    with torch.no_grad():
+        torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.3)
