@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cats_ext.integrations.accelerate import only_aligns_devices
 from cats_ext.reference import ACTIVATIONS
 
 SEPARATE = ("gate_proj", "up_proj", "down_proj")
@@ -124,7 +125,7 @@ def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     merged = names == MERGED
     if any(n in module._parameters for n in names):
         raise ValueError("fused mixture-of-experts weights are not supported")
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
     activation_name = next((n for n in ACTIVATION_NAMES if hasattr(module, n)), None)
     if activation_name is None:

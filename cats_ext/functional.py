@@ -32,17 +32,17 @@ _SCALAR_ON_CPU = tuple(
 )
 
 
-def kernel_fits(x: Tensor, w_down_t: Tensor) -> bool:
-    """Whether the sparse kernel is the way for ``x``: few tokens, a dtype and a layout it takes, and no autocast.
+def kernel_fits(x: Tensor, hidden_size: int) -> bool:
+    """Whether the sparse kernel is the way for ``x`` ``[..., H]``: few tokens, a dtype it takes, and no autocast.
 
     Under autocast the operands have to be cast first, which the dense path's ``linear`` does.
     """
-    device = x.device.type
-    few = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * w_down_t.shape[-1]
+    # Once a layer and token: is_cuda costs a fifth of device.type.
+    device = "cuda" if x.is_cuda else x.device.type
+    few = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
     return (
         (few or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
-        and w_down_t.stride(-1) == 1
         and not torch.is_autocast_enabled(device)
     )
 
@@ -89,7 +89,7 @@ def sparse_mlp(
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
     operands = (x, w_gate, w_up, w_down_t, gate_bias, up_bias, down_bias)
-    if kernel_fits(x, w_down_t) and not needs_grad(*operands):
+    if kernel_fits(x, w_down_t.shape[-1]) and w_down_t.stride(-1) == 1 and not needs_grad(*operands):
         rule = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias)
         if counts is None:
             return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cats_ext import ops
 from cats_ext.detection import GatedMLP
 from cats_ext.functional import kernel_fits, masked_product, needs_grad
+from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
 
 
 @dataclass
@@ -26,6 +27,7 @@ class CatsState:
     original_class: type[nn.Module]
     down: nn.Linear  # the module whose weight was laid out, also if an adapter has been put in its place
     down_strides: tuple[int, ...]  # of its weight before
+    hidden_size: int
     activation: str
     merged: bool
     up_target: float  # share of neurons to skip, from the config
@@ -50,46 +52,34 @@ class CatsMLP(nn.Module):
     counts: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        # Dictionaries are read directly: nn.Module's attribute lookup costs more than the checks themselves, and this
-        # runs once a layer and token.
-        cats, buffers = self.cats, self._buffers
-        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
-        weights = self._bare_weights()
+        # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
+        # lookup costs more than the checks themselves.
+        cats, buffers, children = self.cats, self._buffers, self._modules
+        threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
+        weights = None
+        if kernel_fits(x, cats.hidden_size) and _is_bare_linear(down):
+            if cats.merged:
+                weights = _merged_weights(children["gate_up_proj"])
+            else:
+                weights = _separate_weights(children["gate_proj"], children["up_proj"])
         if weights is not None:
-            w_gate, w_up, w_down_t, *biases = weights
-            if kernel_fits(x, w_down_t) and not needs_grad(x, *weights):
-                rule = (threshold, down_threshold, cats.activation, *biases)
+            w_gate, w_up, gate_bias, up_bias = weights
+            w_down, down_bias = down._parameters["weight"], down._parameters["bias"]
+            rows = w_down.stride(0) == 1  # one contiguous row a neuron
+            if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
+                w_down_t, activation = w_down.t(), cats.activation
                 if cats.tracking:
+                    rule = threshold, down_threshold, activation, gate_bias, up_bias, down_bias
                     return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, buffers["counts"], *rule)
-                return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)
-        children = self._modules
+                return ops.sparse_mlp(
+                    x, w_gate, w_up, w_down_t, threshold, down_threshold, activation, gate_bias, up_bias, down_bias
+                )
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
         else:
             gate, up = children["gate_proj"](x), children["up_proj"](x)
         counts = buffers["counts"] if cats.tracking else None
-        return children["down_proj"](masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
-
-    def _bare_weights(self) -> tuple[Tensor | None, ...] | None:
-        """``w_gate, w_up, w_down_t`` and the three biases, or None where a projection has to be called as a module."""
-        children = self._modules
-        down = children["down_proj"]
-        if not _is_bare_linear(down):
-            return None
-        if self.cats.merged:
-            gate_up = children["gate_up_proj"]
-            if not _is_bare_linear(gate_up):
-                return None
-            w_gate, w_up = gate_up._parameters["weight"].chunk(2)
-            bias = gate_up._parameters["bias"]
-            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-        else:
-            gate, up = children["gate_proj"], children["up_proj"]
-            if not (_is_bare_linear(gate) and _is_bare_linear(up)):
-                return None
-            w_gate, gate_bias = gate._parameters["weight"], gate._parameters["bias"]
-            w_up, up_bias = up._parameters["weight"], up._parameters["bias"]
-        return w_gate, w_up, down._parameters["weight"].t(), gate_bias, up_bias, down._parameters["bias"]
+        return down(masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsMLP:
         """Moves and casts the module as ever, except that the thresholds keep float32 and their exact values."""
@@ -111,8 +101,23 @@ def _is_bare_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or only_aligns_devices(module))
     )
+
+
+def _separate_weights(gate: nn.Module, up: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """``w_gate, w_up`` and their biases, or None where a projection has to be called as a module."""
+    if not (_is_bare_linear(gate) and _is_bare_linear(up)):
+        return None
+    gate, up = gate._parameters, up._parameters
+    return gate["weight"], up["weight"], gate["bias"], up["bias"]
+
+
+def _merged_weights(gate_up: nn.Module) -> tuple[Tensor | None, ...] | None:
+    if not _is_bare_linear(gate_up):
+        return None
+    bias = gate_up._parameters["bias"]
+    return *gate_up._parameters["weight"].chunk(2), *((None, None) if bias is None else bias.chunk(2))
 
 
 def make_sparse(
@@ -121,13 +126,16 @@ def make_sparse(
     """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done."""
     module, weight = mlp.module, mlp.down.weight
     # First of all, so that make_dense knows what there is to undo.
-    module.cats = CatsState(type(module), mlp.down, weight.stride(), mlp.activation, mlp.merged, up_target, down_target)
+    module.cats = CatsState(
+        type(module), mlp.down, weight.stride(), mlp.hidden_size, mlp.activation, mlp.merged, up_target, down_target
+    )
     weight.data = weight.data.t().contiguous().t()
     for name, value in (("threshold", threshold), ("down_threshold", down_threshold)):
         copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
         module.register_buffer(name, copy, persistent=False)
     module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
     module.__class__ = CatsMLP
+    rebind_forward(module)
 
 
 def make_dense(module: nn.Module) -> None:
@@ -136,6 +144,7 @@ def make_dense(module: nn.Module) -> None:
     if state is None:
         return
     module.__class__ = state.original_class
+    rebind_forward(module)
     for name in ("threshold", "down_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)

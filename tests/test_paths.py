@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import HIDDEN, tiny_model
+from models import HIDDEN, LAYERS, tiny_model
 from patched import config_for, few, layers_of, logits, many
 
 from cats_ext import apply_cats, remove_cats
@@ -127,3 +127,51 @@ def test_autocast(family, called):
     assert y.dtype == torch.bfloat16 and called == ["gated_threshold"]
     with torch.no_grad():
         torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.3)
+
+
+def dispatched(model, **arguments):
+    """As ``device_map`` does where several devices are used: a hook on every module."""
+    from accelerate import dispatch_model
+
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "cpu" for i in range(LAYERS)}
+    return dispatch_model(model, device_map, main_device="cpu", force_hooks=True, **arguments)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("hooks", ["before", "after"])
+def test_hooks_that_only_align_devices_are_bypassed(family, hooks, called):
+    model = tiny_model(family)
+    config = config_for(model)
+    dense, expected = logits(model, few()), logits(apply_cats(copy.deepcopy(model), config), few())
+    if hooks == "before":
+        model = apply_cats(dispatched(model), config)
+    else:
+        model = dispatched(apply_cats(model, config))
+    assert "forward" in vars(layers_of(model)[0]) and "forward" in vars(layers_of(model)[0].down_proj)
+    called.clear()
+    assert torch.equal(logits(model, few()), expected)
+    assert set(called) == {"sparse_mlp"}
+    called.clear()
+    twin = copy.deepcopy(model)
+    remove_cats(model)
+    assert torch.equal(logits(model, few()), dense) and not called
+    assert torch.equal(logits(twin, few()), expected) and set(called) == {"sparse_mlp"}
+
+
+@pytest.mark.parametrize("what", ["cpu", "disk"])
+def test_a_patched_model_offloaded_later_computes_the_same(what, called, tmp_path):
+    import accelerate
+
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    expected = {"few": logits(model, few()), "many": logits(model, many())}
+    if what == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert layers_of(model)[0].down_proj.weight.is_meta
+    called.clear()
+    torch.testing.assert_close(logits(model, few()), expected["few"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, many()), expected["many"], rtol=1e-4, atol=1e-4)
+    assert set(called) == {"gated_threshold"}  # the weights are not there for the kernel
