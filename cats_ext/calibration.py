@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +18,15 @@ from torch import Tensor, nn
 from cats_ext._run import check_token_ids, evaluation_mode, input_device, progress_bar
 from cats_ext._version import __version__
 from cats_ext.calibration_data import collect_windows
-from cats_ext.config import RULES, CatsConfig, LayerConfig, check_sparsity
+from cats_ext.config import CatsConfig, LayerConfig, thresholds_of
 from cats_ext.detection import MERGED, SEPARATE, GatedMLP
 from cats_ext.histogram import Histogram
 from cats_ext.patching import find_dense_mlps
-from cats_ext.reference import ACTIVATIONS, keep
+from cats_ext.reference import ACTIVATIONS
+from cats_ext.rules import sparsity_split
+from cats_ext.statistics import JointHistogram, LayerStatistics
 
-# By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
-# Of 0.05, 0.1, 0.15 and 0.2 it is the best or level with the best in WikiText-2 perplexity of SmolLM2-135M, at
-# sparsities 0.3, 0.5 and 0.7.
-TWO_THRESHOLD_OFFSET = 0.1
 _CHUNK = 1 << 22  # activations looked at together: bounds the temporaries to tens of MB
-_SMALLEST = torch.finfo(torch.float32).tiny  # a threshold that drops exact zeros, which contribute nothing, and no more
 
 
 def calibrate(
@@ -98,18 +95,18 @@ def calibrate(
         passes.append(("weights", _Layer.add_up_squares))
     passes.append(("gate", _Layer.add_gate))
     if rule == "two_threshold":
-        passes.append(("down", _Layer.add_down))
+        passes.append(("joint", _Layer.add_joint))
     for number, (kind, observe) in enumerate(passes, 1):
         title = f"calibration, pass {number} of {len(passes)}" if len(passes) > 1 else "calibration"
         _run_pass(model, layers, windows, batch_size, observe, title, progress)
         for layer in layers:
-            layer.finish(kind, up_sparsity, down_sparsity)
+            layer.finish(kind)
 
+    statistics = {layer.mlp.name: layer.statistics(rule) for layer in layers}
+    thresholds, down_thresholds = thresholds_of(statistics, {name: (up_sparsity, down_sparsity) for name in statistics})
     return CatsConfig(
-        thresholds={layer.mlp.name: layer.threshold.cpu() for layer in layers},
-        down_thresholds={
-            layer.mlp.name: layer.down_threshold.cpu() for layer in layers if layer.down_threshold is not None
-        },
+        thresholds=thresholds,
+        down_thresholds=down_thresholds,
         layers={
             layer.mlp.name: LayerConfig(
                 layer.mlp.hidden_size, layer.mlp.intermediate_size, layer.mlp.activation, up_sparsity, down_sparsity
@@ -127,43 +124,20 @@ def calibrate(
             "seed": seed,
             "cats_ext_version": __version__,
         },
-        histograms={layer.mlp.name: layer.histograms for layer in layers},
+        statistics=statistics,
     )
-
-
-def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> tuple[float, float]:
-    """The up and down sparsity at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
-    check_sparsity("sparsity", sparsity)
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if rule == "plain":
-        if down_sparsity is not None:
-            raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with 'plain'")
-        return sparsity, sparsity
-    if down_sparsity is None:
-        offset = min(TWO_THRESHOLD_OFFSET, sparsity, (1 - sparsity) / 2)
-        return sparsity - offset, sparsity + offset
-    check_sparsity("down_sparsity", down_sparsity)
-    up_sparsity = 2 * sparsity - down_sparsity
-    if not 0 <= up_sparsity <= down_sparsity:
-        raise ValueError(
-            f"down_sparsity must be in [sparsity, 2 * sparsity] = [{sparsity}, {2 * sparsity}] and below 1, "
-            f"got {down_sparsity}"
-        )
-    return up_sparsity, down_sparsity
 
 
 @dataclass
 class _Layer:
-    """What is learned about one MLP, pass by pass."""
+    """What is counted of one MLP, pass by pass."""
 
     mlp: GatedMLP
     tokens: int = 0
     up_squares: Tensor | None = None  # float64 [I], sum of u_j^2
     gate_weight: Tensor | None = None  # float32 [I], c_j
-    threshold: Tensor | None = None
-    down_threshold: Tensor | None = None
-    histograms: dict[str, Histogram] = field(default_factory=dict)
+    gate: Histogram | None = None
+    joint: JointHistogram | None = None
 
     def __post_init__(self) -> None:
         weight = self.mlp.down.weight.detach()
@@ -171,51 +145,42 @@ class _Layer:
         self.down_norm = torch.linalg.vector_norm(weight, dim=0, dtype=wide).float()
         self.act = ACTIVATIONS[self.mlp.activation]
 
-    def _histogram(self, kind: str) -> Histogram:
-        if kind not in self.histograms:
-            self.histograms[kind] = Histogram(device=self.down_norm.device)
-        return self.histograms[kind]
-
     def add_up_squares(self, gate: Tensor, up: Tensor) -> None:
         squares = up.double().square().sum(0)
         self.up_squares = squares if self.up_squares is None else self.up_squares + squares
         self.tokens += len(up)
 
+    def score(self, v: Tensor) -> Tensor:
+        return v if self.gate_weight is None else v * self.gate_weight
+
     def add_gate(self, gate: Tensor, up: Tensor) -> None:
-        v = self.act(gate.float())
-        self._histogram("gate").add(v if self.gate_weight is None else v * self.gate_weight)
+        if self.gate is None:
+            self.gate = Histogram(device=gate.device)
+        self.gate.add(self.score(self.act(gate.float())))
 
-    def add_down(self, gate: Tensor, up: Tensor) -> None:
+    def add_joint(self, gate: Tensor, up: Tensor) -> None:
+        if self.joint is None:
+            self.joint = JointHistogram.over(self.gate)
         v = self.act(gate.float())
-        contribution = v * up.float() * self.down_norm
-        self._histogram("down").add(torch.where(keep(v, self.threshold), contribution, 0))
+        self.joint.add(self.score(v), v * up.float() * self.down_norm)
 
-    def finish(self, kind: str, up_sparsity: float, down_sparsity: float) -> None:
+    def finish(self, kind: str) -> None:
         """Turn what the pass ``kind`` counted into what the next one needs."""
         if kind == "weights":
             if self.up_squares is None:
                 raise ValueError(f"no token of the data reached {self.mlp.name}")
             self.gate_weight = (self.up_squares / self.tokens).sqrt().float() * self.down_norm
-            return
-        histogram = self.histograms.get(kind)
-        if histogram is None:
-            raise ValueError(f"no token of the data reached {self.mlp.name}")
-        if kind == "gate":
-            if histogram.zeros == histogram.total:
+        elif kind == "gate":
+            if self.gate is None:
+                raise ValueError(f"no token of the data reached {self.mlp.name}")
+            if self.gate.zeros == self.gate.total:
                 raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
-            self.threshold = _per_neuron(histogram, up_sparsity, self.gate_weight)
-        else:
-            self.down_threshold = _per_neuron(histogram, down_sparsity, self.down_norm)
-        histogram.counts = histogram.counts.cpu()
 
-
-def _per_neuron(histogram: Histogram, sparsity: float, weight: Tensor | None) -> Tensor:
-    """The threshold on ``|value|`` at which the share ``sparsity`` of the counted ``|value| * weight`` is dropped."""
-    device = histogram.counts.device
-    if sparsity == 0:
-        return torch.zeros(() if weight is None else len(weight), device=device)
-    cut = torch.tensor(max(histogram.quantile(sparsity), _SMALLEST), device=device)
-    return cut if weight is None else cut / weight  # weight 0: infinity, and the neuron contributes nothing
+    def statistics(self, rule: str) -> LayerStatistics:
+        self.gate.counts = self.gate.counts.cpu()
+        down_weight = self.down_norm.cpu() if rule == "two_threshold" else None
+        gate_weight = None if self.gate_weight is None else self.gate_weight.cpu()
+        return LayerStatistics(self.gate, self.joint and self.joint.trimmed(), gate_weight, down_weight)
 
 
 def _run_pass(

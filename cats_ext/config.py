@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cats_ext.detection import GatedMLP
-from cats_ext.histogram import Histogram
+from cats_ext.rules import bytes_share, check_rule, check_sparsity, sparsity_split
+from cats_ext.statistics import LayerStatistics
 
 CONFIG_FILE = "cats_config.json"
 THRESHOLDS_FILE = "cats_thresholds.safetensors"
-FORMAT_VERSION = 1
-RULES = ("plain", "two_threshold")
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ class LayerConfig:
         return bytes_share(self.up_sparsity, self.down_sparsity)
 
 
-def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
-    """Share of the three equal matrices that one token reads; the gate is always read."""
-    return (3 - up_sparsity - down_sparsity) / 3
-
-
 @dataclass(eq=False)  # tensors have no truth value
 class CatsConfig:
     """Thresholds by MLP name, the sparsity they aim at, and the facts of their calibration.
@@ -60,7 +55,8 @@ class CatsConfig:
             fingerprint by which a config for another model is recognised.
         rule, sparsity, weighted_gate: as given to :func:`cats_ext.calibrate`.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
-        histograms: by module name: "gate", what the gate threshold is a quantile of, and "down" for the second.
+        statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
+            (:meth:`at_sparsity`). Empty in a config made by hand.
     """
 
     thresholds: dict[str, Tensor]
@@ -71,7 +67,7 @@ class CatsConfig:
     weighted_gate: bool = False
     down_thresholds: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-    histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict, repr=False)
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -83,11 +79,45 @@ class CatsConfig:
         shares = [layer.bytes_share for layer in self.layers.values()]
         return sum(n * share for n, share in zip(sizes, shares, strict=True)) / sum(sizes)
 
+    def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
+        """This calibration at another sparsity: the model is not run again, and this config stays as it is.
+
+        Every threshold follows from the stored statistics, exactly as ``calibrate(..., sparsity=sparsity)`` on the same
+        text would set it. Shapes of thresholds do not depend on the sparsity, so that those of a patched model can be
+        overwritten in place.
+
+        Args:
+            sparsity: as in :func:`cats_ext.calibrate`, in [0, 1).
+            down_sparsity: as there; None for the default split of the two-threshold rule.
+
+        Raises:
+            TypeError, ValueError: an argument is out of its range, or the config has no statistics.
+        """
+        up, down = sparsity_split(sparsity, self.rule, down_sparsity)
+        return self.with_targets({name: (up, down) for name in self.layers}, sparsity)
+
+    def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
+        """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own."""
+        missing = [name for name in self.layers if name not in self.statistics]
+        if missing:
+            raise ValueError(f"config has no calibration statistics for {missing[0]}: calibrate the model again")
+        thresholds, down_thresholds = thresholds_of(self.statistics, targets)
+        layers = {
+            name: replace(layer, up_sparsity=targets[name][0], down_sparsity=targets[name][1])
+            for name, layer in self.layers.items()
+        }
+        return replace(
+            self,
+            thresholds=thresholds,
+            down_thresholds=down_thresholds,
+            layers=layers,
+            sparsity=sparsity,
+        )
+
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
         check_sparsity("sparsity", self.sparsity)
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        check_rule(self.rule)
         if not self.layers:
             raise ValueError("layers must name at least one MLP, got none")
         for name, layer in self.layers.items():
@@ -149,30 +179,23 @@ class CatsConfig:
         self.validate()
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors, buckets = self._tensors()
+        tensors, numbers = self._tensors()
         blob = save_tensors(tensors)
         document = self.to_dict()
-        document["histogram_buckets"] = buckets
+        document["statistics"] = numbers
         document["thresholds_sha256"] = hashlib.sha256(blob).hexdigest()
         text = json.dumps(document, indent=2) + "\n"
         _write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
 
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, dict[str, int]]]]:
-        """What goes into the safetensors file, and what the counts of each histogram stand for."""
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
+        """What goes into the safetensors file, and what the counts of each layer stand for."""
         tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
         tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
-        buckets: dict[str, dict[str, dict[str, int]]] = {}
-        for name, histograms in self.histograms.items():
-            for kind, histogram in histograms.items():
-                first, counts = histogram.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
-                narrow = counts.numel() == 0 or int(counts.max()) < 2**31
-                tensors[f"{name}.{kind}_histogram"] = counts.to(torch.int32) if narrow else counts
-                buckets.setdefault(name, {})[kind] = {
-                    "mantissa_bits": histogram.mantissa_bits,
-                    "first": first,
-                    "zeros": histogram.zeros,
-                }
-        return tensors, buckets
+        numbers: dict[str, dict[str, int]] = {}
+        for name, statistics in self.statistics.items():
+            parts, numbers[name] = statistics.pack()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+        return tensors, numbers
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
@@ -204,11 +227,14 @@ class CatsConfig:
     @classmethod
     def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
         layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
-        histograms: dict[str, dict[str, Histogram]] = {}
-        for name, kinds in document["histogram_buckets"].items():
-            for kind, position in kinds.items():
-                counts = tensors.pop(f"{name}.{kind}_histogram")
-                histograms.setdefault(name, {})[kind] = Histogram.from_trimmed(counts=counts, **position)
+        statistics = {}
+        for name, numbers in document["statistics"].items():
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            before = set(parts)
+            statistics[name] = LayerStatistics.unpack(parts, numbers)
+            for key in before - set(parts):
+                del tensors[prefix + key]
 
         def take(suffix: str) -> dict[str, Tensor]:
             return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}
@@ -218,7 +244,7 @@ class CatsConfig:
             thresholds=take(".threshold"),
             down_thresholds=down_thresholds,
             layers=layers,
-            histograms=histograms,
+            statistics=statistics,
             **{key: document[key] for key in ("model_type", "sparsity", "rule", "weighted_gate", "calibration")},
         )
         if tensors:
@@ -226,12 +252,13 @@ class CatsConfig:
         return config
 
 
-def check_sparsity(name: str, value: float) -> None:
-    """Raise unless ``value`` is a number in [0, 1)."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+def thresholds_of(
+    statistics: dict[str, LayerStatistics], targets: dict[str, tuple[float, float]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Thresholds and down thresholds by name, for the up and down sparsity in ``targets``."""
+    both = {name: statistics[name].thresholds(*target) for name, target in targets.items()}
+    down_thresholds = {name: down for name, (_, down) in both.items() if down is not None}
+    return {name: threshold for name, (threshold, _) in both.items()}, down_thresholds
 
 
 def _check_threshold(name: str, threshold: Tensor, intermediate_size: int) -> None:

@@ -16,6 +16,11 @@ _MANTISSA = 23  # stored mantissa bits of float32
 _CHUNK = 1 << 22  # values bucketed at a time: bounds the temporaries to tens of MB
 
 
+def bucket_edge(bucket: int, mantissa_bits: int) -> float:
+    """Smallest magnitude that falls into ``bucket``."""
+    return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - mantissa_bits)))[0]
+
+
 class Histogram:
     """Distribution of ``|value|`` for float32 values, in ``256 * 2**mantissa_bits`` int64 counts (1 MiB by default).
 
@@ -71,7 +76,7 @@ class Histogram:
 
     def lower_edge(self, bucket: int) -> float:
         """Smallest magnitude that falls into ``bucket``."""
-        return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - self.mantissa_bits)))[0]
+        return bucket_edge(bucket, self.mantissa_bits)
 
     def quantile(self, q: float) -> float:
         """A threshold below which the share ``q`` of the values lies.

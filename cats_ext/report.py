@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cats_ext.config import bytes_share
 from cats_ext.modules import CatsMLP
 from cats_ext.patching import sparse_mlps
+from cats_ext.rules import bytes_share
 
 
 @dataclass(frozen=True)

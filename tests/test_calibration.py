@@ -9,10 +9,10 @@ import torch
 from models import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, CharacterTokenizer, tiny_model, tokens
 
 from cats_ext import apply_cats, calibrate, remove_cats, sparsity_report, track_sparsity
-from cats_ext.calibration import sparsity_split
 from cats_ext.calibration_data import collect_windows
 from cats_ext.detection import find_gated_mlps
 from cats_ext.reference import ACTIVATIONS
+from cats_ext.rules import sparsity_split
 
 BUCKET = 2**-9
 
@@ -57,7 +57,7 @@ def test_plain_threshold_is_the_quantile_of_the_gate(family, sparsity):
     for name, (v, _) in exact.items():
         assert config.thresholds[name].shape == ()
         assert_in_bucket(float(config.thresholds[name]), exact_quantile(v, sparsity))
-        assert config.histograms[name]["gate"].total == 600 * INTERMEDIATE
+        assert config.statistics[name].gate.total == 600 * INTERMEDIATE
     assert config.down_thresholds == {}
     assert config.bytes_share == pytest.approx(1 - 2 * sparsity / 3)
     assert config.calibration["tokens"] == 600 and config.calibration["windows"] == 3

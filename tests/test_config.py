@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -39,7 +40,7 @@ def assert_same(a: CatsConfig, b: CatsConfig) -> None:
     for left, right in ((a.thresholds, b.thresholds), (a.down_thresholds, b.down_thresholds)):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
-    assert a.histograms == b.histograms
+    assert a.statistics == b.statistics
 
 
 @pytest.mark.parametrize("which", ["config", "plain"])
@@ -64,17 +65,14 @@ def test_saved_histograms_give_the_thresholds_again(plain, tmp_path):
     plain.save_pretrained(tmp_path)
     loaded = CatsConfig.from_pretrained(tmp_path)
     for name, threshold in loaded.thresholds.items():
-        assert loaded.histograms[name]["gate"].quantile(0.3) == float(threshold)
+        assert loaded.statistics[name].gate.quantile(0.3) == float(threshold)
 
 
 def test_huge_counts_survive(plain, tmp_path):
-    big = replace(plain, histograms={NAME: {"gate": plain.histograms[NAME]["gate"]}})
-    big.histograms[NAME]["gate"].counts *= 2**33
-    try:
-        big.save_pretrained(tmp_path)
-        assert CatsConfig.from_pretrained(tmp_path).histograms == big.histograms
-    finally:
-        big.histograms[NAME]["gate"].counts //= 2**33
+    big = replace(plain, statistics={NAME: deepcopy(plain.statistics[NAME])})
+    big.statistics[NAME].gate.counts *= 2**33
+    big.save_pretrained(tmp_path)
+    assert CatsConfig.from_pretrained(tmp_path).statistics == big.statistics
 
 
 def test_json_is_readable_and_small(config, tmp_path):
@@ -188,11 +186,11 @@ def change_json(directory, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, ...])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, ...])
 def test_wrong_format_version(config, tmp_path, version):
     config.save_pretrained(tmp_path)
     change_json(tmp_path, format_version=version)
-    with pytest.raises(ValueError, match="must have format_version 1, got"):
+    with pytest.raises(ValueError, match="must have format_version 2, got"):
         CatsConfig.from_pretrained(tmp_path)
 
 
@@ -206,10 +204,11 @@ def test_wrong_format_version(config, tmp_path, version):
         (dict(layers={}), "no layer|at least one MLP"),
         (dict(layers={NAME: {"hidden_size": 64}}), "missing 4 required positional arguments"),
         (dict(layers=[1]), "object"),
-        (dict(histogram_buckets={NAME: {"gate": {"first": -1, "mantissa_bits": 9}}}), "exceed"),
-        (dict(histogram_buckets={NAME: {"gate": {"last": 1}}}), "unexpected keyword argument 'last'"),
-        (dict(histogram_buckets={"elsewhere": {"gate": {}}}), "missing entry 'elsewhere.gate_histogram'"),
-        (dict(histogram_buckets={}), "entries for no layer"),
+        (dict(statistics={NAME: {"first": -1, "mantissa_bits": 9}}), "exceed"),
+        (dict(statistics={NAME: {"first": 9, "mantissa_bits": 9, "joint_first": -1}}), "exceed the joint histogram's"),
+        (dict(statistics={NAME: {"last": 1}}), "unexpected keyword argument 'last'"),
+        (dict(statistics={"elsewhere": {}}), "missing entry 'gate_histogram'"),
+        (dict(statistics={}), "entries for no layer"),
     ],
 )
 def test_invalid_contents(config, tmp_path, changes, message):

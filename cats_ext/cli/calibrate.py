@@ -59,7 +59,7 @@ def calibrate(
     $ cats calibrate ./mistral-7b --text a.txt --text b.jsonl.gz --sparsity 0.6 -o out
     """
     import cats_ext
-    from cats_ext.calibration import sparsity_split
+    from cats_ext.rules import sparsity_split
 
     sparsity_split(sparsity, rule.value, down_sparsity)
     texts = read_texts(text)

@@ -101,8 +101,8 @@ def demo(
 
     $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
     """
-    from cats_ext.calibration import sparsity_split
     from cats_ext.cli.generation import encode_prompt
+    from cats_ext.rules import sparsity_split
 
     started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
@@ -329,7 +329,7 @@ def show_figure(console: Console, plain: Variant, path: Path) -> Path:
 
     config = plain.config
     panels = [
-        ActivationPanel(f"layer {index}", config.histograms[name]["gate"], config.thresholds[name].item())
+        ActivationPanel(f"layer {index}", config.statistics[name].gate, config.thresholds[name].item())
         for index, name in _three(list(config.layers))
     ]
     title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"

@@ -1,0 +1,49 @@
+"""The rules by which neurons are skipped, and how a sparsity is split between the up and the down projection."""
+
+from __future__ import annotations
+
+RULES = ("plain", "two_threshold")
+
+# By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
+# Of 0.05, 0.1, 0.15 and 0.2 it is the best or level with the best in WikiText-2 perplexity of SmolLM2-135M, at
+# sparsities 0.3, 0.5 and 0.7.
+TWO_THRESHOLD_OFFSET = 0.1
+
+
+def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
+    """Share of the three equal matrices that one token reads; the gate is always read."""
+    return (3 - up_sparsity - down_sparsity) / 3
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+
+
+def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> tuple[float, float]:
+    """The up and down sparsity at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
+    check_sparsity("sparsity", sparsity)
+    check_rule(rule)
+    if rule == "plain":
+        if down_sparsity is not None:
+            raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with 'plain'")
+        return sparsity, sparsity
+    if down_sparsity is None:
+        offset = min(TWO_THRESHOLD_OFFSET, sparsity, (1 - sparsity) / 2)
+        return sparsity - offset, sparsity + offset
+    check_sparsity("down_sparsity", down_sparsity)
+    up_sparsity = 2 * sparsity - down_sparsity
+    if not 0 <= up_sparsity <= down_sparsity:
+        raise ValueError(
+            f"down_sparsity must be in [sparsity, 2 * sparsity] = [{sparsity}, {2 * sparsity}] and below 1, "
+            f"got {down_sparsity}"
+        )
+    return up_sparsity, down_sparsity
