@@ -4,8 +4,9 @@ from cats_ext import evaluation, functional, ops
 from cats_ext._version import __version__
 from cats_ext.calibration import calibrate
 from cats_ext.config import CatsConfig
+from cats_ext.integrations import register_with_transformers
 from cats_ext.modules import CatsMLP
-from cats_ext.patching import apply_cats, remove_cats
+from cats_ext.patching import apply_cats, remove_cats, set_sparsity
 from cats_ext.report import SparsityReport, reset_sparsity, sparsity_report, track_sparsity
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "ops",
     "remove_cats",
     "reset_sparsity",
+    "set_sparsity",
     "sparsity_report",
     "track_sparsity",
 ]
+
+register_with_transformers()

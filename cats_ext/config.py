@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -58,6 +58,8 @@ class CatsConfig:
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
     """
+
+    quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
 
     thresholds: dict[str, Tensor]
     layers: dict[str, LayerConfig]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext import ops
+from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP
 from cats_ext.functional import kernel_fits, masked_product, needs_grad
 from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
@@ -30,9 +31,14 @@ class CatsState:
     hidden_size: int
     activation: str
     merged: bool
-    up_target: float  # share of neurons to skip, from the config
-    down_target: float
+    config: CatsConfig  # one for all modules of a model
+    name: str  # of this module in the config
     tracking: bool = False
+
+    @property
+    def target(self) -> LayerConfig:
+        """The sparsity that the config aims at in this module."""
+        return self.config.layers[self.name]
 
 
 class CatsMLP(nn.Module):
@@ -81,6 +87,15 @@ class CatsMLP(nn.Module):
         counts = buffers["counts"] if cats.tracking else None
         return down(masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
 
+    @torch.inference_mode()  # where the buffers may have been made, and where any tensor may be written to
+    def set_thresholds(self, config: CatsConfig) -> None:
+        """Take over the thresholds of ``config``, which have the same shapes, in place."""
+        cats = self.cats
+        self.threshold.copy_(config.thresholds[cats.name])
+        if self.down_threshold is not None:
+            self.down_threshold.copy_(config.down_thresholds[cats.name])
+        cats.config = config
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsMLP:
         """Moves and casts the module as ever, except that the thresholds keep float32 and their exact values."""
         before = dict(self._buffers)
@@ -92,7 +107,8 @@ class CatsMLP(nn.Module):
 
     def extra_repr(self) -> str:
         rule = "one threshold" if self.down_threshold is None else "two thresholds"
-        return f"{rule}, target sparsity up {self.cats.up_target:.3f}, down {self.cats.down_target:.3f}"
+        target = self.cats.target
+        return f"{rule}, target sparsity up {target.up_sparsity:.3f}, down {target.down_sparsity:.3f}"
 
 
 def _is_bare_linear(module: nn.Module) -> bool:
@@ -120,17 +136,16 @@ def _merged_weights(gate_up: nn.Module) -> tuple[Tensor | None, ...] | None:
     return *gate_up._parameters["weight"].chunk(2), *((None, None) if bias is None else bias.chunk(2))
 
 
-def make_sparse(
-    mlp: GatedMLP, threshold: Tensor, down_threshold: Tensor | None, up_target: float, down_target: float
-) -> None:
+def make_sparse(mlp: GatedMLP, config: CatsConfig) -> None:
     """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done."""
     module, weight = mlp.module, mlp.down.weight
     # First of all, so that make_dense knows what there is to undo.
     module.cats = CatsState(
-        type(module), mlp.down, weight.stride(), mlp.hidden_size, mlp.activation, mlp.merged, up_target, down_target
+        type(module), mlp.down, weight.stride(), mlp.hidden_size, mlp.activation, mlp.merged, config, mlp.name
     )
     weight.data = weight.data.t().contiguous().t()
-    for name, value in (("threshold", threshold), ("down_threshold", down_threshold)):
+    thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
+    for name, value in thresholds.items():
         copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
         module.register_buffer(name, copy, persistent=False)
     module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+from torch import Tensor, nn
 
 from cats_ext.config import CatsConfig
 from cats_ext.detection import GatedMLP, find_gated_mlps
@@ -18,7 +22,9 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
-    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix.
+    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix. From then on
+    ``save_pretrained`` of a transformers model writes a checkpoint with the thresholds beside the dense weights, which
+    ``from_pretrained`` loads patched.
 
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
@@ -30,8 +36,8 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model is patched already or cannot run sparsely, or the config belongs to another model. The
-            model is unchanged after any error, KeyboardInterrupt included.
+        ValueError: the model is patched already, is quantised or cannot run sparsely, or the config belongs to another
+            model. The model is unchanged after any error, KeyboardInterrupt included.
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
@@ -40,18 +46,12 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
     config.check_fits(model, mlps)
     try:
         for mlp in mlps:
-            layer = config.layers[mlp.name]
-            make_sparse(
-                mlp,
-                config.thresholds[mlp.name],
-                config.down_thresholds.get(mlp.name),
-                layer.up_sparsity,
-                layer.down_sparsity,
-            )
+            make_sparse(mlp, config)
+        if _is_transformers(model):
+            _checkpoints().attach(model, config)
         return model
     except BaseException:
-        for mlp in mlps:
-            make_dense(mlp.module)
+        _make_dense(model, [mlp.module for mlp in mlps])
         raise
 
 
@@ -68,17 +68,84 @@ def remove_cats(model: nn.Module) -> nn.Module:
     if not patched:
         raise ValueError(f"model of class {type(model).__name__} is not patched: there is nothing to remove")
     try:
-        for module in patched.values():
-            make_dense(module)
+        _make_dense(model, list(patched.values()))
     except BaseException:
-        for module in patched.values():
-            make_dense(module)
+        _make_dense(model, list(patched.values()))
         raise
     return model
+
+
+def current_config(model: nn.Module) -> CatsConfig:
+    """The config of a patched model, with the thresholds as they are in its modules now.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    states = {module.cats.name: module for module in patched.values()}
+
+    def read(buffer: str) -> dict[str, Tensor]:
+        tensors = {name: getattr(module, buffer) for name, module in states.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if tensor is not None}
+
+    config = next(iter(states.values())).cats.config
+    return replace(config, thresholds=read("threshold"), down_thresholds=read("down_threshold"))
+
+
+def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | None = None) -> nn.Module:
+    """Change how sparse a patched model is, from what its calibration counted; the model is not run.
+
+    The thresholds are overwritten in place, so captured CUDA graphs and compiled models follow from their next run on.
+
+    Args:
+        model: patched with a config that has statistics, as :func:`cats_ext.calibrate` makes it.
+        sparsity, down_sparsity: as for :meth:`CatsConfig.at_sparsity`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, a sparsity is out of its range, or the config has no
+            statistics. The thresholds are unchanged after any error.
+    """
+    before = current_config(model)
+    after = before.at_sparsity(sparsity, down_sparsity=down_sparsity)
+    modules = list(sparse_mlps(model).values())
+    try:
+        for module in modules:
+            module.set_thresholds(after)
+        return model
+    except BaseException:
+        for module in modules:
+            module.set_thresholds(before)
+        raise
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     """As :func:`find_gated_mlps`, and refuses a model that is patched already."""
     if isinstance(model, nn.Module) and sparse_mlps(model):
         raise ValueError(f"model of class {type(model).__name__} is patched already: call remove_cats first")
+    if _is_transformers(model):
+        _checkpoints().check_not_quantised(model)
     return find_gated_mlps(model)
+
+
+def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
+    if _is_transformers(model):
+        _checkpoints().detach(model)
+    for module in modules:
+        make_dense(module)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")  # importing it takes seconds, and others need it not
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _checkpoints() -> ModuleType:
+    """What makes transformers save and load a patched model, imported with transformers only."""
+    from cats_ext.integrations import transformers
+
+    return transformers

@@ -148,9 +148,9 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
                 name=name,
                 tokens=evaluated // state.down.in_features,
                 up_sparsity=1 - kept_up / evaluated,
-                up_target=state.up_target,
+                up_target=state.target.up_sparsity,
                 down_sparsity=1 - kept_down / evaluated,
-                down_target=state.down_target,
+                down_target=state.target.down_sparsity,
             )
         )
     return SparsityReport(layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,7 @@ def snapshot(model) -> dict:
         "buffers": [name for name, _ in model.named_buffers()],
         "modules": [(name, id(m), type(m)) for name, m in model.named_modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
+        "config": vars(model).get("config") and model.config.to_dict(),
         "non-persistent": [sorted(m._non_persistent_buffers_set) for m in model.modules()],
     }
 
@@ -61,3 +63,26 @@ def replace_thresholds(config: CatsConfig, value: float) -> CatsConfig:
         thresholds={name: torch.tensor(value) for name in config.thresholds},
         down_thresholds={name: torch.tensor(value) for name in config.down_thresholds},
     )
+
+
+class InterruptAt:
+    """Raises ``error`` when the n-th line of one of ``functions`` is about to run."""
+
+    def __init__(self, line: int, functions: list, error: type[BaseException]) -> None:
+        self.left, self.codes, self.error = line, {function.__code__ for function in functions}, error
+
+    def trace(self, frame, event, argument):
+        if frame.f_code not in self.codes:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                sys.settrace(None)  # once only: what cleans up is not interrupted
+                raise self.error
+        return self.trace
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *exception):
+        sys.settrace(None)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import pytest
 import torch
 from models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
-from patched import assert_unchanged, config_for, layers_of, logits, many, snapshot
+from patched import InterruptAt, assert_unchanged, config_for, layers_of, logits, many, snapshot
 from torch import nn
 
 from cats_ext import CatsMLP, apply_cats, remove_cats
@@ -58,39 +57,12 @@ def test_memory_at_rest():
     assert size() - before == LAYERS * per_layer
 
 
-def test_weights_load_into_a_patched_model_and_back(tmp_path):
+def test_weights_load_into_a_patched_model():
     model, other = tiny_model(), tiny_model(seed=1)
     apply_cats(model, config_for(model))
     model.load_state_dict(other.state_dict())
     assert layers_of(model)[0].down_proj.weight.t().is_contiguous()
-    model.save_pretrained(tmp_path)
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, many()), logits(other, many()))
-
-
-class InterruptAt:
-    """Raises ``error`` when the n-th line of one of ``functions`` is about to run."""
-
-    def __init__(self, line: int, functions: list, error: type[BaseException]) -> None:
-        self.left, self.codes, self.error = line, {function.__code__ for function in functions}, error
-
-    def trace(self, frame, event, argument):
-        if frame.f_code not in self.codes:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left < 0:
-                sys.settrace(None)  # once only: what cleans up is not interrupted
-                raise self.error
-        return self.trace
-
-    def __enter__(self):
-        sys.settrace(self.trace)
-
-    def __exit__(self, *exception):
-        sys.settrace(None)
+    torch.testing.assert_close(logits(remove_cats(model), many()), logits(other, many()))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

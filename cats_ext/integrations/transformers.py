@@ -1,0 +1,144 @@
+"""The second door: CATS as a quantization method of transformers, so that checkpoints carry their thresholds.
+
+A CATS checkpoint is the dense checkpoint with two more files (``cats_config.json`` and ``cats_thresholds.safetensors``,
+see config.py) and an entry ``quantization_config`` in ``config.json`` that says so. Where cats_ext has not been
+imported, transformers warns of an unknown method and loads the dense model.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cats_ext.config import CONFIG_FILE, THRESHOLDS_FILE, CatsConfig
+from cats_ext.patching import apply_cats, current_config, remove_cats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+METHOD = CatsConfig.quant_method
+
+
+@register_quantization_config(METHOD)
+class CatsCheckpointConfig(QuantizationConfigMixin):
+    """The entry ``quantization_config`` of a checkpoint's ``config.json``: what was done, without the thresholds."""
+
+    def __init__(self, rule: str, sparsity: float, bytes_share: float, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.rule, self.sparsity, self.bytes_share = rule, sparsity, bytes_share
+
+
+@register_quantizer(METHOD)
+class CatsQuantizer(HfQuantizer):
+    """Patches a model when transformers has loaded its weights, and writes the thresholds when it saves them."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: CatsConfig | CatsCheckpointConfig, **kwargs: Any) -> None:
+        self.thresholds = quantization_config if isinstance(quantization_config, CatsConfig) else None
+        self.save_directory: str | os.PathLike | None = None
+        super().__init__(_entry(quantization_config), **kwargs)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.thresholds is None:
+            self.thresholds = CatsConfig.from_pretrained(_checkpoint_directory(model.config, checkpoint_files))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # Marks of a quantised model, for which transformers refuses half(), float() and training. This one is dense.
+        del model.is_quantized, model.quantization_method
+        for module in model.modules():
+            getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+        detach(model)
+        thresholds, self.thresholds = self.thresholds, None
+        return apply_cats(model, thresholds)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        # The one call that transformers makes here while it saves: after it has listed which files of the directory
+        # are old, hence not to be uploaded by push_to_hub.
+        if self.save_directory is not None:
+            current_config(model).save_pretrained(self.save_directory)
+        return None, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return remove_cats(model)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: PreTrainedModel, config: CatsConfig) -> None:
+    """Make ``model.save_pretrained`` write a CATS checkpoint. Undone by :func:`detach`, also if interrupted."""
+    model.hf_quantizer = CatsQuantizer(config)
+    model.hf_quantizer.thresholds = None  # those of the patched modules count
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.save_pretrained = partial(_save_pretrained, model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo :func:`attach`; nothing if there is nothing to undo."""
+    vars(model).pop("save_pretrained", None)
+    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == METHOD:
+        del model.config.quantization_config
+    if isinstance(getattr(model, "hf_quantizer", None), CatsQuantizer):
+        del model.hf_quantizer
+
+
+def check_not_quantised(model: PreTrainedModel) -> None:
+    """Raise ValueError if another quantization method has been at work."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CatsQuantizer):
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"model of class {type(model).__name__} is quantised with {getattr(method, 'value', method)}, which is not "
+            "supported: load it without quantization_config, or dequantize it first"
+        )
+
+
+def _entry(config: CatsConfig | CatsCheckpointConfig) -> CatsCheckpointConfig:
+    return CatsCheckpointConfig(config.rule, config.sparsity, config.bytes_share)
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    *arguments: Any,
+    **named: Any,
+) -> None:
+    """transformers' own ``save_pretrained``, with a directory for the quantizer to write the thresholds into."""
+    adapter_only = getattr(model, "_hf_peft_config_loaded", False)
+    quantizer = model.hf_quantizer
+    quantizer.save_directory = save_directory if is_main_process and not adapter_only else None
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, *arguments, **named)
+    finally:
+        quantizer.save_directory = None
+
+
+def _checkpoint_directory(config: PreTrainedConfig, checkpoint_files: list[str] | None) -> Path:
+    """Where a checkpoint's threshold files are: beside its weights, fetched from the hub if need be."""
+    if checkpoint_files and Path(checkpoint_files[0]).with_name(CONFIG_FILE).is_file():
+        return Path(checkpoint_files[0]).parent
+    from transformers.utils import cached_file
+
+    revision = getattr(config, "_commit_hash", None)
+    paths = [cached_file(config._name_or_path, name, revision=revision) for name in (CONFIG_FILE, THRESHOLDS_FILE)]
+    return Path(paths[0]).parent

@@ -1,0 +1,239 @@
+"""The second door: thresholds travel with transformers checkpoints, which stay dense checkpoints for everyone else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import tiny_model
+from patched import config_for, few, layers_of, logits, many
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cats_ext import CatsConfig, apply_cats, remove_cats
+
+FILES = {
+    "cats_config.json",
+    "cats_thresholds.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def dense_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config():
+    return config_for(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def cats_directory(tmp_path_factory, config):
+    directory = tmp_path_factory.mktemp("cats")
+    apply_cats(tiny_model(), config).save_pretrained(directory)
+    return directory
+
+
+def load(directory, **arguments):
+    return AutoModelForCausalLM.from_pretrained(directory, **arguments)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+def test_round_trip_with_identical_logits(family, rule, tmp_path):
+    model = tiny_model(family)
+    dense, config = logits(model, few()), config_for(model, rule=rule, weighted_gate=rule == "two_threshold")
+    model.save_pretrained(tmp_path / "dense")
+    by_hand = apply_cats(model, config)
+    expected = [logits(by_hand, ids) for ids in (few(), many())]
+    assert not torch.allclose(expected[0], dense, atol=1e-3)
+
+    at_loading = load(tmp_path / "dense", quantization_config=config)
+    at_loading.save_pretrained(tmp_path / "cats")
+    again = load(tmp_path / "cats")
+    again.save_pretrained(tmp_path / "again")
+    for loaded in (at_loading, again, load(tmp_path / "again")):
+        for ids, want in zip((few(), many()), expected, strict=True):
+            assert torch.equal(logits(loaded, ids), want)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name in ("cats_config.json", "cats_thresholds.safetensors"):
+        assert (tmp_path / "cats" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    torch.testing.assert_close(logits(remove_cats(again), few()), dense)
+
+
+def test_files_of_a_checkpoint(cats_directory, dense_directory, config):
+    assert {path.name for path in cats_directory.iterdir()} == FILES  # JSON and safetensors, no pickle
+    entry = json.loads((cats_directory / "config.json").read_text())["quantization_config"]
+    assert entry == {
+        "quant_method": "cats",
+        "rule": "two_threshold",
+        "sparsity": 0.5,
+        "bytes_share": config.bytes_share,
+    }
+    stored = CatsConfig.from_pretrained(cats_directory)
+    assert all(torch.equal(stored.thresholds[name], threshold) for name, threshold in config.thresholds.items())
+    weights = load_file(cats_directory / "model.safetensors")
+    assert all(
+        torch.equal(weights[name], value) for name, value in load_file(dense_directory / "model.safetensors").items()
+    )
+
+
+def test_without_the_package_the_checkpoint_is_the_dense_model(cats_directory, tmp_path):
+    script = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(cats_directory)!r})\n"
+        "assert 'cats_ext' not in sys.modules\n"
+        f"torch.save(model(input_ids=torch.arange(3, 19)[None]).logits, {str(tmp_path / 'logits')!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Unknown quantization type, got cats" in result.stdout + result.stderr
+    got, expected = torch.load(tmp_path / "logits"), logits(tiny_model(), torch.arange(3, 19)[None])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("first", ["cats_ext", "transformers"])
+def test_registered_whichever_is_imported_first(first, cats_directory):
+    imports = ["import cats_ext", "import transformers.quantizers.auto"]
+    script = "\n".join(imports if first == "cats_ext" else reversed(imports)) + (
+        "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert AUTO_QUANTIZER_MAPPING['cats'].__name__ == 'CatsQuantizer'\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_importing_the_package_does_not_import_transformers():
+    script = "import sys, cats_ext; assert 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dtype": torch.bfloat16}, {"device_map": "auto"}, {"device_map": "cpu"}], ids=str
+)
+def test_loading_options(arguments, cats_directory, config):
+    model = load(cats_directory, **arguments)
+    assert model.dtype == arguments.get("dtype", torch.float32)
+    for name, module in zip(config.layers, layers_of(model), strict=True):
+        assert torch.equal(module.threshold, config.thresholds[name]) and module.threshold.dtype == torch.float32
+        assert module.down_proj.weight.t().is_contiguous()
+
+
+def test_a_loaded_model_may_be_cast_trained_copied_and_made_dense(cats_directory):
+    model = load(cats_directory)
+    expected = logits(model, few())
+    assert torch.equal(logits(copy.deepcopy(model).double().float(), few()), expected)
+    assert model.half().bfloat16().dtype == torch.bfloat16
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    validate_quantization_for_training(model)
+    assert model.hf_quantizer.is_compileable
+    model = load(cats_directory)
+    assert model.dequantize() is model
+    assert torch.equal(logits(model, few()), logits(tiny_model(), few()))
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_a_copy_saves_its_own_weights(tmp_path, config):
+    model = apply_cats(tiny_model(), config)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+            layers_of(twin)[0].threshold.zero_()
+        twin.save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].count_nonzero() == 0
+        stored = CatsConfig.from_pretrained(tmp_path)
+        assert stored.thresholds["model.layers.0.mlp"].count_nonzero() == 0  # as they are in the model now
+        assert torch.equal(stored.thresholds["model.layers.1.mlp"], config.thresholds["model.layers.1.mlp"])
+
+
+def test_a_model_made_dense_saves_a_dense_checkpoint(tmp_path, config):
+    remove_cats(apply_cats(tiny_model(), config)).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"cats_config.json", "cats_thresholds.safetensors"}
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_only_the_main_process_writes(tmp_path, config):
+    model = apply_cats(tiny_model(), config)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not FILES & {path.name for path in tmp_path.iterdir()}
+    model.save_pretrained(tmp_path, True, max_shard_size="50KB")
+    assert {"cats_config.json", "model.safetensors.index.json"} < {path.name for path in tmp_path.iterdir()}
+    assert torch.equal(logits(load(tmp_path), few()), logits(model, few()))
+
+
+def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):
+    from transformers import modeling_utils
+
+    uploaded = []
+
+    def upload(self, directory, repository, timestamps, **_):
+        changed = [p for p in Path(directory).iterdir() if p.stat().st_mtime > timestamps.get(p.name, 0)]
+        uploaded.extend(path.name for path in changed)
+
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    if hasattr(modeling_utils, "hf_api"):
+        monkeypatch.setattr(modeling_utils, "hf_api", lambda: hub)
+    else:  # transformers 5.0
+        monkeypatch.setattr(modeling_utils, "create_repo", hub.create_repo)
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    apply_cats(tiny_model(), config).save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model")
+    assert set(uploaded) == FILES
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_checkpoints(cats_directory, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(cats_directory, broken)
+    blob = (broken / "cats_thresholds.safetensors").read_bytes()
+    (broken / "cats_thresholds.safetensors").write_bytes(blob[:-8])
+    with pytest.raises(ValueError, match=r"cats_thresholds.safetensors is not the file .* \(truncated or altered\)"):
+        load(broken)
+    (broken / "cats_thresholds.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cats_thresholds.safetensors is missing"):
+        load(broken)
+    (broken / "cats_config.json").unlink()
+    with pytest.raises(OSError, match=r"cats_config.json"):
+        load(broken)
+
+
+def test_thresholds_of_another_model_or_a_second_config(dense_directory, cats_directory, config, tmp_path):
+    tiny_model("mistral").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config is for a model of type 'llama', got one of type 'mistral'"):
+        load(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="CatsCheckpointConfig but you are passing a CatsConfig"):
+        load(cats_directory, quantization_config=config)
+    with pytest.raises(ValueError, match="is patched already: call remove_cats first"):
+        apply_cats(load(cats_directory), config)
+
+
+def test_quantised_models_are_refused_by_name(config):
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    model = tiny_model()
+    model.hf_quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
+    for function in (lambda: apply_cats(model, config), lambda: config_for(model)):
+        with pytest.raises(ValueError, match="LlamaForCausalLM is quantised with bitsandbytes, which is not supported"):
+            function()
