@@ -124,7 +124,10 @@ def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     names = _projections(module)
     merged = names == MERGED
     if any(n in module._parameters for n in names):
-        raise ValueError("fused mixture-of-experts weights are not supported")
+        raise ValueError(
+            "it is a mixture of experts in one tensor. Which experts a token takes only the device knows, and the "
+            "sparse kernel is given the weights of one MLP"
+        )
     if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
     activation_name = next((n for n in ACTIVATION_NAMES if hasattr(module, n)), None)

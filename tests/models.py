@@ -1,21 +1,14 @@
-"""Tiny random models of the supported families, and text for them."""
+"""Tiny random models of the supported families, those that are refused, and text for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 128, 64, 176, 3
 
@@ -31,27 +24,87 @@ _SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "llama-bias": lambda: LlamaConfig(**_SIZES, mlp_bias=True),
-    "llama-relu": lambda: LlamaConfig(**_SIZES, hidden_act="relu"),
-    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=32),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "gemma2": lambda: Gemma2Config(**_SIZES, head_dim=16),
-    "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=16),
-    "phi3": lambda: Phi3Config(**_SIZES),
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: what it is called in the documentation, and how to configure a tiny one."""
+
+    title: str
+    model_type: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    activation: str = "silu"
+    merged: bool = False  # gate and up are one projection
+
+
+_SMALL_HEADS = {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+FAMILIES = {
+    "llama": Family("Llama 2 and 3, Yi, DeepSeek LLM, SmolLM 1 and 2, TinyLlama", "llama"),
+    "llama-bias": Family("the same with `mlp_bias`", "llama", {"mlp_bias": True}),
+    "llama-relu": Family("the same with ReLU (ReLUfied models)", "llama", {"hidden_act": "relu"}, "relu"),
+    "mistral": Family("Mistral 7B, sliding window", "mistral", {"sliding_window": 32}),
+    "ministral": Family("Ministral", "ministral", {"sliding_window": 32, **_SMALL_HEADS}),
+    "qwen2": Family("Qwen 1.5, 2 and 2.5", "qwen2"),
+    "qwen3": Family("Qwen 3, dense", "qwen3", _SMALL_HEADS),
+    "gemma": Family("Gemma", "gemma", _SMALL_HEADS, "gelu_tanh"),
+    "gemma2": Family("Gemma 2", "gemma2", _SMALL_HEADS, "gelu_tanh"),
+    "gemma3": Family("Gemma 3, text", "gemma3_text", _SMALL_HEADS, "gelu_tanh"),
+    "phi3": Family("Phi-3, Phi-3.5 and Phi-4", "phi3", merged=True),
+    "glm": Family("GLM 4 (9B)", "glm", _SMALL_HEADS, merged=True),
+    "glm4": Family("GLM 4 (0414)", "glm4", _SMALL_HEADS, merged=True),
+    "granite": Family("Granite 3, dense", "granite"),
+    "olmo": Family("OLMo", "olmo"),
+    "olmo2": Family("OLMo 2", "olmo2"),
+    "olmo3": Family("OLMo 3", "olmo3"),
+    "smollm3": Family("SmolLM3", "smollm3"),
+    "stablelm": Family("StableLM", "stablelm"),
+    "cohere": Family("Command R", "cohere"),
+    "cohere2": Family("Command R7B, Command A", "cohere2", _SMALL_HEADS),
+    "deepseek-v3": Family(
+        "DeepSeek V3's architecture without routed layers",
+        "deepseek_v3",
+        {"first_k_dense_replace": LAYERS, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
+        | {"v_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4, **_EXPERTS},
+    ),
+    "ernie4_5": Family("ERNIE 4.5, dense", "ernie4_5", _SMALL_HEADS),
+    "exaone4": Family("EXAONE 4", "exaone4", {"sliding_window": 32}),
+    "helium": Family("Helium", "helium", _SMALL_HEADS),
+    "hunyuan": Family("Hunyuan, dense", "hunyuan_v1_dense", _SMALL_HEADS),
+    "seed-oss": Family("Seed-OSS, with its dropout of 0.1 set to 0", "seed_oss", {"residual_dropout": 0.0}),
+    "vaultgemma": Family("VaultGemma", "vaultgemma", _SMALL_HEADS, "gelu_tanh"),
+    "diffllama": Family("DiffLlama", "diffllama"),
 }
+REFUSED = {
+    "mixtral": Family("Mixtral", "mixtral", _EXPERTS),
+    "qwen3-moe": Family("Qwen 3, mixture of experts", "qwen3_moe", {**_EXPERTS, **_SMALL_HEADS}),
+    "gpt-oss": Family("gpt-oss", "gpt_oss", {**_EXPERTS, **_SMALL_HEADS}),
+    "olmoe": Family("OLMoE", "olmoe", _EXPERTS),
+    "deepseek-v2": Family("DeepSeek V2", "deepseek_v2", {**_EXPERTS, "kv_lora_rank": 16, "q_lora_rank": 24}),
+    "bitnet": Family("BitNet", "bitnet"),
+    "seed-oss-dropout": Family("Seed-OSS with its dropout", "seed_oss"),
+    "gpt2": Family("GPT-2", "gpt2"),
+    "phi": Family("Phi-1 and 2", "phi"),
+    "starcoder2": Family("StarCoder 2", "starcoder2"),
+    "arcee": Family("Arcee AFM", "arcee"),
+}
+
+
+def installed(families: dict[str, Family]) -> dict[str, Family]:
+    """Those that the installed transformers has."""
+    return {name: family for name, family in families.items() if family.model_type in CONFIG_MAPPING}
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A random model in eval mode. Weights are wide enough for activations of order one, as in real models."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    chosen = FAMILIES.get(family) or REFUSED[family]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**(_SIZES | chosen.arguments)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_proj" in name and parameter.dim() == 2:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
-            elif "_proj" in name:
+            elif "_proj" in name and parameter.dim() == 1:
                 parameter.normal_(0, 0.5)
     return model.to(dtype).eval()
 

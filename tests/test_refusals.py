@@ -167,15 +167,6 @@ def test_offloaded_weights_are_refused():
         apply_cats(model, config)
 
 
-def test_fused_experts_are_refused():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    mixtral = MixtralForCausalLM(
-        MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    )
-    refuse(mixtral, config_for(tiny_model()), r"MixtralExperts\) cannot run sparsely: fused mixture-of-experts")
-
-
 def test_adapters_first_are_refused():
     from peft import LoraConfig, get_peft_model
 

@@ -1,0 +1,59 @@
+"""Writes docs/models.md from the families that the tests run; tests/test_families.py checks that it is current.
+
+python tests/models_table.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models import FAMILIES, REFUSED, tiny_model
+
+from cats_ext.detection import MERGED, SEPARATE, find_gated_mlps
+
+HEAD = """# Models
+
+Made by `tests/models_table.py` from what `tests/test_families.py` runs: a tiny random model of each family, on the CPU
+and on a GPU. Models are recognised by the structure of their MLPs, not by name: one that is not in the table works if
+each MLP has the projections and an activation of the table and computes `down(act(gate) * up)`, which is checked by
+running it.
+
+## Supported
+
+"""
+REFUSED_HEAD = """
+## Refused
+
+`apply_cats`, `calibrate` and `from_pretrained(..., quantization_config=...)` raise a `ValueError` with this reason and
+leave the model as it was.
+
+"""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]) + "\n"
+
+
+def document() -> str:
+    supported = []
+    for name, family in FAMILIES.items():
+        mlp = find_gated_mlps(tiny_model(name))[0]
+        projections = ", ".join(f"`{projection}`" for projection in (MERGED if mlp.merged else SEPARATE))
+        supported.append([family.title, f"`{type(mlp.module).__name__}`", projections, mlp.activation])
+    refused = []
+    for name, family in REFUSED.items():
+        try:
+            find_gated_mlps(tiny_model(name))
+        except ValueError as error:
+            refused.append([family.title, str(error).split(" cannot run sparsely: ")[-1]])
+    tables = (
+        table(["family", "MLP class", "projections", "activation"], supported),
+        table(["family", "reason"], refused),
+    )
+    return HEAD + tables[0] + REFUSED_HEAD + tables[1]
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parents[1] / "docs" / "models.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(document())
