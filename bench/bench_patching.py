@@ -1,6 +1,6 @@
 """What apply_cats costs on a GPU: memory at rest, peak memory and time, for a model of exact layer shapes.
 
-python bench/bench_patching.py --output bench/results/h100
+python bench/bench_patching.py --commit $(git rev-parse --short HEAD) --output bench/results/h100
 """
 
 from __future__ import annotations
@@ -12,26 +12,33 @@ from pathlib import Path
 
 import torch
 from bench_mlp import machine
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import cats_ext
 
-# Of the 32 layers of each as many as fit in a short run; the share of the memory depends little on their number.
 CONFIGS = {
-    "mistral-7b": MistralConfig(num_hidden_layers=8),
-    "llama-2-7b": LlamaConfig(num_hidden_layers=8, hidden_size=4096, intermediate_size=11008),
+    "mistral-7b": MistralConfig(),
+    "llama-2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008),
 }
 
 
-def bench(name: str, rule: str) -> dict:
+def build(name: str) -> nn.Module:
+    """A model of the exact shapes with random bf16 weights, made on the GPU."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def bench(name: str, model: nn.Module, rule: str) -> dict:
+    """Patch ``model``, measure, and make it dense again."""
     ids = torch.randint(model.config.vocab_size, (4, 256), device="cuda")
     config = cats_ext.calibrate(model, [ids], sparsity=0.5, rule=rule, progress=False)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start = time.perf_counter()
@@ -39,6 +46,7 @@ def bench(name: str, rule: str) -> dict:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    cats_ext.remove_cats(model)
     return {
         "model": name,
         "layers": model.config.num_hidden_layers,
@@ -58,10 +66,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in CONFIGS:
+        model = build(name)
         for rule in ("plain", "two_threshold"):
-            rows.append(bench(name, rule) | machine() | {"commit": arguments.commit})
+            rows.append(bench(name, model, rule) | machine() | {"commit": arguments.commit})
             print(rows[-1], flush=True)
-            torch.cuda.empty_cache()
+        del model
     arguments.output.mkdir(parents=True, exist_ok=True)
     with (arguments.output / "patching.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import torch
 from models import tokens
@@ -55,14 +54,6 @@ def assert_unchanged(model, before) -> None:
     for name, (value, stride) in state.items():
         assert stride == state_before[name][1], name
         assert torch.equal(value, state_before[name][0]), name
-
-
-def replace_thresholds(config: CatsConfig, value: float) -> CatsConfig:
-    return replace(
-        config,
-        thresholds={name: torch.tensor(value) for name in config.thresholds},
-        down_thresholds={name: torch.tensor(value) for name in config.down_thresholds},
-    )
 
 
 class InterruptAt:

@@ -1,14 +1,13 @@
-"""Patched models in company: adapters, generation, torch.compile."""
+"""Patched models in company: adapters, training, torch.compile, torch.export."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-from models import HIDDEN, tiny_model, tokens
-from patched import config_for, few, layers_of, logits, many, replace_thresholds
+from models import HIDDEN, tiny_model
+from patched import config_for, few, layers_of, logits, many
 from torch import nn
 
 from cats_ext import apply_cats, remove_cats, sparsity_report, track_sparsity
@@ -39,36 +38,6 @@ def test_lora_unmerged_and_merged(targets, called):
     twin = get_peft_model(dense, LoraConfig(target_modules=targets, init_lora_weights=False))
     twin.load_state_dict(peft_model.state_dict())
     assert torch.equal(logits(twin, few()), logits(peft_model, few()))
-
-
-def test_generation_with_beams_padding_and_sampling():
-    model = tiny_model()
-    prompts = torch.stack([tokens(10), tokens(10, seed=1)])
-    mask = torch.ones_like(prompts)
-    prompts[0, :4], mask[0, :4] = 0, 0
-    arguments = dict(attention_mask=mask, max_new_tokens=8)
-    torch.manual_seed(0)
-    ways = (dict(num_beams=3, do_sample=False), dict(do_sample=False), dict(do_sample=True))
-    dense = []
-    for way in ways:
-        torch.manual_seed(0)
-        dense.append(model.generate(prompts, **arguments, **way))
-    config = config_for(model)
-    apply_cats(model, config_for_zero := replace_thresholds(config, 0.0))
-    assert config_for_zero.rule == "two_threshold"
-    for way, expected in zip(ways, dense, strict=True):
-        torch.manual_seed(0)
-        assert torch.equal(model.generate(prompts, **arguments, **way), expected)
-
-
-def test_static_cache_generation():
-    model = tiny_model()
-    apply_cats(model, config_for(model))
-    arguments = dict(max_new_tokens=8, do_sample=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        static = model.generate(tokens(9)[None], cache_implementation="static", disable_compile=True, **arguments)
-    assert torch.equal(static, model.generate(tokens(9)[None], **arguments))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -120,3 +89,18 @@ def test_inference_mode():
         with torch.inference_mode():
             got = model(input_ids=ids).logits
         assert torch.equal(got, logits(model, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("ids", [few()[:, :1], few(), many()], ids=["1", "few", "many"])
+def test_export(family, ids, tmp_path):
+    model = tiny_model(family)
+    apply_cats(model, config_for(model))
+    expected = logits(model, ids)
+    with torch.no_grad():
+        program = torch.export.export(model, (), kwargs={"input_ids": ids, "use_cache": False}, strict=False)
+    ops = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("cats.")}
+    assert ops == {"cats.gated_threshold.default" if ids.numel() > few().numel() else "cats.sparse_mlp.default"}
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
