@@ -1,0 +1,380 @@
+"""Rules and allocations against each other: perplexity, KL and LAMBADA of one model, many configurations in one run.
+
+Gate and up projections of the calibration windows are kept whole, so that thresholds are exact quantiles under any
+rule, and every configuration runs through the dense masked path in PyTorch. What is found here becomes the defaults of
+``cats_ext.calibrate``; bench/quality.py measures those through the package itself.
+
+    python bench/quality_sweep.py --model DIR_OR_GGUF --data ../shared/data --configs bench/quality_sweep.json --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cats_ext.allocation import allocate
+
+GRID = [round(0.05 * i, 2) for i in range(19)]  # of up and of down sparsity
+
+
+@dataclass
+class Rule:
+    """Per-neuron weights of the two tests, and the sparsity of every layer."""
+
+    name: str
+    up: float = 0.5
+    down: float = 0.5
+    gate_weight: str = "none"  # none, rms, fisher
+    gate_power: float = 1.0
+    down_weight: str = "norm"  # none, norm, fisher; no second threshold if down == up
+    skip: int = 0  # first tokens of a window left out of calibration
+    dense_first: int = 0  # first positions computed densely in evaluation
+    rounds: int = 1  # 2: thresholds again on the inputs that the sparse model makes
+    allocation: str = "uniform"  # error, relative, fisher, kl
+    budget: float | None = None
+    sets: list[str] = field(default_factory=lambda: ["wikitext", "c4", "lambada"])
+
+
+def read(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+def preparations(text: str) -> dict[str, str]:
+    """Ways to join the lines of the test split: dense perplexity depends on it more than on most rules."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    plain = text.replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".")
+    stripped = [line.strip() for line in lines]
+    body = [line for line in stripped if not line.startswith("=")]
+    return {
+        "newline": "\n".join(stripped),
+        "lines": "\n".join(lines),
+        "blank": "\n\n".join(lines),
+        "blank_stripped": "\n\n".join(stripped),
+        "all_blank": "\n\n".join(text.split("\n")),
+        "space": " ".join(stripped),
+        "body": "\n".join(body),
+        "body_blank": "\n\n".join(body),
+        "detokenised": plain,
+        "no_unk": plain.replace("<unk>", ""),
+    }
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in read(path).splitlines() if line.strip()]
+
+
+class Sweep:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        path = Path(args.model)
+        source, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).to(self.device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or source, **({} if args.tokenizer else options))
+        self.layers = [layer.mlp for layer in self.model.model.layers]
+        self.norm = [mlp.down_proj.weight.norm(dim=0) for mlp in self.layers]
+        self.rules: list[tuple[Tensor, Tensor | None] | None] = [None] * len(self.layers)
+        self.dense_first = 0
+        self.capture: list[tuple[Tensor, Tensor]] | None = None
+        self.perturb: list[Tensor] | None = None
+        self.counts = torch.zeros(len(self.layers), 3, dtype=torch.int64, device=self.device)
+        for index, mlp in enumerate(self.layers):
+            mlp.forward = lambda x, index=index: self.mlp(index, x)
+        data, w = Path(args.data), args.window
+        self.window = w
+
+        def windows(text: str, count: int) -> Tensor:
+            ids = self.tokenizer(text[: 8 * count * w], add_special_tokens=False, verbose=False)["input_ids"][
+                : count * w
+            ]
+            return torch.tensor(ids, device=self.device).view(-1, w)
+
+        self.calibration = windows(read(data / "text/wikitext2_valid.txt.gz"), args.windows)
+        c4 = "\n\n".join(row["text"] for row in jsonl(data / "text/c4_sample.jsonl.gz"))
+        self.sets = {
+            "wikitext": windows(read(data / "text/wikitext2_test.txt.gz"), args.windows),
+            "c4": windows(c4, args.c4_windows),
+        }
+        for name, text in preparations(read(data / "text/wikitext2_test.txt.gz")).items():
+            self.sets[name] = windows(text, args.windows)
+        self.lambada = []
+        for row in jsonl(data / "tasks/lambada.jsonl.gz")[: args.lambada]:
+            context, word = row["text"].rsplit(" ", 1)
+            a, b = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (context, " " + word))
+            self.lambada.append((a, b))
+        self.dense_logits: dict[str, list[Tensor]] = {}
+        self.samples: dict[bool, list] = {}
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        mlp = self.layers[index]
+        v, u = F.silu(mlp.gate_proj(x)), mlp.up_proj(x)
+        if self.capture is not None:
+            self.capture.append((v.flatten(0, 1), u.flatten(0, 1)))
+        h = v * u
+        if self.rules[index] is not None:
+            threshold, down_threshold = self.rules[index]
+            mask = v.abs() >= threshold
+            both = mask if down_threshold is None else mask & (h.abs() >= down_threshold)
+            if self.dense_first:
+                mask[:, : self.dense_first] = both[:, : self.dense_first] = True
+            self.counts[index] += torch.stack([torch.tensor(v.numel(), device=x.device), mask.sum(), both.sum()])
+            h = torch.where(both, h, 0)
+        y = mlp.down_proj(h)
+        if self.perturb is not None:
+            y = y + self.perturb[index]
+        return y
+
+    @torch.no_grad()
+    def collect(self) -> list[tuple[Tensor, Tensor]]:
+        """v and u of every layer on the calibration windows, ``[windows, window, I]``."""
+        pieces = []
+        for ids in self.calibration:
+            self.capture = []
+            self.model.model(input_ids=ids[None])
+            pieces.append(self.capture)
+        self.capture = None
+        return [tuple(torch.stack([p[i][k] for p in pieces]) for k in (0, 1)) for i in range(len(self.layers))]
+
+    def gradients(self) -> list[Tensor]:
+        """Per layer, d log p(y) / d(MLP output) with y drawn from the model: ``[windows, window, H]``."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        pieces = []
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for ids in self.calibration:
+            shape = (1, len(ids), self.model.config.hidden_size)
+            self.perturb = [torch.zeros(shape, device=self.device, requires_grad=True) for _ in self.layers]
+            log_p = self.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            y = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            pieces.append(torch.autograd.grad(log_p.gather(1, y).sum(), self.perturb))
+        self.perturb = None
+        return [torch.cat([p[i] for p in pieces]) for i in range(len(self.layers))]
+
+    # --- thresholds ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        self.dense_activations = self.collect()
+        self.row_gradients = [
+            g @ mlp.down_proj.weight for g, mlp in zip(self.gradients(), self.layers, strict=True)
+        ]  # Wd_j . g, [windows, window, I]
+
+    def weights(self, rule: Rule, index: int) -> tuple[Tensor | None, Tensor | None]:
+        u, r = self.dense_activations[index][1][:, rule.skip :], self.row_gradients[index][:, rule.skip :]
+        fisher = r.square().mean((0, 1)).sqrt()
+        gate = {
+            "none": lambda: None,
+            "rms": lambda: u.square().mean((0, 1)).sqrt() * self.norm[index],
+            "mean": lambda: u.abs().mean((0, 1)) * self.norm[index],
+            "fisher": lambda: (u * r).square().mean((0, 1)).sqrt(),
+            "fisher_apart": lambda: u.square().mean((0, 1)).sqrt() * fisher,
+        }[rule.gate_weight]()
+        down = {"none": None, "norm": self.norm[index], "fisher": fisher}[rule.down_weight]
+        return None if gate is None else gate**rule.gate_power, down
+
+    def thresholds(self, rule: Rule, index: int, v: Tensor, u: Tensor, up: float, down: float):
+        gate_weight, down_weight = self.weights(rule, index)
+        v, u = v[:, rule.skip :], u[:, rule.skip :]
+        a = v.abs() if gate_weight is None else v.abs() * gate_weight
+        threshold = quantile(a, up)
+        threshold = threshold if gate_weight is None else threshold / gate_weight
+        if down <= up:
+            return threshold, None
+        b = (v * u).abs() if down_weight is None else (v * u).abs() * down_weight
+        cut = quantile(torch.where(v.abs() >= threshold, b, 0), down)
+        return threshold, cut if down_weight is None else cut / down_weight
+
+    def set_rule(self, rule: Rule | None) -> list[tuple[float, float]]:
+        self.rules = [None] * len(self.layers)
+        if rule is None:
+            return []
+        split = self.allocate(rule)
+        activations = self.dense_activations
+        for turn in range(rule.rounds):
+            if turn:
+                activations = self.collect()
+            self.rules = [self.thresholds(rule, i, *activations[i], *split[i]) for i in range(len(self.layers))]
+        return split
+
+    # --- allocation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def allocate(self, rule: Rule) -> list[tuple[float, float]]:
+        if rule.allocation == "uniform":
+            return [(rule.up, rule.down)] * len(self.layers)
+        offset = rule.down - rule.up
+        if rule.allocation == "kl":
+            options = [(s - offset / 2, s + offset / 2) for s in (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
+        else:
+            options = [(a, b) for a in GRID for b in GRID if a <= b <= a + 0.4]
+        key = (rule.allocation, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, offset)
+        if key not in self.samples:
+            self.samples[key] = torch.tensor([self.layer_losses(rule, i, options) for i in range(len(self.layers))])
+        costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(len(self.layers), -1)
+        choice = allocate(self.samples[key], costs, rule.budget * len(self.layers))
+        return [options[c] for c in choice]
+
+    def layer_losses(self, rule: Rule, index: int, options: list[tuple[float, float]]) -> list[float]:
+        if rule.allocation == "kl":
+            return [self.layer_kl(rule, index, option) for option in options]
+        v, u = (t[:4, rule.skip :] for t in self.dense_activations[index])
+        r, w = self.row_gradients[index][:4, rule.skip :], self.layers[index].down_proj.weight
+        gate_weight, down_weight = self.weights(rule, index)
+        h, a = v * u, v.abs() if gate_weight is None else v.abs() * gate_weight
+        b = h.abs() if down_weight is None else h.abs() * down_weight
+        whole = (h @ w.T).square().sum(-1)
+        a_sorted, losses = a.flatten().sort().values, {}
+        for up in sorted({up for up, _ in options}):
+            passed = a >= a_sorted[int(up * len(a_sorted))]
+            b_passed = torch.where(passed, b, 0)
+            b_sorted = b_passed.flatten().sort().values
+            for option in options:
+                if option[0] != up:
+                    continue
+                dropped = torch.where(b_passed >= b_sorted[int(option[1] * len(b_sorted))], 0, h)
+                if option[1] <= up:
+                    dropped = torch.where(passed, 0, h)
+                if rule.allocation == "fisher":
+                    loss = (dropped * r).sum(-1).square() / 2
+                else:
+                    loss = (dropped @ w.T).square().sum(-1)
+                    if rule.allocation == "relative":
+                        loss = loss / whole
+                losses[option] = loss.mean()
+        return torch.stack([losses[option] for option in options]).tolist()
+
+    def layer_kl(self, rule: Rule, index: int, option: tuple[float, float]) -> float:
+        self.rules = [None] * len(self.layers)
+        self.rules[index] = self.thresholds(rule, index, *self.dense_activations[index], *option)
+        if "calibration" not in self.dense_logits:
+            kept, self.rules = self.rules, [None] * len(self.layers)
+            self.dense_logits["calibration"] = self.logits(self.calibration[:4])
+            self.rules = kept
+        total = 0.0
+        for ids, dense in zip(self.calibration[:4], self.dense_logits["calibration"], strict=True):
+            total += float(kl(dense, self.model(input_ids=ids[None]).logits[0]).mean())
+        return total / len(self.dense_logits["calibration"])
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, windows: Tensor) -> list[Tensor]:
+        return [self.model(input_ids=ids[None]).logits[0] for ids in windows]
+
+    @torch.no_grad()
+    def text(self, name: str) -> dict[str, float]:
+        nll = divergence = agree = 0.0
+        if name not in self.dense_logits:
+            self.dense_logits[name] = self.logits(self.sets[name])
+        for ids, dense in zip(self.sets[name], self.dense_logits[name], strict=True):
+            logits = self.model(input_ids=ids[None]).logits[0]
+            nll += float(F.cross_entropy(logits[:-1], ids[1:]))
+            divergence += float(kl(dense, logits).mean())
+            agree += float((dense.argmax(-1) == logits.argmax(-1)).float().mean())
+        n = len(self.sets[name])
+        return {f"{name}_ppl": math.exp(nll / n), f"{name}_kl": divergence / n, f"{name}_top1": agree / n}
+
+    @torch.no_grad()
+    def last_words(self, tokens: int = 32768) -> dict[str, float]:
+        order = sorted(range(len(self.lambada)), key=lambda i: -sum(map(len, self.lambada[i])))
+        right = 0
+        while order:
+            longest = sum(map(len, self.lambada[order[0]]))
+            some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
+            ids = torch.zeros(len(some), longest, dtype=torch.long)
+            for row, i in enumerate(some):
+                sequence = self.lambada[i][0] + self.lambada[i][1]
+                ids[row, : len(sequence)] = torch.tensor(sequence)
+            hidden = self.model.model(input_ids=ids.to(self.device)).last_hidden_state
+            for row, i in enumerate(some):
+                context, word = self.lambada[i]
+                at = hidden[row, len(context) - 1 : len(context) + len(word) - 1]
+                right += bool((self.model.lm_head(at).argmax(-1).cpu() == torch.tensor(word)).all())
+        return {"lambada": 100 * right / len(self.lambada)}
+
+    def evaluate(self, rule: Rule | None) -> dict[str, object]:
+        started = time.perf_counter()
+        split = self.set_rule(rule)
+        self.dense_first = rule.dense_first if rule else 0
+        row: dict[str, object] = {"name": rule.name if rule else "dense"}
+        for name in rule.sets if rule else (*self.sets, "lambada"):
+            self.counts.zero_()
+            row |= self.last_words() if name == "lambada" else self.text(name)
+            if rule:
+                seen, up, down = self.counts.double().sum(0).tolist()
+                row[f"{name}_up"], row[f"{name}_down"] = 1 - up / seen, 1 - down / seen
+                row[f"{name}_bytes"] = (1 + up / seen + down / seen) / 3
+        row["seconds"] = time.perf_counter() - started
+        if rule and rule.allocation != "uniform":
+            row["split"] = " ".join(f"{a:.2f}/{b:.2f}" for a, b in split)
+        self.dense_first = 0
+        return row
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    flat = values.flatten()
+    if q <= 0:
+        return flat.new_zeros(())
+    return (
+        flat.kthvalue(int(q * flat.numel()) + 1).values
+        if flat.device.type == "cpu"
+        else flat.sort().values[int(q * flat.numel())]
+    )
+
+
+def kl(dense: Tensor, sparse: Tensor) -> Tensor:
+    p, q = dense.log_softmax(-1), sparse.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="directory or .gguf file")
+    parser.add_argument("--tokenizer", help="directory, if not beside the model: one from a .gguf loads slowly")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--configs", required=True, help="JSON: a list of Rule's fields")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--c4-windows", type=int, default=48)
+    parser.add_argument("--lambada", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    started = time.perf_counter()
+    rules = [None] + [Rule(**entry) for entry in json.loads(Path(args.configs).read_text())]
+    sweep = Sweep(args)
+    print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
+    sweep.prepare()
+    print(f"calibrated after {time.perf_counter() - started:.1f} s", flush=True)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    for rule in rules:
+        if time.perf_counter() - started > args.seconds:
+            print(f"stopped before {rule and rule.name}")
+            break
+        rows.append(sweep.evaluate(rule))
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with open(out / "sweep.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    print(f"done after {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

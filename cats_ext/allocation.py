@@ -1,0 +1,62 @@
+"""How a budget of bytes is spread over layers: the choice per layer that minimises the sum of measured losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:
+    """One option per layer with the smallest sum of losses that a total cost of ``budget`` affords.
+
+    The losses of layers are taken to add up. Solved by a Lagrange multiplier found by bisection, which is exact on each
+    layer's lower convex hull of loss over cost; what then is left of the budget goes, step by step, where a unit of
+    cost buys the largest loss.
+
+    Args:
+        losses: ``[L, P]``, loss of option p in layer l.
+        costs: ``[L, P]``, its cost.
+        budget: what the chosen costs may add up to.
+
+    Returns:
+        ``L`` indices into the P options.
+
+    Raises:
+        ValueError: a loss is not finite, or even the cheapest options exceed the budget.
+    """
+    losses, costs = losses.double().cpu(), costs.double().cpu()
+    if not torch.isfinite(losses).all():
+        layer = int((~torch.isfinite(losses)).any(1).nonzero()[0])
+        raise ValueError(f"losses must be finite, got {losses[layer].tolist()} for layer {layer}")
+    cheapest = float(costs.min(1).values.sum())
+    if cheapest > budget + 1e-9:
+        raise ValueError(f"budget must be at least {cheapest:.4g}, the cost of the cheapest options, got {budget:.4g}")
+
+    def best(price: float) -> Tensor:
+        return (losses + price * costs).argmin(1)
+
+    def cost(choice: Tensor) -> float:
+        return float(costs.gather(1, choice[:, None]).sum())
+
+    low, high = 0.0, 1.0
+    while cost(best(high)) > budget and high < 1e30:
+        low, high = high, 4 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(best(middle)) <= budget else (middle, high)
+    choice = best(high)
+    if cost(choice) > budget:  # options of equal loss: the price never mattered
+        choice = costs.argmin(1)
+    return _spend_rest(losses, costs, choice, budget)
+
+
+def _spend_rest(losses: Tensor, costs: Tensor, choice: Tensor, budget: float) -> list[int]:
+    while True:
+        now_loss, now_cost = losses.gather(1, choice[:, None]), costs.gather(1, choice[:, None])
+        gain, extra = now_loss - losses, costs - now_cost
+        room = budget - float(now_cost.sum())
+        rate = torch.where((gain > 0) & (extra <= room + 1e-9), gain / extra.clamp(min=1e-12), 0)
+        where = int(rate.argmax())
+        if rate.flatten()[where] <= 0:
+            return choice.tolist()
+        choice[where // losses.shape[1]] = where % losses.shape[1]
