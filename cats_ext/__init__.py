@@ -6,7 +6,7 @@ from cats_ext.calibration import calibrate
 from cats_ext.config import CatsConfig
 from cats_ext.integrations import register_with_transformers
 from cats_ext.modules import CatsMLP
-from cats_ext.patching import apply_cats, remove_cats, set_sparsity
+from cats_ext.patching import apply_cats, masking_disabled, remove_cats, set_sparsity
 from cats_ext.report import SparsityReport, reset_sparsity, sparsity_report, track_sparsity
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "calibrate",
     "evaluation",
     "functional",
+    "masking_disabled",
     "ops",
     "remove_cats",
     "reset_sparsity",

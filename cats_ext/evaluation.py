@@ -1,15 +1,17 @@
-"""Perplexity of a causal language model over a token sequence."""
+"""Perplexity of a causal language model over a token sequence, alone and beside the dense model it was made from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_ext._run import check_token_ids, evaluation_mode, input_device, progress_bar
+from cats_ext.patching import masking_disabled
 
 _POSITIONS = 256  # whose logits are turned to float32 together: 128 MB at a vocabulary of 128k
 
@@ -50,19 +52,8 @@ def perplexity(
     Raises:
         TypeError, ValueError: ``input_ids`` is no sequence of the model's token ids or has nothing to predict.
     """
-    check_token_ids("input_ids", input_ids, model)
-    if input_ids.dim() != 1 and input_ids.shape[:-1] != (1,):
-        raise ValueError(f"input_ids must have shape [T] or [1, T], got {list(input_ids.shape)}")
-    if window < 2:
-        raise ValueError(f"window must be at least 2 tokens, got {window}")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+    windows = _windows(model, input_ids, window, max_windows, bos_token_id)
     device = input_device(model)
-    bos = input_ids.new_tensor([] if bos_token_id is None else [bos_token_id])
-    pieces = input_ids.flatten().split(window - len(bos))[:max_windows]
-    windows = [ids for ids in (torch.cat([bos, piece]) for piece in pieces) if len(ids) > 1]
-    if not windows:
-        raise ValueError(f"input_ids must have at least two tokens, got {input_ids.numel()}")
     total, tokens = 0.0, 0
     with evaluation_mode(model), progress_bar("perplexity", len(windows), progress) as advance:
         for ids in windows:
@@ -72,5 +63,121 @@ def perplexity(
                 total += F.cross_entropy(some.float(), wanted.long(), reduction="sum").double().item()
             tokens += len(targets)
             advance()
+    return _perplexity(total, tokens, len(windows))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The sparse model beside the dense one on the same windows; the unit of chance is the window.
+
+    Attributes:
+        dense, sparse: their perplexities.
+        nll_increase, nll_increase_se: mean increase of a predicted token's negative log-likelihood in nats, and its
+            standard error over windows (NaN with one window).
+        kl: mean Kullback-Leibler divergence of the sparse from the dense next-token distribution, nats a position.
+        top1: share of positions at which both models find the same token likeliest.
+    """
+
+    dense: Perplexity
+    sparse: Perplexity
+    nll_increase: float
+    nll_increase_se: float
+    kl: float
+    kl_se: float
+    top1: float
+    top1_se: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    window: int = 1024,
+    max_windows: int | None = None,
+    bos_token_id: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run every window twice, dense and sparse, and compare what the model predicts. Arguments as :func:`perplexity`.
+
+    Args:
+        model: patched by :func:`cats_ext.apply_cats`; the dense run uses the same weights with masking off.
+
+    Raises:
+        ValueError: as :func:`perplexity`, or the model is not patched.
+    """
+    windows = _windows(model, input_ids, window, max_windows, bos_token_id)
+    device = input_device(model)
+    rows = []  # per window: predicted tokens, positions, and sums of nll dense, nll sparse, kl, agreement
+    with evaluation_mode(model), progress_bar("dense and sparse", len(windows), progress) as advance:
+        for ids in windows:
+            with masking_disabled(model):
+                dense = model(input_ids=ids[None].to(device)).logits[0]
+            sparse = model(input_ids=ids[None].to(device)).logits[0]
+            targets = ids[1:].to(dense.device).long()
+            sums = torch.zeros(4, dtype=torch.float64)
+            pieces = (dense.split(_POSITIONS), sparse.split(_POSITIONS), _pieces(targets, len(dense)))
+            for one, other, wanted in zip(*pieces, strict=True):
+                p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
+                nll = (-t[: len(wanted)].gather(1, wanted[:, None]).double().sum() for t in (p, q))
+                divergence = (p.exp() * (p - q)).double().sum()
+                agree = (p.argmax(-1) == q.argmax(-1)).double().sum()
+                sums += torch.stack([*nll, divergence, agree]).cpu()
+            rows.append([len(targets), len(dense), *sums.tolist()])
+            advance()
+    predicted, positions, nll_dense, nll_sparse, divergence, agree = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    increase, increase_se = _ratio(nll_sparse - nll_dense, predicted)
+    (kl, kl_se), (top1, top1_se) = _ratio(divergence, positions), _ratio(agree, positions)
+    tokens, count = int(predicted.sum()), len(windows)
+    return Comparison(
+        dense=_perplexity(float(nll_dense.sum()), tokens, count),
+        sparse=_perplexity(float(nll_sparse.sum()), tokens, count),
+        nll_increase=increase,
+        nll_increase_se=increase_se,
+        kl=kl,
+        kl_se=kl_se,
+        top1=top1,
+        top1_se=top1_se,
+    )
+
+
+def _windows(
+    model: nn.Module, input_ids: Tensor, window: int, max_windows: int | None, bos_token_id: int | None
+) -> list[Tensor]:
+    """The windows of :func:`perplexity`, each of two tokens or more."""
+    check_token_ids("input_ids", input_ids, model)
+    if input_ids.dim() != 1 and input_ids.shape[:-1] != (1,):
+        raise ValueError(f"input_ids must have shape [T] or [1, T], got {list(input_ids.shape)}")
+    if window < 2:
+        raise ValueError(f"window must be at least 2 tokens, got {window}")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+    bos = input_ids.new_tensor([] if bos_token_id is None else [bos_token_id])
+    pieces = input_ids.flatten().split(window - len(bos))[:max_windows]
+    windows = [ids for ids in (torch.cat([bos, piece]) for piece in pieces) if len(ids) > 1]
+    if not windows:
+        raise ValueError(f"input_ids must have at least two tokens, got {input_ids.numel()}")
+    return windows
+
+
+def _pieces(targets: Tensor, positions: int) -> list[Tensor]:
+    """The targets of each piece of the logits: the last position has none."""
+    return [targets[i : i + _POSITIONS] for i in range(0, positions, _POSITIONS)]
+
+
+def _perplexity(total: float, tokens: int, windows: int) -> Perplexity:
     nll = total / tokens
-    return Perplexity(nll=nll, ppl=math.exp(nll), tokens=tokens, windows=len(windows))
+    return Perplexity(nll=nll, ppl=math.exp(nll) if nll < 700 else math.inf, tokens=tokens, windows=windows)
+
+
+def _ratio(sums: Tensor, sizes: Tensor) -> tuple[float, float]:
+    """Mean over tokens and its standard error, from sums over windows, by the ratio estimator."""
+    mean = float(sums.sum() / sizes.sum())
+    n = len(sums)
+    if n < 2:
+        return mean, math.nan
+    residuals = sums - mean * sizes
+    return mean, float((residuals.square().sum() * n / (n - 1)).sqrt() / sizes.sum())

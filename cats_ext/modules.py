@@ -149,7 +149,12 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig) -> None:
         copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
         module.register_buffer(name, copy, persistent=False)
     module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
-    module.__class__ = CatsMLP
+    set_class(module, CatsMLP)
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let ``module`` compute as ``kind`` does, under a hook too; its state stays."""
+    module.__class__ = kind
     rebind_forward(module)
 
 
@@ -158,8 +163,7 @@ def make_dense(module: nn.Module) -> None:
     state: CatsState | None = vars(module).get("cats")
     if state is None:
         return
-    module.__class__ = state.original_class
-    rebind_forward(module)
+    set_class(module, state.original_class)
     for name in ("threshold", "down_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)

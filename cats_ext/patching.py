@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from cats_ext.config import CatsConfig
 from cats_ext.detection import GatedMLP, find_gated_mlps
-from cats_ext.modules import CatsMLP, make_dense, make_sparse
+from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class
 
 
 def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
@@ -121,6 +123,27 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
         for module in modules:
             module.set_thresholds(before)
         raise
+
+
+@contextmanager
+def masking_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes densely with the same weights, as it did before :func:`apply_cats`; nothing is copied.
+
+    Not for a captured graph, which runs what it recorded; setting its thresholds to 0 has the same effect there.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    try:
+        for module in patched.values():
+            set_class(module, module.cats.original_class)
+        yield
+    finally:
+        for module in patched.values():
+            set_class(module, CatsMLP)
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import VOCABULARY, tiny_model, tokens
 
-from cats_ext import apply_cats, calibrate
-from cats_ext.evaluation import perplexity
+from cats_ext import apply_cats, calibrate, masking_disabled, remove_cats
+from cats_ext.evaluation import compare, perplexity
 
 
 @torch.no_grad()
@@ -100,3 +100,65 @@ def test_progress(capsys):
 def test_errors(ids, arguments, error, message):
     with pytest.raises(error, match=message):
         perplexity(tiny_model(), ids, **arguments, progress=False)
+
+
+# --- dense and sparse side by side ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_p(model, ids):
+    return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+
+
+def test_compare_by_definition():
+    model, ids = tiny_model(), tokens(650)
+    config = calibrate(model, tokens(300, seed=1), sparsity=0.6, progress=False)
+    windows = ids.split(300)
+    dense = [log_p(model, w) for w in windows]
+    apply_cats(model, config)
+    sparse = [log_p(model, w) for w in windows]
+    got = compare(model, ids, window=300, progress=False)
+    assert got.sparse.ppl == pytest.approx(perplexity(model, ids, window=300, progress=False).ppl, rel=1e-5)
+    remove_cats(model)
+    assert got.dense.ppl == pytest.approx(perplexity(model, ids, window=300, progress=False).ppl, rel=1e-5)
+    assert got.nll_increase == pytest.approx(got.sparse.nll - got.dense.nll, rel=1e-6)
+    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(dense, sparse, strict=True)])
+    agree = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(dense, sparse, strict=True)]).double()
+    assert got.kl == pytest.approx(kl.mean().item(), rel=1e-4) and got.kl > 0.001
+    assert got.top1 == pytest.approx(agree.mean().item(), abs=1e-6) and got.top1 < 1
+
+
+def test_standard_error_over_windows_of_equal_length():
+    model, ids = tiny_model(), tokens(480)
+    apply_cats(model, calibrate(model, ids, progress=False))
+    got = compare(model, ids, window=60, progress=False)
+    each = [compare(model, w, window=60, progress=False) for w in ids.split(60)]
+    for name in ("nll_increase", "kl", "top1"):
+        values = torch.tensor([getattr(one, name) for one in each], dtype=torch.float64)
+        assert getattr(got, name) == pytest.approx(values.mean().item(), rel=1e-6)
+        assert getattr(got, f"{name}_se") == pytest.approx((values.std() / 8**0.5).item(), rel=1e-6)
+        assert math.isnan(getattr(each[0], f"{name}_se"))
+
+
+def test_thresholds_of_zero_change_nothing():
+    model = tiny_model()
+    apply_cats(model, calibrate(model, tokens(200), sparsity=0, progress=False))
+    got = compare(model, tokens(200), window=100, progress=False)
+    assert got.kl == pytest.approx(0, abs=1e-6) and got.top1 == 1 and got.nll_increase == pytest.approx(0, abs=1e-6)
+
+
+def test_masking_is_live_and_can_be_switched_off():
+    model, ids = tiny_model(), tokens(20)
+    before = log_p(model, ids)
+    apply_cats(model, calibrate(model, tokens(300), sparsity=0.7, progress=False))
+    sparse = log_p(model, ids)
+    assert (sparse - before).abs().max() > 0.05
+    with pytest.raises(KeyError, match="inside"), masking_disabled(model):
+        torch.testing.assert_close(log_p(model, ids), before)
+        raise KeyError("inside")
+    assert torch.equal(log_p(model, ids), sparse)
+
+
+def test_compare_needs_a_patched_model():
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched: call apply_cats first"):
+        compare(tiny_model(), tokens(100), progress=False)
