@@ -34,9 +34,12 @@ class Rule:
     name: str
     up: float = 0.5
     down: float = 0.5
-    gate_weight: str = "none"  # none, rms, fisher
+    gate_weight: str = "none"  # none, rms, mean, u, norm, fisher, fisher_apart
     gate_power: float = 1.0
     down_weight: str = "norm"  # none, norm, fisher; no second threshold if down == up
+    clip: float | None = None  # gate weights no further than this factor from their median
+    text: str = "wikitext"  # what thresholds, weights and losses are calibrated on: wikitext, c4, mixed
+    correct: bool = False  # add the mean of what is dropped to the MLP's output
     skip: int = 0  # first tokens of a window left out of calibration
     dense_first: int = 0  # first positions computed densely in evaluation
     rounds: int = 1  # 2: thresholds again on the inputs that the sparse model makes
@@ -88,6 +91,7 @@ class Sweep:
         self.dense_first = 0
         self.capture: list[tuple[Tensor, Tensor]] | None = None
         self.perturb: list[Tensor] | None = None
+        self.corrections: list[Tensor] | None = None
         self.counts = torch.zeros(len(self.layers), 3, dtype=torch.int64, device=self.device)
         for index, mlp in enumerate(self.layers):
             mlp.forward = lambda x, index=index: self.mlp(index, x)
@@ -100,21 +104,29 @@ class Sweep:
             ]
             return torch.tensor(ids, device=self.device).view(-1, w)
 
-        self.calibration = windows(read(data / "text/wikitext2_valid.txt.gz"), args.windows)
-        c4 = "\n\n".join(row["text"] for row in jsonl(data / "text/c4_sample.jsonl.gz"))
+        rows = [row["text"] for row in jsonl(data / "text/c4_sample.jsonl.gz")]
+        c4 = "\n\n".join(rows)
+        wikitext = windows(read(data / "text/wikitext2_valid.txt.gz"), args.windows)
+        other = windows("\n\n".join(rows[::-1]), args.windows)  # its end: evaluation is on its beginning
+        half = args.windows // 2
+        self.texts = {"wikitext": wikitext, "c4": other, "mixed": torch.cat([wikitext[:half], other[:half]])}
         self.sets = {
             "wikitext": windows(read(data / "text/wikitext2_test.txt.gz"), args.windows),
             "c4": windows(c4, args.c4_windows),
         }
-        for name, text in preparations(read(data / "text/wikitext2_test.txt.gz")).items():
-            self.sets[name] = windows(text, args.windows)
+        if args.preparations:
+            for name, text in preparations(read(data / "text/wikitext2_test.txt.gz")).items():
+                self.sets[name] = windows(text, args.windows)
+        self.stride = args.stride
+        self.dense_last_words: Tensor | None = None
         self.lambada = []
         for row in jsonl(data / "tasks/lambada.jsonl.gz")[: args.lambada]:
             context, word = row["text"].rsplit(" ", 1)
             a, b = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (context, " " + word))
             self.lambada.append((a, b))
         self.dense_logits: dict[str, list[Tensor]] = {}
-        self.samples: dict[bool, list] = {}
+        self.samples: dict[tuple, Tensor] = {}
+        self.prepared: dict[str, tuple] = {}
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -133,28 +145,30 @@ class Sweep:
             self.counts[index] += torch.stack([torch.tensor(v.numel(), device=x.device), mask.sum(), both.sum()])
             h = torch.where(both, h, 0)
         y = mlp.down_proj(h)
+        if self.corrections is not None:
+            y = y + self.corrections[index]
         if self.perturb is not None:
             y = y + self.perturb[index]
         return y
 
     @torch.no_grad()
-    def collect(self) -> list[tuple[Tensor, Tensor]]:
+    def collect(self, calibration: Tensor) -> list[tuple[Tensor, Tensor]]:
         """v and u of every layer on the calibration windows, ``[windows, window, I]``."""
         pieces = []
-        for ids in self.calibration:
+        for ids in calibration:
             self.capture = []
             self.model.model(input_ids=ids[None])
             pieces.append(self.capture)
         self.capture = None
         return [tuple(torch.stack([p[i][k] for p in pieces]) for k in (0, 1)) for i in range(len(self.layers))]
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self, calibration: Tensor) -> list[Tensor]:
         """Per layer, d log p(y) / d(MLP output) with y drawn from the model: ``[windows, window, H]``."""
         generator = torch.Generator(self.device).manual_seed(0)
         pieces = []
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        for ids in self.calibration:
+        for ids in calibration:
             shape = (1, len(ids), self.model.config.hidden_size)
             self.perturb = [torch.zeros(shape, device=self.device, requires_grad=True) for _ in self.layers]
             log_p = self.model(input_ids=ids[None]).logits[0].log_softmax(-1)
@@ -165,11 +179,14 @@ class Sweep:
 
     # --- thresholds ------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        self.dense_activations = self.collect()
-        self.row_gradients = [
-            g @ mlp.down_proj.weight for g, mlp in zip(self.gradients(), self.layers, strict=True)
-        ]  # Wd_j . g, [windows, window, I]
+    def prepare(self, text: str) -> None:
+        """Activations and gradients of the dense model on one of the calibration texts."""
+        if text not in self.prepared:
+            self.rules, self.corrections = [None] * len(self.layers), None
+            gradients = self.gradients(self.texts[text])
+            rows = [g @ mlp.down_proj.weight for g, mlp in zip(gradients, self.layers, strict=True)]
+            self.prepared[text] = (self.collect(self.texts[text]), rows)
+        self.dense_activations, self.row_gradients = self.prepared[text]  # row: Wd_j . g, [windows, window, I]
 
     def weights(self, rule: Rule, index: int) -> tuple[Tensor | None, Tensor | None]:
         u, r = self.dense_activations[index][1][:, rule.skip :], self.row_gradients[index][:, rule.skip :]
@@ -177,16 +194,23 @@ class Sweep:
         gate = {
             "none": lambda: None,
             "rms": lambda: u.square().mean((0, 1)).sqrt() * self.norm[index],
+            "u": lambda: u.square().mean((0, 1)).sqrt(),
+            "norm": lambda: self.norm[index],
             "mean": lambda: u.abs().mean((0, 1)) * self.norm[index],
             "fisher": lambda: (u * r).square().mean((0, 1)).sqrt(),
             "fisher_apart": lambda: u.square().mean((0, 1)).sqrt() * fisher,
         }[rule.gate_weight]()
         down = {"none": None, "norm": self.norm[index], "fisher": fisher}[rule.down_weight]
-        return None if gate is None else gate**rule.gate_power, down
+        if gate is not None:
+            gate = gate**rule.gate_power
+            gate = gate / gate.median()
+            if rule.clip:
+                gate = gate.clamp(1 / rule.clip, rule.clip)
+        return gate, down
 
     def thresholds(self, rule: Rule, index: int, v: Tensor, u: Tensor, up: float, down: float):
         gate_weight, down_weight = self.weights(rule, index)
-        v, u = v[:, rule.skip :], u[:, rule.skip :]
+        v, u = (t[:, rule.skip :: self.stride] for t in (v, u))
         a = v.abs() if gate_weight is None else v.abs() * gate_weight
         threshold = quantile(a, up)
         threshold = threshold if gate_weight is None else threshold / gate_weight
@@ -197,16 +221,28 @@ class Sweep:
         return threshold, cut if down_weight is None else cut / down_weight
 
     def set_rule(self, rule: Rule | None) -> list[tuple[float, float]]:
-        self.rules = [None] * len(self.layers)
+        self.rules, self.corrections = [None] * len(self.layers), None
         if rule is None:
             return []
+        self.prepare(rule.text)
         split = self.allocate(rule)
         activations = self.dense_activations
         for turn in range(rule.rounds):
             if turn:
-                activations = self.collect()
+                activations = self.collect(self.texts[rule.text])
             self.rules = [self.thresholds(rule, i, *activations[i], *split[i]) for i in range(len(self.layers))]
+        if rule.correct:
+            self.corrections = [self.mean_dropped(i) for i in range(len(self.layers))]
         return split
+
+    def mean_dropped(self, index: int) -> Tensor:
+        v, u = self.dense_activations[index]
+        threshold, down_threshold = self.rules[index]
+        h = v * u
+        kept = v.abs() >= threshold
+        if down_threshold is not None:
+            kept &= h.abs() >= down_threshold
+        return self.layers[index].down_proj(torch.where(kept, 0, h).mean((0, 1)))
 
     # --- allocation ------------------------------------------------------------------------------------------------
 
@@ -219,7 +255,7 @@ class Sweep:
             options = [(s - offset / 2, s + offset / 2) for s in (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
         else:
             options = [(a, b) for a in GRID for b in GRID if a <= b <= a + 0.4]
-        key = (rule.allocation, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, offset)
+        key = (rule.allocation, rule.text, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, offset)
         if key not in self.samples:
             self.samples[key] = torch.tensor([self.layer_losses(rule, i, options) for i in range(len(self.layers))])
         costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(len(self.layers), -1)
@@ -258,14 +294,14 @@ class Sweep:
     def layer_kl(self, rule: Rule, index: int, option: tuple[float, float]) -> float:
         self.rules = [None] * len(self.layers)
         self.rules[index] = self.thresholds(rule, index, *self.dense_activations[index], *option)
-        if "calibration" not in self.dense_logits:
+        if rule.text + " calibration" not in self.dense_logits:
             kept, self.rules = self.rules, [None] * len(self.layers)
-            self.dense_logits["calibration"] = self.logits(self.calibration[:4])
+            self.dense_logits[rule.text + " calibration"] = self.logits(self.texts[rule.text][:4])
             self.rules = kept
         total = 0.0
-        for ids, dense in zip(self.calibration[:4], self.dense_logits["calibration"], strict=True):
+        for ids, dense in zip(self.texts[rule.text][:4], self.dense_logits[rule.text + " calibration"], strict=True):
             total += float(kl(dense, self.model(input_ids=ids[None]).logits[0]).mean())
-        return total / len(self.dense_logits["calibration"])
+        return total / len(self.dense_logits[rule.text + " calibration"])
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -288,21 +324,43 @@ class Sweep:
 
     @torch.no_grad()
     def last_words(self, tokens: int = 32768) -> dict[str, float]:
+        """Accuracy on the last word; of its first token also the log-probability and the KL from the dense model."""
         order = sorted(range(len(self.lambada)), key=lambda i: -sum(map(len, self.lambada[i])))
-        right = 0
+        right, first = torch.zeros(len(order), dtype=torch.bool, device=self.device), {}
         while order:
             longest = sum(map(len, self.lambada[order[0]]))
             some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
             ids = torch.zeros(len(some), longest, dtype=torch.long)
-            for row, i in enumerate(some):
-                sequence = self.lambada[i][0] + self.lambada[i][1]
-                ids[row, : len(sequence)] = torch.tensor(sequence)
-            hidden = self.model.model(input_ids=ids.to(self.device)).last_hidden_state
+            rows, positions, targets, items = [], [], [], []
             for row, i in enumerate(some):
                 context, word = self.lambada[i]
-                at = hidden[row, len(context) - 1 : len(context) + len(word) - 1]
-                right += bool((self.model.lm_head(at).argmax(-1).cpu() == torch.tensor(word)).all())
-        return {"lambada": 100 * right / len(self.lambada)}
+                ids[row, : len(context) + len(word)] = torch.tensor(context + word)
+                for k, token in enumerate(word):
+                    rows.append(row), positions.append(len(context) + k - 1), targets.append(token), items.append(i)
+            hidden = self.model.model(input_ids=ids.to(self.device)).last_hidden_state
+            log_p = self.model.lm_head(hidden[rows, positions]).log_softmax(-1)
+            wanted = torch.tensor(targets, device=self.device)
+            wrong = torch.tensor(items, device=self.device)[log_p.argmax(-1) != wanted]
+            right[torch.tensor(some, device=self.device)] = True
+            right[wrong] = False
+            for k, i in enumerate(items):
+                if i not in first:
+                    first[i] = (log_p[k], targets[k])
+        log_p = torch.stack([first[i][0] for i in range(len(self.lambada))])
+        wanted = torch.tensor([first[i][1] for i in range(len(self.lambada))], device=self.device)
+        if self.dense_last_words is None:
+            self.dense_last_words = log_p
+        dense, best = self.dense_last_words, log_p.argmax(-1)
+        values, counts = best.unique(return_counts=True)
+        top = counts.argsort(descending=True)[:8]
+        print("   ", [(self.tokenizer.decode([int(values[k])]), int(counts[k])) for k in top])
+        return {
+            "lambada": 100 * float(right.float().mean()),
+            "lambada_logp": float(log_p.gather(1, wanted[:, None]).mean()),
+            "lambada_kl": float((dense.exp() * (dense - log_p)).sum(-1).mean()),
+            "lambada_top1": float((dense.argmax(-1) == best).float().mean()),
+            "lambada_max": float(log_p.max(-1).values.exp().mean()),
+        }
 
     def evaluate(self, rule: Rule | None) -> dict[str, object]:
         started = time.perf_counter()
@@ -351,13 +409,16 @@ def main() -> None:
     parser.add_argument("--c4-windows", type=int, default=48)
     parser.add_argument("--lambada", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--stride", type=int, default=1, help="of the tokens that thresholds are quantiles over")
+    parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--preparations", action="store_true", help="dense perplexity over ways to join the test text")
     args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     started = time.perf_counter()
     rules = [None] + [Rule(**entry) for entry in json.loads(Path(args.configs).read_text())]
     sweep = Sweep(args)
     print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
-    sweep.prepare()
+    sweep.prepare("wikitext")
     print(f"calibrated after {time.perf_counter() - started:.1f} s", flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
