@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from cats_ext.rules import bytes_share
+
+
+@dataclass(eq=False)
+class LossTable:
+    """What each layer loses at each option, measured; any budget's allocation follows from it.
+
+    Attributes:
+        options: float64 ``[P, 2]``, up and down sparsity.
+        losses: float64 ``[L, P]``, an estimate of the Kullback-Leibler divergence from the dense model, in nats a
+            position, if this layer alone is sparse.
+    """
+
+    options: Tensor
+    losses: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, LossTable)
+            and torch.equal(self.options, other.options)
+            and torch.equal(self.losses, other.losses)
+        )
+
+    __hash__ = None
+
+    def targets(self, budget: float, sizes: Sequence[int]) -> list[tuple[float, float]]:
+        """Up and down sparsity of each layer, with the least loss in all.
+
+        Args:
+            budget: share of all MLP bytes that a token may read.
+            sizes: of the layers, in any unit.
+
+        Raises:
+            ValueError: the budget is out of what the options allow.
+        """
+        shares = torch.tensor([bytes_share(up, down) for up, down in self.options.tolist()], dtype=torch.float64)
+        weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+        choice = allocate(self.losses, weight[:, None] * shares, budget)
+        return [tuple(self.options[option].tolist()) for option in choice]
 
 
 def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:
@@ -29,8 +72,9 @@ def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:
         layer = int((~torch.isfinite(losses)).any(1).nonzero()[0])
         raise ValueError(f"losses must be finite, got {losses[layer].tolist()} for layer {layer}")
     cheapest = float(costs.min(1).values.sum())
-    if cheapest > budget + 1e-9:
-        raise ValueError(f"budget must be at least {cheapest:.4g}, the cost of the cheapest options, got {budget:.4g}")
+    asked, budget = budget, budget * (1 + 1e-6)  # room for rounding
+    if cheapest > budget:
+        raise ValueError(f"budget must be at least {cheapest:.4g}, the cost of the cheapest options, got {asked:.4g}")
 
     def best(price: float) -> Tensor:
         return (losses + price * costs).argmin(1)
@@ -55,7 +99,7 @@ def _spend_rest(losses: Tensor, costs: Tensor, choice: Tensor, budget: float) ->
         now_loss, now_cost = losses.gather(1, choice[:, None]), costs.gather(1, choice[:, None])
         gain, extra = now_loss - losses, costs - now_cost
         room = budget - float(now_cost.sum())
-        rate = torch.where((gain > 0) & (extra <= room + 1e-9), gain / extra.clamp(min=1e-12), 0)
+        rate = torch.where((gain > 0) & (extra <= room), gain / extra.clamp(min=1e-12), 0)
         where = int(rate.argmax())
         if rate.flatten()[where] <= 0:
             return choice.tolist()

@@ -1,32 +1,39 @@
 """calibrate: runs text through a dense model and sets each MLP's thresholds to quantiles of what it sees.
 
-Activations are counted into histograms as they come (see histogram.py) and never kept. Every pass runs the dense
-model, so that each layer's thresholds are set on the inputs of the model as it was trained.
+Activations are counted into histograms as they come and never kept. Every pass runs the dense model, so that what is
+counted serves any sparsity: thresholds for another one follow from the stored counts (CatsConfig.at_sparsity).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cats_ext._run import check_token_ids, evaluation_mode, input_device, progress_bar
+from cats_ext._run import check_token_ids
 from cats_ext._version import __version__
+from cats_ext.accumulator import LayerAccumulator
+from cats_ext.allocation import LossTable
+from cats_ext.calibration_checkpoint import Checkpoint
 from cats_ext.calibration_data import collect_windows
+from cats_ext.calibration_passes import batches_of, run_gradient_pass, run_pass
 from cats_ext.config import CatsConfig, LayerConfig, thresholds_of
-from cats_ext.detection import MERGED, SEPARATE, GatedMLP
-from cats_ext.histogram import Histogram
-from cats_ext.patching import find_dense_mlps
-from cats_ext.reference import ACTIVATIONS
-from cats_ext.rules import sparsity_split
-from cats_ext.statistics import JointHistogram, LayerStatistics
+from cats_ext.detection import GatedMLP
+from cats_ext.evaluation import compare
+from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
+from cats_ext.rules import DEFAULT_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
-_CHUNK = 1 << 22  # activations looked at together: bounds the temporaries to tens of MB
+ALLOCATIONS = ("uniform", "search")
+_GRADIENT_TOKENS = 8192  # that the gradient passes use at most
+_OFFSETS = (0.0, 0.1, 0.2, 0.3, 0.4)  # of the down sparsity over the up sparsity, in the search
+_UP = tuple(i / 10 for i in range(10))
+_CHECK_TOKENS = 4096  # on which a search is compared with the uniform allocation
 
 
 def calibrate(
@@ -34,89 +41,110 @@ def calibrate(
     data: Any,
     *,
     tokenizer: Any = None,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
+    budget: float | None = None,
     rule: str = "plain",
     down_sparsity: float | None = None,
-    weighted_gate: bool = False,
+    gate_power: float | None = None,
+    importance: str = "norm",
+    allocation: str | None = None,
     max_tokens: int = 32768,
     sequence_length: int = 1024,
     batch_size: int = 1,
     seed: int = 0,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> CatsConfig:
-    """Find the thresholds at which the gated MLPs of ``model`` skip the share ``sparsity`` of their neurons.
+    """Find the thresholds at which the gated MLPs of ``model`` skip a share of their neurons.
 
     Rules (v = act(x Wg), u = x Wu, h = v u, Wd_j the down projection's weights of neuron j):
 
-    - ``plain``: CATS (arXiv 2404.08763, section 3). One threshold a layer, the ``sparsity`` quantile of ``|v|``. One
-      pass over the data.
+    - ``plain``: CATS (arXiv 2404.08763, section 3). One threshold a layer, the ``sparsity`` quantile of ``|v|``.
+    - ``weighted``: one threshold a neuron, from the quantile of ``|v_j| c_j ** gate_power``.
     - ``two_threshold``: the gate's threshold is set to the lower sparsity s_u, then a neuron is dropped if ``|h_j|
-      norm(Wd_j)`` is below its quantile s_d (dropped neurons counted as 0), which gives ``down_threshold_j = t2 /
-      norm(Wd_j)``. ``s_u + s_d = 2 sparsity``, so a token reads as many bytes as with the plain rule. By default s_d is
-      ``sparsity + 0.1``, closer where that leaves [0, 1). Two passes.
+      n_j`` is below its quantile s_d (dropped neurons counted as 0). ``s_u + s_d = 2 sparsity``, so a token reads as
+      many bytes as with the plain rule. By default s_d is ``sparsity + 0.1``, closer where that leaves [0, 1).
+
+    Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
+    rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
+    MLP's output; needs memory for the activations of a batch, as training would.
 
     Args:
-        model: dense model on any device; unchanged afterwards.
+        model: dense model on any device or spread over several; unchanged afterwards.
         data: a text, an iterable of texts, or an iterable of token ids: integer tensors ``[T]`` or ``[B, T]``, or
             mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out). See
             :func:`cats_ext.calibration_data.collect_windows` for how windows are made and chosen.
         tokenizer: needed for texts.
-        sparsity: share of neurons to skip, in [0, 1); 0 sets thresholds of 0, which is the dense model.
-        rule: "plain" or "two_threshold".
-        down_sparsity: s_d of the two-threshold rule.
-        weighted_gate: divide the gate's threshold by ``rms(u_j) norm(Wd_j)``, neuron by neuron; one more pass. Lowers
-            perplexity, but hurt a last-word prediction task (LAMBADA), so it is off by default.
+        sparsity: share of neurons to skip, in [0, 1); 0 sets thresholds of 0, which is the dense model. Default 0.5.
+        budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``.
+        rule: "plain", "weighted" or "two_threshold".
+        down_sparsity: s_d of the two-threshold rule, with uniform allocation.
+        gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. Default 1 with "weighted", else 0.
+        importance: "norm" or "gradient".
+        allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
+            "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
+            default for a budget); :mod:`cats_ext.allocation`.
         max_tokens: how many tokens to use at most.
         sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
         seed: chooses the windows where there are more than needed. Equal arguments give equal thresholds.
+        checkpoint: a file that progress is written to, at most once a minute; an interrupted calibration called again
+            with the same arguments goes on from there. Removed at the end.
         progress: show a bar per pass, with the time left, on standard error.
 
     Returns:
-        The config, with its histograms, for :func:`cats_ext.apply_cats` and ``save_pretrained``.
+        The config, with its statistics, for :func:`cats_ext.apply_cats` and ``save_pretrained``.
 
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, the model has no gated MLP, is
-            patched already, or a layer's activations are NaN, infinite or all zero.
+            patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
     """
-    up_sparsity, down_sparsity = sparsity_split(sparsity, rule, down_sparsity)
+    sparsity, allocation = _target(sparsity, budget, allocation)
+    if allocation == "search" and down_sparsity is not None:
+        raise ValueError(f"down_sparsity is for uniform allocation, got {down_sparsity} with a search")
+    split = sparsity_split(sparsity, rule, down_sparsity)
+    gate_power = DEFAULT_GATE_POWER[rule] if gate_power is None else gate_power
+    check_weights(rule, gate_power, importance)
     for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    layers = [_Layer(mlp) for mlp in find_dense_mlps(model)]
+    mlps = find_dense_mlps(model)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)
     windows = collect_windows(data, tokenizer, sequence_length, max_tokens, seed)
     check_token_ids("data", torch.cat(windows), model)
 
-    passes: list[tuple[str, Callable[[_Layer, Tensor, Tensor], None]]] = []
-    if weighted_gate:
-        passes.append(("weights", _Layer.add_up_squares))
-    passes.append(("gate", _Layer.add_gate))
-    if rule == "two_threshold":
-        passes.append(("joint", _Layer.add_joint))
-    for number, (kind, observe) in enumerate(passes, 1):
-        title = f"calibration, pass {number} of {len(passes)}" if len(passes) > 1 else "calibration"
-        _run_pass(model, layers, windows, batch_size, observe, title, progress)
-        for layer in layers:
-            layer.finish(kind)
+    layers = {mlp.name: LayerAccumulator(mlp, gate_power, importance) for mlp in mlps}
+    batches = batches_of(windows, batch_size)
+    steps = _steps(layers, rule, gate_power, importance, allocation)
+    arguments = {"rule": rule, "gate_power": gate_power, "importance": importance, "allocation": allocation}
+    saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
+    for number in range(saved.step, len(steps)):
+        step = steps[number]
+        todo = batches[: _few(batches)] if step.gradient else batches
+        start = saved.batch if number == saved.step else 0
+        title = f"calibration, pass {number + 1} of {len(steps)}" if len(steps) > 1 else "calibration"
+        run = partial(run_gradient_pass, seed=seed) if step.gradient else run_pass
+        run(model, mlps, todo, step.observe, title, progress, start=start, after=partial(saved.save, number))
+        for layer in layers.values():
+            step.finish(layer)
 
-    statistics = {layer.mlp.name: layer.statistics(rule) for layer in layers}
-    thresholds, down_thresholds = thresholds_of(statistics, {name: (up_sparsity, down_sparsity) for name in statistics})
-    return CatsConfig(
+    statistics = {name: layer.statistics() for name, layer in layers.items()}
+    targets = dict.fromkeys(layers, split)
+    thresholds, down_thresholds = thresholds_of(statistics, targets)
+    config = CatsConfig(
         thresholds=thresholds,
         down_thresholds=down_thresholds,
         layers={
-            layer.mlp.name: LayerConfig(
-                layer.mlp.hidden_size, layer.mlp.intermediate_size, layer.mlp.activation, up_sparsity, down_sparsity
-            )
-            for layer in layers
+            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, *targets[mlp.name])
+            for mlp in mlps
         },
         model_type=getattr(getattr(model, "config", None), "model_type", None),
         sparsity=sparsity,
         rule=rule,
-        weighted_gate=weighted_gate,
+        gate_power=gate_power,
+        importance=importance,
         calibration={
             "tokens": sum(len(window) for window in windows),
             "windows": len(windows),
@@ -126,126 +154,87 @@ def calibrate(
         },
         statistics=statistics,
     )
+    if allocation == "search":
+        losses = torch.stack([layer.mean_losses() for layer in layers.values()])
+        config = _searched(model, config, LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses), batches)
+    saved.remove()
+    return config
 
 
-@dataclass
-class _Layer:
-    """What is counted of one MLP, pass by pass."""
+@dataclass(frozen=True)
+class _Step:
+    """One pass over the data: what is counted, and what follows from it."""
 
-    mlp: GatedMLP
-    tokens: int = 0
-    up_squares: Tensor | None = None  # float64 [I], sum of u_j^2
-    gate_weight: Tensor | None = None  # float32 [I], c_j
-    gate: Histogram | None = None
-    joint: JointHistogram | None = None
-
-    def __post_init__(self) -> None:
-        weight = self.mlp.down.weight.detach()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.down_norm = torch.linalg.vector_norm(weight, dim=0, dtype=wide).float()
-        self.act = ACTIVATIONS[self.mlp.activation]
-
-    def add_up_squares(self, gate: Tensor, up: Tensor) -> None:
-        squares = up.double().square().sum(0)
-        self.up_squares = squares if self.up_squares is None else self.up_squares + squares
-        self.tokens += len(up)
-
-    def score(self, v: Tensor) -> Tensor:
-        return v if self.gate_weight is None else v * self.gate_weight
-
-    def add_gate(self, gate: Tensor, up: Tensor) -> None:
-        if self.gate is None:
-            self.gate = Histogram(device=gate.device)
-        self.gate.add(self.score(self.act(gate.float())))
-
-    def add_joint(self, gate: Tensor, up: Tensor) -> None:
-        if self.joint is None:
-            self.joint = JointHistogram.over(self.gate)
-        v = self.act(gate.float())
-        self.joint.add(self.score(v), v * up.float() * self.down_norm)
-
-    def finish(self, kind: str) -> None:
-        """Turn what the pass ``kind`` counted into what the next one needs."""
-        if kind == "weights":
-            if self.up_squares is None:
-                raise ValueError(f"no token of the data reached {self.mlp.name}")
-            self.gate_weight = (self.up_squares / self.tokens).sqrt().float() * self.down_norm
-        elif kind == "gate":
-            if self.gate is None:
-                raise ValueError(f"no token of the data reached {self.mlp.name}")
-            if self.gate.zeros == self.gate.total:
-                raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
-
-    def statistics(self, rule: str) -> LayerStatistics:
-        self.gate.counts = self.gate.counts.cpu()
-        down_weight = self.down_norm.cpu() if rule == "two_threshold" else None
-        gate_weight = None if self.gate_weight is None else self.gate_weight.cpu()
-        return LayerStatistics(self.gate, self.joint and self.joint.trimmed(), gate_weight, down_weight)
+    observe: Callable[..., None]
+    finish: Callable[[LayerAccumulator], None] = lambda layer: None
+    gradient: bool = False
 
 
-def _run_pass(
-    model: nn.Module,
-    layers: list[_Layer],
-    windows: list[Tensor],
-    batch_size: int,
-    observe: Callable[[_Layer, Tensor, Tensor], None],
-    title: str,
-    progress: bool,
-) -> None:
-    """Run all windows once, and hand every MLP's gate and up projections to ``observe``, some rows at a time."""
-    # The decoder alone, where there is one: the logits of a window can be larger than all activations.
-    is_transformers = hasattr(model, "base_model_prefix")
-    backbone = model.base_model if is_transformers else model
-    options = {"use_cache": False} if is_transformers else {}
-    batches = list(_batches(windows, batch_size))
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        for layer in layers:
-            stack.enter_context(_Hooks(layer, observe))
-        advance = stack.enter_context(progress_bar(title, len(batches), progress))
-        for batch in batches:
-            backbone(input_ids=batch.to(input_device(model)), **options)
-            advance()
+def _steps(
+    layers: dict[str, LayerAccumulator], rule: str, gate_power: float, importance: str, allocation: str
+) -> list[_Step]:
+    def each(method: Callable[..., None]) -> Callable[..., None]:
+        return lambda mlp, *activations: method(layers[mlp.name], *activations)
+
+    steps = []
+    if importance == "gradient":
+        steps.append(_Step(each(LayerAccumulator.add_gradient), LayerAccumulator.finish_weights, gradient=True))
+    elif gate_power:
+        steps.append(_Step(each(LayerAccumulator.add_up), LayerAccumulator.finish_weights))
+    steps.append(_Step(each(LayerAccumulator.add_gate), LayerAccumulator.finish_gate))
+    if rule == "two_threshold":
+        steps.append(_Step(each(LayerAccumulator.add_joint)))
+    if allocation == "search":
+        cuts: dict[str, list[tuple[float, float]]] = {}
+
+        def add_losses(mlp: GatedMLP, *activations: Tensor) -> None:
+            if mlp.name not in cuts:
+                statistics = layers[mlp.name].statistics()
+                cuts[mlp.name] = [statistics.cuts(*option) for option in _options(rule)]
+            layers[mlp.name].add_losses(*activations, cuts[mlp.name])
+
+        steps.append(_Step(add_losses, gradient=True))
+    return steps
 
 
-def _batches(windows: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Windows of equal length stacked to [B, T], so that nothing has to be padded."""
-    for _, group in itertools.groupby(sorted(windows, key=len, reverse=True), key=len):
-        same_length = list(group)
-        for i in range(0, len(same_length), batch_size):
-            yield torch.stack(same_length[i : i + batch_size])
+def _options(rule: str) -> list[tuple[float, float]]:
+    """Up and down sparsities that the search chooses from."""
+    if rule != "two_threshold":
+        return [(i / 20, i / 20) for i in range(20)]
+    return [(up, round(up + more, 2)) for up in _UP for more in _OFFSETS if up + more < 0.96]
 
 
-class _Hooks:
-    """While entered, catches the outputs of one MLP's gate and up projections and passes them on together."""
+def _searched(model: nn.Module, config: CatsConfig, table: LossTable, batches: list[Tensor]) -> CatsConfig:
+    """``config`` with the allocation that the table finds, if the model's predictions confirm that it loses less."""
+    searched = replace(config, losses=table).at_sparsity(config.sparsity)
+    ids = torch.cat([row for batch in batches[:2] for row in batch])[:_CHECK_TOKENS]
+    window = batches[0].shape[1]
+    bought = {"uniform_kl": _kl(model, config, ids, window), "searched_kl": _kl(model, searched, ids, window)}
+    chosen = searched if bought["searched_kl"] < bought["uniform_kl"] else config
+    return replace(chosen, calibration=config.calibration | {"search": bought})
 
-    def __init__(self, layer: _Layer, observe: Callable[[_Layer, Tensor, Tensor], None]) -> None:
-        self.layer, self.observe = layer, observe
-        self.outputs: dict[str, Tensor] = {}
-        self.names = MERGED[:1] if layer.mlp.merged else SEPARATE[:2]
 
-    def __enter__(self) -> None:
-        self.handles = [
-            getattr(self.layer.mlp.module, name).register_forward_hook(
-                lambda module, args, output, name=name: self.catch(name, output)
-            )
-            for name in self.names
-        ]
+def _kl(model: nn.Module, config: CatsConfig, ids: Tensor, window: int) -> float:
+    apply_cats(model, config)
+    try:
+        return compare(model, ids, window=window, progress=False).kl
+    finally:
+        remove_cats(model)
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
-    def catch(self, name: str, output: Tensor) -> None:
-        self.outputs[name] = output
-        if len(self.outputs) < len(self.names):
-            return
-        size = self.layer.mlp.intermediate_size
-        gate, up = (t.reshape(-1, size) for t in self.layer.mlp.gate_and_up(self.outputs))
-        self.outputs.clear()
-        rows = max(1, _CHUNK // size)
-        try:
-            for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True):
-                self.observe(self.layer, gate_rows, up_rows)
-        except ValueError as error:
-            raise ValueError(f"activations of {self.layer.mlp.name}: {error}") from error
+def _few(batches: list[Tensor]) -> int:
+    """How many batches the gradient passes use: as many as hold _GRADIENT_TOKENS, and at least one."""
+    tokens = list(itertools.accumulate(batch.numel() for batch in batches))
+    return 1 + sum(total < _GRADIENT_TOKENS for total in tokens[:-1])
+
+
+def _target(sparsity: float | None, budget: float | None, allocation: str | None) -> tuple[float, str]:
+    if sparsity is not None and budget is not None:
+        raise ValueError(f"give sparsity or budget, not both, got {sparsity} and {budget}")
+    if allocation is None:
+        allocation = "uniform" if budget is None else "search"
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+    if budget is not None:
+        return sparsity_of(budget), allocation
+    return 0.5 if sparsity is None else sparsity, allocation

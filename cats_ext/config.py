@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,13 +16,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from cats_ext.allocation import LossTable
 from cats_ext.detection import GatedMLP
-from cats_ext.rules import bytes_share, check_rule, check_sparsity, sparsity_split
+from cats_ext.files import write_together
+from cats_ext.rules import budget_of, bytes_share, check_rule, check_sparsity, check_weights, sparsity_split
 from cats_ext.statistics import LayerStatistics
 
 CONFIG_FILE = "cats_config.json"
 THRESHOLDS_FILE = "cats_thresholds.safetensors"
 FORMAT_VERSION = 2
+_PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "calibration")
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class CatsConfig:
         down_thresholds: likewise; empty for the plain rule.
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
             fingerprint by which a config for another model is recognised.
-        rule, sparsity, weighted_gate: as given to :func:`cats_ext.calibrate`.
+        rule, sparsity, gate_power, importance: as given to :func:`cats_ext.calibrate`.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
+        losses: of each layer at each sparsity, where calibration searched an allocation; else all layers are alike.
     """
 
     quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
@@ -66,10 +69,12 @@ class CatsConfig:
     model_type: str | None
     sparsity: float
     rule: str = "plain"
-    weighted_gate: bool = False
+    gate_power: float = 0.0
+    importance: str = "norm"
     down_thresholds: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
+    losses: LossTable | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -90,13 +95,18 @@ class CatsConfig:
 
         Args:
             sparsity: as in :func:`cats_ext.calibrate`, in [0, 1).
-            down_sparsity: as there; None for the default split of the two-threshold rule.
+            down_sparsity: as there; None for the default split of the two-threshold rule, or for the allocation over
+                layers that calibration found.
 
         Raises:
             TypeError, ValueError: an argument is out of its range, or the config has no statistics.
         """
-        up, down = sparsity_split(sparsity, self.rule, down_sparsity)
-        return self.with_targets({name: (up, down) for name in self.layers}, sparsity)
+        split = sparsity_split(sparsity, self.rule, down_sparsity)
+        if self.losses is None or down_sparsity is not None:
+            return self.with_targets(dict.fromkeys(self.layers, split), sparsity)
+        sizes = [layer.hidden_size * layer.intermediate_size for layer in self.layers.values()]
+        targets = self.losses.targets(budget_of(sparsity), sizes)
+        return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
 
     def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
         """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own."""
@@ -120,6 +130,7 @@ class CatsConfig:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
         check_sparsity("sparsity", self.sparsity)
         check_rule(self.rule)
+        check_weights(self.rule, self.gate_power, self.importance)
         if not self.layers:
             raise ValueError("layers must name at least one MLP, got none")
         for name, layer in self.layers.items():
@@ -127,7 +138,7 @@ class CatsConfig:
             check_sparsity(f"layers[{name!r}].down_sparsity", layer.down_sparsity)
         for field_name in ("thresholds", "down_thresholds"):
             thresholds: dict[str, Tensor] = getattr(self, field_name)
-            if field_name == "down_thresholds" and self.rule == "plain":
+            if field_name == "down_thresholds" and self.rule != "two_threshold":
                 expected: Iterable[str] = ()
             else:
                 expected = self.layers
@@ -163,7 +174,8 @@ class CatsConfig:
             "format_version": FORMAT_VERSION,
             "rule": self.rule,
             "sparsity": self.sparsity,
-            "weighted_gate": self.weighted_gate,
+            "gate_power": self.gate_power,
+            "importance": self.importance,
             "bytes_share": self.bytes_share,
             "model_type": self.model_type,
             "calibration": self.calibration,
@@ -187,7 +199,7 @@ class CatsConfig:
         document["statistics"] = numbers
         document["thresholds_sha256"] = hashlib.sha256(blob).hexdigest()
         text = json.dumps(document, indent=2) + "\n"
-        _write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
+        write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
         """What goes into the safetensors file, and what the counts of each layer stand for."""
@@ -197,6 +209,8 @@ class CatsConfig:
         for name, statistics in self.statistics.items():
             parts, numbers[name] = statistics.pack()
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+        if self.losses is not None:
+            tensors |= {"search.options": self.losses.options, "search.losses": self.losses.losses}
         return tensors, numbers
 
     @classmethod
@@ -238,6 +252,10 @@ class CatsConfig:
             for key in before - set(parts):
                 del tensors[prefix + key]
 
+        losses = None
+        if "search.losses" in tensors:
+            losses = LossTable(tensors.pop("search.options"), tensors.pop("search.losses"))
+
         def take(suffix: str) -> dict[str, Tensor]:
             return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}
 
@@ -247,7 +265,11 @@ class CatsConfig:
             down_thresholds=down_thresholds,
             layers=layers,
             statistics=statistics,
-            **{key: document[key] for key in ("model_type", "sparsity", "rule", "weighted_gate", "calibration")},
+            losses=losses,
+            **{
+                key: document[key]
+                for key in ("model_type", "sparsity", "rule", "gate_power", "importance", "calibration")
+            },
         )
         if tensors:
             raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(tensors))}")
@@ -298,30 +320,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
     return document
-
-
-def _write_together(contents: dict[Path, bytes]) -> None:
-    """Replace all files or none. Each is complete on disk before the first rename, and an error undoes the renames."""
-    new = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
-    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents if path.exists()}
-    try:
-        for path, content in contents.items():
-            with open(new[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, backup in old.items():
-            shutil.copy2(path, backup)
-        try:
-            for path in contents:
-                os.replace(new[path], path)
-        except BaseException:
-            for path in contents:
-                if path in old:
-                    os.replace(old[path], path)
-                else:
-                    path.unlink(missing_ok=True)
-            raise
-    finally:
-        for leftover in (*new.values(), *old.values()):
-            leftover.unlink(missing_ok=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-RULES = ("plain", "two_threshold")
+RULES = ("plain", "weighted", "two_threshold")
+IMPORTANCES = ("norm", "gradient")
 
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 # Of 0.05, 0.1, 0.15 and 0.2 it is the best or level with the best in WikiText-2 perplexity of SmolLM2-135M, at
 # sparsities 0.3, 0.5 and 0.7.
 TWO_THRESHOLD_OFFSET = 0.1
+
+
+# Exponent of the gate's weights where none is asked for; see bench/results/quality.
+DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0}
 
 
 def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
@@ -28,13 +33,39 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
 
 
+def budget_of(sparsity: float) -> float:
+    """Share of the MLP bytes that a token reads if ``sparsity`` of the up and of the down rows are skipped."""
+    return bytes_share(sparsity, sparsity)
+
+
+def sparsity_of(budget: float) -> float:
+    """Inverse of :func:`budget_of`. Raises unless ``budget`` is in (1/3, 1]: the gate alone is 1/3 of the bytes."""
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool):
+        raise TypeError(f"budget must be a number in (1/3, 1], got {budget!r}")
+    if not 1 / 3 < budget <= 1:
+        raise ValueError(f"budget must be in (1/3, 1], since the gate alone is 1/3 of the bytes, got {budget}")
+    return 1.5 * (1 - budget)
+
+
+def check_weights(rule: str, gate_power: float, importance: str) -> None:
+    """Raise unless gate_power is in [0, 1], 0 for the plain rule, and the importance is known."""
+    if not isinstance(gate_power, (int, float)) or isinstance(gate_power, bool):
+        raise TypeError(f"gate_power must be a number in [0, 1], got {gate_power!r}")
+    if not 0 <= gate_power <= 1:
+        raise ValueError(f"gate_power must be in [0, 1], got {gate_power}")
+    if rule == "plain" and gate_power:
+        raise ValueError(f"gate_power must be 0 for the rule 'plain', which has no weights, got {gate_power}")
+    if importance not in IMPORTANCES:
+        raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
+
+
 def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> tuple[float, float]:
     """The up and down sparsity at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
     check_sparsity("sparsity", sparsity)
     check_rule(rule)
-    if rule == "plain":
+    if rule != "two_threshold":
         if down_sparsity is not None:
-            raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with 'plain'")
+            raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with '{rule}'")
         return sparsity, sparsity
     if down_sparsity is None:
         offset = min(TWO_THRESHOLD_OFFSET, sparsity, (1 - sparsity) / 2)

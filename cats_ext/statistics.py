@@ -134,14 +134,16 @@ class LayerStatistics:
             up_sparsity: share of neurons to drop by the gate, in [0, 1).
             down_sparsity: share dropped by either test; at ``up_sparsity`` or below the second threshold is 0.
         """
+        cut, down_cut = self.cuts(up_sparsity, down_sparsity)
+        down_threshold = None if self.joint is None else _per_neuron(down_cut, self.down_weight)
+        return _per_neuron(cut, self.gate_weight), down_threshold
+
+    def cuts(self, up_sparsity: float, down_sparsity: float) -> tuple[float, float]:
+        """What gate score and contribution must reach: the thresholds before they are divided by the weights."""
         cut = max(self.gate.quantile(up_sparsity), SMALLEST) if up_sparsity > 0 else 0.0
-        threshold = _per_neuron(cut, self.gate_weight)
-        if self.joint is None:
-            return threshold, None
-        down_cut = 0.0
-        if down_sparsity > up_sparsity:
-            down_cut = max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
-        return threshold, _per_neuron(down_cut, self.down_weight)
+        if self.joint is None or down_sparsity <= up_sparsity:
+            return cut, 0.0
+        return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
 
     # --- files: tensors for safetensors, and the few numbers that say what they stand for ----------------------------
 

@@ -67,7 +67,7 @@ def test_plain_threshold_is_the_quantile_of_the_gate(family, sparsity):
 def test_two_thresholds(weighted):
     model, ids = tiny_model(), tokens(600)
     config = calibrate(
-        model, ids, rule="two_threshold", weighted_gate=weighted, sequence_length=200, batch_size=3, progress=False
+        model, ids, rule="two_threshold", gate_power=int(weighted), sequence_length=200, batch_size=3, progress=False
     )
     modules = dict(model.named_modules())
     for name, (v, u) in gate_and_up(model, ids.view(3, 200)).items():
@@ -87,12 +87,21 @@ def test_two_thresholds(weighted):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
-@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_first_layer_reaches_its_target_on_the_same_text(family, rule, weighted):
+@pytest.mark.parametrize(
+    ("rule", "power", "importance"),
+    [
+        ("plain", 0, "norm"),
+        ("weighted", 1, "norm"),
+        ("two_threshold", 0, "norm"),
+        ("two_threshold", 0.5, "norm"),
+        ("two_threshold", 0.5, "gradient"),
+    ],
+)
+def test_first_layer_reaches_its_target_on_the_same_text(family, rule, power, importance):
     # Later layers see inputs changed by the earlier masks; on a random network that moves their sparsity.
     model, ids = tiny_model(family), tokens(900)
-    config = calibrate(model, ids, sparsity=0.6, rule=rule, weighted_gate=weighted, sequence_length=300, progress=False)
+    arguments = dict(rule=rule, gate_power=power, importance=importance, sequence_length=300, progress=False)
+    config = calibrate(model, ids, sparsity=0.6, **arguments)
     apply_cats(model, config)
     with track_sparsity(model), torch.no_grad():
         model(input_ids=ids.view(3, 300))
@@ -104,8 +113,8 @@ def test_first_layer_reaches_its_target_on_the_same_text(family, rule, weighted)
 
 
 def test_sparsity_zero_sets_thresholds_of_zero():
-    for rule in ("plain", "two_threshold"):
-        config = calibrate(tiny_model(), tokens(200), sparsity=0, rule=rule, weighted_gate=True, progress=False)
+    for rule in ("plain", "weighted", "two_threshold"):
+        config = calibrate(tiny_model(), tokens(200), sparsity=0, rule=rule, progress=False)
         assert all((t == 0).all() for t in (*config.thresholds.values(), *config.down_thresholds.values()))
 
 
@@ -122,7 +131,7 @@ def test_a_neuron_without_a_down_row_is_dropped():
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:, 5] = 0
-    config = calibrate(model, tokens(300), rule="two_threshold", weighted_gate=True, progress=False)
+    config = calibrate(model, tokens(300), rule="two_threshold", gate_power=1, progress=False)
     name = "model.layers.1.mlp"
     assert config.thresholds[name][5] == config.down_thresholds[name][5] == torch.inf
     assert config.thresholds[name].isfinite().sum() == INTERMEDIATE - 1
@@ -147,9 +156,9 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
-    config = calibrate(tiny_model(dtype=dtype), tokens(300), rule="two_threshold", weighted_gate=True, progress=False)
+    config = calibrate(tiny_model(dtype=dtype), tokens(300), rule="two_threshold", gate_power=1, progress=False)
     assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in config.thresholds.values())
-    exact = calibrate(tiny_model(), tokens(300), rule="two_threshold", weighted_gate=True, progress=False)
+    exact = calibrate(tiny_model(), tokens(300), rule="two_threshold", gate_power=1, progress=False)
     for name in config.thresholds:
         torch.testing.assert_close(config.thresholds[name], exact.thresholds[name], rtol=0.05, atol=0)
 
@@ -291,7 +300,7 @@ def test_equal_arguments_give_equal_thresholds_and_batches_do_not_matter():
         (dict(sparsity=-0.1), ValueError, r"sparsity must be in \[0, 1\), got -0.1"),
         (dict(sparsity=float("nan")), ValueError, r"sparsity must be in \[0, 1\), got nan"),
         (dict(sparsity="0.5"), TypeError, r"sparsity must be a number in \[0, 1\), got '0.5'"),
-        (dict(rule="best"), ValueError, "rule must be one of plain, two_threshold, got 'best'"),
+        (dict(rule="best"), ValueError, "rule must be one of plain, weighted, two_threshold, got 'best'"),
         (dict(down_sparsity=0.6), ValueError, "down_sparsity is for the rule 'two_threshold', got 0.6 with 'plain'"),
         (dict(rule="two_threshold", down_sparsity=1.2), ValueError, r"down_sparsity must be in \[0, 1\), got 1.2"),
         (dict(max_tokens=0), ValueError, "max_tokens must be a positive integer, got 0"),
@@ -364,9 +373,9 @@ def test_a_layer_that_no_token_reaches_is_named():
     model = tiny_model()
     model.model.layers = model.model.layers[:2]
     model.unused = torch.nn.ModuleDict({"mlp": tiny_model(seed=1).model.layers[0].mlp})
-    for weighted in (False, True):
+    for rule, importance in (("plain", "norm"), ("weighted", "norm"), ("two_threshold", "gradient")):
         with pytest.raises(ValueError, match=r"no token of the data reached unused.mlp"):
-            calibrate(model, tokens(200), weighted_gate=weighted, progress=False)
+            calibrate(model, tokens(200), rule=rule, importance=importance, progress=False)
 
 
 def test_patched_model_is_refused():

@@ -45,7 +45,7 @@ CASTS = {
 @pytest.mark.parametrize("how", CASTS)
 def test_thresholds_stay_float32_with_their_exact_values(how):
     model = tiny_model()
-    config = config_for(model, weighted_gate=True)
+    config = config_for(model, rule="two_threshold", gate_power=1)
     apply_cats(model, config)
     track_sparsity(model)
     cast = CASTS[how](model)

@@ -56,7 +56,7 @@ def load(directory, **arguments):
 @pytest.mark.parametrize("rule", ["plain", "two_threshold"])
 def test_round_trip_with_identical_logits(family, rule, tmp_path):
     model = tiny_model(family)
-    dense, config = logits(model, few()), config_for(model, rule=rule, weighted_gate=rule == "two_threshold")
+    dense, config = logits(model, few()), config_for(model, rule=rule, gate_power=float(rule == "two_threshold"))
     model.save_pretrained(tmp_path / "dense")
     by_hand = apply_cats(model, config)
     expected = [logits(by_hand, ids) for ids in (few(), many())]

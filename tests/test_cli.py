@@ -139,10 +139,10 @@ def test_calibrate_json_and_options(model_dir, text_file, tmp_path):
     document = json_of(
         *("calibrate", model_dir, "--text", text_file, "--text", more, "-o", tmp_path / "out" / "deep"),
         *("--rule", "two_threshold", "--sparsity", 0.6, "--down-sparsity", 0.75, "--seed", 3),
-        *("--max-tokens", 512, "--sequence-length", 64, "--batch-size", 2, "--weighted-gate"),
+        *("--max-tokens", 512, "--sequence-length", 64, "--batch-size", 2, "--gate-power", 1),
     )
     assert document["directory"] == str(tmp_path / "out" / "deep")
-    assert document["rule"] == "two_threshold" and document["weighted_gate"] is True
+    assert document["rule"] == "two_threshold" and document["gate_power"] == 1
     assert document["calibration"]["tokens"] == 512 and document["calibration"]["seed"] == 3
     config = cats_ext.CatsConfig.from_pretrained(document["directory"])
     (layer, *_) = config.layers.values()

@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def config(model):
-    return calibrate(model, tokens(300), rule="two_threshold", weighted_gate=True, progress=False)
+    return calibrate(model, tokens(300), rule="two_threshold", gate_power=1, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_an_error_while_saving_leaves_the_earlier_config(config, plain, tmp_path
         raise OSError(28, "No space left on device")
 
     if failing == "open":
-        monkeypatch.setattr("cats_ext.config.os.fsync", fail)
+        monkeypatch.setattr("cats_ext.files.os.fsync", fail)
     elif failing == "copy2":
-        monkeypatch.setattr("cats_ext.config.shutil.copy2", fail)
+        monkeypatch.setattr("cats_ext.files.shutil.copy2", fail)
     else:
         really = os.replace
 
@@ -111,7 +111,7 @@ def test_an_error_while_saving_leaves_the_earlier_config(config, plain, tmp_path
                 fail()
             really(source, target)
 
-        monkeypatch.setattr("cats_ext.config.os.replace", replace_or_fail)
+        monkeypatch.setattr("cats_ext.files.os.replace", replace_or_fail)
     with pytest.raises(OSError, match="No space left"):
         config.save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -127,7 +127,7 @@ def test_an_error_in_a_new_directory_leaves_nothing(config, tmp_path, monkeypatc
             raise KeyboardInterrupt
         really(source, target)
 
-    monkeypatch.setattr("cats_ext.config.os.replace", replace_once)
+    monkeypatch.setattr("cats_ext.files.os.replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
         config.save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -197,7 +197,7 @@ def test_wrong_format_version(config, tmp_path, version):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rule="magic"), "rule must be one of plain, two_threshold, got 'magic'"),
+        (dict(rule="magic"), "rule must be one of plain, weighted, two_threshold, got 'magic'"),
         (dict(rule=...), "missing entry 'rule'"),
         (dict(sparsity=1.5), r"sparsity must be in \[0, 1\), got 1.5"),
         (dict(sparsity="much"), "sparsity must be a number"),

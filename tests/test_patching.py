@@ -52,7 +52,7 @@ def test_memory_at_rest():
         return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
     before = size()
-    apply_cats(model, config_for(model, weighted_gate=True))
+    apply_cats(model, config_for(model, gate_power=1))
     per_layer = 2 * 4 * INTERMEDIATE + 3 * 8
     assert size() - before == LAYERS * per_layer
 

@@ -20,13 +20,13 @@ RULES = ["plain", "two_threshold"]
 @pytest.fixture(params=RULES)
 def model(request):
     model = tiny_model()
-    return apply_cats(model, config_for(model, rule=request.param, weighted_gate=request.param == "two_threshold"))
+    return apply_cats(model, config_for(model, rule=request.param, gate_power=float(request.param == "two_threshold")))
 
 
 def at(sparsity, rule="two_threshold"):
     """A model patched at ``sparsity`` from the start."""
     model = tiny_model()
-    return apply_cats(model, config_for(model, sparsity, rule, weighted_gate=rule == "two_threshold"))
+    return apply_cats(model, config_for(model, sparsity, rule, gate_power=float(rule == "two_threshold")))
 
 
 @pytest.mark.parametrize("rule", RULES)

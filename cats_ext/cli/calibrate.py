@@ -39,7 +39,9 @@ def calibrate(
     down_sparsity: Annotated[
         float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.1.")
     ] = None,
-    weighted_gate: Annotated[bool, typer.Option("--weighted-gate", help="Weight the gate neuron by neuron.")] = False,
+    gate_power: Annotated[
+        float | None, typer.Option(help="Exponent of the gate's weights, in [0, 1]. Without it the rule's own.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows run together.")] = 1,
@@ -74,7 +76,7 @@ def calibrate(
         sparsity=sparsity,
         rule=rule.value,
         down_sparsity=down_sparsity,
-        weighted_gate=weighted_gate,
+        gate_power=gate_power,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,

@@ -1,0 +1,220 @@
+"""Importance by gradients and the search for an allocation, against brute force on tiny models."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from models import INTERMEDIATE, LAYERS, tiny_model, tokens
+
+from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats
+from cats_ext.accumulator import LayerAccumulator
+from cats_ext.allocation import LossTable, allocate
+from cats_ext.calibration import _options
+from cats_ext.calibration_passes import batches_of, run_gradient_pass
+from cats_ext.detection import find_gated_mlps
+from cats_ext.evaluation import compare
+
+# --- allocate -------------------------------------------------------------------------------------------------------
+
+
+def brute_force(losses, costs, budget):
+    best = min(
+        (
+            sum(losses[i][p] for i, p in enumerate(choice))
+            for choice in itertools.product(range(len(losses[0])), repeat=len(losses))
+            if sum(costs[i][p] for i, p in enumerate(choice)) <= budget + 1e-9
+        ),
+    )
+    return best
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_allocation_is_close_to_the_best_there_is(seed):
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.linspace(1, 0.4, 6, dtype=torch.float64).expand(4, -1)
+    scale = torch.rand(4, 1, generator=generator, dtype=torch.float64) * 10
+    losses = scale * (1 - costs) ** 2 * (1 + 0.1 * torch.rand(4, 6, generator=generator, dtype=torch.float64))
+    for budget in (1.7, 2.3, 3.1, 3.9, 4.0):
+        choice = allocate(losses, costs, budget)
+        total = sum(float(losses[i, p]) for i, p in enumerate(choice))
+        assert sum(float(costs[i, p]) for i, p in enumerate(choice)) <= budget * (1 + 2e-6)
+        assert total <= 1.15 * brute_force(losses.tolist(), costs.tolist(), budget) + 1e-12
+
+
+def test_layers_that_lose_nothing_give_all():
+    losses = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 5.0]])
+    costs = torch.tensor([[1.0, 0.6, 0.4]]).expand(2, -1)
+    assert allocate(losses, costs, 1.4)[1] == 0
+    assert allocate(losses, costs, 2.0)[1] == 0
+
+
+def test_allocation_errors():
+    costs = torch.tensor([[1.0, 0.5]]).expand(2, -1)
+    with pytest.raises(ValueError, match=r"budget must be at least 1, the cost of the cheapest options, got 0.9"):
+        allocate(torch.zeros(2, 2), costs, 0.9)
+    with pytest.raises(ValueError, match=r"losses must be finite, got \[0.0, nan\] for layer 1"):
+        allocate(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), costs, 2)
+
+
+def test_a_table_weighs_layers_by_their_size():
+    table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 2))
+    # 0.6 of the small layer's rows saves 0.4 of a tenth of all bytes; only the large one affords the budget
+    assert table.targets(0.65, [1, 9]) == [(0.0, 0.0), (0.6, 0.6)]
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def gathered(model, batches, seed=0):
+    """Of every layer: gate, up, and the gradient at the MLP's output."""
+    found = {mlp.name: [] for mlp in find_gated_mlps(model)}
+    run_gradient_pass(
+        model, find_gated_mlps(model), batches, lambda mlp, *t: found[mlp.name].append(t), "", False, seed=seed
+    )
+    return {name: [torch.cat(parts) for parts in zip(*calls, strict=True)] for name, calls in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_gradient_is_that_of_dropping_a_neuron(family):
+    """``h_j Wd_j . g``, summed over positions, is the first-order change of log p(y) when neuron j is left out."""
+    model, ids = tiny_model(family), tokens(24)[None]
+    name = find_gated_mlps(model)[1].name
+    gate, up, gradient = gathered(model, [ids])[name]
+    mlp = find_gated_mlps(model)[1]
+    accumulator = LayerAccumulator(mlp, 1.0, "gradient")
+    h = accumulator.act(gate) * up
+    predicted = (h * (gradient @ mlp.down.weight.detach())).sum(0)
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+        uniform = torch.rand(24, generator=generator, dtype=torch.float64)
+        cumulative = log_p.double().exp().cumsum(-1)
+        y = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None])
+        epsilon, weight = 1e-2, mlp.down.weight
+        for j in (0, 5, INTERMEDIATE - 1):
+            sums = []
+            for sign in (1, -1):
+                kept = weight[:, j].clone()
+                weight[:, j] *= 1 + sign * epsilon
+                sums.append(model(input_ids=ids).logits[0].double().log_softmax(-1).gather(1, y).sum())
+                weight[:, j] = kept
+            assert float(predicted[j]) == pytest.approx(float(sums[0] - sums[1]) / (2 * epsilon), rel=0.02, abs=2e-3)
+
+
+def test_gradient_pass_leaves_nothing_behind():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    gathered(model, [tokens(30)[None]])
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_weights_are_root_mean_squares():
+    model, ids = tiny_model(), tokens(300)
+    arguments = dict(rule="two_threshold", gate_power=0.5, importance="gradient", sequence_length=100, progress=False)
+    config = calibrate(model, ids, **arguments)
+    found = gathered(model, batches_of(ids.split(100), 1))
+    for mlp in find_gated_mlps(model):
+        _, up, gradient = found[mlp.name]
+        row = gradient @ mlp.down.weight.detach()
+        statistics = config.statistics[mlp.name]
+        torch.testing.assert_close(statistics.down_weight, row.square().mean(0).sqrt(), rtol=1e-4, atol=0)
+        c = (row * up).square().mean(0).sqrt()
+        torch.testing.assert_close(statistics.gate_weight, c.sqrt(), rtol=1e-4, atol=0)
+
+
+def test_losses_of_every_option_by_brute_force():
+    model, ids = tiny_model(), tokens(300)
+    config = calibrate(model, ids, rule="two_threshold", gate_power=0.5, sequence_length=100, progress=False)
+    found = gathered(model, batches_of(ids.split(100), 1))
+    options = [(0.0, 0.0), (0.0, 0.3), (0.2, 0.2), (0.2, 0.5), (0.6, 0.9), (0.5, 0.5)]
+    for mlp in find_gated_mlps(model):
+        statistics = config.statistics[mlp.name]
+        accumulator = LayerAccumulator(mlp, 0.5, "norm")
+        accumulator.gate_weight = statistics.gate_weight
+        gate, up, gradient = found[mlp.name]
+        accumulator.add_losses(gate, up, gradient, [statistics.cuts(*option) for option in options])
+        v = accumulator.act(gate)
+        product = v * up * (gradient @ mlp.down.weight.detach())
+        for option, loss in zip(options, accumulator.mean_losses().tolist(), strict=True):
+            threshold, down_threshold = statistics.thresholds(*option)
+            kept = (v.abs() >= threshold) & ((v * up).abs() >= down_threshold)
+            expected = torch.where(kept, 0, product).sum(1).square().mean() / 2
+            assert loss == pytest.approx(float(expected), rel=1e-3, abs=1e-9)
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A model whose second layer hardly matters."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 0.02
+    return model
+
+
+@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+def test_search_takes_from_the_layer_that_matters_least(uneven, rule):
+    ids = tokens(600)
+    config = calibrate(uneven, ids, rule=rule, budget=0.6, sequence_length=150, progress=False)
+    shares = [layer.bytes_share for layer in config.layers.values()]
+    assert shares[1] == min(shares) < 0.5
+    assert config.bytes_share <= 0.6 + 1e-6 and config.bytes_share == pytest.approx(0.6, abs=0.02)
+    assert config.sparsity == pytest.approx(0.6)
+    search = config.calibration["search"]
+    assert search["searched_kl"] < search["uniform_kl"]
+    measured = []
+    for each in (config, calibrate(uneven, ids, rule=rule, sparsity=0.6, sequence_length=150, progress=False)):
+        apply_cats(uneven, each)
+        measured.append(compare(uneven, tokens(600, seed=5), window=150, progress=False).kl)
+        remove_cats(uneven)
+    assert measured[0] < measured[1]
+
+
+def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
+    arguments = dict(rule="two_threshold", sequence_length=150, progress=False)
+    config = calibrate(uneven, tokens(600), budget=0.6, **arguments)
+    config.save_pretrained(tmp_path)
+    loaded = CatsConfig.from_pretrained(tmp_path)
+    assert loaded.losses == config.losses and len(config.losses.losses) == LAYERS
+    want = calibrate(uneven, tokens(600), budget=0.8, **arguments)
+    got = loaded.at_sparsity(0.3)
+    assert {n: (t.up_sparsity, t.down_sparsity) for n, t in got.layers.items()} == {
+        n: (t.up_sparsity, t.down_sparsity) for n, t in want.layers.items()
+    }
+    assert all(torch.equal(got.thresholds[name], want.thresholds[name]) for name in want.thresholds)
+    assert loaded.at_sparsity(0.5, down_sparsity=0.6).layers["model.layers.1.mlp"].up_sparsity == pytest.approx(0.4)
+
+
+def test_options_are_sparsities():
+    for rule in ("plain", "weighted", "two_threshold"):
+        assert all(0 <= up <= down < 1 for up, down in _options(rule))
+        assert (0.0, 0.0) in _options(rule)
+    assert all(up == down for up, down in _options("weighted"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(budget=0.3), ValueError, r"budget must be in \(1/3, 1\], since the gate alone is 1/3 .* got 0.3"),
+        (dict(budget=1.1), ValueError, r"budget must be in .* got 1.1"),
+        (dict(budget="half"), TypeError, r"budget must be a number in \(1/3, 1\], got 'half'"),
+        (dict(budget=0.6, sparsity=0.5), ValueError, "give sparsity or budget, not both, got 0.5 and 0.6"),
+        (dict(allocation="best"), ValueError, "allocation must be one of uniform, search, got 'best'"),
+        (dict(budget=0.6, rule="two_threshold", down_sparsity=0.7), ValueError, "down_sparsity is for uniform alloc"),
+        (dict(gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
+        (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
+        (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
+        (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
+    ],
+)
+def test_argument_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        calibrate(tiny_model(), tokens(200), **arguments, progress=False)
