@@ -1,5 +1,7 @@
 """cats_ext: activation sparsity (CATS, arXiv 2404.08763) for gated MLPs, as fused CPU and CUDA kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 from cats_ext import evaluation, functional, ops
 from cats_ext._version import __version__
 from cats_ext.calibration import calibrate
@@ -9,9 +11,13 @@ from cats_ext.modules import CatsMLP
 from cats_ext.patching import apply_cats, masking_disabled, remove_cats, set_sparsity
 from cats_ext.report import SparsityReport, reset_sparsity, sparsity_report, track_sparsity
 
+if TYPE_CHECKING:
+    from cats_ext.decode import DecodeEngine
+
 __all__ = [
     "CatsConfig",
     "CatsMLP",
+    "DecodeEngine",
     "SparsityReport",
     "__version__",
     "apply_cats",
@@ -28,3 +34,11 @@ __all__ = [
 ]
 
 register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DecodeEngine":  # on demand: it imports most of transformers
+        from cats_ext.decode import DecodeEngine
+
+        return DecodeEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,178 @@
+"""A decode step of a plain Llama-like model for one token, as some five kernels a layer instead of some twenty.
+
+Normalisation, the residual additions, the rotary embedding and the cache update are done by the products and the
+attention that need them; weights are read where they are, from the model's own parameters. What a model's layers
+compute is known by their class, and every layer's parts are checked for hooks, adapters and replaced forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext import decode_ops as ops
+from cats_ext.decode_ops import Attention, AttentionWorkspace, Norm
+from cats_ext.detection import recognise_activation
+from cats_ext.modules import CatsMLP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Decoder layers that add attention(norm(x)) and mlp(norm(x)) to x, with a rotary embedding of whole heads; Qwen3's
+# normalises queries and keys head by head.
+FUSED_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # others choose their frequencies by the length of the text
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# From the residual row, what has not been added to it yet and the position, to the first two after the block.
+Block = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class NotFusableError(ValueError):
+    """The fused step does not cover a model; the message says why. The model's own forward serves instead."""
+
+
+class FusedStep:
+    """``step(token, position)`` gives the logits ``[V]`` of the next token and writes key and value into the cache.
+
+    Args:
+        model: a causal language model in eval mode, patched by ``apply_cats`` or not.
+        keys, values: for each layer ``[KV heads, L, D]``.
+
+    Raises:
+        NotFusableError: the model is not of a known kind, or a part of it has been replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: list[Tensor], values: list[Tensor]) -> None:
+        check_fusable(model)
+        base = model.model
+        self.embedding = base.embed_tokens.weight
+        positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
+        cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
+        workspace = None
+        self.blocks: list[Block] = []
+        for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
+            attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
+            if self.embedding.is_cuda and workspace is None:
+                group = attention.heads // attention.kv_heads
+                workspace = AttentionWorkspace.create(
+                    attention.kv_heads, group, attention.head_dim, self.embedding.device
+                )
+            self.blocks.append(_attention_block(layer, replace(attention, workspace=workspace)))
+            self.blocks.append(_mlp_block(layer))
+        self.norm = _norm(base.norm)
+        self.head = (model.lm_head.weight,), (model.lm_head.bias,)
+
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        x, delta = self.embedding.index_select(0, token)[0], None
+        for block in self.blocks:
+            x, delta = block(x, delta, position)
+        return ops.linear(x, *self.head, norm=self.norm, delta=delta)[0]
+
+
+def check_fusable(model: nn.Module) -> None:
+    """Raise :class:`NotFusableError` unless :class:`FusedStep` computes what ``model`` does."""
+    name = type(model).__name__
+    if name not in FUSED_MODELS or not type(model).__module__.startswith("transformers.models."):
+        raise NotFusableError(f"{name} is none of {', '.join(FUSED_MODELS)}")
+    rope = model.config.rope_parameters["rope_type"]
+    if rope not in _STATIC_ROPES:
+        raise NotFusableError(f"its rotary embedding is of the type '{rope}', which depends on the length of the text")
+    if model.dtype not in _DTYPES:
+        raise NotFusableError(f"its dtype is {model.dtype}")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
+    own = {model, model.model, *model.model.layers}
+    for path, module in model.named_modules():
+        mlp = ".mlp." in path or path.endswith(".mlp")  # called as a module if it is not plain
+        if module in own or not mlp:
+            _check_plain(path, module)
+    for path, module in model.named_modules():
+        if path.endswith(("_proj", "lm_head")) and ".mlp." not in path and type(module) is not nn.Linear:
+            raise NotFusableError(f"{path} is a {type(module).__name__}, not a torch.nn.Linear")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    if not _is_plain(module):
+        raise NotFusableError(f"{path or 'the model'} has a hook or a replaced forward")
+
+
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Attention:
+    config = module.config
+    window = getattr(module, "sliding_window", None)  # Qwen: of this layer
+    if type(module).__name__.startswith("Mistral"):
+        window = getattr(config, "sliding_window", None)
+    return Attention(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=module.head_dim,
+        scaling=module.scaling,
+        keys=keys,
+        values=values,
+        cos=cos,
+        sin=sin,
+        window=window,
+        q_norm=_norm(module.q_norm) if hasattr(module, "q_norm") else None,
+        k_norm=_norm(module.k_norm) if hasattr(module, "k_norm") else None,
+    )
+
+
+def _attention_block(layer: nn.Module, attention: Attention) -> Block:
+    norm, module = _norm(layer.input_layernorm), layer.self_attn
+    projections = module.q_proj, module.k_proj, module.v_proj
+    weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+    out_weight, out_bias = (module.o_proj.weight,), (module.o_proj.bias,)
+
+    def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, None]:
+        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
+        heads = ops.attention(qkv, attention, position)
+        return ops.linear(heads, out_weight, out_bias, residual=x)[0], None
+
+    return block
+
+
+def _mlp_block(layer: nn.Module) -> Block:
+    norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
+    if _is_dense(mlp):
+        activation = recognise_activation(mlp.act_fn)
+        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        weights = gate.weight, up.weight, gate.bias, up.bias
+        down_weight, down_bias = (down.weight,), (down.bias,)
+
+        def dense(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, None]:
+            h, x = ops.gate_up(x, *weights, activation, norm, delta)
+            return ops.linear(h, down_weight, down_bias, residual=x)[0], None
+
+        return dense
+
+    def module(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor]:
+        row, x = ops.add_rms_norm(x, norm, delta)
+        return x, mlp(row[None, None])[0, 0]
+
+    return module
+
+
+def _is_dense(mlp: nn.Module) -> bool:
+    """Whether ``mlp`` is an unpatched gated MLP of bare linear layers; any other is called as the module it is."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    if isinstance(mlp, CatsMLP) or not _is_plain(mlp):
+        return False
+    linears = [getattr(mlp, name, None) for name in names]
+    return (
+        all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears)
+        and linears[2].weight.stride(-1) == 1
+        and recognise_activation(mlp.act_fn) is not None
+    )

@@ -1,0 +1,375 @@
+"""The decode engine gives the tokens of ``model.generate``, in every way it can run on this machine."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from models import FAMILIES, VOCABULARY, installed, tiny_model, tokens
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import cats_ext
+from cats_ext import decode
+from cats_ext.decode import DecodeEngine
+
+PADDED = ("mistral", "gemma2")
+FUSED_FAMILIES = ("llama", "llama-bias", "llama-relu", "mistral", "qwen2", "qwen3")
+ENDS = [5, 9, 40, 77]  # tokens that some of the texts below reach
+WAYS = {
+    "greedy": {},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "no repeated bigrams": {"no_repeat_ngram_size": 2},  # needs exactly the tokens so far
+    "an end, not before 15": {"min_new_tokens": 15, "eos_token_id": ENDS},
+    "several ends": {"eos_token_id": ENDS},
+}
+NEW = 24  # with the prompt of 20 tokens past the window of mistral, 32
+OPTIONS = {way: {"max_new_tokens": NEW, "eos_token_id": 1, **options} for way, options in WAYS.items()}
+CASES = [("llama", way) for way in WAYS] + [(family, "greedy") for family in installed(FAMILIES) if family != "llama"]
+
+
+pytestmark = pytest.mark.filterwarnings("error:the decode step cannot be captured")
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.values, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class _Replay:
+    """Stands in for a CUDA graph on a machine without one: runs the step that would have been captured."""
+
+    def __init__(self, session: decode._Session, selection: object) -> None:
+        self.replay = lambda: session._advance(selection, selection.graph_key is not None)
+
+
+class _Event:
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def static_steps(monkeypatch) -> None:
+    """The steps that are captured on CUDA, with their static cache and buffers, run one by one on the CPU."""
+    monkeypatch.setattr(decode._Session, "_graph", lambda self, selection: _Replay(self, selection))
+    monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """At these sizes threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama() -> torch.nn.Module:
+    return tiny_model("llama")
+
+
+@functools.cache
+def dense_model(family: str) -> torch.nn.Module:
+    return tiny_model(family)
+
+
+def generated(model: torch.nn.Module, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    torch.manual_seed(3)
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, **options)
+
+
+@functools.cache
+def expected(family: str, way: str) -> torch.Tensor:
+    return generated(dense_model(family), tokens(20)[None], **OPTIONS[way])
+
+
+def decoded(engine: DecodeEngine, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    torch.manual_seed(3)
+    return engine.generate(ids, **options)
+
+
+def statically(engine: DecodeEngine) -> DecodeEngine:
+    engine.capture = True
+    return engine
+
+
+@pytest.mark.parametrize(("family", "way"), CASES)
+def test_same_tokens_as_generate(family, way):
+    out = decoded(DecodeEngine(dense_model(family)), tokens(20)[None], **OPTIONS[way])
+    assert torch.equal(out, expected(family, way))
+
+
+@pytest.mark.parametrize(("family", "way"), CASES)
+def test_static_steps_give_the_same_tokens(family, way, static_steps):
+    engine = statically(DecodeEngine(dense_model(family), fused=False))
+    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[way]), expected(family, way))
+    assert not engine.fused_active
+
+
+@pytest.mark.parametrize(("family", "way"), [case for case in CASES if case[0] in FUSED_FAMILIES])
+def test_fused_steps_give_the_same_tokens(family, way, static_steps):
+    engine = statically(DecodeEngine(dense_model(family), fused=True))
+    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[way]), expected(family, way))
+    assert engine.fused_active
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3"])
+def test_fused_steps_of_a_patched_model(family, static_steps):
+    model, ids = tiny_model(family), tokens(20)[None]
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
+    out = decoded(statically(DecodeEngine(model, fused=True)), ids, **OPTIONS["greedy"])
+    assert torch.equal(out, generated(model, ids, **OPTIONS["greedy"]))
+    assert not torch.equal(out, expected(family, "greedy"))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", PADDED)
+def test_batch_with_left_padding(family, static, request):
+    ids = tokens(60).view(3, 20).clone()
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[2, :3] = 0, 0
+    ids[mask == 0] = 0
+    model = dense_model(family)
+    engine = DecodeEngine(model)
+    if static:
+        request.getfixturevalue("static_steps")
+        statically(engine)
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ENDS}
+    assert torch.equal(decoded(engine, ids, **options), generated(model, ids, **options))
+
+
+def test_streams_the_prompt_and_each_token(llama):
+    streamer, ids = Recorder(), tokens(10)[None]
+    out = DecodeEngine(llama).generate(ids, max_new_tokens=7, streamer=streamer)
+    assert torch.equal(streamer.values[0], ids) and streamer.ended
+    assert torch.equal(torch.cat(streamer.values[1:]), out[0, 10:]) and len(streamer.values) == 8
+
+
+def test_own_processors_and_criteria(llama):
+    class Forbid(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, forbidden, float("-inf"))
+
+    class Five(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 25)
+
+    engine, ids = DecodeEngine(llama), tokens(20)[None]
+    forbidden = torch.tensor([int(engine.generate(ids, max_new_tokens=1)[0, -1])])
+    options = {"max_new_tokens": 40}
+    options |= {"logits_processor": LogitsProcessorList([Forbid()])}
+    options |= {"stopping_criteria": StoppingCriteriaList([Five()])}
+    out = decoded(engine, ids, **options)
+    assert torch.equal(out, generated(llama, ids, **options)) and out.shape[1] == 25 and forbidden not in out[0, 20:]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_conversation_keeps_the_common_prefix(llama, static, request, monkeypatch):
+    engine = DecodeEngine(llama, max_length=200)
+    if static:
+        request.getfixturevalue("static_steps")
+        statically(engine)
+    first = engine.generate(tokens(20)[None], max_new_tokens=10)
+    session, computed = engine._session, []
+    forward = decode._Session._forward
+    monkeypatch.setattr(
+        decode._Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
+    )
+    longer = torch.cat((first, tokens(6, seed=1)[None]), dim=1)
+    out = engine.generate(longer, max_new_tokens=10, reuse_prefix=True)
+    assert engine._session is session and computed[0] == 7  # the last token of the answer was not in the cache yet
+    assert torch.equal(out, generated(llama, longer, max_new_tokens=10))
+    other = tokens(20, seed=2)[None]
+    assert torch.equal(
+        engine.generate(other, max_new_tokens=10, reuse_prefix=True), generated(llama, other, max_new_tokens=10)
+    )
+
+
+def test_patching_between_calls_is_noticed(static_steps):
+    model, ids = tiny_model(), tokens(20)[None]
+    engine = statically(DecodeEngine(model, fused=True))
+    config = cats_ext.calibrate(model, [tokens(256)], sparsity=0.9, progress=False)
+    dense = engine.generate(ids, max_new_tokens=20)
+    cats_ext.apply_cats(model, config)
+    sparse = engine.generate(ids, max_new_tokens=20)
+    assert torch.equal(sparse, generated(model, ids, max_new_tokens=20)) and not torch.equal(sparse, dense)
+    cats_ext.remove_cats(model)
+    assert torch.equal(engine.generate(ids, max_new_tokens=20), dense)
+
+
+def test_thresholds_set_in_place_take_effect(static_steps):
+    model, ids = tiny_model(), tokens(20)[None]
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.9, progress=False))
+    engine = statically(DecodeEngine(model, fused=True))
+    sparse, session = engine.generate(ids, max_new_tokens=20), engine._session
+    for layer in model.model.layers:
+        layer.mlp.threshold.zero_()
+    dense = engine.generate(ids, max_new_tokens=20)
+    assert engine._session is session and not torch.equal(dense, sparse)
+    assert torch.equal(dense, generated(model, ids, max_new_tokens=20))
+
+
+def test_cache_grows_with_the_call(llama):
+    engine = DecodeEngine(llama)
+    engine.generate(tokens(20)[None], max_new_tokens=10)
+    small = engine.cache_bytes()
+    engine.generate(tokens(300)[None], max_new_tokens=10)
+    assert engine.cache_bytes() == 2 * small == 2 * 3 * 2 * 512 * 2 * 16 * 2  # K and V, layers, heads, length, D, fp32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_fused_refuses_by_name(family):
+    with pytest.raises(ValueError, match=r"fused=True: .*(Gemma2|Phi3)ForCausalLM is none of"):
+        DecodeEngine(tiny_model(family), fused=True).generate(tokens(5)[None], max_new_tokens=1)
+
+
+def test_fused_refuses_hooks_and_other_linears():
+    model = tiny_model()
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj has a hook"):
+        DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
+    handle.remove()
+    model.model.layers[0].self_attn.o_proj.__class__ = type("Other", (torch.nn.Linear,), {})
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj is a Other"):
+        DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
+
+
+def test_a_model_that_computes_something_else_is_not_fused(monkeypatch):
+    model = tiny_model()
+    model.model.layers[2].self_attn.scaling *= -1
+    describe = decode.FusedStep.__init__.__globals__["_describe_attention"]
+
+    def with_other_scaling(module, *rest):
+        attention = describe(module, *rest)
+        attention.scaling = 0.25
+        return attention
+
+    monkeypatch.setitem(decode.FusedStep.__init__.__globals__, "_describe_attention", with_other_scaling)
+    with pytest.raises(ValueError, match="its logits differ from the model's"):
+        DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 2}, "does not support num_beams=2"),
+        ({"return_dict_in_generate": True}, "does not support return_dict_in_generate=True"),
+        ({"max_new_tokens": 0}, "max_new_tokens.* must be greater than 0, but is 0"),
+        ({"max_length": 5}, "max_length must exceed the prompt's 20 tokens, got 5"),
+        ({"max_new_token": 3}, "max_new_token"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"stop_strings": ["a"]}, "tokenizer"),
+    ],
+)
+def test_refused_options_are_named(llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeEngine(llama).generate(tokens(20)[None], **arguments)
+
+
+def test_bad_input_is_named(llama):
+    engine, ids = DecodeEngine(llama), tokens(20)[None]
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[B, T\].*got \[20\]"):
+        engine.generate(ids[0])
+    with pytest.raises(ValueError, match=r"got \[1, 0\]"):
+        engine.generate(ids[:, :0])
+    with pytest.raises(ValueError, match=f"token id {VOCABULARY}"):
+        engine.generate(torch.full((1, 3), VOCABULARY))
+    with pytest.raises(TypeError, match="integer tensor"):
+        engine.generate(ids.float())
+    with pytest.raises(ValueError, match=r"shape \[1, 20\], got \[1, 3\]"):
+        engine.generate(ids, torch.ones(1, 3))
+    with pytest.raises(ValueError, match="zeros on the left"):
+        engine.generate(ids, torch.tensor([[1] * 19 + [0]]))
+    with pytest.raises(ValueError, match="training mode"):
+        DecodeEngine(tiny_model().train())
+    with pytest.raises(TypeError, match="got Linear"):
+        DecodeEngine(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="max_length must be at least 1, got -3"):
+        DecodeEngine(llama, max_length=-3)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="capture=True needs a model on a CUDA device, got cpu"):
+            DecodeEngine(llama, capture=True)
+
+
+def test_models_with_other_caches_are_refused():
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    config = T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        DecodeEngine(AutoModelForSeq2SeqLM.from_config(config).eval())
+    model = tiny_model()
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="linear_attention"):
+        DecodeEngine(model)
+
+
+def test_nothing_is_left_when_a_call_is_interrupted(llama):
+    class Interrupt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise KeyboardInterrupt
+
+    engine, ids = DecodeEngine(llama), tokens(20)[None]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(ids, stopping_criteria=StoppingCriteriaList([Interrupt()]))
+    assert torch.equal(engine.generate(ids, max_new_tokens=9), generated(llama, ids, max_new_tokens=9))
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*FUSED_FAMILIES, "gemma2", "phi3"])
+def test_captured_greedy_tokens_on_cuda(family):
+    model, ids = tiny_model(family).cuda(), tokens(20)[None].cuda()
+    engine = DecodeEngine(model)
+    for options in ({}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"eos_token_id": ENDS}):
+        options = options | {"max_new_tokens": 40}
+        assert torch.equal(decoded(engine, ids, **options), generated(model, ids, **options))
+    assert engine._session._graphs and engine.fused_active == (family in FUSED_FAMILIES)
+
+
+@pytest.mark.gpu
+def test_captured_sampling_on_cuda():
+    model, ids = tiny_model().cuda(), tokens(20)[None].cuda()
+    engine = DecodeEngine(model)
+    options = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    first = decoded(engine, ids, **options)
+    assert torch.equal(decoded(engine, ids, **options), first)  # the seed decides
+    torch.manual_seed(4)
+    assert not torch.equal(engine.generate(ids, **options), first)
+    assert torch.equal(first, generated(model, ids, **options))
+
+
+@pytest.mark.gpu
+def test_captured_batch_on_cuda():
+    model = tiny_model().cuda()
+    ids = tokens(60).view(3, 20).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "eos_token_id": ENDS}
+    assert torch.equal(decoded(DecodeEngine(model), ids, **options), generated(model, ids, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+def test_captured_patched_model_on_cuda(rule):
+    model, ids = tiny_model().cuda(), tokens(20)[None].cuda()
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.9, rule=rule, progress=False))
+    engine = DecodeEngine(model)
+    sparse = generated(model, ids, **OPTIONS["greedy"])
+    assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), sparse) and engine.fused_active
+    session = engine._session
+    cats_ext.set_sparsity(model, 0.0)
+    dense = decoded(engine, ids, **OPTIONS["greedy"])
+    assert engine._session is session and not torch.equal(dense, sparse)
+    assert torch.equal(dense, generated(model, ids, **OPTIONS["greedy"]))
