@@ -19,7 +19,7 @@ from cats_ext import benchmark
 from cats_ext.cli import app
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, window_bos
 
-COMMANDS = ("demo", "calibrate", "generate", "eval", "bench", "env")
+COMMANDS = ("demo", "calibrate", "generate", "chat", "eval", "bench", "env")
 LAYERS = 3
 
 
@@ -424,6 +424,7 @@ def test_demo_says_so_if_it_is_slower(capsys):
     variants = {demo.DENSE: demo.Variant(demo.DENSE, None), demo.TWO: demo.Variant(demo.TWO, None, report=report)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "encode_prompt", lambda *_, **__: None)
+        patch.setattr(generation, "decoder", lambda *_, **__: None)
         patch.setattr(generation, "continue_prompt", lambda *_, **__: type("C", (), {"tokens_per_second": next(rates)}))
         result = demo.show_speed(Console(width=200), None, None, variants, 8, 0.6, 3.25)
     assert result["speedup"] == pytest.approx(6 / 9) and result["worth"] == pytest.approx(1.25)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
-from cats_ext.cli import bench, calibrate, demo, env, evaluate, generate
+from cats_ext.cli import bench, calibrate, chat, demo, env, evaluate, generate
 
 app = typer.Typer(
     name="cats",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("env")(env.env)

@@ -291,8 +291,9 @@ def show_speed(
     load: float,
 ) -> dict[str, Any]:
     """Decode speed, dense and sparse in turns, each warmed up, over the same number of tokens of the same text."""
-    from cats_ext.cli.generation import continue_prompt, encode_prompt
+    from cats_ext.cli.generation import continue_prompt, decoder, encode_prompt
 
+    engine = decoder(network)
     ids = encode_prompt(tokenizer, "Once upon a time", chat=False)
     rates: dict[str, list[float]] = {DENSE: [], TWO: []}
     with status("Timing ...") as report:
@@ -300,8 +301,8 @@ def show_speed(
             for name, times in rates.items():
                 report(f"Timing: {name}, round {turn + 1} of {_ROUNDS} ...")
                 with patched(network, variants[name]):
-                    continue_prompt(network, tokenizer, ids, 4, exact_length=True)
-                    timed = continue_prompt(network, tokenizer, ids, new_tokens, exact_length=True)
+                    continue_prompt(network, tokenizer, ids, 4, exact_length=True, engine=engine)
+                    timed = continue_prompt(network, tokenizer, ids, new_tokens, exact_length=True, engine=engine)
                     times.append(timed.tokens_per_second)
     dense, fast = (statistics.median(rates[name]) for name in (DENSE, TWO))
     worth = 1 / (1 - mlp_share * (1 - variants[TWO].report.bytes_share))

@@ -73,7 +73,8 @@ def generate(
     sys.stdout.write("\n" if live else result.text + "\n")
     notes.print(
         f"[dim]{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; first token after "
-        f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens)[/]",
+        f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens), {result.prepare_seconds:.1f} s to "
+        "prepare[/]",
         soft_wrap=True,
     )
     if report is not None:

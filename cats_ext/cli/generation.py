@@ -1,4 +1,4 @@
-"""One greedy or sampled continuation, with its clock: shared by ``cats generate`` and ``cats demo``."""
+"""One greedy or sampled continuation, with its clock: shared by ``cats generate``, ``cats chat`` and ``cats demo``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from cats_ext.decode import DecodeEngine
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +24,8 @@ class Continuation:
     text: str
     prompt_tokens: int
     new_tokens: int
-    first_token_seconds: float  # from the call to the first new token: the prompt phase
+    prepare_seconds: float  # before the prompt phase: compiling and capturing, once for a model and its settings
+    first_token_seconds: float  # the prompt phase
     tokens_per_second: float  # of the tokens after the first; 0 if there are none
 
 
@@ -54,6 +57,14 @@ class _Printer(TextStreamer):
         self.write(text)
 
 
+def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrainedModel:
+    """What generates for ``model``: the decode engine, or the model itself where the engine does not take it."""
+    try:
+        return DecodeEngine(model, **options)
+    except ValueError:
+        return model
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
     """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``."""
     if not prompt.strip():
@@ -75,10 +86,13 @@ def continue_prompt(
     temperature: float = 0.0,
     exact_length: bool = False,
     write: Callable[[str], Any] | None = None,
+    engine: DecodeEngine | PreTrainedModel | None = None,
+    **options: Any,
 ) -> Continuation:
     """Continue ``input_ids`` ``[1, T]``: greedily at ``temperature`` 0, else by sampling from torch's global generator.
 
-    ``exact_length`` goes on past an end-of-text token, for timing. ``write`` gets the text while it grows.
+    ``exact_length`` goes on past an end-of-text token, for timing. ``write`` gets the text while it grows. ``engine``
+    is what :func:`decoder` gave for ``model``, kept from call to call; ``options`` are for its ``generate``.
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
@@ -93,26 +107,28 @@ def continue_prompt(
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if exact_length:
-        sampling["min_new_tokens"] = max_new_tokens
+        sampling["eos_token_id"] = model.get_input_embeddings().num_embeddings  # no token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     clock = _Clock(None if write is None else _Printer(tokenizer, write))
     ids = input_ids.to(model.device)
     with torch.inference_mode():
-        output = model.generate(
+        output = (engine or decoder(model)).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             streamer=clock,
             **sampling,
+            **options,
         )
     new = output[0, prompt_tokens:]
-    start, _prompt, *arrivals = clock.times
+    start, prompt, *arrivals = clock.times
     decode = arrivals[-1] - arrivals[0]
     return Continuation(
         text=tokenizer.decode(new, skip_special_tokens=True),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new),
-        first_token_seconds=arrivals[0] - start,
+        prepare_seconds=prompt - start,
+        first_token_seconds=arrivals[0] - prompt,
         tokens_per_second=(len(arrivals) - 1) / decode if decode > 0 else 0.0,
     )

@@ -1,0 +1,113 @@
+"""``cats chat``: a conversation with a model, dense or sparse, each answer with its speed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from cats_ext.cli.common import CatsDirectory, Device, DType, Model, load, notes, one_sentence_errors, pick_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RESET, _LEAVE = "/reset", ("/exit", "/quit")
+
+
+@one_sentence_errors
+def chat(
+    model: Model,
+    cats: CatsDirectory = None,
+    system: Annotated[str | None, typer.Option(help="Instructions that the conversation starts with.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most; without it half the context, up to 512.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=16, help="Tokens that the model looks back on at most.")] = 4096,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy), above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Talk to a model; with --cats sparsely. Answers go to standard output, the rest to standard error.
+
+    /reset starts anew, /exit or the end of the input leaves, Ctrl-C ends an answer.
+    Where the conversation outgrows --context, its oldest exchanges are forgotten.
+
+    Examples:
+
+    $ cats chat smollm2-135m
+
+    $ cats chat ./mistral-7b --cats thresholds --system "Answer in one sentence."
+
+    $ echo "Why is the sky blue?" | cats chat ./mistral-7b
+    """
+    import cats_ext
+    from cats_ext.cli.generation import continue_prompt, decoder
+
+    where = pick_device(device)
+    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
+    network, tokenizer = load(model, where, dtype)
+    if not tokenizer.chat_template:
+        raise ValueError("cats chat needs a model whose tokenizer has a chat template, and this one has none")
+    if config is not None:
+        cats_ext.apply_cats(network, config)
+    context = min(context, getattr(network.config, "max_position_embeddings", context))
+    max_new_tokens = max_new_tokens or min(512, context // 2)
+    if max_new_tokens >= context:
+        raise ValueError(f"--max-new-tokens must be less than the context of {context} tokens, got {max_new_tokens}")
+    engine = decoder(network, max_length=context)
+    options = {"reuse_prefix": True} if engine is not network else {}
+    start = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    torch.manual_seed(seed)
+    while (line := _read()) is not None:
+        if line == _RESET:
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = _fit(tokenizer, messages, len(start), context - max_new_tokens)
+        said: list[str] = []
+
+        def write(text: str, said: list[str] = said) -> None:
+            said.append(text)
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        try:
+            answer = continue_prompt(
+                network, tokenizer, ids, max_new_tokens, temperature=temperature, write=write, engine=engine, **options
+            )
+            speed = f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s"
+        except KeyboardInterrupt:
+            speed = "stopped"
+        messages.append({"role": "assistant", "content": "".join(said)})
+        sys.stdout.write("\n")
+        notes.print(f"[dim]{speed}[/]")
+
+
+def _read() -> str | None:
+    """The next line with something in it; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            notes.print("[bold cyan]>[/] ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() in _LEAVE:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def _fit(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int, longest: int) -> torch.Tensor:
+    """Token ids ``[1, T]`` of the conversation, with T at most ``longest``; drops its oldest exchanges if need be."""
+    while True:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if ids.shape[1] <= longest:
+            return ids
+        if len(messages) <= first + 1:
+            messages.pop()
+            raise ValueError(f"the message has {ids.shape[1]} tokens, but the context leaves room for {longest}")
+        del messages[first : first + 2]
+        notes.print("[dim]The oldest exchange no longer fits the context and is forgotten.[/]")
