@@ -1,0 +1,245 @@
+"""Tokens per second and time to first token of whole models, dense and with CATS, in three ways of generating.
+
+    python bench/bench_decode.py --model mistral-7b --output bench/results/h100
+
+Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "captured",
+cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
+with random tokens. A token's time is the difference between generating --new-tokens and generating one, divided by the
+tokens in between; both are the median of --repetitions, greedy, past any end-of-text token. Results are appended to
+decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws the
+paper's figure 4 from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_mlp import machine
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+
+import cats_ext
+from cats_ext.decode import DecodeEngine
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "mistral-7b": MistralConfig,
+    "llama-2-7b": lambda: LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
+    "tiny": lambda: LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
+                                num_attention_heads=4, num_key_value_heads=2),
+}  # fmt: skip
+MODES = ("eager", "compiled", "captured")
+
+
+def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
+    config = SHAPES[name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Generator:
+    """One mode of generating, with the cache that it keeps between calls."""
+
+    def __init__(self, model: PreTrainedModel, mode: str, length: int) -> None:
+        self.model, self.mode = model, mode
+        self.engine = DecodeEngine(model, max_length=length) if mode == "captured" else None
+        self.cache = None
+        if mode == "compiled":
+            self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+
+    def __call__(self, ids: Tensor, new_tokens: int) -> float:
+        """Seconds to generate ``new_tokens`` greedily."""
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        options["eos_token_id"] = self.model.config.vocab_size  # no token
+        synchronise()
+        start = time.perf_counter()
+        if self.engine is not None:
+            self.engine.generate(ids, **options)
+        else:
+            if self.cache is not None:
+                self.cache.reset()
+                options["past_key_values"] = self.cache
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        synchronise()
+        return time.perf_counter() - start
+
+
+class Results:
+    """CSV files that grow row by row."""
+
+    def __init__(self, directory: Path | None, common: dict[str, Any]) -> None:
+        self.directory, self.common = directory, common
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        print(name, *(f"{key}={value}" for key, value in row.items()), flush=True)
+        if self.directory is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path, row = self.directory / name, row | self.common
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.started = arguments, time.perf_counter()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        git = ("git", "rev-parse", "--short", "HEAD")
+        commit = arguments.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+        about = machine() if self.device == "cuda" else {"device": "cpu", "torch": torch.__version__}
+        self.results = Results(arguments.output, about | {"transformers": transformers.__version__, "commit": commit})
+        self.dense: dict[tuple, float] = {}
+
+    def out_of_time(self) -> bool:
+        return time.perf_counter() - self.started > self.arguments.seconds
+
+    def model(self, name: str) -> None:
+        torch.manual_seed(0)
+        model = load(name, self.arguments.layers, self.device)
+        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
+        self.modes(name, model, 0.0)
+        windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
+        config = cats_ext.calibrate(model, [windows], sparsity=0.5, progress=False)
+        cats_ext.apply_cats(model, config)
+        self.modes(name, model, *self.arguments.sparsity)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+
+    def modes(self, name: str, model: PreTrainedModel, *sparsities: float) -> None:
+        """All modes at each sparsity; a captured or compiled step is made once and follows the thresholds."""
+        arguments = self.arguments
+        for mode in arguments.modes:
+            # The compiled step attends over the whole static cache, which is as short as the prompts allow.
+            first_token = [] if mode == "compiled" else arguments.first_token
+            length = max([*arguments.prompt, *first_token]) + arguments.new_tokens
+            generator = Generator(model, mode, length)
+            for sparsity in sparsities:
+                if sparsity:
+                    cats_ext.set_sparsity(model, sparsity)
+                reached = self.reached(model) if sparsity and mode == arguments.modes[0] else ""
+                for prompt in arguments.prompt:
+                    if self.out_of_time():
+                        return print("out of time", flush=True)
+                    self.speed(name, model, generator, sparsity, prompt, reached)
+                self.first_tokens(name, model, generator, sparsity, first_token)
+            del generator
+            gc.collect()
+
+    def reached(self, model: PreTrainedModel) -> float:
+        """The share of neurons skipped over a prompt of 64 tokens and 16 generated ones."""
+        with cats_ext.track_sparsity(model):
+            Generator(model, "eager", 0)(self.prompt(model, 64), 17)
+            report = cats_ext.sparsity_report(model)
+        cats_ext.reset_sparsity(model)
+        return round(report.up_sparsity, 4)
+
+    def prompt(self, model: PreTrainedModel, tokens: int) -> Tensor:
+        seeded = torch.Generator().manual_seed(tokens)
+        return torch.randint(3, model.config.vocab_size, (1, tokens), generator=seeded).to(self.device)
+
+    def speed(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        generator: Generator,
+        sparsity: float,
+        prompt: int,
+        reached: float | str,
+    ) -> None:
+        arguments, ids = self.arguments, self.prompt(model, prompt)
+        new = arguments.eager_tokens if generator.mode == "eager" else arguments.new_tokens
+        before = time.perf_counter()
+        generator(ids, 4)
+        prepared = time.perf_counter() - before
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rounds = 1 if generator.mode == "eager" else arguments.repetitions
+        whole, one = (statistics.median(generator(ids, n) for _ in range(rounds)) for n in (new, 1))
+        seconds = (whole - one) / (new - 1)
+        dense = self.dense.setdefault((name, generator.mode, prompt), seconds)
+        memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
+        self.results.add(
+            "decode.csv",
+            {
+                "model": name,
+                "layers": model.config.num_hidden_layers,
+                "mode": generator.mode,
+                "prompt": prompt,
+                "new_tokens": new,
+                "sparsity": sparsity,
+                "reached": reached,
+                "ms_per_token": round(seconds * 1e3, 4),
+                "tokens_per_s": round(1 / seconds, 2),
+                "speedup": round(dense / seconds, 4),
+                "prepare_s": round(prepared, 2),
+                "bytes_at_rest": memory[0],
+                "bytes_peak": memory[1],
+            },
+        )
+
+    def first_tokens(
+        self, name: str, model: PreTrainedModel, generator: Generator, sparsity: float, prompts: list[int]
+    ) -> None:
+        for prompt in prompts:
+            if self.out_of_time():
+                return print("out of time", flush=True)
+            ids = self.prompt(model, prompt)
+            generator(ids, 1)
+            seconds = statistics.median(generator(ids, 1) for _ in range(2 * self.arguments.repetitions + 1))
+            dense = self.dense.setdefault((name, generator.mode, "first", prompt), seconds)
+            row = {"model": name, "layers": model.config.num_hidden_layers, "mode": generator.mode, "prompt": prompt}
+            row |= {"sparsity": sparsity, "ms": round(seconds * 1e3, 3), "of_dense": round(seconds / dense, 4)}
+            self.results.add("first_token.csv", row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"{', '.join(SHAPES)}, a path")
+    parser.add_argument("--layers", type=int, help="of random weights: only so many of the model's layers")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="prompt lengths to decode after")
+    parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths to time")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--eager-tokens", type=int, default=32, help="new tokens in eager mode, which is slow and steady"
+    )
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing more after so long")
+    parser.add_argument("--commit", default=None, help="for the result files; default: git rev-parse HEAD")
+    parser.add_argument("--output", type=Path, help="directory for decode.csv and first_token.csv")
+    bench = Bench(parser.parse_args())
+    for name in bench.arguments.model:
+        bench.model(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Draws figure 4 of arXiv 2404.08763, tokens per second against sparsity, from the decode.csv of bench_decode.py.
+
+python bench/plot_decode.py bench/results/h100/decode.csv bench/results/h100/decode.png
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+COLOURS = {"captured": "#2f6db5", "compiled": "#3a9a5b", "eager": "#8a8f98"}
+TITLES = {
+    "captured": "captured step (DecodeEngine)",
+    "compiled": "generate, static cache, compiled",
+    "eager": "generate",
+}
+
+
+def draw(source: Path, target: Path) -> None:
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    prompts = sorted({int(row["prompt"]) for row in rows})
+    figure = Figure(figsize=(5.2 * len(models), 4.2), dpi=150, layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for mode in COLOURS:
+            for prompt, style in zip(prompts, ("-o", "--s", ":^", "-.v"), strict=False):
+                group = [r for r in rows if (r["model"], r["mode"], int(r["prompt"])) == (model, mode, prompt)]
+                points = sorted((float(row["sparsity"]), float(row["tokens_per_s"])) for row in group)
+                if not points:
+                    continue
+                label = f"{TITLES[mode]}, prompt {prompt:,}"
+                x, y = zip(*points, strict=True)
+                axis.plot([100 * s for s in x], y, style, color=COLOURS[mode], markersize=4, label=label)
+                for s, value in points if prompt == prompts[0] else ():
+                    axis.annotate(
+                        f"{value:.0f}", (100 * s, value), (0, 5), textcoords="offset points", ha="center", fontsize=7
+                    )
+        axis.set_title(model, fontsize=11)
+        axis.set_xlabel("neurons skipped (%; 0 is the dense model)")
+        axis.set_ylabel("tokens per second, batch 1")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False, loc="best")
+    first = rows[0]
+    figure.suptitle(f"{first['device']}, torch {first['torch']}, commit {first['commit']}", fontsize=9)
+    figure.savefig(target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))
