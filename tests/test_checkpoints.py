@@ -226,6 +226,16 @@ def test_thresholds_of_another_model_or_a_second_config(dense_directory, cats_di
         apply_cats(load(cats_directory), config)
 
 
+@pytest.mark.parametrize("checkpoint", ["dense", "cats"])
+def test_offloading_to_disk_is_refused(checkpoint, dense_directory, cats_directory, config, tmp_path):
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0", "model.layers.1"]
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.2": "disk"}
+    chosen = dense_directory if checkpoint == "dense" else cats_directory
+    arguments = {"quantization_config": config} if checkpoint == "dense" else {}
+    with pytest.raises(ValueError, match=r"model.layers.2.mlp .* is on the meta device: .* without offloading"):
+        load(chosen, device_map=device_map, offload_folder=tmp_path, **arguments)
+
+
 def test_quantised_models_are_refused_by_name(config):
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer

@@ -11,6 +11,7 @@ from patched import InterruptAt, assert_unchanged, config_for, layers_of, logits
 from torch import nn
 
 from cats_ext import CatsMLP, apply_cats, remove_cats
+from cats_ext.integrations.transformers import attach, detach
 from cats_ext.modules import make_dense, make_sparse
 
 
@@ -71,7 +72,7 @@ def test_patching_interrupted_at_any_line_leaves_nothing(error):
     config, before = config_for(model), snapshot(model)
     for line in itertools.count():
         try:
-            with InterruptAt(line, [apply_cats, make_sparse], error):
+            with InterruptAt(line, [apply_cats, make_sparse, attach], error):
                 apply_cats(model, config)
             break
         except error:
@@ -87,10 +88,24 @@ def test_removal_interrupted_at_any_line_is_completed(error):
     for line in itertools.count():
         apply_cats(model, config)
         try:
-            with InterruptAt(line, [make_dense], error):
+            with InterruptAt(line, [make_dense, detach], error):
                 remove_cats(model)
             break
         except error:
             assert_unchanged(model, before)
     assert line > 8 * LAYERS
     assert_unchanged(model, before)
+
+
+def test_a_model_in_training_mode_stays_in_it():
+    model, twin = tiny_model(), tiny_model()
+    config = config_for(twin)
+    expected = logits(apply_cats(twin, config), many())
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    apply_cats(model, config)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(logits(model, many()), expected)
+    remove_cats(model)
+    assert [module.training for module in model.modules()] == modes

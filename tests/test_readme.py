@@ -1,4 +1,4 @@
-"""README.md keeps its word: its Python runs as it stands, and the commands it shows exist."""
+"""README.md and docs keep their word: their Python runs as it stands, and the commands and files they name exist."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typer.testing import CliRunner
 
 from cats_ext.cli import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# A document of its own is read from top to bottom, README's snippets stand alone.
+SNIPPETS = [*PYTHON.findall(README), "\n".join(PYTHON.findall((ROOT / "docs" / "transformers.md").read_text()))]
 COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", README, re.MULTILINE)
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) == 2 and len(COMMANDS) >= 5
+    assert len(SNIPPETS) == 3 and all(SNIPPETS) and len(COMMANDS) >= 5
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1][:40])
@@ -27,6 +30,12 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch, capsys):
     save_tiny_model(tmp_path / "my-model")
     (tmp_path / "text.txt").write_text("The cat sat on a mat, and so did that other cat. " * 40)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_links_to_files(document):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target
 
 
 @pytest.mark.parametrize(("command", "arguments"), COMMANDS)
