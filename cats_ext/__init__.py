@@ -8,8 +8,8 @@ from cats_ext.calibration import calibrate
 from cats_ext.config import CatsConfig
 from cats_ext.integrations import register_with_transformers
 from cats_ext.modules import CatsMLP
-from cats_ext.patching import apply_cats, masking_disabled, remove_cats, set_sparsity
-from cats_ext.report import SparsityReport, reset_sparsity, sparsity_report, track_sparsity
+from cats_ext.patching import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
+from cats_ext.report import SparsityDriftWarning, SparsityReport, reset_sparsity, sparsity_report, track_sparsity
 
 if TYPE_CHECKING:
     from cats_ext.decode import DecodeEngine
@@ -18,9 +18,11 @@ __all__ = [
     "CatsConfig",
     "CatsMLP",
     "DecodeEngine",
+    "SparsityDriftWarning",
     "SparsityReport",
     "__version__",
     "apply_cats",
+    "apply_relufication",
     "calibrate",
     "evaluation",
     "functional",

@@ -25,7 +25,7 @@ from cats_ext.statistics import LayerStatistics
 CONFIG_FILE = "cats_config.json"
 THRESHOLDS_FILE = "cats_thresholds.safetensors"
 FORMAT_VERSION = 2
-_PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "calibration")
+_PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "sparse_prefill", "calibration")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class CatsConfig:
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
             fingerprint by which a config for another model is recognised.
         rule, sparsity, gate_power, importance: as given to :func:`cats_ext.calibrate`.
+        sparse_prefill: False computes every input of more than one position a sequence densely: the prompt phase, and
+            the verification of drafted tokens. The prompt then costs no quality; what is generated may still differ.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
@@ -71,6 +73,7 @@ class CatsConfig:
     rule: str = "plain"
     gate_power: float = 0.0
     importance: str = "norm"
+    sparse_prefill: bool = True
     down_thresholds: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
@@ -176,6 +179,7 @@ class CatsConfig:
             "sparsity": self.sparsity,
             "gate_power": self.gate_power,
             "importance": self.importance,
+            "sparse_prefill": self.sparse_prefill,
             "bytes_share": self.bytes_share,
             "model_type": self.model_type,
             "calibration": self.calibration,
@@ -266,10 +270,7 @@ class CatsConfig:
             layers=layers,
             statistics=statistics,
             losses=losses,
-            **{
-                key: document[key]
-                for key in ("model_type", "sparsity", "rule", "gate_power", "importance", "calibration")
-            },
+            **{key: document[key] for key in _PLAIN_FIELDS},
         )
         if tensors:
             raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(tensors))}")

@@ -33,6 +33,7 @@ class CatsState:
     merged: bool
     config: CatsConfig  # one for all modules of a model
     name: str  # of this module in the config
+    dense_prefill: bool = False
     tracking: bool = False
 
     @property
@@ -61,6 +62,8 @@ class CatsMLP(nn.Module):
         # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
         # lookup costs more than the checks themselves.
         cats, buffers, children = self.cats, self._buffers, self._modules
+        if cats.dense_prefill and x.dim() > 2 and x.shape[-2] > 1:
+            return cats.original_class.forward(self, x)
         threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
         weights = None
         if kernel_fits(x, cats.hidden_size) and _is_bare_linear(down):
@@ -141,7 +144,15 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig) -> None:
     module, weight = mlp.module, mlp.down.weight
     # First of all, so that make_dense knows what there is to undo.
     module.cats = CatsState(
-        type(module), mlp.down, weight.stride(), mlp.hidden_size, mlp.activation, mlp.merged, config, mlp.name
+        type(module),
+        mlp.down,
+        weight.stride(),
+        mlp.hidden_size,
+        mlp.activation,
+        mlp.merged,
+        config,
+        mlp.name,
+        dense_prefill=not config.sparse_prefill,
     )
     weight.data = weight.data.t().contiguous().t()
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
-from cats_ext.config import CatsConfig
+from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class
+from cats_ext.statistics import SMALLEST
 
 
 def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
@@ -20,7 +22,7 @@ def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
 
 
-def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
+def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None) -> nn.Module:
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
@@ -32,6 +34,8 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
             down_proj (Phi-3) and a SiLU, GELU or ReLU.
         config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model.
+        sparse_prefill: False to compute prompts densely, True to mask them as generated tokens are; None for what the
+            config says, by default True.
 
     Returns:
         ``model``.
@@ -44,6 +48,8 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
     mlps = find_dense_mlps(model)
+    if sparse_prefill is not None:
+        config = replace(config, sparse_prefill=sparse_prefill)
     config.validate()
     config.check_fits(model, mlps)
     try:
@@ -51,6 +57,35 @@ def apply_cats(model: nn.Module, config: CatsConfig) -> nn.Module:
             make_sparse(mlp, config)
         if _is_transformers(model):
             _checkpoints().attach(model, config)
+        return model
+    except BaseException:
+        _make_dense(model, [mlp.module for mlp in mlps])
+        raise
+
+
+def apply_relufication(model: nn.Module) -> nn.Module:
+    """Replace the activation of every gated MLP by ReLU, in place: the baseline that CATS is compared with.
+
+    Neurons whose gate is not positive are zero and skipped by the same kernel; there is no threshold to calibrate, and
+    without tuning the model is another one (arXiv 2404.08763, section 4; arXiv 2310.04564). :func:`remove_cats` undoes
+    it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply_cats`.
+    """
+    mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
+    config = CatsConfig(
+        thresholds={mlp.name: torch.tensor(SMALLEST) for mlp in mlps},  # drops exact zeros, and nothing else
+        layers={mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, "relu", 0.0, 0.0) for mlp in mlps},
+        model_type=getattr(getattr(model, "config", None), "model_type", None),
+        sparsity=0.0,
+    )
+    try:
+        for mlp in mlps:
+            make_sparse(mlp, config)
         return model
     except BaseException:
         _make_dense(model, [mlp.module for mlp in mlps])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,12 +16,17 @@ from cats_ext.patching import sparse_mlps
 from cats_ext.rules import bytes_share
 
 
+class SparsityDriftWarning(UserWarning):
+    """Layers skip clearly more or fewer neurons than they were calibrated to."""
+
+
 @dataclass(frozen=True)
 class LayerSparsity:
     """One MLP: the share of token-neuron pairs skipped, and the share the config aimed at."""
 
     name: str
     tokens: int
+    weight_bytes: int  # of the dense MLP
     up_sparsity: float
     up_target: float
     down_sparsity: float
@@ -30,6 +36,16 @@ class LayerSparsity:
     def bytes_share(self) -> float:
         """Share of the dense MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
         return bytes_share(self.up_sparsity, self.down_sparsity)
+
+    @property
+    def bytes_read(self) -> float:
+        """Weight bytes that the counted tokens read, each by itself."""
+        return self.tokens * self.bytes_share * self.weight_bytes
+
+    @property
+    def drift(self) -> float:
+        """By how much the sparsity reached differs from its target, the larger of up and down."""
+        return max(abs(self.up_sparsity - self.up_target), abs(self.down_sparsity - self.down_target))
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,19 @@ class SparsityReport:
     def bytes_share(self) -> float:
         return self._mean("bytes_share")
 
+    @property
+    def bytes_read(self) -> float:
+        return sum(layer.bytes_read for layer in self.layers)
+
+    def drifted(self, tolerance: float) -> list[LayerSparsity]:
+        """The layers whose sparsity is further than ``tolerance`` from its target, the furthest first."""
+        return sorted((layer for layer in self.layers if layer.drift > tolerance), key=lambda layer: -layer.drift)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
         return {
             "tokens": self.tokens,
+            "bytes_read": self.bytes_read,
             "up_sparsity": self.up_sparsity,
             "up_target": self._mean("up_target"),
             "down_sparsity": self.down_sparsity,
@@ -129,12 +154,18 @@ def reset_sparsity(model: nn.Module) -> None:
         module.counts.zero_()
 
 
-def sparsity_report(model: nn.Module) -> SparsityReport:
-    """The sparsity reached on the tokens counted since the last reset.
+def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> SparsityReport:
+    """The sparsity reached on the tokens counted since the last reset. Waits for the device.
+
+    Args:
+        tolerance: if given, a :class:`SparsityDriftWarning` names the layers that are further than this from the
+            sparsity they were calibrated to (0.05 is five points): text unlike the calibration's is the usual cause.
 
     Raises:
-        ValueError: the model is not patched, or nothing has been counted.
+        ValueError: the model is not patched, nothing has been counted, or the tolerance is no share.
     """
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
     layers = []
     for name, module in _patched(model).items():
         evaluated, kept_up, kept_down = module.counts.tolist()
@@ -147,13 +178,25 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
             LayerSparsity(
                 name=name,
                 tokens=evaluated // state.down.in_features,
+                weight_bytes=3 * state.down.weight.numel() * state.down.weight.element_size(),
                 up_sparsity=1 - kept_up / evaluated,
                 up_target=state.target.up_sparsity,
                 down_sparsity=1 - kept_down / evaluated,
                 down_target=state.target.down_sparsity,
             )
         )
-    return SparsityReport(layers)
+    report = SparsityReport(layers)
+    drifted = [] if tolerance is None else report.drifted(tolerance)
+    if drifted:
+        worst = drifted[0]
+        warnings.warn(
+            f"sparsity is more than {tolerance:.1%} from its target in {len(drifted)} of {len(layers)} layers, "
+            f"furthest in {worst.name}: up {worst.up_sparsity:.1%} of {worst.up_target:.1%}, "
+            f"down {worst.down_sparsity:.1%} of {worst.down_target:.1%}. Calibrate on text like this",
+            SparsityDriftWarning,
+            stacklevel=2,
+        )
+    return report
 
 
 def _patched(model: nn.Module) -> dict[str, CatsMLP]:
