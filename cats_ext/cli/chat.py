@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from cats_ext.cli.common import CatsDirectory, Device, DType, Model, load, notes, one_sentence_errors, pick_device
+from cats_ext.cli.common import (
+    CatsDirectory,
+    Device,
+    DType,
+    Model,
+    Sparsity,
+    load_patched,
+    notes,
+    one_sentence_errors,
+    pick_device,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +30,7 @@ _RESET, _LEAVE = "/reset", ("/exit", "/quit")
 def chat(
     model: Model,
     cats: CatsDirectory = None,
+    sparsity: Sparsity = None,
     system: Annotated[str | None, typer.Option(help="Instructions that the conversation starts with.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most; without it half the context, up to 512.")
@@ -30,8 +41,9 @@ def chat(
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Talk to a model; with --cats sparsely. Answers go to standard output, the rest to standard error.
+    """Talk to a model: sparsely with --cats, or if it was saved with thresholds.
 
+    Answers go to standard output, the rest to standard error.
     /reset starts anew, /exit or the end of the input leaves, Ctrl-C ends an answer.
     Where the conversation outgrows --context, its oldest exchanges are forgotten.
 
@@ -43,16 +55,11 @@ def chat(
 
     $ echo "Why is the sky blue?" | cats chat ./mistral-7b
     """
-    import cats_ext
     from cats_ext.cli.generation import continue_prompt, decoder
 
-    where = pick_device(device)
-    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
-    network, tokenizer = load(model, where, dtype)
+    network, tokenizer, _ = load_patched(model, pick_device(device), dtype, cats, sparsity)
     if not tokenizer.chat_template:
         raise ValueError("cats chat needs a model whose tokenizer has a chat template, and this one has none")
-    if config is not None:
-        cats_ext.apply_cats(network, config)
     context = min(context, getattr(network.config, "max_position_embeddings", context))
     max_new_tokens = max_new_tokens or min(512, context // 2)
     if max_new_tokens >= context:

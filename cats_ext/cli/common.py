@@ -27,6 +27,8 @@ from cats_ext._library import LIBRARIES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cats_ext.config import CatsConfig
+
 notes = Console(stderr=True, highlight=False)
 """Where progress and remarks go, whatever the result's form."""
 
@@ -53,6 +55,9 @@ DType = Annotated[Precision | None, typer.Option(help="Without it float32 on cpu
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
 TextFiles = Annotated[
     list[Path], typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
+]
+Sparsity = Annotated[
+    float | None, typer.Option(help="In [0, 1); without it the one that the thresholds were saved with.")
 ]
 CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory written by 'cats calibrate'.")]
 
@@ -150,6 +155,38 @@ def note_uncompiled(device: torch.device) -> None:
 
 def load(
     name: str, device: torch.device, precision: Precision | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model and its tokenizer; thresholds that a checkpoint carries are left out."""
+    from cats_ext.patching import remove_cats, sparse_mlps
+
+    network, tokenizer = _load(name, device, precision)
+    return (remove_cats(network) if sparse_mlps(network) else network), tokenizer
+
+
+def load_patched(
+    name: str, device: torch.device, precision: Precision | None, cats: Path | None, sparsity: float | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CatsConfig | None]:
+    """The model, its tokenizer, and what it is patched with: thresholds of ``cats``, else its own, None if it has none.
+
+    ``sparsity`` is another one than the thresholds were saved with.
+    """
+    from cats_ext.config import CatsConfig
+    from cats_ext.patching import apply_cats, current_config, remove_cats, set_sparsity, sparse_mlps
+
+    config = None if cats is None else CatsConfig.from_pretrained(cats)
+    network, tokenizer = _load(name, device, precision)
+    if config is not None:
+        apply_cats(remove_cats(network) if sparse_mlps(network) else network, config)
+    patched = bool(sparse_mlps(network))
+    if sparsity is not None:
+        if not patched:
+            raise ValueError(f"--sparsity {sparsity} needs thresholds: --cats DIRECTORY, or a model saved with them")
+        set_sparsity(network, sparsity)
+    return network, tokenizer, current_config(network) if patched else None
+
+
+def _load(
+    name: str, device: torch.device, precision: Precision | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """``models.load_model``, without the loader's own bars and remarks."""
     from transformers.utils import logging

@@ -15,7 +15,7 @@ from cats_ext.cli.common import (
     Json,
     Model,
     TextFiles,
-    load,
+    load_patched,
     one_sentence_errors,
     output,
     pick_device,
@@ -35,7 +35,9 @@ def evaluate(
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Perplexity on text, dense and (with --cats) sparse, with the sparsity reached and the bytes that it reads.
+    """Perplexity on text, dense and (with --cats, or if saved with thresholds) sparse.
+
+    With the sparsity reached and the bytes that it reads.
 
     Examples:
 
@@ -47,9 +49,9 @@ def evaluate(
     from cats_ext.evaluation import perplexity
 
     texts = read_texts(text)
-    where = pick_device(device)
-    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
-    network, tokenizer = load(model, where, dtype)
+    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats)
+    if config is not None:
+        cats_ext.remove_cats(network)
     ids = tokenize(tokenizer, texts)
     options: dict[str, Any] = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
 

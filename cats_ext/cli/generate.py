@@ -15,7 +15,8 @@ from cats_ext.cli.common import (
     DType,
     Json,
     Model,
-    load,
+    Sparsity,
+    load_patched,
     notes,
     one_sentence_errors,
     pick_device,
@@ -28,6 +29,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     cats: CatsDirectory = None,
+    sparsity: Sparsity = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy), above 0 samples.")] = 0.0,
@@ -37,7 +39,9 @@ def generate(
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Continue a prompt; with --cats sparsely. The text goes to standard output, the rest to standard error.
+    """Continue a prompt: sparsely with --cats, or if the model was saved with thresholds.
+
+    The text goes to standard output, the rest to standard error.
 
     Examples:
 
@@ -48,12 +52,9 @@ def generate(
     import cats_ext
     from cats_ext.cli.generation import continue_prompt, encode_prompt
 
-    where = pick_device(device)
-    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
-    network, tokenizer = load(model, where, dtype)
+    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats, sparsity)
     input_ids = encode_prompt(tokenizer, prompt, chat)
     if config is not None:
-        cats_ext.apply_cats(network, config)
         cats_ext.track_sparsity(network)
 
     def write(text: str) -> None:
