@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import tiny_model, tokens
+from packaging.version import Version
 from patched import config_for
 
 from cats_ext import apply_cats, remove_cats, set_sparsity
@@ -116,7 +118,7 @@ def test_padding_changes_nothing():
 
 
 def test_continuous_batching():
-    transformers = pytest.importorskip("transformers", minversion="5.10")
+    pytest.importorskip("transformers", minversion="5.10")
     model = tiny_model()
     apply_cats(model, config_for(model))
     prompts = [tokens(17).tolist(), tokens(9, 1).tolist(), tokens(30, 2).tolist()]
@@ -134,6 +136,8 @@ def test_continuous_batching():
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["static", "offloaded"])
 def test_on_a_gpu_with_compiled_steps(cache):
+    if cache == "offloaded" and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("before transformers 5.20 the offloaded cache reads back what has not yet arrived on the CPU")
     model = tiny_model().cuda()
     apply_cats(model, config_for(model))
     prompt = PROMPT.cuda()
