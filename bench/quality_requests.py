@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import get_task_dict
+    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -33,7 +33,9 @@ def main() -> None:
     lm = HFLM(pretrained=model, tokenizer=tokenizer)
     document = {}
     for name in LOCAL_TASKS:
-        (task,) = get_task_dict([local_task(name, Path(args.data) / "tasks")]).values()
+        (task,) = (
+            TaskManager(include_defaults=False).load([local_task(name, Path(args.data) / "tasks")])["tasks"].values()
+        )
         task.build_all_requests(limit=args.limit)
         items: dict[int, dict] = {}
         for instance in task.instances:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -42,3 +45,32 @@ def called(monkeypatch):
     for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold"):
         monkeypatch.setattr(ops, name, spy(name))
     return ways
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A tiny Llama with its tokenizer, as from_pretrained loads it."""
+    from saved_model import save_tiny_model
+
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    words = "the cat sat on a mat and saw that its threshold was not yet reached by any of them".split()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(words, k=600)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def thresholds(model_dir, text_file, tmp_path_factory) -> Path:
+    """Of ``model_dir``, by the plain rule at 50 %."""
+    from cli_runner import cats
+
+    directory = tmp_path_factory.mktemp("thresholds")
+    result = cats("calibrate", model_dir, "--text", text_file, "-o", directory, "--sequence-length", 128)
+    assert result.exit_code == 0, result.stderr
+    return directory

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from cli_runner import cats, error_of, json_of
 from models import CharacterTokenizer
 from saved_model import save_tiny_model
 from typer.testing import CliRunner
@@ -21,29 +21,6 @@ from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings,
 
 COMMANDS = ("demo", "calibrate", "generate", "chat", "eval", "bench", "env")
 LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_model(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    words = "the cat sat on a mat and saw that its threshold was not yet reached by any of them".split()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=600)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def thresholds(model_dir, text_file, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("thresholds")
-    result = cats("calibrate", model_dir, "--text", text_file, "-o", directory, "--sequence-length", 128)
-    assert result.exit_code == 0, result.stderr
-    return directory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,26 +35,6 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_debugging(monkeypatch):
     monkeypatch.setenv("CATS_DEBUG", "0")
-
-
-def cats(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-
-
-def json_of(*arguments: object) -> dict:
-    """The JSON that a command prints, which must be all of its standard output."""
-    result = cats(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def error_of(*arguments: object) -> str:
-    """The one sentence of a command that fails with exit code 1."""
-    result = cats(*arguments)
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output and result.stdout == ""
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
-    return line
 
 
 # --- help and usage -------------------------------------------------------------------------------------------------
@@ -254,38 +211,6 @@ def test_cuda_without_a_device_is_an_error(model_dir):
 def test_thresholds_of_another_model_are_refused(thresholds, tmp_path):
     save_tiny_model(tmp_path, "qwen2")
     assert "'llama'" in error_of("generate", tmp_path, "--cats", thresholds, "--prompt", "a")
-
-
-# --- eval -----------------------------------------------------------------------------------------------------------
-
-
-def test_eval_dense_and_sparse_agree_with_the_api(model_dir, text_file, thresholds):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    document = json_of("eval", model_dir, "--cats", thresholds, "--text", text_file, "--window", 256, "--device", "cpu")
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    ids = AutoTokenizer.from_pretrained(model_dir)(text_file.read_text(), return_tensors="pt").input_ids
-    dense = cats_ext.evaluation.perplexity(model, ids, window=256, progress=False)
-    cats_ext.apply_cats(model, cats_ext.CatsConfig.from_pretrained(thresholds))
-    sparse = cats_ext.evaluation.perplexity(model, ids, window=256, progress=False)
-    assert document["tokens"] == dense.tokens
-    assert document["dense"]["perplexity"] == pytest.approx(dense.ppl, rel=1e-5)
-    assert document["sparse"]["perplexity"] == pytest.approx(sparse.ppl, rel=1e-5)
-    assert document["sparse"]["perplexity"] != document["dense"]["perplexity"]
-    reached = document["sparse"]["reached"]
-    assert reached["up_sparsity"] == pytest.approx(0.5, abs=0.02)  # the text it was calibrated on
-    assert len(reached["layers"]) == LAYERS
-
-
-def test_eval_table_and_dense_alone(model_dir, text_file, thresholds):
-    result = cats("eval", model_dir, "--cats", thresholds, "--text", text_file, "--max-windows", 1)
-    assert result.exit_code == 0 and "dense" in result.stdout and "plain 50%" in result.stdout
-    assert json_of("eval", model_dir, "--text", text_file)["sparse"] is None
-
-
-def test_eval_of_text_too_short(model_dir, tmp_path):
-    (tmp_path / "one.txt").write_text("a")
-    assert "at least 2 are needed" in error_of("eval", model_dir, "--text", tmp_path / "one.txt")
 
 
 # --- bench ----------------------------------------------------------------------------------------------------------

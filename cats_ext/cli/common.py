@@ -100,16 +100,17 @@ def output(as_json: bool) -> Console:
     return notes if as_json else Console(highlight=False)
 
 
+def finite(value: Any) -> Any:
+    """``value`` with null for what is not finite, since JSON has no word for that."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(document: dict[str, Any]) -> None:
-    """``document`` on standard output; what is not finite becomes null, which JSON has a word for."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """``document`` on standard output."""
     sys.stdout.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
 
 

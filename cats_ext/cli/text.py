@@ -28,6 +28,39 @@ HELD_OUT_MODULES = (
 )
 
 
+# Names for --set: dataset, configuration, split and how many of its rows are read.
+NAMED_TEXTS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
+    "c4": ("allenai/c4", "en", "validation", 500),
+    "docstrings": None,
+}
+
+
+def named_text(name: str) -> list[str]:
+    """The texts of a named set: ``docstrings`` of Python's library, or a data set of the Hugging Face hub.
+
+    Raises:
+        ValueError: there is no set of this name.
+        ImportError: the set needs the package ``datasets``.
+        OSError: it cannot be downloaded.
+    """
+    if name not in NAMED_TEXTS:
+        raise ValueError(f"--set must be one of {', '.join(NAMED_TEXTS)}, got '{name}'")
+    source = NAMED_TEXTS[name]
+    if source is None:
+        return [docstrings(HELD_OUT_MODULES)]
+    path, configuration, split, rows = source
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"--set {name} needs the package datasets: pip install 'cats_ext[eval]'") from error
+    try:
+        data = load_dataset(path, configuration, split=split, streaming=rows is not None)
+        return ["".join(row["text"] for row in data)] if rows is None else [row["text"] for row in data.take(rows)]
+    except Exception as error:  # the hub's client has many kinds
+        raise OSError(f"--set {name}: {path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
 def read_texts(paths: Sequence[Path]) -> list[str]:
     """The texts of ``paths``: a file is one text, a ``.jsonl`` file one text a line (field ``text``); ``.gz`` unpacks.
 

@@ -91,9 +91,12 @@ def answers(
         ImportError: lm_eval is not installed.
         ValueError: a task has no metric ``acc`` (generative tasks and groups of tasks report others).
     """
-    harness, huggingface = _load()
+    evaluator, huggingface, manager = (_module(name) for name in ("evaluator", "models.huggingface", "tasks"))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Not simple_evaluate, which spends ten seconds a call on describing the machine.
+    loaded = manager.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)).load(list(tasks))
     lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = harness.simple_evaluate(model=lm, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=True)
+    found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     result = {}
     for name, samples in found["samples"].items():
         ordered = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -111,10 +114,8 @@ def compare_answers(
     return tasks, mean_accuracy(tasks)
 
 
-def _load() -> tuple[Any, Any]:
+def _module(name: str) -> Any:
     try:
-        harness, huggingface = importlib.import_module("lm_eval"), importlib.import_module("lm_eval.models.huggingface")
+        return importlib.import_module(f"lm_eval.{name}")
     except ImportError as error:
         raise ImportError(f"tasks need the evaluation harness: pip install 'cats_ext[eval]' ({error})") from error
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    return harness, huggingface
