@@ -66,7 +66,7 @@ def patching() -> str:
     peak = max(int(row["peak_extra_bytes"]) for row in data) / 1e6
     seconds = max(float(row["seconds"]) for row in data)
     return (
-        f"Patching a whole model of these shapes takes {seconds:.2f} s on the GPU and {peak:.0f} MB while it works, and adds "
+        f"Patching a whole model of these shapes takes {seconds:.2f} s and {peak:.0f} MB meanwhile, and adds "
         f"{share:.3%} to its memory ({source(name, data[0])})."
     )
 
