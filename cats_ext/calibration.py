@@ -26,6 +26,7 @@ from cats_ext.calibration_passes import batches_of, run_gradient_pass, run_pass
 from cats_ext.config import CatsConfig, LayerConfig, thresholds_of
 from cats_ext.detection import GatedMLP
 from cats_ext.evaluation import compare
+from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
 from cats_ext.rules import DEFAULT_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
@@ -108,7 +109,7 @@ def calibrate(
     for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    mlps = find_dense_mlps(model)
+    mlps, model = find_dense_mlps(model), unwrapped(model)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)

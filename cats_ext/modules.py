@@ -19,6 +19,7 @@ from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP
 from cats_ext.functional import kernel_fits, masked_product, needs_grad
 from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
+from cats_ext.integrations.wrappers import under_idle_adapter
 
 
 @dataclass
@@ -46,8 +47,8 @@ class CatsMLP(nn.Module):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
     Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights. Otherwise, and whenever a
-    projection is not a bare ``nn.Linear`` (an adapter, a hook), the children are called as modules and the mask is
-    applied between them.
+    projection is not a bare ``nn.Linear`` (an adapter at work, a hook), the children are called as modules and the mask
+    is applied between them.
 
     ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
     the state dict. They follow the module from device to device and keep their dtype when the model is cast.
@@ -66,14 +67,14 @@ class CatsMLP(nn.Module):
             return cats.original_class.forward(self, x)
         threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
         weights = None
-        if kernel_fits(x, cats.hidden_size) and _is_bare_linear(down):
+        if kernel_fits(x, cats.hidden_size) and (linear := _bare_linear(down)) is not None:
             if cats.merged:
                 weights = _merged_weights(children["gate_up_proj"])
             else:
                 weights = _separate_weights(children["gate_proj"], children["up_proj"])
         if weights is not None:
             w_gate, w_up, gate_bias, up_bias = weights
-            w_down, down_bias = down._parameters["weight"], down._parameters["bias"]
+            w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
             rows = w_down.stride(0) == 1  # one contiguous row a neuron
             if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
                 w_down_t, activation = w_down.t(), cats.activation
@@ -114,26 +115,31 @@ class CatsMLP(nn.Module):
         return f"{rule}, target sparsity up {target.up_sparsity:.3f}, down {target.down_sparsity:.3f}"
 
 
-def _is_bare_linear(module: nn.Module) -> bool:
-    """Whether using the weight directly is the same as calling the module."""
-    return (
-        type(module) is nn.Linear
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and ("forward" not in module.__dict__ or only_aligns_devices(module))
-    )
+def _bare_linear(module: nn.Module) -> nn.Linear | None:
+    """The Linear whose weight gives what calling ``module`` gives; None where ``module`` has to be called."""
+    linear = module if type(module) is nn.Linear else under_idle_adapter(module)
+    if (
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and ("forward" not in linear.__dict__ or only_aligns_devices(linear))
+    ):
+        return linear
+    return None
 
 
 def _separate_weights(gate: nn.Module, up: nn.Module) -> tuple[Tensor | None, ...] | None:
     """``w_gate, w_up`` and their biases, or None where a projection has to be called as a module."""
-    if not (_is_bare_linear(gate) and _is_bare_linear(up)):
+    gate, up = _bare_linear(gate), _bare_linear(up)
+    if gate is None or up is None:
         return None
     gate, up = gate._parameters, up._parameters
     return gate["weight"], up["weight"], gate["bias"], up["bias"]
 
 
 def _merged_weights(gate_up: nn.Module) -> tuple[Tensor | None, ...] | None:
-    if not _is_bare_linear(gate_up):
+    gate_up = _bare_linear(gate_up)
+    if gate_up is None:
         return None
     bias = gate_up._parameters["bias"]
     return *gate_up._parameters["weight"].chunk(2), *((None, None) if bias is None else bias.chunk(2))

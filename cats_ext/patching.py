@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP, find_gated_mlps
+from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class
 from cats_ext.statistics import SMALLEST
 
@@ -32,7 +33,7 @@ def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | N
 
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
-            down_proj (Phi-3) and a SiLU, GELU or ReLU.
+            down_proj (Phi-3) and a SiLU, GELU or ReLU; also inside torch.compile, DistributedDataParallel or PEFT.
         config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model.
         sparse_prefill: False to compute prompts densely, True to mask them as generated tokens are; None for what the
             config says, by default True.
@@ -47,19 +48,19 @@ def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | N
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
-    mlps = find_dense_mlps(model)
+    mlps, inner = find_dense_mlps(model), unwrapped(model)
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
     config.validate()
-    config.check_fits(model, mlps)
+    config.check_fits(inner, mlps)
     try:
         for mlp in mlps:
             make_sparse(mlp, config)
-        if _is_transformers(model):
-            _checkpoints().attach(model, config)
+        if _is_transformers(inner):
+            _checkpoints().attach(inner, config)
         return model
     except BaseException:
-        _make_dense(model, [mlp.module for mlp in mlps])
+        _make_dense(inner, [mlp.module for mlp in mlps])
         raise
 
 
@@ -182,7 +183,8 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
-    """As :func:`find_gated_mlps`, and refuses a model that is patched already."""
+    """As :func:`find_gated_mlps`, in what ``model`` may be wrapped in; refuses one that is patched already."""
+    model = unwrapped(model)
     if isinstance(model, nn.Module) and sparse_mlps(model):
         raise ValueError(f"model of class {type(model).__name__} is patched already: call remove_cats first")
     if _is_transformers(model):
@@ -191,6 +193,7 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
 
 
 def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
+    model = unwrapped(model)
     if _is_transformers(model):
         _checkpoints().detach(model)
     for module in modules:

@@ -9,6 +9,7 @@ import torch
 from models import HIDDEN, tiny_model
 from patched import config_for, few, layers_of, logits, many
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from cats_ext import apply_cats, remove_cats, sparsity_report, track_sparsity
 
@@ -20,7 +21,7 @@ def test_lora_unmerged_and_merged(targets, called):
     model = tiny_model()
     config = config_for(model)
     dense = copy.deepcopy(model)
-    apply_cats(model, config)
+    expected = logits(apply_cats(model, config), few())
     called.clear()
     peft_model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
     adapted = logits(peft_model, few())
@@ -28,9 +29,19 @@ def test_lora_unmerged_and_merged(targets, called):
     assert set(called) == {"gated_threshold" if in_mlp else "sparse_mlp"}
 
     merged = copy.deepcopy(peft_model).merge_and_unload()
-    called.clear()
-    torch.testing.assert_close(logits(merged, few()), adapted, rtol=1e-3, atol=1e-3)
-    assert set(called) == {"sparse_mlp"}
+    in_place = copy.deepcopy(peft_model)
+    in_place.merge_adapter()
+    for other in (merged, in_place):
+        called.clear()
+        torch.testing.assert_close(logits(other, few()), adapted, rtol=1e-3, atol=1e-3)
+        assert set(called) == {"sparse_mlp"}
+    for other in (peft_model, in_place):  # disabled: the patched model without it
+        called.clear()
+        with other.disable_adapter():
+            for _ in range(2):  # the first call may have to unmerge
+                got = logits(other, few())
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert called[-1] == "sparse_mlp"
 
     remove_cats(peft_model)  # the adapter stays
     torch.manual_seed(0)
@@ -106,3 +117,30 @@ def test_export(family, ids, tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_wrapped_models(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = config_for(tiny_model())
+    expected = logits(apply_cats(tiny_model(), config), few())
+    wrappers = {
+        "compiled": lambda model: torch.compile(model, backend="eager"),
+        "parallel": nn.DataParallel,
+        "adapted": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),  # B is zero
+    }
+    for name, wrap in wrappers.items():
+        model = tiny_model()
+        wrapped = wrap(model)
+        assert config_for(wrapped).thresholds == config.thresholds
+        assert apply_cats(wrapped, config) is wrapped
+        torch.testing.assert_close(logits(model, few()), expected)
+        with pytest.raises(ValueError, match="is patched already"):
+            apply_cats(wrapped, config)
+        if name != "adapted":  # whose weights have other names then
+            model.save_pretrained(tmp_path / name)
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            torch.testing.assert_close(logits(loaded, few()), expected)
+        remove_cats(wrapped)
+        torch.testing.assert_close(logits(model, few()), logits(tiny_model(), few()))
+        assert "quantization_config" not in model.config.to_dict() and "save_pretrained" not in vars(model)

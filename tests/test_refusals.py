@@ -72,6 +72,10 @@ class Scaled(nn.Linear):
     pass
 
 
+class Packed(torch.Tensor):
+    """As quantising libraries have them, and DTensor."""
+
+
 def clamp_gate(mlp, model):
     class ClampedMLP(type(mlp)):
         def forward(self, x):
@@ -123,6 +127,12 @@ UNSUPPORTED = {
             mlp.gate_proj, "weight", nn.Parameter(mlp.gate_proj.weight.data.to(torch.complex64))
         ),
         "gate_proj.weight must be float32, float16, bfloat16 or float64, got torch.complex64",
+    ),
+    "packed": (
+        lambda mlp, model: setattr(
+            mlp.gate_proj, "weight", nn.Parameter(Packed(mlp.gate_proj.weight.data), requires_grad=False)
+        ),
+        "gate_proj.weight is a Packed, not a plain tensor",
     ),
     "shape": (
         lambda mlp, model: setattr(mlp, "up_proj", nn.Linear(HIDDEN, 99, bias=False)),
