@@ -1,0 +1,316 @@
+"""What the package's own calibration loses on one model: text, tasks, generation, prompts.
+
+    python bench/quality_requests.py --tokenizer DIR --data ../shared/data --out requests.json.gz
+    python bench/quality.py --model DIR --data ../shared/data --requests requests.json.gz --variants \
+        bench/quality.json --out bench/results/quality
+
+Thresholds come from cats_ext.calibrate, masks from apply_cats. Text is measured in float32 without TF32; tasks and
+generation, of which only the order of scores counts, in float32 with TF32 products. A row is written as soon as it is
+known. The variants file lists dictionaries: name, arguments of calibrate (or relufication), what to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cats_ext
+from cats_ext.evaluation import compare
+from cats_ext.significance import mean_accuracy, paired_accuracy
+
+
+def read(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+class Table:
+    """A CSV that is whole after every row."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts, self.rows = path, facts, []
+
+    def add(self, **row: Any) -> None:
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in (row | self.facts).items()})
+        columns = list(dict.fromkeys(key for each in self.rows for key in each))
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(self.device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.args, data = args, Path(args.data)
+        rows = [json.loads(line)["text"] for line in read(data / "text/c4_sample.jsonl.gz").splitlines()]
+        self.texts = {
+            "wikitext_valid": read(data / "text/wikitext2_valid.txt.gz"),
+            "wikitext": read(data / "text/wikitext2_test.txt.gz"),
+            "c4": "\n\n".join(rows),
+            "c4_end": "\n\n".join(rows[::-1]),  # for calibration: evaluation is on the beginning
+        }
+        self.requests = json.loads(gzip.decompress(Path(args.requests).read_bytes()))
+        for name in self.requests:
+            self.requests[name] = self.requests[name][: args.items]
+        self.dense_answers = None
+        self.configs: dict[str, cats_ext.CatsConfig] = {}
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        commit = (
+            args.commit
+            or subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        )
+        facts = {"device": device, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        self.tables = {
+            name: Table(out / f"{name}.csv", facts) for name in ("text", "layers", "tasks", "generation", "prefill")
+        }
+
+    def windows(self, text: str, count: int) -> Tensor:
+        size = count * self.args.window
+        ids = self.tokenizer(self.texts[text][: 8 * size], add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids[:size])
+
+    # --- variants ----------------------------------------------------------------------------------------------------
+
+    def config(self, calibrate: dict[str, Any]) -> cats_ext.CatsConfig:
+        """Calibrated once for each rule; other sparsities and budgets follow from the stored counts."""
+        arguments = dict(calibrate)
+        target = {key: arguments.pop(key) for key in ("sparsity", "budget", "down_sparsity") if key in arguments}
+        sparsity = 1.5 * (1 - target["budget"]) if "budget" in target else target["sparsity"]
+        arguments["allocation"] = "search" if "budget" in target else "uniform"
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in self.configs:
+            texts = arguments.pop("texts", ["wikitext_valid"])
+            parts = [self.windows(text, self.args.windows // len(texts)) for text in texts]
+            started = time.perf_counter()
+            found = cats_ext.calibrate(
+                self.model,
+                torch.cat(parts).view(-1, self.args.window),
+                sparsity=sparsity,
+                sequence_length=self.args.window,
+                progress=False,
+                **arguments,
+            )
+            print(f"  calibrated in {time.perf_counter() - started:.1f} s: {found.calibration.get('search', '')}")
+            self.configs[key] = found
+        return self.configs[key].at_sparsity(sparsity, down_sparsity=target.get("down_sparsity"))
+
+    def run(self, variant: dict[str, Any]) -> None:
+        name, started = variant["name"], time.perf_counter()
+        what = variant.get("measure", ["text"])
+        config = None
+        if "calibrate" in variant:
+            config = self.config(variant["calibrate"])
+            cats_ext.apply_cats(self.model, config, sparse_prefill=variant.get("sparse_prefill"))
+        elif variant.get("relufication"):
+            cats_ext.apply_relufication(self.model)
+        facts = {"name": name, "sparsity": config.sparsity if config else "", "rule": config.rule if config else ""}
+        try:
+            if "text" in what:
+                self.text(facts, config)
+            self.tf32(True)
+            if "tasks" in what:
+                self.tasks(facts)
+            if "generation" in what:
+                self.generation(facts)
+            self.tf32(False)
+            if "prefill" in what:
+                self.prefill(facts)
+        finally:
+            self.tf32(False)
+            if cats_ext.patching.sparse_mlps(self.model):
+                cats_ext.remove_cats(self.model)
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+
+    @staticmethod
+    def tf32(wanted: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+
+    # --- measurements ------------------------------------------------------------------------------------------------
+
+    def text(self, facts: dict[str, Any], config: cats_ext.CatsConfig | None) -> None:
+        for text, count in (("wikitext", self.args.windows), ("c4", self.args.c4_windows)):
+            cats_ext.reset_sparsity(self.model)
+            with cats_ext.track_sparsity(self.model):
+                found = compare(self.model, self.windows(text, count), window=self.args.window, progress=False)
+            report = cats_ext.sparsity_report(self.model)
+            self.tables["text"].add(
+                **facts,
+                text=text,
+                tokens=found.sparse.tokens,
+                dense_ppl=found.dense.ppl,
+                ppl=found.sparse.ppl,
+                nll_increase=found.nll_increase,
+                nll_increase_se=found.nll_increase_se,
+                kl=found.kl,
+                kl_se=found.kl_se,
+                top1=found.top1,
+                up_target=config.layers[report.layers[0].name].up_sparsity if config and not config.losses else "",
+                bytes_target=config.bytes_share if config else "",
+                up=report.up_sparsity,
+                down=report.down_sparsity,
+                bytes=report.bytes_share,
+            )
+            print("  ", text, f"{found.dense.ppl:.3f} -> {found.sparse.ppl:.3f} kl {found.kl:.4f}", end=" ")
+            print(f"bytes {report.bytes_share:.4f}")
+            for index, layer in enumerate(report.layers):
+                self.tables["layers"].add(
+                    **facts, text=text, layer=index, up=layer.up_sparsity, up_target=layer.up_target,
+                    down=layer.down_sparsity, down_target=layer.down_target,
+                )  # fmt: skip
+
+    @torch.no_grad()
+    def scores(self, requests: list[tuple[list[int], list[int]]]) -> tuple[list[float], list[bool]]:
+        """Log-likelihood of each continuation and whether it is the greedy one; batches sorted by length."""
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
+        score, greedy = [0.0] * len(requests), [False] * len(requests)
+        start = 0
+        while start < len(order):
+            longest = sum(map(len, requests[order[start]])) - 1
+            some = order[start : start + max(1, self.args.batch_tokens // longest)]
+            start += len(some)
+            ids = torch.zeros(len(some), longest, dtype=torch.long)
+            rows, positions, targets = [], [], []
+            for row, i in enumerate(some):
+                context, continuation = requests[i]
+                whole = (context + continuation)[:-1]
+                ids[row, : len(whole)] = torch.tensor(whole)
+                rows += [row] * len(continuation)
+                positions += range(len(context) - 1, len(whole))
+                targets += continuation
+            hidden = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+            wanted = torch.tensor(targets, device=self.device)
+            kept = hidden[torch.tensor(rows, device=self.device), torch.tensor(positions, device=self.device)]
+            log_p = self.model.lm_head(kept).float().log_softmax(-1)
+            values = log_p.gather(1, wanted[:, None])[:, 0]
+            at = torch.tensor(rows, device=self.device)
+            sums = torch.zeros(len(some), device=self.device).index_add_(0, at, values).tolist()
+            wrong = torch.zeros(len(some), device=self.device).index_add_(0, at, (log_p.argmax(-1) != wanted).float())
+            for i, value, errors in zip(some, sums, wrong.tolist(), strict=True):
+                score[i], greedy[i] = value, errors == 0
+        return score, greedy
+
+    def answers(self) -> dict[str, list[bool]]:
+        result = {}
+        for name, items in self.requests.items():
+            requests = [request for item in items for request in item["requests"]]
+            score, greedy = self.scores(requests)
+            right, at = [], 0
+            for item in items:
+                mine = range(at, at + len(item["requests"]))
+                at += len(item["requests"])
+                if item["answer"] is None:
+                    right.append(greedy[mine[0]])
+                else:
+                    right.append(max(mine, key=lambda i: score[i]) - mine[0] == int(item["answer"]))
+            result[name] = right
+        return result
+
+    def tasks(self, facts: dict[str, Any]) -> None:
+        if self.dense_answers is None:
+            patched = bool(cats_ext.patching.sparse_mlps(self.model))
+            assert not patched, "the first variant with tasks must be the dense model"
+            self.dense_answers = self.answers()
+            sparse = self.dense_answers
+        else:
+            sparse = self.answers()
+        found = {name: paired_accuracy(name, self.dense_answers[name], sparse[name]) for name in sparse}
+        mean = mean_accuracy({name: task for name, task in found.items() if name != "lambada"})
+        for task in (*found.values(), mean):
+            self.tables["tasks"].add(**facts, **task.to_dict())
+        print(f"   mean {mean.sparse:.4f} ({mean.difference:+.4f} ± {mean.difference_se:.4f})", end=" ")
+        print({name: round(task.sparse, 3) for name, task in found.items()})
+
+    @torch.no_grad()
+    def generation(self, facts: dict[str, Any]) -> None:
+        """Greedy continuations of 64-token prompts beside the dense model's: how long they agree."""
+        length, prompts = self.args.new_tokens, self.windows("c4", self.args.c4_windows)
+        prompts = prompts[: len(prompts) // 1024 * 1024].view(-1, 64)[:: max(1, len(prompts) // 64 // 64)][:64]
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        ids = prompts.to(self.device)
+        new = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 64:].cpu()
+        if not hasattr(self, "dense_text"):
+            self.dense_text = new
+        same = new == self.dense_text
+        prefix = same.long().cumprod(1).sum(1).double()
+        grams = [self.repeated(row.tolist()) for row in new]
+        self.tables["generation"].add(
+            **facts,
+            prompts=len(prompts),
+            new_tokens=length,
+            agreed_prefix_mean=float(prefix.mean()),
+            agreed_prefix_median=float(prefix.median()),
+            first_16_identical=float((prefix >= 16).double().mean()),
+            all_identical=float((prefix >= length).double().mean()),
+            repeated_4grams=sum(grams) / len(grams),
+        )
+        print(f"   generation: {prefix.mean():.1f} of {length} tokens agree, {sum(grams) / len(grams):.3f} repeated")
+
+    @staticmethod
+    def repeated(ids: list[int]) -> float:
+        """Share of 4-grams that occurred before in the same text."""
+        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        return 1 - len(set(grams)) / len(grams)
+
+    @torch.no_grad()
+    def prefill(self, facts: dict[str, Any]) -> None:
+        """Perplexity of the sparse model on each window's second half, behind a first half read sparse or dense."""
+        half = self.args.window // 2
+        rows = self.windows("wikitext", self.args.windows).view(-1, 2 * half).to(self.device)
+        for prompt in ("sparse", "dense"):
+            total = 0.0
+            for ids in rows:
+                if prompt == "dense":
+                    with cats_ext.masking_disabled(self.model):
+                        out = self.model(input_ids=ids[None, :half], use_cache=True)
+                else:
+                    out = self.model(input_ids=ids[None, :half], use_cache=True)
+                logits = self.model(input_ids=ids[None, half:], past_key_values=out.past_key_values).logits[0, :-1]
+                total += float(torch.nn.functional.cross_entropy(logits.float(), ids[half + 1 :]))
+            ppl = float(torch.tensor(total / len(rows)).exp())
+            self.tables["prefill"].add(**facts, prompt=prompt, tokens=len(rows) * (half - 1), ppl=ppl)
+            print(f"   {prompt} prompt: {ppl:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model", "data", "requests", "variants", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--c4-windows", type=int, default=48)
+    parser.add_argument("--items", type=int, help="of each task at most")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--commit", help="where there is no git")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no variant after so long")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    bench = Bench(args)
+    print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
+    for variant in json.loads(Path(args.variants).read_text()):
+        if time.perf_counter() - started > args.seconds:
+            print(f"no time for {variant['name']}")
+            continue
+        bench.run(variant)
+    print(f"done after {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
