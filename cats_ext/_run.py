@@ -35,6 +35,11 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
         yield lambda: progress.advance(task)
 
 
+def note(message: str) -> None:
+    """A line on standard error, where the bars are."""
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """The device on which ``model`` takes its token ids."""
     return next(_embedding(model).parameters()).device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_ext._run import check_token_ids
+from cats_ext._run import check_token_ids, note
 from cats_ext._version import __version__
 from cats_ext.accumulator import LayerAccumulator
 from cats_ext.allocation import LossTable
@@ -34,6 +35,7 @@ ALLOCATIONS = ("uniform", "search")
 _GRADIENT_TOKENS = 8192  # that the gradient passes use at most
 _OFFSETS = (0.0, 0.1, 0.2, 0.3, 0.4)  # of the down sparsity over the up sparsity, in the search
 _UP = tuple(i / 10 for i in range(10))
+_FACTOR = 4  # of a pass with gradients and losses, in passes without (measured on two CPU cores: 3.6)
 _CHECK_TOKENS = 4096  # on which a search is compared with the uniform allocation
 
 
@@ -121,13 +123,21 @@ def calibrate(
     steps = _steps(layers, rule, gate_power, importance, allocation)
     arguments = {"rule": rule, "gate_power": gate_power, "importance": importance, "allocation": allocation}
     saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
+    seconds_a_token = 0.0
     for number in range(saved.step, len(steps)):
         step = steps[number]
+        if allocation == "search" and number == len(steps) - 1 and progress and seconds_a_token:
+            # a backward pass costs about two forward ones, and the check runs two models twice
+            tokens = _FACTOR * sum(batch.numel() for batch in batches[: _few(batches)]) + 4 * _CHECK_TOKENS
+            note(f"search for an allocation: about {max(1, round(seconds_a_token * tokens)):,} s")
+        started = time.monotonic()
         todo = batches[: _few(batches)] if step.gradient else batches
         start = saved.batch if number == saved.step else 0
         title = f"calibration, pass {number + 1} of {len(steps)}" if len(steps) > 1 else "calibration"
         run = partial(run_gradient_pass, seed=seed) if step.gradient else run_pass
         run(model, mlps, todo, step.observe, title, progress, start=start, after=partial(saved.save, number))
+        if not step.gradient:
+            seconds_a_token = (time.monotonic() - started) / sum(batch.numel() for batch in todo[start:] or todo)
         for layer in layers.values():
             step.finish(layer)
 

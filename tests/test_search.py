@@ -193,6 +193,13 @@ def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
     assert loaded.at_sparsity(0.5, down_sparsity=0.6).layers["model.layers.1.mlp"].up_sparsity == pytest.approx(0.4)
 
 
+def test_the_search_says_beforehand_how_long_it_takes(uneven, capsys):
+    calibrate(uneven, tokens(200), budget=0.6, sequence_length=100)
+    assert "search for an allocation: about 1 s" in capsys.readouterr().err
+    calibrate(uneven, tokens(200), budget=0.6, sequence_length=100, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_options_are_sparsities():
     for rule in ("plain", "weighted", "two_threshold"):
         assert all(0 <= up <= down < 1 for up, down in _options(rule))

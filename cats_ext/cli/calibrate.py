@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,18 @@ from cats_ext.cli.text import read_texts
 
 class Rule(str, Enum):
     PLAIN = "plain"
+    WEIGHTED = "weighted"
     TWO_THRESHOLD = "two_threshold"
+
+
+class Importance(str, Enum):
+    NORM = "norm"
+    GRADIENT = "gradient"
+
+
+class Allocation(str, Enum):
+    UNIFORM = "uniform"
+    SEARCH = "search"
 
 
 @one_sentence_errors
@@ -34,13 +46,28 @@ def calibrate(
     model: Model,
     text: TextFiles,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the thresholds; made if missing.")],
-    sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of neurons to skip, in [0, 1); 0.5 without it and --budget.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Instead: share of the MLP weights that a token may read, in (1/3, 1].")
+    ] = None,
     rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.PLAIN,
     down_sparsity: Annotated[
         float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.1.")
     ] = None,
     gate_power: Annotated[
         float | None, typer.Option(help="Exponent of the gate's weights, in [0, 1]. Without it the rule's own.")
+    ] = None,
+    importance: Annotated[
+        Importance, typer.Option(help="What weighs a neuron: norms, or gradients of the model's predictions.")
+    ] = Importance.NORM,
+    allocation: Annotated[
+        Allocation | None, typer.Option(help="All layers alike, or searched (without it, searched for a --budget).")
+    ] = None,
+    dense_prefill: Annotated[bool, typer.Option("--dense-prefill", help="Compute prompts densely.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File that an interrupted calibration goes on from, called again.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
@@ -58,12 +85,13 @@ def calibrate(
 
     $ cats calibrate smollm2-135m --text notes.txt -o thresholds
 
-    $ cats calibrate ./mistral-7b --text a.txt --text b.jsonl.gz --sparsity 0.6 -o out
+    $ cats calibrate ./mistral-7b --text a.txt --text b.jsonl.gz --budget 0.6 -o out
     """
     import cats_ext
     from cats_ext.rules import sparsity_split
 
-    sparsity_split(sparsity, rule.value, down_sparsity)
+    if sparsity is not None:
+        sparsity_split(sparsity, rule.value, down_sparsity)
     texts = read_texts(text)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
@@ -74,14 +102,19 @@ def calibrate(
         texts,
         tokenizer=tokenizer,
         sparsity=sparsity,
+        budget=budget,
         rule=rule.value,
         down_sparsity=down_sparsity,
         gate_power=gate_power,
+        importance=importance.value,
+        allocation=allocation and allocation.value,
+        checkpoint=checkpoint,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
     )
+    config = replace(config, sparse_prefill=not dense_prefill)
     config.save_pretrained(out)
     if json:
         print_json({"directory": str(out), **config.to_dict()})
@@ -91,6 +124,12 @@ def calibrate(
         f"{len(config.layers)} layers calibrated on {config.calibration['tokens']:,} tokens; at the target a token "
         f"reads {config.bytes_share:.1%} of the MLP weights."
     )
+    search = config.calibration.get("search")
+    if search:
+        console.print(
+            "KL from the dense model, in nats a token: {uniform_kl:.4f} with all layers alike, {searched_kl:.4f} with "
+            "the budget searched.".format(**search)
+        )
     console.print(f"Thresholds are in [bold]{escape(str(out))}[/]. Next:", soft_wrap=True)
     for command in (f"eval {model} --cats {out} --text FILE", f"generate {model} --cats {out} --prompt TEXT"):
         console.print(f"  cats {escape(command)}", soft_wrap=True)
