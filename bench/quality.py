@@ -123,7 +123,7 @@ class Bench:
         facts = {"name": name, "sparsity": config.sparsity if config else "", "rule": config.rule if config else ""}
         try:
             if "text" in what:
-                self.text(facts, config)
+                self.text(facts, config, variant.get("texts", ["wikitext", "c4"]))
             self.tf32(True)
             if "tasks" in what:
                 self.tasks(facts)
@@ -144,8 +144,9 @@ class Bench:
 
     # --- measurements ------------------------------------------------------------------------------------------------
 
-    def text(self, facts: dict[str, Any], config: cats_ext.CatsConfig | None) -> None:
-        for text, count in (("wikitext", self.args.windows), ("c4", self.args.c4_windows)):
+    def text(self, facts: dict[str, Any], config: cats_ext.CatsConfig | None, texts: list[str]) -> None:
+        for text in texts:
+            count = {"wikitext": self.args.windows, "c4": self.args.c4_windows}[text]
             cats_ext.reset_sparsity(self.model)
             with cats_ext.track_sparsity(self.model):
                 found = compare(self.model, self.windows(text, count), window=self.args.window, progress=False)
