@@ -25,6 +25,7 @@ from torch import Tensor
 
 import cats_ext
 from cats_ext.evaluation import compare
+from cats_ext.plots import linear_bins
 from cats_ext.significance import mean_accuracy, paired_accuracy
 
 
@@ -78,7 +79,8 @@ class Bench:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         self.tables = {
-            name: Table(out / f"{name}.csv", facts) for name in ("text", "layers", "tasks", "generation", "prefill")
+            name: Table(out / f"{name}.csv", facts)
+            for name in ("text", "layers", "tasks", "generation", "prefill", "activations")
         }
 
     def windows(self, text: str, count: int) -> Tensor:
@@ -121,6 +123,8 @@ class Bench:
         elif variant.get("relufication"):
             cats_ext.apply_relufication(self.model)
         facts = {"name": name, "sparsity": config.sparsity if config else "", "rule": config.rule if config else ""}
+        if "activations" in what:
+            self.activations(facts, config)
         try:
             if "text" in what:
                 self.text(facts, config, variant.get("texts", ["wikitext", "c4"]))
@@ -141,6 +145,15 @@ class Bench:
     @staticmethod
     def tf32(wanted: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+
+    def activations(self, facts: dict[str, Any], config: cats_ext.CatsConfig) -> None:
+        """Figure 1: |act(gate)| of the first, the middle and the last layer, with their thresholds."""
+        names = list(config.layers)
+        for index in (0, len(names) // 2, len(names) - 1):
+            gate, threshold = config.statistics[names[index]].gate, float(config.thresholds[names[index]])
+            edges, shares = linear_bins(gate, gate.quantile(0.96), 80)
+            for low, share in zip(edges[:-1].tolist(), shares.tolist(), strict=True):
+                self.tables["activations"].add(**facts, layer=index, threshold=threshold, low=low, share=share)
 
     # --- measurements ------------------------------------------------------------------------------------------------
 
