@@ -10,6 +10,8 @@ from cats_ext.histogram import Histogram
 from cats_ext.reference import ACTIVATIONS
 from cats_ext.statistics import JointHistogram, LayerStatistics
 
+_UNREACHED = "no token of the data reached {}; of a multimodal model, calibrate and patch the language model alone"
+
 
 class LayerAccumulator:
     """Sums and histograms over the tokens seen, of a fixed size however many there are.
@@ -93,7 +95,7 @@ class LayerAccumulator:
 
     def finish_weights(self) -> None:
         if int(self.tokens) == 0:
-            raise ValueError(f"no token of the data reached {self.mlp.name}")
+            raise ValueError(_UNREACHED.format(self.mlp.name))
         squares = self.up_squares / int(self.tokens)
         if self.row_squares is not None:
             self.down_weight = (self.row_squares / int(self.tokens)).sqrt().float()
@@ -107,7 +109,7 @@ class LayerAccumulator:
 
     def finish_gate(self) -> None:
         if self.gate.total == 0:
-            raise ValueError(f"no token of the data reached {self.mlp.name}")
+            raise ValueError(_UNREACHED.format(self.mlp.name))
         if self.gate.zeros == self.gate.total:
             raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
 

@@ -193,9 +193,9 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
 
 
 def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
-    model = unwrapped(model)
-    if _is_transformers(model):
-        _checkpoints().detach(model)
+    for part in unwrapped(model).modules():
+        if _is_transformers(part):
+            _checkpoints().detach(part)
     for module in modules:
         make_dense(module)
 

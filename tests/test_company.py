@@ -144,3 +144,24 @@ def test_wrapped_models(tmp_path):
         remove_cats(wrapped)
         torch.testing.assert_close(logits(model, few()), logits(tiny_model(), few()))
         assert "quantization_config" not in model.config.to_dict() and "save_pretrained" not in vars(model)
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path):
+    from transformers import AutoModelForImageTextToText, Mistral3Config
+
+    vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    text = tiny_model("mistral").config.to_dict()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(Mistral3Config(text_config=text, vision_config=vision)).eval()
+    dense = logits(model, few())
+    with pytest.raises(ValueError, match=r"reached model.vision_tower.* calibrate and patch the language model alone"):
+        config_for(model)
+    language_model = model.model.language_model
+    config = config_for(language_model)
+    apply_cats(language_model, config)
+    assert not torch.allclose(logits(model, few()), dense, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)  # as a whole it is a dense checkpoint
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, few()), logits(remove_cats(model), few()))
+    assert torch.equal(logits(model, few()), dense) and not hasattr(language_model, "hf_quantizer")

@@ -58,7 +58,7 @@ class CatsQuantizer(HfQuantizer):
         del model.is_quantized, model.quantization_method
         for module in model.modules():
             getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
-        detach(model)
+        del model.hf_quantizer, model.config.quantization_config
         thresholds, self.thresholds = self.thresholds, None
         return apply_cats(model, thresholds)
 
@@ -88,15 +88,12 @@ def attach(model: PreTrainedModel, config: CatsConfig) -> None:
     """Make ``model.save_pretrained`` write a CATS checkpoint. Undone by :func:`detach`, also if interrupted."""
     model.hf_quantizer = CatsQuantizer(config)
     model.hf_quantizer.thresholds = None  # those of the patched modules count
-    model.config.quantization_config = model.hf_quantizer.quantization_config
     model.save_pretrained = partial(_save_pretrained, model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`; nothing if there is nothing to undo."""
     vars(model).pop("save_pretrained", None)
-    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == METHOD:
-        del model.config.quantization_config
     if isinstance(getattr(model, "hf_quantizer", None), CatsQuantizer):
         del model.hf_quantizer
 
@@ -123,14 +120,20 @@ def _save_pretrained(
     *arguments: Any,
     **named: Any,
 ) -> None:
-    """transformers' own ``save_pretrained``, with a directory for the quantizer to write the thresholds into."""
+    """transformers' own ``save_pretrained``, with a directory for the quantizer to write the thresholds into.
+
+    The model's config has the entry for that time only: it may be shared with a dense model, or be part of a larger
+    one's, whose checkpoints have no thresholds.
+    """
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     quantizer = model.hf_quantizer
     quantizer.save_directory = save_directory if is_main_process and not adapter_only else None
+    model.config.quantization_config = _entry(current_config(model))
     try:
         type(model).save_pretrained(model, save_directory, is_main_process, *arguments, **named)
     finally:
         quantizer.save_directory = None
+        del model.config.quantization_config
 
 
 def _checkpoint_directory(config: PreTrainedConfig, checkpoint_files: list[str] | None) -> Path:
