@@ -124,7 +124,7 @@ def test_loading_options(arguments, cats_directory, config):
     model = load(cats_directory, **arguments)
     assert model.dtype == arguments.get("dtype", torch.float32)
     for name, module in zip(config.layers, layers_of(model), strict=True):
-        assert torch.equal(module.threshold, config.thresholds[name]) and module.threshold.dtype == torch.float32
+        assert torch.equal(module.threshold.cpu(), config.thresholds[name]) and module.threshold.dtype == torch.float32
         assert module.down_proj.weight.t().is_contiguous()
 
 
