@@ -87,7 +87,7 @@ def test_compile_fullgraph_with_inductor(tmp_path, monkeypatch):
 def test_a_model_compiled_before_patching_notices(called):
     model = tiny_model()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     dense = logits(compiled, few())
     apply_cats(model, config_for(model, sparsity=0.9))
     assert not torch.allclose(logits(compiled, few()), dense, atol=1e-2)
@@ -105,7 +105,7 @@ def test_inference_mode():
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("ids", [few()[:, :1], few(), many()], ids=["1", "few", "many"])
+@pytest.mark.parametrize("ids", [few()[:, :1], many()], ids=["one", "many"])
 def test_export(family, ids, tmp_path):
     model = tiny_model(family)
     apply_cats(model, config_for(model))
