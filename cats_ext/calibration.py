@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from cats_ext.detection import GatedMLP
 from cats_ext.evaluation import compare
 from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
+from cats_ext.report import SparsityDriftWarning
 from cats_ext.rules import DEFAULT_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
 ALLOCATIONS = ("uniform", "search")
@@ -169,7 +171,22 @@ def calibrate(
         losses = torch.stack([layer.mean_losses() for layer in layers.values()])
         config = _searched(model, config, LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses), batches)
     saved.remove()
+    _warn_of_ties(config)
     return config
+
+
+def _warn_of_ties(config: CatsConfig) -> None:
+    """Values that are all alike cannot be told apart by a threshold, and are then kept."""
+    for name, layer in config.layers.items():
+        statistics = config.statistics[name]
+        reached = statistics.gate.share_below(statistics.cuts(layer.up_sparsity, layer.down_sparsity)[0])
+        if reached < layer.up_sparsity - 0.05:
+            warnings.warn(
+                f"so many gate activations of {name} are equal that its threshold drops {reached:.1%} of them, not "
+                f"{layer.up_sparsity:.1%}",
+                SparsityDriftWarning,
+                stacklevel=3,
+            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, CharacterTokenizer, tiny_model, tokens
 
-from cats_ext import apply_cats, calibrate, remove_cats, sparsity_report, track_sparsity
+from cats_ext import SparsityDriftWarning, apply_cats, calibrate, remove_cats, sparsity_report, track_sparsity
 from cats_ext.calibration_data import collect_windows
 from cats_ext.detection import find_gated_mlps
 from cats_ext.reference import ACTIVATIONS
@@ -367,6 +367,20 @@ def test_all_zero_layer_is_named():
         model.model.layers[1].mlp.gate_proj.weight.zero_()
     with pytest.raises(ValueError, match=r"all gate activations of model.layers.1.mlp are zero"):
         calibrate(model, tokens(200), progress=False)
+
+
+def test_all_equal_layer_is_kept_whole_and_warned_of():
+    model = tiny_model("llama-bias")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight.zero_()
+        model.model.layers[1].mlp.gate_proj.bias.fill_(1.5)
+    message = r"gate activations of model\.layers\.1\.mlp are equal that its threshold drops 0\.0% of them, not 50\.0%"
+    with pytest.warns(SparsityDriftWarning, match=message):
+        config = calibrate(model, tokens(200), progress=False)
+    apply_cats(model, config)
+    with track_sparsity(model), torch.no_grad():
+        model(input_ids=tokens(50)[None])
+    assert sparsity_report(model).layers[1].up_sparsity == 0
 
 
 def test_a_layer_that_no_token_reaches_is_named():
