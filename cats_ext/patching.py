@@ -35,8 +35,9 @@ def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | N
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
             down_proj (Phi-3) and a SiLU, GELU or ReLU; also inside torch.compile, DistributedDataParallel or PEFT.
         config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model.
-        sparse_prefill: False to compute prompts densely, True to mask them as generated tokens are; None for what the
-            config says, by default True.
+        sparse_prefill: False to compute prompts densely (whatever has several tokens of a sequence, so also a draft
+            that is being verified), True to mask them as generated tokens are; None for what the config says, by
+            default True.
 
     Returns:
         ``model``.

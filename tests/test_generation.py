@@ -69,11 +69,19 @@ def test_with_a_draft_model(model, expected, called):
     assert "sparse_mlp" in called
 
 
-def test_with_a_quantised_cache():
-    pytest.importorskip("optimum.quanto")
+QUANTISED = {
+    "fp8": {"backend": "fp8"},
+    "quanto": {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 8},
+}
+
+
+@pytest.mark.parametrize("backend", QUANTISED)
+def test_with_a_quantised_cache(backend):
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+    arguments = {"cache_implementation": "quantized", "cache_config": QUANTISED[backend]}
+    skip_unless_possible("llama", **arguments)
     model = tiny_model()
-    cache = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 8}
-    arguments = {"cache_implementation": "quantized", "cache_config": cache}
     dense = generate(model, **arguments)
     apply_cats(model, config_for(model))
     assert not torch.equal(generate(model, **arguments), dense)
