@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +23,13 @@ from cats_ext.modules import CatsMLP
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Decoder layers that add attention(norm(x)) and mlp(norm(x)) to x, with a rotary embedding of whole heads; Qwen3's
-# normalises queries and keys head by head.
-FUSED_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Decoder layers that add attention(norm(x)) and mlp(norm(x)) to x, with a rotary embedding of whole heads, or in some
+# layers of SmolLM3 none. Qwen3's normalises queries and keys head by head; Phi-3 has merged projections.
+FUSED_MODELS = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("Phi3ForCausalLM", "SmolLM3ForCausalLM"),
+)
+_WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")  # the others say it layer by layer
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # others choose their frequencies by the length of the text
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -79,11 +84,17 @@ def check_fusable(model: nn.Module) -> None:
     name = type(model).__name__
     if name not in FUSED_MODELS or not type(model).__module__.startswith("transformers.models."):
         raise NotFusableError(f"{name} is none of {', '.join(FUSED_MODELS)}")
-    rope = model.config.rope_parameters["rope_type"]
-    if rope not in _STATIC_ROPES:
-        raise NotFusableError(f"its rotary embedding is of the type '{rope}', which depends on the length of the text")
+    rope = model.config.rope_parameters
+    if rope.get("rope_type") not in _STATIC_ROPES:
+        raise NotFusableError(f"its rotary embedding has the parameters {rope}, which may depend on the text's length")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotFusableError("its rotary embedding covers a part of each head only")
     if model.dtype not in _DTYPES:
         raise NotFusableError(f"its dtype is {model.dtype}")
+    if model.device.type == "cuda" and find_spec("triton") is None:
+        raise NotFusableError("Triton is not installed")
+    if (head_dim := model.model.layers[0].self_attn.head_dim) < 16:
+        raise NotFusableError(f"its heads have {head_dim} dimensions, and matrix instructions take 16 at least")
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
@@ -112,9 +123,10 @@ def _norm(module: nn.Module) -> Norm:
 
 def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Attention:
     config = module.config
-    window = getattr(module, "sliding_window", None)  # Qwen: of this layer
-    if type(module).__name__.startswith("Mistral"):
-        window = getattr(config, "sliding_window", None)
+    window_in = config if type(module).__name__ in _WINDOW_IN_CONFIG else module
+    window = getattr(window_in, "sliding_window", None)
+    if not getattr(module, "use_rope", True):
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     return Attention(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -132,7 +144,8 @@ def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Te
 
 def _attention_block(layer: nn.Module, attention: Attention) -> Block:
     norm, module = _norm(layer.input_layernorm), layer.self_attn
-    projections = module.q_proj, module.k_proj, module.v_proj
+    merged = hasattr(module, "qkv_proj")
+    projections = (module.qkv_proj,) if merged else (module.q_proj, module.k_proj, module.v_proj)
     weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
     out_weight, out_bias = (module.o_proj.weight,), (module.o_proj.bias,)
 
@@ -146,11 +159,10 @@ def _attention_block(layer: nn.Module, attention: Attention) -> Block:
 
 def _mlp_block(layer: nn.Module) -> Block:
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
-    if _is_dense(mlp):
-        activation = recognise_activation(mlp.act_fn)
-        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        weights = gate.weight, up.weight, gate.bias, up.bias
-        down_weight, down_bias = (down.weight,), (down.bias,)
+    dense_weights = _dense_weights(mlp)
+    if dense_weights is not None:
+        weights, activation = dense_weights
+        down_weight, down_bias = (mlp.down_proj.weight,), (mlp.down_proj.bias,)
 
         def dense(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, None]:
             h, x = ops.gate_up(x, *weights, activation, norm, delta)
@@ -165,14 +177,24 @@ def _mlp_block(layer: nn.Module) -> Block:
     return module
 
 
-def _is_dense(mlp: nn.Module) -> bool:
-    """Whether ``mlp`` is an unpatched gated MLP of bare linear layers; any other is called as the module it is."""
-    names = ("gate_proj", "up_proj", "down_proj")
+def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:
+    """Gate and up weights, their biases and the activation of an unpatched gated MLP of bare linear layers.
+
+    None for any other, which is called as the module it is.
+    """
     if isinstance(mlp, CatsMLP) or not _is_plain(mlp):
-        return False
+        return None
+    merged = hasattr(mlp, "gate_up_proj")
+    names = ("gate_up_proj", "down_proj") if merged else ("gate_proj", "up_proj", "down_proj")
     linears = [getattr(mlp, name, None) for name in names]
-    return (
-        all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears)
-        and linears[2].weight.stride(-1) == 1
-        and recognise_activation(mlp.act_fn) is not None
-    )
+    if not all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears):
+        return None
+    activation = recognise_activation(getattr(mlp, "activation_fn" if merged else "act_fn", None))
+    if activation is None or linears[-1].weight.stride(-1) != 1:
+        return None
+    if not merged:
+        gate, up, _ = linears
+        return (gate.weight, up.weight, gate.bias, up.bias), activation
+    weights = linears[0].weight.chunk(2)
+    biases = (None, None) if linears[0].bias is None else linears[0].bias.chunk(2)
+    return (*weights, *biases), activation

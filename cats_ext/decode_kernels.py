@@ -24,23 +24,19 @@ def _wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(weight, program, block, n, stride, ahead, K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr):
-    """Brings rows of ``block``, ``ahead`` places after the program's own, into L2, if it is one of the first ``ahead``.
-
-    They are the ones that start before the previous kernel has ended. A thread asks for one piece of a row.
-    """
+def _prefetch(weight, block, n, stride, K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Brings the rows of ``block`` into L2. A thread asks for one piece of a row."""
     PIECES: tl.constexpr = THREADS // ROWS
     PIECE: tl.constexpr = K // PIECES
     BYTES: tl.constexpr = PIECE * (weight.dtype.element_ty.primitive_bitwidth // 8)
     if PIECE * PIECES == K and BYTES % 16 == 0:
         i = tl.arange(0, THREADS)
         row = block * ROWS + i // PIECES
-        wanted = (program < ahead) & (row < n)
         at = (weight + row.to(tl.int64) * stride + i % PIECES * PIECE).to(tl.int64, bitcast=True)
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
             "=r,l,r,r",
-            [at, wanted.to(tl.int32), BYTES],
+            [at, (row < n).to(tl.int32), BYTES],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -83,87 +79,113 @@ def _tile(weight, rows, n, stride, k, K: tl.constexpr):
 
 
 @triton.jit
+def _part(block, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
+          ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Of the weight that a block of rows is in: pointer, bias, rows, stride, the block there, and where y begins."""
+    weight, bias, n, stride, offset = weight_0, bias_0, n_0, stride_0, 0
+    if PARTS > 1:
+        before = tl.cdiv(n_0, ROWS)
+        if PARTS > 2:
+            if block >= before + tl.cdiv(n_1, ROWS):
+                weight, bias, n, stride, offset = weight_2, bias_2, n_2, stride_2, n_0 + n_1
+                block -= before + tl.cdiv(n_1, ROWS)
+            elif block >= before:
+                weight, bias, n, stride, offset, block = weight_1, bias_1, n_1, stride_1, n_0, block - before
+        else:
+            if block >= before:
+                weight, bias, n, stride, offset, block = weight_1, bias_1, n_1, stride_1, n_0, block - before
+    return weight, bias, n, stride, block, offset
+
+
+@triton.jit
 def linear_kernel(
     x, delta, x_new, norm, eps,
     weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
-    residual, y, ahead,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, PARTS: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    residual, y, blocks,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, AHEAD: tl.constexpr,
+    PARTS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = input weight^T + bias + residual for up to three weights of one input, one after the other in y.
 
-    A program computes ROWS outputs. With NORM the whole row is one block, since every program normalises it by itself.
+    A program holds the input row in registers and takes every gridDim-th block of ROWS outputs, the next on its way
+    while one is computed. Before it waits for the previous kernel it asks for the first and brings AHEAD more into L2.
     """
-    program = tl.program_id(0)
-    weight, bias, n, stride, block, offset = weight_0, bias_0, n_0, stride_0, program, 0
-    if PARTS > 1:
-        blocks_0 = tl.cdiv(n_0, ROWS)
-        if program >= blocks_0:
-            weight, bias, n, stride, block, offset = weight_1, bias_1, n_1, stride_1, program - blocks_0, n_0
-    if PARTS > 2:
-        blocks_1 = blocks_0 + tl.cdiv(n_1, ROWS)
-        if program >= blocks_1:
-            weight, bias, n, stride, block, offset = weight_2, bias_2, n_2, stride_2, program - blocks_1, n_0 + n_1
-    rows = block * ROWS + tl.arange(0, ROWS)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
+    weight, bias, n, stride, block, offset = _part(
+        program, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
+        ROWS, PARTS)  # fmt: skip
+    rows = block * ROWS + tl.arange(0, ROWS)
     tile = _tile(weight, rows, n, stride, k, K)
     if PDL:
-        _prefetch(weight, program, block + ahead, n, stride, ahead, K, ROWS, THREADS)
+        for i in tl.static_range(1, AHEAD + 1):
+            ahead, _, ahead_n, ahead_stride, ahead_block, _ = _part(
+                program + i * programs, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2,
+                stride_0, stride_1, stride_2, ROWS, PARTS)  # fmt: skip
+            _prefetch(ahead, ahead_block, ahead_n, ahead_stride, K, ROWS, THREADS)
     _wait_for_previous(PDL)
     row = _input_row(x, delta, x_new, norm, eps, program == 0, K, BLOCK_K, ADD, NORM)
-    products = tile.to(tl.float32) * row.to(tl.float32)[None, :]
-    for first in tl.static_range(BLOCK_K, K, BLOCK_K):
-        tile = _tile(weight, rows, n, stride, first + k, K)
-        row = tl.load(x + first + k, mask=first + k < K, other=0.0)
-        products += tile.to(tl.float32) * row.to(tl.float32)[None, :]
-    out = tl.sum(products, axis=1)
-    inside = rows < n
-    if BIAS:
-        out += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    result = out.to(y.dtype.element_ty)
-    if RESIDUAL:
-        before = tl.load(residual + rows, mask=inside, other=0.0)
-        result = (result.to(tl.float32) + before.to(tl.float32)).to(y.dtype.element_ty)
-    tl.store(y + offset + rows, result, mask=inside)
+    for current in range(program, blocks, programs):
+        next_weight, next_bias, next_n, next_stride, next_block, next_offset = _part(
+            current + programs, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2,
+            stride_0, stride_1, stride_2, ROWS, PARTS)  # fmt: skip
+        next_rows = next_block * ROWS + tl.arange(0, ROWS)
+        next_tile = _tile(next_weight, next_rows, next_n, next_stride, k, K)
+        inside = rows < n
+        out = tl.sum(tile.to(tl.float32) * row.to(tl.float32)[None, :], axis=1)
+        if BIAS:
+            out += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        result = out.to(y.dtype.element_ty)
+        if RESIDUAL:
+            before = tl.load(residual + rows, mask=inside, other=0.0)
+            result = (result.to(tl.float32) + before.to(tl.float32)).to(y.dtype.element_ty)
+        tl.store(y + offset + rows, result, mask=inside)
+        tile, rows, n, offset = next_tile, next_rows, next_n, next_offset
+        if BIAS:
+            bias = next_bias
 
 
 @triton.jit
 def gate_up_kernel(
     x, delta, x_new, norm, eps,
-    w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, ahead,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, blocks,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = act(gate) * up of the normalised row, ROWS neurons a program."""
-    program = tl.program_id(0)
-    rows = program * ROWS + tl.arange(0, ROWS)
+    """y = act(gate) * up of the normalised row; programs take blocks of ROWS neurons as in linear_kernel."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
+    rows = program * ROWS + tl.arange(0, ROWS)
     gate_tile = _tile(w_gate, rows, intermediate, gate_stride, k, K)
     up_tile = _tile(w_up, rows, intermediate, up_stride, k, K)
-    if PDL:
-        _prefetch(w_gate, program, program + ahead, intermediate, gate_stride, ahead, K, ROWS, THREADS)
-        _prefetch(w_up, program, program + ahead, intermediate, up_stride, ahead, K, ROWS, THREADS)
     _wait_for_previous(PDL)
-    row = _input_row(x, delta, x_new, norm, eps, program == 0, K, BLOCK_K, ADD, NORM).to(tl.float32)[None, :]
-    gate = tl.sum(gate_tile.to(tl.float32) * row, axis=1)
-    up = tl.sum(up_tile.to(tl.float32) * row, axis=1)
-    inside = rows < intermediate
-    if BIAS:
-        gate += tl.load(gate_bias + rows, mask=inside, other=0.0).to(tl.float32)
-        up += tl.load(up_bias + rows, mask=inside, other=0.0).to(tl.float32)
-    gate = gate.to(y.dtype.element_ty).to(tl.float32)
-    if ACTIVATION == "silu":
-        gate = gate / (1 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        gate = gate * (1 - 1 / (1 + tl.exp(2 * inner)))
-    else:
-        gate = tl.maximum(gate, 0)
-    up = up.to(y.dtype.element_ty).to(tl.float32)
-    h = gate.to(y.dtype.element_ty).to(tl.float32) * up
-    tl.store(y + rows, h.to(y.dtype.element_ty), mask=inside)
+    row = _input_row(x, delta, x_new, norm, eps, program == 0, K, BLOCK_K, ADD, NORM)
+    for current in range(program, blocks, programs):
+        next_rows = (current + programs) * ROWS + tl.arange(0, ROWS)
+        next_gate = _tile(w_gate, next_rows, intermediate, gate_stride, k, K)
+        next_up = _tile(w_up, next_rows, intermediate, up_stride, k, K)
+        wide = row.to(tl.float32)[None, :]
+        gate = tl.sum(gate_tile.to(tl.float32) * wide, axis=1)
+        up = tl.sum(up_tile.to(tl.float32) * wide, axis=1)
+        inside = rows < intermediate
+        if BIAS:
+            gate += tl.load(gate_bias + rows, mask=inside, other=0.0).to(tl.float32)
+            up += tl.load(up_bias + rows, mask=inside, other=0.0).to(tl.float32)
+        gate = gate.to(y.dtype.element_ty).to(tl.float32)
+        if ACTIVATION == "silu":
+            gate = gate / (1 + tl.exp(-gate))
+        elif ACTIVATION == "gelu":
+            gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+        elif ACTIVATION == "gelu_tanh":
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            gate = gate * (1 - 1 / (1 + tl.exp(2 * inner)))
+        else:
+            gate = tl.maximum(gate, 0)
+        up = up.to(y.dtype.element_ty).to(tl.float32)
+        h = gate.to(y.dtype.element_ty).to(tl.float32) * up
+        tl.store(y + rows, h.to(y.dtype.element_ty), mask=inside)
+        gate_tile, up_tile, rows = next_gate, next_up, next_rows
 
 
 @triton.jit
@@ -220,19 +242,19 @@ def attention_kernel(
     qkv, q_norm, k_norm, cos_table, sin_table, position, keys, values, out,
     partial_out, partial_max, partial_sum, arrived,
     scaling, eps, window, key_head_stride, key_row_stride, value_head_stride, value_row_stride,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    ALONE: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query token over the first ``position`` cached ones and itself, which it adds to the cache.
 
     qkv is ``[(KV_HEADS * GROUP + 2 * KV_HEADS) * D]`` before the rotary embedding. Program (h, s) has the s-th share of
     the keys of KV head h. How many there are is read from memory, so that one captured launch serves every length, and
-    so do as many programs as there is work for. The last program of a head to arrive joins their shares in order.
+    so do as many programs as there is work for: one for up to ALONE blocks of keys. The last program of a head to
+    arrive joins their shares in order.
 
     The position and the cached keys were written by earlier steps, so they are read before the previous kernel ends.
     """
-    if PDL:
-        gdc_launch_dependents()
     head, split = tl.program_id(0), tl.program_id(1)
     keys += head.to(tl.int64) * key_head_stride
     values += head.to(tl.int64) * value_head_stride
@@ -241,9 +263,14 @@ def attention_kernel(
     first_block = start // BLOCK
     blocks = tl.cdiv(length, BLOCK) - first_block
     share = tl.maximum(tl.cdiv(blocks, SPLITS), 1)
+    if blocks <= ALONE:
+        share = ALONE
     programs = tl.maximum(tl.cdiv(blocks, share), 1)
     if split >= programs:
         return
+    if PDL:
+        if programs > 1:  # one program is faster alone than beside the next kernel's loads
+            gdc_launch_dependents()
     last_block = first_block + tl.minimum(blocks, (split + 1) * share)
     first_block += split * share
 
@@ -286,24 +313,30 @@ def attention_kernel(
         v = _cached(values, row, value_row_stride, seen, d, D)
         largest, total, acc = _attend(q, k, v, seen, largest, total, acc, scaling)
 
+    if PDL:
+        gdc_launch_dependents()
     to = out + query_heads[:, None] * D + d[None, :]
     if programs == 1:
         tl.store(to, (acc / total[:, None]).to(q.dtype), mask=inside)
         return
-    at = query_heads * SPLITS + split
+    at = (head * SPLITS + split) * PADDED_GROUP + g
     tl.store(partial_max + at, largest, mask=g < GROUP)
     tl.store(partial_sum + at, total, mask=g < GROUP)
     tl.store(partial_out + at[:, None] * BLOCK_D + d[None, :], acc, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(arrived + head, 1, sem="acq_rel") == programs - 1:
+        # All loads before the first use: each of them is a trip to L2, and there is nothing else to do meanwhile.
+        h = tl.arange(0, PADDED_GROUP)
         splits = tl.arange(0, SPLITS)
-        present = splits < programs
-        for i in tl.static_range(GROUP):
-            shares = (head * GROUP + i) * SPLITS + splits
-            maxima = tl.load(partial_max + shares, mask=present, other=float("-inf"))
-            weights = tl.exp(maxima - tl.max(maxima, axis=0))
-            sums = tl.load(partial_sum + shares, mask=present, other=0.0)
-            parts = tl.load(partial_out + shares[:, None] * BLOCK_D + d[None, :], mask=present[:, None], other=0.0)
-            joined = tl.sum(weights[:, None] * parts, axis=0) / tl.sum(weights * sums, axis=0)
-            tl.store(out + (head * GROUP + i) * D + d, joined.to(q.dtype), mask=d < D)
+        shares = (head * SPLITS + splits[:, None]) * PADDED_GROUP + h[None, :]
+        present = (splits < programs)[:, None] & (h < GROUP)[None, :]
+        parts = tl.load(partial_out + shares[:, :, None] * BLOCK_D + d[None, None, :], mask=present[:, :, None],
+                        other=0.0)  # fmt: skip
+        maxima = tl.load(partial_max + shares, mask=present, other=float("-inf"))
+        sums = tl.load(partial_sum + shares, mask=present, other=0.0)
+        weights = tl.where(present, tl.exp(maxima - tl.max(maxima, axis=0)[None, :]), 0.0)
+        weights /= tl.sum(weights * sums, axis=0)[None, :]
+        joined = tl.sum(weights[:, :, None] * parts, axis=0)
+        joined_to = out + (head * GROUP + h[:, None]) * D + d[None, :]
+        tl.store(joined_to, joined.to(q.dtype), mask=(h < GROUP)[:, None] & in_head)
         tl.store(arrived + head, 0)

@@ -6,6 +6,7 @@ the previous block's output has not been added yet) and that sum is returned too
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,13 +25,16 @@ class Norm:
     eps: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tile:
-    """What one program of a product computes: ``rows`` outputs, in steps of ``block`` inputs, with ``warps`` warps."""
+    """How a product is cut: ``rows`` outputs at a time by programs of ``warps`` warps, ``per_sm`` a multiprocessor.
+
+    Before the previous kernel ends, a program loads its first rows and brings ``ahead`` more blocks into L2.
+    """
 
     rows: int
-    block: int
     warps: int
+    per_sm: int | None  # None: a program for every tile
     ahead: int = 0
 
 
@@ -39,16 +43,16 @@ class AttentionWorkspace:
     """Where the shares of an attention are gathered; one serves all layers of a step, one after the other."""
 
     splits: int
-    partial_out: Tensor  # [heads, splits, D]
-    partial_max: Tensor  # [heads, splits]
+    partial_out: Tensor  # [KV heads, splits, group, D]
+    partial_max: Tensor  # [KV heads, splits, group]
     partial_sum: Tensor
     arrived: Tensor  # [kv heads]; zero between launches
 
     @classmethod
     def create(cls, kv_heads: int, group: int, head_dim: int, device: torch.device) -> AttentionWorkspace:
-        wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // kv_heads
-        splits = 1 << max(0, min(wanted.bit_length() - 1, 6))
-        rows = kv_heads * group * splits
+        wanted = max(1, _multiprocessors(device) // kv_heads)
+        splits = min(1 << (wanted.bit_length() - 1), 16)  # a power of two; the last to arrive holds all in registers
+        rows = kv_heads * splits * _power_of_two(group)
         floats = {"dtype": torch.float32, "device": device}
         return cls(
             splits,
@@ -177,17 +181,34 @@ def _check_rows(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have unit stride in its last dimension, got strides {list(t.stride())}")
 
 
-MAX_NORM_SIZE = 16384  # of a row that each program normalises by itself, in registers
+def linear_tile(inputs: int, outputs: int, device: torch.device, ahead: int) -> Tile:
+    """32 KiB of half precision weights a program, two programs a multiprocessor.
+
+    On an H100, in the step of Mistral-7B's shape, tiles of 16 to 64 KiB in one to six programs differ by 1 %; a program
+    for each tile, instead of programs that go on to the next, costs 2 % in the products of 4096 inputs.
+    """
+    return Tile(_rows(16384, inputs, outputs, device), 8 if inputs <= 16384 else 16, 2, ahead)
 
 
-def tile_for(inputs: int, outputs: int, whole_row: bool, parts: int = 1) -> Tile:
-    """The tile of a product with ``inputs`` columns; ``parts`` tiles are held at once."""
-    block = _power_of_two(inputs)
-    if not whole_row:
-        block = min(block, 2048)
-    warps = 4 if block <= 4096 else 8
-    rows = max(1, min(2, warps * 4096 // block)) // parts
-    return Tile(max(rows, 1), block, warps)
+def gate_up_tile(inputs: int, outputs: int, device: torch.device) -> Tile:
+    """A program for each 8 KiB of gate and of up weights: on an H100 1 % faster than programs that go on."""
+    warps = 4 if inputs <= 4096 else 8 if inputs <= 8192 else 16
+    return Tile(_rows(4096, inputs, outputs, device), warps, None)
+
+
+def _rows(elements: int, inputs: int, outputs: int, device: torch.device) -> int:
+    """Rows of a tile of so many elements, but no more than leave two tiles for each multiprocessor."""
+    each = max(1, outputs // (2 * _multiprocessors(device)))
+    return max(1, min(elements // _power_of_two(inputs), 1 << (each.bit_length() - 1)))
+
+
+def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
+    return (blocks if tile.per_sm is None else min(blocks, tile.per_sm * _multiprocessors(device)),)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _add_rms_norm_cuda(x: Tensor, norm: Norm, delta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,18 +239,18 @@ def _linear_cuda(
     norm: Norm | None,
     delta: Tensor | None,
     residual: Tensor | None,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     from cats_ext.decode_kernels import linear_kernel
 
     _check_rows(x=x, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     outputs = [w.shape[0] for w in weights]
     inputs = weights[0].shape[1]
-    tile = tile or tile_for(inputs, sum(outputs), norm is not None or delta is not None)
+    tile = linear_tile(inputs, sum(outputs), x.device, ahead=int(norm is None))
+    blocks = sum(-(-n // tile.rows) for n in outputs)
     y = x.new_empty(sum(outputs))
     x_new = x if delta is None else torch.empty_like(x)
     padding = 3 - len(weights)
-    linear_kernel[(sum(-(-n // tile.rows) for n in outputs),)](
+    linear_kernel[_grid(tile, blocks, x.device)](
         x,
         x if delta is None else delta,
         x_new,
@@ -245,11 +266,12 @@ def _linear_cuda(
         *[0] * padding,
         x if residual is None else residual,
         y,
-        tile.ahead,
+        blocks,
         K=inputs,
-        BLOCK_K=tile.block,
+        BLOCK_K=_power_of_two(inputs),
         ROWS=tile.rows,
         THREADS=tile.warps * 32,
+        AHEAD=tile.ahead,
         PARTS=len(weights),
         ADD=delta is not None,
         NORM=norm is not None,
@@ -270,16 +292,16 @@ def _gate_up_cuda(
     activation: str,
     norm: Norm,
     delta: Tensor | None,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     from cats_ext.decode_kernels import gate_up_kernel
 
     _check_rows(x=x, w_gate=w_gate, w_up=w_up)
     intermediate, hidden = w_gate.shape
-    tile = tile or tile_for(hidden, intermediate, True, parts=2)
+    tile = gate_up_tile(hidden, intermediate, x.device)
+    blocks = -(-intermediate // tile.rows)
     y = x.new_empty(intermediate)
     x_new = x if delta is None else torch.empty_like(x)
-    gate_up_kernel[(-(-intermediate // tile.rows),)](
+    gate_up_kernel[_grid(tile, blocks, x.device)](
         x,
         x if delta is None else delta,
         x_new,
@@ -293,11 +315,10 @@ def _gate_up_cuda(
         w_gate.stride(0),
         w_up.stride(0),
         y,
-        tile.ahead,
+        blocks,
         K=hidden,
-        BLOCK_K=tile.block,
+        BLOCK_K=_power_of_two(hidden),
         ROWS=tile.rows,
-        THREADS=tile.warps * 32,
         ACTIVATION=activation,
         ADD=delta is not None,
         NORM=True,
@@ -306,9 +327,6 @@ def _gate_up_cuda(
         **_launch_options(x),
     )
     return y, x_new
-
-
-ATTENTION_BLOCK, ATTENTION_WARPS = 32, 4
 
 
 def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
@@ -340,13 +358,15 @@ def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
         layer.values.stride(1),
         KV_HEADS=layer.kv_heads,
         GROUP=group,
+        PADDED_GROUP=_power_of_two(group),
         BLOCK_G=_block_of_group(group),
         D=layer.head_dim,
         BLOCK_D=_power_of_two(layer.head_dim),
-        BLOCK=ATTENTION_BLOCK,
+        BLOCK=32,
         SPLITS=work.splits,
+        ALONE=4,
         QK_NORM=layer.q_norm is not None,
-        num_warps=ATTENTION_WARPS,
+        num_warps=4,
         **_launch_options(qkv),
     )
     return out

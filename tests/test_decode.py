@@ -15,7 +15,7 @@ from cats_ext import decode
 from cats_ext.decode import DecodeEngine
 
 PADDED = ("mistral", "gemma2")
-FUSED_FAMILIES = ("llama", "llama-bias", "llama-relu", "mistral", "qwen2", "qwen3")
+FUSED_FAMILIES = ("llama", "llama-bias", "llama-relu", "mistral", "ministral", "qwen2", "qwen3", "phi3", "smollm3")
 ENDS = [5, 9, 40, 77]  # tokens that some of the texts below reach
 WAYS = {
     "greedy": {},
@@ -123,7 +123,15 @@ def test_fused_steps_give_the_same_tokens(family, way, static_steps):
     assert engine.fused_active
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3"])
+def test_fused_steps_of_layers_without_a_rotary_embedding(static_steps):
+    model, ids = tiny_model("smollm3"), tokens(20)[None]
+    model.model.layers[1].self_attn.use_rope = False
+    out = decoded(statically(DecodeEngine(model, fused=True)), ids, **OPTIONS["greedy"])
+    assert torch.equal(out, generated(model, ids, **OPTIONS["greedy"]))
+    assert not torch.equal(out, expected("smollm3", "greedy"))
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "phi3"])
 def test_fused_steps_of_a_patched_model(family, static_steps):
     model, ids = tiny_model(family), tokens(20)[None]
     cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
@@ -227,9 +235,9 @@ def test_cache_grows_with_the_call(llama):
     assert engine.cache_bytes() == 2 * small == 2 * 3 * 2 * 512 * 2 * 16 * 2  # K and V, layers, heads, length, D, fp32
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_fused_refuses_by_name(family):
-    with pytest.raises(ValueError, match=r"fused=True: .*(Gemma2|Phi3)ForCausalLM is none of"):
+    with pytest.raises(ValueError, match=r"fused=True: .*(Gemma2|Olmo2)ForCausalLM is none of"):
         DecodeEngine(tiny_model(family), fused=True).generate(tokens(5)[None], max_new_tokens=1)
 
 
@@ -328,7 +336,7 @@ def test_nothing_is_left_when_a_call_is_interrupted(llama):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", [*FUSED_FAMILIES, "gemma2", "phi3"])
+@pytest.mark.parametrize("family", [*FUSED_FAMILIES, "gemma2", "olmo2"])
 def test_captured_greedy_tokens_on_cuda(family):
     model, ids = tiny_model(family).cuda(), tokens(20)[None].cuda()
     engine = DecodeEngine(model)
@@ -348,6 +356,15 @@ def test_captured_sampling_on_cuda():
     torch.manual_seed(4)
     assert not torch.equal(engine.generate(ids, **options), first)
     assert torch.equal(first, generated(model, ids, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_captured_and_compiled_on_cuda():
+    model, ids = tiny_model("gemma2").cuda(), tokens(20)[None].cuda()
+    engine = DecodeEngine(model, compile=True)
+    assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), generated(model, ids, **OPTIONS["greedy"]))
+    assert engine._session._graphs and not engine.fused_active
 
 
 @pytest.mark.gpu
