@@ -18,7 +18,7 @@ from patched import config_for, few, layers_of, logits, many
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from cats_ext import CatsConfig, apply_cats, remove_cats
+from cats_ext import CatsConfig, CatsMLP, apply_cats, remove_cats
 
 FILES = {
     "cats_config.json",
@@ -170,6 +170,19 @@ def test_only_the_main_process_writes(tmp_path, config):
     model.save_pretrained(tmp_path, True, max_shard_size="50KB")
     assert {"cats_config.json", "model.safetensors.index.json"} < {path.name for path in tmp_path.iterdir()}
     assert torch.equal(logits(load(tmp_path), few()), logits(model, few()))
+
+
+@pytest.mark.parametrize("how", ["by name", "by position"])
+def test_a_state_dict_that_is_given_is_what_is_saved(how, tmp_path, config):
+    model = apply_cats(tiny_model(), config)
+    gathered = {name: value + 1 for name, value in model.state_dict().items()}  # as FSDP and DeepSpeed give it
+    if how == "by name":
+        model.save_pretrained(tmp_path, state_dict=gathered)
+    else:
+        model.save_pretrained(tmp_path, True, gathered)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in gathered.items())
+    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
 
 
 def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):

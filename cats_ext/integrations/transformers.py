@@ -44,7 +44,7 @@ class CatsQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: CatsConfig | CatsCheckpointConfig, **kwargs: Any) -> None:
         self.thresholds = quantization_config if isinstance(quantization_config, CatsConfig) else None
-        self.save_directory: str | os.PathLike | None = None
+        self.saving: tuple[str | os.PathLike | None, dict[str, Tensor] | None] = (None, None)
         super().__init__(_entry(quantization_config), **kwargs)
 
     def _process_model_before_weight_loading(
@@ -64,10 +64,11 @@ class CatsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor] | None, dict]:
         # The one call that transformers makes here while it saves: after it has listed which files of the directory
-        # are old, hence not to be uploaded by push_to_hub.
-        if self.save_directory is not None:
-            current_config(model).save_pretrained(self.save_directory)
-        return None, {}
+        # are old, hence not to be uploaded by push_to_hub. The state dict that it returns replaces the caller's.
+        save_directory, state_dict = self.saving
+        if save_directory is not None:
+            current_config(model).save_pretrained(save_directory)
+        return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return remove_cats(model)
@@ -117,6 +118,7 @@ def _save_pretrained(
     model: PreTrainedModel,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
     *arguments: Any,
     **named: Any,
 ) -> None:
@@ -127,12 +129,12 @@ def _save_pretrained(
     """
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     quantizer = model.hf_quantizer
-    quantizer.save_directory = save_directory if is_main_process and not adapter_only else None
+    quantizer.saving = save_directory if is_main_process and not adapter_only else None, state_dict
     model.config.quantization_config = _entry(current_config(model))
     try:
-        type(model).save_pretrained(model, save_directory, is_main_process, *arguments, **named)
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *arguments, **named)
     finally:
-        quantizer.save_directory = None
+        quantizer.saving = (None, None)
         del model.config.quantization_config
 
 
