@@ -226,3 +226,20 @@ def test_options_are_sparsities():
 def test_argument_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         calibrate(tiny_model(), tokens(200), **arguments, progress=False)
+
+
+def test_counts_of_a_7b_model_take_less_than_200_mb():
+    """32 layers of Mistral-7B's intermediate size; a hidden size of 8 stands for 4096, of which nothing is kept."""
+    from types import SimpleNamespace
+
+    down = torch.nn.Linear(14336, 8, bias=False)
+    mlp = SimpleNamespace(name="mlp", down=down, activation="silu", intermediate_size=14336, hidden_size=8)
+    accumulator = LayerAccumulator(mlp, 0.5, "gradient")
+    gate, up, gradient = torch.randn(4, 14336), torch.randn(4, 14336), torch.randn(4, 8)
+    accumulator.add_gradient(gate, up, gradient)
+    accumulator.finish_weights()
+    accumulator.add_gate(gate, up)
+    accumulator.add_joint(gate, up)
+    cuts = [accumulator.statistics().cuts(*option) for option in _options("two_threshold")]
+    accumulator.add_losses(gate, up, gradient, cuts)
+    assert 32 * sum(t.numel() * t.element_size() for t in accumulator.state().values()) < 200e6

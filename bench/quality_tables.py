@@ -1,0 +1,94 @@
+"""Writes the tables of docs/quality.md from bench/results/quality; tests/test_readme.py checks that they are current.
+
+python bench/quality_tables.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from readme_tables import BEGIN, END, read, source, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+
+
+def rules() -> str:
+    text, tasks = read("quality/text.csv"), read("quality/tasks.csv")
+    names = [name for name in dict.fromkeys(row["name"] for row in tasks) if name != "dense"]
+    dense = {row["task"]: float(row["sparse"]) for row in tasks if row["name"] == "dense"}
+    first = {row["text"]: float(row["dense_ppl"]) for row in text}
+    rows = [["dense", "100.0%", f"{first['wikitext']:.2f}", f"{first['c4']:.2f}", "0", *_accuracies(dense)]]
+    for name in names:
+        mine = {row["text"]: row for row in text if row["name"] == name}
+        found = {row["task"]: row for row in tasks if row["name"] == name}
+        wikitext, c4 = mine["wikitext"], mine["c4"]
+        ratio = float(wikitext["ppl"]) / float(wikitext["dense_ppl"])
+        mean = found["mean"]
+        cells = [
+            f"{float(wikitext['bytes']):.1%}",
+            f"{float(wikitext['ppl']):.2f} ({ratio:.3f}x)",
+            f"{float(c4['ppl']):.2f}",
+            f"{float(wikitext['kl']):.3f}",
+            f"{100 * float(mean['sparse']):.1f} ({100 * float(mean['difference']):+.1f} ± "
+            f"{100 * float(mean['difference_se']):.1f})",
+            f"{100 * float(found['lambada']['sparse']):.1f}",
+        ]
+        rows.append([name, *cells])
+    header = [
+        "",
+        "MLP weights read",
+        "WikiText-2 perplexity",
+        "C4 perplexity",
+        "KL, nats",
+        "eight tasks, %",
+        "LAMBADA, %",
+    ]
+    return f"{source('quality/text.csv', text[0])}; `tasks.csv` beside it.\n\n{table(header, rows)}"
+
+
+def _accuracies(dense: dict[str, float]) -> list[str]:
+    return [f"{100 * dense['mean']:.1f}", f"{100 * dense['lambada']:.1f}"]
+
+
+def generation() -> str:
+    rows = [
+        [
+            row["name"],
+            f"{float(row['agreed_prefix_mean']):.1f}",
+            f"{float(row['agreed_prefix_median']):.0f}",
+            f"{float(row['first_16_identical']):.0%}",
+            f"{float(row['repeated_4grams']):.1%}",
+        ]
+        for row in read("quality/generation.csv")
+    ]
+    header = ["", "agreeing tokens, mean", "median", "first 16 the same", "repeated 4-grams"]
+    return table(header, rows)
+
+
+def prefill() -> str:
+    data = read("quality/prefill.csv")
+    names = list(dict.fromkeys(row["name"] for row in data))
+    ppl = {(row["name"], row["prompt"]): float(row["ppl"]) for row in data}
+    rows = [[name, f"{ppl[name, 'sparse']:.2f}", f"{ppl[name, 'dense']:.2f}"] for name in names]
+    return table(["perplexity of what follows", "prompt sparse", "prompt dense"], rows)
+
+
+def telemetry() -> str:
+    on = next(row for row in read("quality/telemetry.csv") if row["counting"] == "on")
+    return (
+        f"Counting costs {float(on['overhead']):+.2%} of the op's time in a captured graph on an {on['device']} "
+        f"({source('quality/telemetry.csv', on)})."
+    )
+
+
+def render(page: str) -> str:
+    """``page`` with every table between its markers as the result files have it."""
+    for name, draw in (("rules", rules), ("generation", generation), ("prefill", prefill), ("telemetry", telemetry)):
+        begin, end = (mark.replace("results:", f"{name}:") for mark in (BEGIN, END))
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{draw().replace('(bench/', '(../bench/')}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
