@@ -48,7 +48,7 @@ def calibrate(
     tokenizer: Any = None,
     sparsity: float | None = None,
     budget: float | None = None,
-    rule: str = "plain",
+    rule: str = "two_threshold",
     down_sparsity: float | None = None,
     gate_power: float | None = None,
     importance: str = "norm",

@@ -71,6 +71,7 @@ def thresholds(model_dir, text_file, tmp_path_factory) -> Path:
     from cli_runner import cats
 
     directory = tmp_path_factory.mktemp("thresholds")
-    result = cats("calibrate", model_dir, "--text", text_file, "-o", directory, "--sequence-length", 128)
+    arguments = ("--rule", "plain", "--sequence-length", 128)
+    result = cats("calibrate", model_dir, "--text", text_file, "-o", directory, *arguments)
     assert result.exit_code == 0, result.stderr
     return directory

@@ -51,7 +51,7 @@ def assert_in_bucket(got: float, exact: float) -> None:
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
 def test_plain_threshold_is_the_quantile_of_the_gate(family, sparsity):
     model, ids = tiny_model(family), tokens(600)
-    config = calibrate(model, ids, sparsity=sparsity, sequence_length=200, batch_size=2, progress=False)
+    config = calibrate(model, ids, rule="plain", sparsity=sparsity, sequence_length=200, batch_size=2, progress=False)
     exact = gate_and_up(model, ids.view(3, 200))
     assert list(config.thresholds) == list(exact)
     for name, (v, _) in exact.items():
@@ -301,7 +301,11 @@ def test_equal_arguments_give_equal_thresholds_and_batches_do_not_matter():
         (dict(sparsity=float("nan")), ValueError, r"sparsity must be in \[0, 1\), got nan"),
         (dict(sparsity="0.5"), TypeError, r"sparsity must be a number in \[0, 1\), got '0.5'"),
         (dict(rule="best"), ValueError, "rule must be one of plain, weighted, two_threshold, got 'best'"),
-        (dict(down_sparsity=0.6), ValueError, "down_sparsity is for the rule 'two_threshold', got 0.6 with 'plain'"),
+        (
+            dict(rule="plain", down_sparsity=0.6),
+            ValueError,
+            "down_sparsity is for the rule 'two_threshold', got 0.6 with 'plain'",
+        ),
         (dict(rule="two_threshold", down_sparsity=1.2), ValueError, r"down_sparsity must be in \[0, 1\), got 1.2"),
         (dict(max_tokens=0), ValueError, "max_tokens must be a positive integer, got 0"),
         (dict(max_tokens=100), ValueError, r"at least 128 tokens.* got 100 \(max_tokens is 100\)"),
@@ -376,7 +380,7 @@ def test_all_equal_layer_is_kept_whole_and_warned_of():
         model.model.layers[1].mlp.gate_proj.bias.fill_(1.5)
     message = r"gate activations of model\.layers\.1\.mlp are equal that its threshold drops 0\.0% of them, not 50\.0%"
     with pytest.warns(SparsityDriftWarning, match=message):
-        config = calibrate(model, tokens(200), progress=False)
+        config = calibrate(model, tokens(200), rule="plain", progress=False)
     apply_cats(model, config)
     with track_sparsity(model), torch.no_grad():
         model(input_ids=tokens(50)[None])

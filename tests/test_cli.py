@@ -82,7 +82,7 @@ def test_calibrate_writes_what_the_api_would(model_dir, text_file, thresholds):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     text = text_file.read_text()
-    expected = cats_ext.calibrate(model, text, tokenizer=tokenizer, sequence_length=128, progress=False)
+    expected = cats_ext.calibrate(model, text, tokenizer=tokenizer, rule="plain", sequence_length=128, progress=False)
     written = cats_ext.CatsConfig.from_pretrained(thresholds)
     assert written.thresholds.keys() == expected.thresholds.keys() and len(written.thresholds) == LAYERS
     for name, threshold in expected.thresholds.items():

@@ -31,7 +31,7 @@ def config(model):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return calibrate(model, tokens(300), sparsity=0.3, progress=False)
+    return calibrate(model, tokens(300), rule="plain", sparsity=0.3, progress=False)
 
 
 def assert_same(a: CatsConfig, b: CatsConfig) -> None:

@@ -100,7 +100,7 @@ def test_tracking_does_not_change_the_output(model):
 
 def test_threshold_zero_and_infinity():
     model = tiny_model()
-    config = calibrate(model, tokens(200), progress=False)
+    config = calibrate(model, tokens(200), rule="plain", progress=False)
     names = list(config.thresholds)
     values = {names[0]: torch.tensor(0.0), names[1]: torch.tensor(torch.inf), names[2]: config.thresholds[names[2]]}
     apply_cats(model, replace(config, thresholds=values))

@@ -217,7 +217,7 @@ def test_options_are_sparsities():
         (dict(budget=0.6, sparsity=0.5), ValueError, "give sparsity or budget, not both, got 0.5 and 0.6"),
         (dict(allocation="best"), ValueError, "allocation must be one of uniform, search, got 'best'"),
         (dict(budget=0.6, rule="two_threshold", down_sparsity=0.7), ValueError, "down_sparsity is for uniform alloc"),
-        (dict(gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
+        (dict(rule="plain", gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
         (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
         (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
         (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),

@@ -21,7 +21,7 @@ from cats_ext import (
 @pytest.fixture
 def model():
     model = tiny_model()
-    return apply_cats(model, calibrate(model, tokens(600), sequence_length=200, progress=False))
+    return apply_cats(model, calibrate(model, tokens(600), rule="plain", sequence_length=200, progress=False))
 
 
 def run(model, ids):

@@ -52,7 +52,7 @@ def calibrate(
     budget: Annotated[
         float | None, typer.Option(help="Instead: share of the MLP weights that a token may read, in (1/3, 1].")
     ] = None,
-    rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.PLAIN,
+    rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.TWO_THRESHOLD,
     down_sparsity: Annotated[
         float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.1.")
     ] = None,
