@@ -140,6 +140,15 @@ def test_fused_steps_of_a_patched_model(family, static_steps):
     assert not torch.equal(out, expected(family, "greedy"))
 
 
+def test_fused_steps_after_a_dense_prompt(static_steps):
+    model, ids = tiny_model(), tokens(20)[None]
+    config = cats_ext.calibrate(model, [tokens(256)], sparsity=0.9, progress=False)
+    config.sparse_prefill = False
+    cats_ext.apply_cats(model, config)
+    out = decoded(statically(DecodeEngine(model, fused=True)), ids, **OPTIONS["greedy"])
+    assert torch.equal(out, generated(model, ids, **OPTIONS["greedy"]))
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", PADDED)
 def test_batch_with_left_padding(family, static, request):
@@ -225,6 +234,19 @@ def test_thresholds_set_in_place_take_effect(static_steps):
     dense = engine.generate(ids, max_new_tokens=20)
     assert engine._session is session and not torch.equal(dense, sparse)
     assert torch.equal(dense, generated(model, ids, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_sparsity_report_counts_the_text_alone(fused, static_steps):
+    model, ids = tiny_model(), tokens(20)[None]
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
+    reports = []
+    with cats_ext.track_sparsity(model):
+        for generate in (model.generate, statically(DecodeEngine(model, fused=fused)).generate):
+            cats_ext.reset_sparsity(model)
+            generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS["greedy"])
+            reports.append(cats_ext.sparsity_report(model).to_dict())
+    assert reports[0] == reports[1]
 
 
 def test_cache_grows_with_the_call(llama):
