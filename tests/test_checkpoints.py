@@ -206,6 +206,33 @@ def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):
     assert set(uploaded) == FILES
 
 
+def test_from_the_hub(cats_directory, tmp_path, monkeypatch):
+    """Weights come with the model, the thresholds' files are asked for by name, at the same revision."""
+    from cats_ext.integrations import transformers
+
+    snapshot, asked = tmp_path / "snapshot", []
+    shutil.copytree(cats_directory, snapshot, ignore=shutil.ignore_patterns("cats_*"))
+
+    def download(repository, name, revision):
+        asked.append((repository, name, revision))
+        return shutil.copy(cats_directory / name, snapshot / name)
+
+    monkeypatch.setattr(transformers, "cached_file", download)
+    assert type(layers_of(load(snapshot))[0]) is CatsMLP
+    assert asked == [(str(snapshot), name, None) for name in ("cats_config.json", "cats_thresholds.safetensors")]
+    assert type(layers_of(load(snapshot))[0]) is CatsMLP and len(asked) == 2
+
+
+def test_an_adapter_of_transformers_own_is_saved_by_itself(tmp_path, config):
+    from peft import LoraConfig
+
+    model = apply_cats(tiny_model(), config)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in names and not names & (FILES - {"generation_config.json"})
+
+
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +244,7 @@ def test_damaged_checkpoints(cats_directory, tmp_path):
     with pytest.raises(ValueError, match=r"cats_thresholds.safetensors is not the file .* \(truncated or altered\)"):
         load(broken)
     (broken / "cats_thresholds.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"cats_thresholds.safetensors is missing"):
+    with pytest.raises(OSError, match=r"cats_thresholds.safetensors"):
         load(broken)
     (broken / "cats_config.json").unlink()
     with pytest.raises(OSError, match=r"cats_config.json"):

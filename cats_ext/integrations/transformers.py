@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_ext.config import CONFIG_FILE, THRESHOLDS_FILE, CatsConfig
@@ -140,10 +141,9 @@ def _save_pretrained(
 
 def _checkpoint_directory(config: PreTrainedConfig, checkpoint_files: list[str] | None) -> Path:
     """Where a checkpoint's threshold files are: beside its weights, fetched from the hub if need be."""
-    if checkpoint_files and Path(checkpoint_files[0]).with_name(CONFIG_FILE).is_file():
+    names = (CONFIG_FILE, THRESHOLDS_FILE)
+    if checkpoint_files and all(Path(checkpoint_files[0]).with_name(name).is_file() for name in names):
         return Path(checkpoint_files[0]).parent
-    from transformers.utils import cached_file
-
     revision = getattr(config, "_commit_hash", None)
-    paths = [cached_file(config._name_or_path, name, revision=revision) for name in (CONFIG_FILE, THRESHOLDS_FILE)]
+    paths = [cached_file(config._name_or_path, name, revision=revision) for name in names]
     return Path(paths[0]).parent
