@@ -37,7 +37,7 @@ struct Options {
     std::vector<double> sparsity = {0, 50, 70, 90};
     std::vector<int> slots = {0}, prefetch = {0};
     double down_sparsity = -1;
-    bool check = true, pdl = true;
+    bool check = true, pdl = true, deterministic = false;
 };
 
 std::vector<double> parse_list(const char *text) {
@@ -57,6 +57,10 @@ Options parse(int argc, char **argv) {
         const std::string name = argv[i];
         if (name == "--no-check") {
             o.check = false;
+            continue;
+        }
+        if (name == "--deterministic") {
+            o.deterministic = true;
             continue;
         }
         if (name == "--no-pdl") {
@@ -188,6 +192,11 @@ template <typename T> class Bench {
         params_.w_gate_stride = params_.w_up_stride = params_.w_down_t_stride = o.hidden;
         params_.x = x_, params_.dtype = dtype, params_.activation = cats::Activation::kSilu;
         const size_t workspace_bytes = cats::sparse_mlp_workspace_bytes(params_);
+        if (o.deterministic) {
+            size_t bytes;
+            CHECK_CUDA(cats::sparse_mlp_shares_bytes(params_, &bytes));
+            CHECK_CUDA(cudaMalloc(&shares_, bytes));
+        }
         CHECK_CUDA(cudaMalloc(&workspace_, workspace_bytes));
         CHECK_CUDA(cudaMemset(workspace_, 0, workspace_bytes));
         for (int l = 0; l < layers_; l++) measure_activations(l);
@@ -221,11 +230,12 @@ template <typename T> class Bench {
         FILE *csv = fopen(o_.csv.c_str(), "a");
         if (!csv) fprintf(stderr, "cannot write '%s'\n", o_.csv.c_str()), exit(2);
         if (fseek(csv, 0, SEEK_END) == 0 && ftell(csv) == 0)
-            fputs("hidden_size,intermediate_size,dtype,tokens,kernel,sparsity,down_sparsity,slots,first_batches,us,"
+            fputs("hidden_size,intermediate_size,dtype,tokens,kernel,deterministic,sparsity,down_sparsity,slots,first_"
+                  "batches,us,"
                   "read_limit_gb_per_s,limit_us,share_of_limit,relative_error,device,driver,commit,date\n",
                   csv);
-        fprintf(csv, "%d,%d,%s,%d,%s,%.3f,%.3f,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
-                o_.intermediate, o_.dtype.c_str(), o_.tokens, o_.kernel.c_str(), sparsity / 100,
+        fprintf(csv, "%d,%d,%s,%d,%s,%d,%.3f,%.3f,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
+                o_.intermediate, o_.dtype.c_str(), o_.tokens, o_.kernel.c_str(), int(o_.deterministic), sparsity / 100,
                 (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, slots, prefetch, us, read_gbps_, limit,
                 limit / us, error, device_name_.c_str(), o_.driver.c_str(), o_.commit.c_str(), o_.date.c_str());
         fclose(csv);
@@ -301,6 +311,7 @@ template <typename T> class Bench {
     cats::SparseMlpLaunchOptions options(int slots, int prefetch) const {
         cats::SparseMlpLaunchOptions options;
         options.slots = slots, options.first_batches = prefetch, options.programmatic_launch = o_.pdl;
+        options.shares = shares_;
         if (o_.kernel == "bulk") options.kernel = cats::SparseMlpKernel::kBulkCopy;
         else if (o_.kernel == "async") options.kernel = cats::SparseMlpKernel::kAsyncCopy;
         else if (o_.kernel == "generic") options.kernel = cats::SparseMlpKernel::kGeneric;
@@ -360,7 +371,7 @@ template <typename T> class Bench {
     cudaStream_t stream_;
     T *weights_, *x_, *y_;
     float *thresholds_, *projection_;
-    void *workspace_;
+    void *workspace_, *shares_ = nullptr;
     cats::SparseMlpParams params_{};
     std::vector<std::vector<double>> act_, product_; // per layer: |act(g)| and |act(g) u|, [tokens][I]
     std::vector<float> host_thresholds_;

@@ -13,10 +13,15 @@ from torch import Tensor
 from cats_ext import ops, reference
 
 # Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
-# skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity
-# (bench/results): on an H100, bf16, the kernel takes 0.83 of the dense time for 2 tokens and 2.3 of it for 4; on two
-# cores of a Zen 3, fp32, about half for 16 tokens, and as long as dense for 64.
+# skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity, on
+# two cores of a Zen 3, fp32, the kernel takes about half the dense time for 16 tokens, and as long as dense for 64
+# (bench/results/cpu-epyc-zen3).
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
+
+# On CUDA, 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, with masks that are independent
+# from token to token, it takes no longer than dense for 4 tokens, but up to 1.05 as long for 8; smaller layers are
+# faster dense, and longer rows do not fit (bench/results/h100/microbench.csv).
+MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES = 4, range(3072, 4225, 32)
 
 
 # Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
@@ -39,12 +44,19 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
     """
     # Once a layer and token: is_cuda costs a fifth of device.type.
     device = "cuda" if x.is_cuda else x.device.type
-    few = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
+    most = MAX_KERNEL_TOKENS.get(device, 0)
+    tokens_fit = x.numel() <= most * hidden_size
+    if not tokens_fit and device == "cuda" and x.dtype != torch.float32 and hidden_size in BATCHED_HIDDEN_SIZES:
+        tokens_fit = x.numel() <= MAX_BATCHED_TOKENS * hidden_size
     return (
-        (few or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
+        (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not torch.is_autocast_enabled(device)
     )
+
+
+# Whether the user wants the same bits in every run. Decided when traced under torch.compile.
+deterministic = torch.are_deterministic_algorithms_enabled
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -71,6 +83,7 @@ def sparse_mlp(
     A neuron j is kept if ``|act(g_j)| >= threshold_j`` and, where given, ``|h_j| >= down_threshold_j`` (CATS, arXiv
     2404.08763, eq. 2 to 5; the second test is an extension). A threshold of 0 keeps every neuron. For few tokens,
     without gradients, the sparse kernel reads the weights of kept neurons only; otherwise the dense masked path runs.
+    Under ``torch.use_deterministic_algorithms(True)`` the kernel gives the same bits in every run.
 
     Args:
         x: ``[..., H]``, float32, float16 or bfloat16 (float64 takes the dense path).
@@ -90,7 +103,7 @@ def sparse_mlp(
     """
     operands = (x, w_gate, w_up, w_down_t, gate_bias, up_bias, down_bias)
     if kernel_fits(x, w_down_t.shape[-1]) and w_down_t.stride(-1) == 1 and not needs_grad(*operands):
-        rule = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias)
+        rule = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias, deterministic())
         if counts is None:
             return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)
         return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, counts, *rule)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cats_ext import ops
 from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP
-from cats_ext.functional import kernel_fits, masked_product, needs_grad
+from cats_ext.functional import deterministic, kernel_fits, masked_product, needs_grad
 from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
 from cats_ext.integrations.wrappers import under_idle_adapter
 
@@ -77,13 +77,10 @@ class CatsMLP(nn.Module):
             w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
             rows = w_down.stride(0) == 1  # one contiguous row a neuron
             if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
-                w_down_t, activation = w_down.t(), cats.activation
+                rule = threshold, down_threshold, cats.activation, gate_bias, up_bias, down_bias, deterministic()
                 if cats.tracking:
-                    rule = threshold, down_threshold, activation, gate_bias, up_bias, down_bias
-                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, buffers["counts"], *rule)
-                return ops.sparse_mlp(
-                    x, w_gate, w_up, w_down_t, threshold, down_threshold, activation, gate_bias, up_bias, down_bias
-                )
+                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), buffers["counts"], *rule)
+                return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
         else:

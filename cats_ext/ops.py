@@ -20,12 +20,13 @@ from cats_ext.reference import ACTIVATIONS
 
 _WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
 _RULE = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
-_BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
+_REST = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, bool deterministic=False"
 
 SCHEMAS = {
-    "sparse_mlp": f"({_WEIGHTS}, {_RULE}, {_BIASES}) -> Tensor",
+    # deterministic: the same bits in every run on the same device, at some cost on CUDA; on the CPU they always are.
+    "sparse_mlp": f"({_WEIGHTS}, {_RULE}, {_REST}) -> Tensor",
     # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
-    "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_BIASES}) -> Tensor",
+    "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_REST}) -> Tensor",
     "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
     "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_RULE}) -> (Tensor, Tensor)",
 }
@@ -104,6 +105,7 @@ def _sparse_mlp_fake(
     gate_bias=None,
     up_bias=None,
     down_bias=None,
+    deterministic=False,
 ):
     op = "sparse_mlp"
     _check(x.dtype in SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
@@ -161,12 +163,14 @@ def _gated_threshold_backward_fake(grad_h, gate, up, threshold, down_threshold=N
 # --- the reference, on every device that has no compiled kernel -----------------------------------------------------
 
 
-def _sparse_mlp_fallback(*args, **named):
-    _sparse_mlp_fake(*args, **named)
-    return reference.sparse_mlp_ref(*args, **named)
+def _sparse_mlp_fallback(x, w_gate, w_up, w_down_t, *rule, deterministic=False, **named):
+    rule = rule[:6]  # a seventh is deterministic, as the reference is
+    _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
+    return reference.sparse_mlp_ref(x, w_gate, w_up, w_down_t, *rule, **named)
 
 
-def _sparse_mlp_counted_fallback(x, w_gate, w_up, w_down_t, counts, *rule, **named):
+def _sparse_mlp_counted_fallback(x, w_gate, w_up, w_down_t, counts, *rule, deterministic=False, **named):
+    rule = rule[:6]
     _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named)
     counts += reference.sparse_mlp_counts_ref(
         x, w_gate, w_up, *rule[:5], **{k: v for k, v in named.items() if k != "down_bias"}

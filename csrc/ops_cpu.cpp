@@ -36,14 +36,14 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
 
 Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold,
                   OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
-                  OptionalTensor up_bias, OptionalTensor down_bias) {
+                  OptionalTensor up_bias, OptionalTensor down_bias, bool /*deterministic: always*/) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold, activation, gate_bias,
                           up_bias, down_bias);
 }
 
 Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor counts, Tensor threshold,
                           OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
-                          OptionalTensor up_bias, OptionalTensor down_bias) {
+                          OptionalTensor up_bias, OptionalTensor down_bias, bool /*deterministic*/) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation, gate_bias, up_bias,
                           down_bias);
 }

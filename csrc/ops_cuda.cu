@@ -46,7 +46,7 @@ Tensor empty_contiguous_like(const Tensor &like) {
 Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
                       const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
                       const std::string &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
-                      const OptionalTensor &down_bias) {
+                      const OptionalTensor &down_bias, bool deterministic) {
     SparseMlpParams params = check_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation,
                                               gate_bias, up_bias, down_bias);
     const DeviceGuard guard(x.get_device_index());
@@ -57,23 +57,29 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
     params.y = y.mutable_data_ptr();
     const cudaStream_t stream = current_stream(x.get_device_index());
     void *workspace;
-    check_cuda("sparse_mlp", get_workspace(stream, sparse_mlp_workspace_bytes(params), &workspace));
-    check_cuda("sparse_mlp", sparse_mlp_cuda(params, workspace, stream));
+    check_cuda("sparse_mlp", get_workspace(stream, sparse_mlp_workspace_bytes(params), Contents::kZero, &workspace));
+    SparseMlpLaunchOptions options;
+    if (deterministic) {
+        size_t bytes;
+        check_cuda("sparse_mlp", sparse_mlp_shares_bytes(params, &bytes));
+        check_cuda("sparse_mlp", get_workspace(stream, bytes, Contents::kAnything, &options.shares));
+    }
+    check_cuda("sparse_mlp", sparse_mlp_cuda(params, workspace, stream, options));
     return y;
 }
 
 Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold,
                   OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
-                  OptionalTensor up_bias, OptionalTensor down_bias) {
+                  OptionalTensor up_bias, OptionalTensor down_bias, bool deterministic) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold, activation, gate_bias,
-                          up_bias, down_bias);
+                          up_bias, down_bias, deterministic);
 }
 
 Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor counts, Tensor threshold,
                           OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
-                          OptionalTensor up_bias, OptionalTensor down_bias) {
+                          OptionalTensor up_bias, OptionalTensor down_bias, bool deterministic) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation, gate_bias, up_bias,
-                          down_bias);
+                          down_bias, deterministic);
 }
 
 Tensor with_uniform_rows(const Tensor &t) { return collapsed_row_stride(t) < 0 ? torch::stable::contiguous(t) : t; }

@@ -1,21 +1,20 @@
-// The end of every sparse MLP kernel: CTAs add their share of y into an fp32 workspace, and the last one rounds it.
+// The end of every sparse MLP kernel. CTAs add their share of y into an fp32 workspace, and the last one rounds it. The
+// order of these additions varies from run to run; for results that do not, every CTA stores its share in a place of
+// its own, and sum_shares_kernel adds them in order.
 //
-// The workspace is zero at the start of every launch and left at zero.
+// y_sum, next_batch and done_ctas are zero at the start of every launch and left at zero.
 #pragma once
 
+#include "mbarrier.cuh"
 #include "row_format.cuh"
 
 namespace cats {
 
-// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
-__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
-    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
-}
-
 struct Workspace {
-    float *y_sum;         // [tokens, hidden_size]
-    unsigned *next_batch; // how many gate batches have been drawn; see sparse_mlp_kernel.cuh
+    float *y_sum;         // fp32 y, in an order of the kernel's own
+    unsigned *next_batch; // how many gate batches have been drawn
     unsigned *done_ctas;
+    float *shares; // deterministic: [CTAs][size of y_sum]; otherwise null
 };
 
 __device__ __forceinline__ void add_to_global(float *to, float4 v) {
@@ -27,10 +26,43 @@ __device__ __forceinline__ void add_to_global(float *to, float4 v) {
 #endif
 }
 
-// Called by all threads of all CTAs, after their last add_to_global.
-template <typename T>
-__device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, int tokens,
-                                              int hidden_size) {
+__device__ __forceinline__ void add_to_global(float *to, float2 v) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
+#else
+    atomicAdd(to, v.x), atomicAdd(to + 1, v.y);
+#endif
+}
+
+// What this CTA has to add to y_sum[i] and the values after it. size: of y_sum.
+template <typename Vector>
+__device__ __forceinline__ void add_share(const Workspace &workspace, int64_t size, int64_t i, Vector v) {
+    if (workspace.shares) *reinterpret_cast<Vector *>(workspace.shares + blockIdx.x * size + i) = v;
+    else add_to_global(workspace.y_sum + i, v);
+}
+
+// The order of y_sum: as y, a [tokens, hidden_size] matrix, or columns first, [hidden_size, kInside], with the tokens
+// padded to kInside = 4 or 8. One vector of y_sum is then a column, which threads next to each other have next to each
+// other in y.
+template <int kInside> struct OutputOrder {
+    static constexpr int kVector = kInside ? kInside : 4;
+    int tokens, hidden_size;
+    __host__ __device__ int size() const { return (kInside ? kInside : tokens) * hidden_size; }
+    __device__ bool exists(int i) const { return !kInside || i % kVector < tokens; }
+    __device__ int place(int i) const { return kInside ? i % kVector * hidden_size + i / kVector : i; }
+};
+
+template <typename T, class Order>
+__device__ __forceinline__ void round_to_output(const T *down_bias, T *y, Order order, int i, float sum) {
+    if (!order.exists(i)) return;
+    const int at = order.place(i);
+    y[at] = from_float<T>(down_bias ? sum + to_float(down_bias[at % order.hidden_size]) : sum);
+}
+
+// Called by all threads of all CTAs, after their last add_share.
+template <typename T, class Order>
+__device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, Order order) {
+    if (workspace.shares) return;
     __shared__ bool last_cta;
     __threadfence();
     __syncthreads();
@@ -38,26 +70,63 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
     __syncthreads();
     if (!last_cta) return;
     __threadfence();
-    const int64_t size = int64_t(tokens) * hidden_size;
-    const auto round_one = [&](int64_t i, float sum) {
-        y[i] = from_float<T>(down_bias ? sum + to_float(down_bias[i % hidden_size]) : sum);
-    };
-    if (size % 4 == 0) { // four at a time: this is the tail of the launch, and every round trip shows
+    const int size = order.size();
+    if (size % 4 == 0) { // this is the tail of the launch, and every round trip shows: several loads at a time
+        constexpr int kQuads = Order::kVector / 4, kBatch = 4;
         float4 *sums = reinterpret_cast<float4 *>(workspace.y_sum);
-        for (int64_t i = threadIdx.x; i < size / 4; i += blockDim.x) {
-            const float4 sum = __ldcg(sums + i);
-            sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-            round_one(4 * i, sum.x), round_one(4 * i + 1, sum.y), round_one(4 * i + 2, sum.z),
-                round_one(4 * i + 3, sum.w);
+        const int vectors = size / Order::kVector;
+        for (int first = threadIdx.x; first < vectors; first += kBatch * blockDim.x) {
+            float4 sum[kBatch][kQuads];
+#pragma unroll
+            for (int b = 0; b < kBatch; b++)
+#pragma unroll
+                for (int q = 0; q < kQuads; q++)
+                    if (const int v = first + b * blockDim.x; v < vectors) sum[b][q] = __ldcg(sums + v * kQuads + q);
+#pragma unroll
+            for (int b = 0; b < kBatch; b++) {
+                const int v = first + b * blockDim.x;
+                if (v >= vectors) break;
+#pragma unroll
+                for (int q = 0; q < kQuads; q++) {
+                    const int i = (v * kQuads + q) * 4;
+                    sums[i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
+                    round_to_output(down_bias, y, order, i, sum[b][q].x);
+                    round_to_output(down_bias, y, order, i + 1, sum[b][q].y);
+                    round_to_output(down_bias, y, order, i + 2, sum[b][q].z);
+                    round_to_output(down_bias, y, order, i + 3, sum[b][q].w);
+                }
+            }
         }
     } else {
-        for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+        for (int i = threadIdx.x; i < size; i += blockDim.x) {
             const float sum = __ldcg(workspace.y_sum + i);
             workspace.y_sum[i] = 0.f;
-            round_one(i, sum);
+            round_to_output(down_bias, y, order, i, sum);
         }
     }
     if (threadIdx.x == 0) *workspace.done_ctas = 0, *workspace.next_batch = 0;
+}
+
+// Thread (c, g) of a block sums value c over the CTAs' shares of group g; then the groups are added in order.
+constexpr int kShareColumns = 64, kShareGroups = 8;
+
+template <typename T, class Order>
+__global__ void __launch_bounds__(kShareColumns *kShareGroups)
+    sum_shares_kernel(const float *shares, int ctas, const T *down_bias, T *y, Order order) {
+    __shared__ float sums[kShareGroups][kShareColumns];
+    const int column = threadIdx.x % kShareColumns, group = threadIdx.x / kShareColumns, size = order.size();
+    const int i = blockIdx.x * kShareColumns + column;
+    launch_dependents();
+    wait_for_previous_kernel();
+    float sum = 0.f;
+    if (i < size)
+#pragma unroll 8
+        for (int cta = group; cta < ctas; cta += kShareGroups) sum += __ldcg(shares + int64_t(cta) * size + i);
+    sums[group][column] = sum;
+    __syncthreads();
+    if (group || i >= size) return;
+    for (int g = 1; g < kShareGroups; g++) sum += sums[g][column];
+    round_to_output(down_bias, y, order, i, sum);
 }
 
 } // namespace cats

@@ -9,37 +9,11 @@
 //     pipe.chunk(slot, r, i)               this lane's i-th 16-byte chunk of row r
 #pragma once
 
-#include <cstdint>
+#include "mbarrier.cuh"
 
 namespace cats {
 
 constexpr int kMaxSlots = 16;
-
-__device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// Whether the phase of this parity is over. On 9.0 the hardware may hold the warp for a while before it says no.
-__device__ __forceinline__ bool mbarrier_phase_done(uint64_t *barrier, uint32_t parity) {
-    uint32_t done;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(smem_address(barrier)), "r"(parity)
-                 : "memory");
-#else
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(smem_address(barrier)), "r"(parity)
-                 : "memory");
-#endif
-    return done;
-}
-
-// Brings a part of a row into L2 without waiting and without changing what later reads see.
-__device__ __forceinline__ void prefetch_l2(const void *row, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
-#endif
-}
 
 // sm_80: every lane copies the chunks that it will read itself, one commit group a batch.
 template <int kChunks, int kRows> class AsyncCopyPipe {
@@ -55,12 +29,10 @@ template <int kChunks, int kRows> class AsyncCopyPipe {
         for (int r = 0; r < kRows; r++) {
             if (r >= count) break;
             const uint8_t *row = address(r) + lane_offset_;
-            const uint32_t to = smem_address(ring_ + (slot * kRows + r) * row_bytes_ + lane_offset_);
+            uint8_t *to = ring_ + (slot * kRows + r) * row_bytes_ + lane_offset_;
 #pragma unroll
             for (int i = 0; i < kChunks; i++)
-                if (i * 512 + lane_offset_ < bytes_)
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 512), "l"(row + i * 512)
-                                 : "memory");
+                if (i * 512 + lane_offset_ < bytes_) copy_async<16>(to + i * 512, row + i * 512);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
@@ -106,39 +78,27 @@ template <int kChunks, int kRows> class BulkCopyPipe {
     static constexpr int kMinArch = 900;
 
     __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t row_bytes, uint32_t bytes)
-        : ring_(ring), barriers_(barriers), row_bytes_(row_bytes), bytes_(bytes), phases_(0) {
-#if __CUDA_ARCH__ >= 900
+        : ring_(ring), barriers_(barriers), row_bytes_(row_bytes), bytes_(bytes), policy_(read_once_policy()) {
         const int lane = threadIdx.x % 32;
-        if (lane < slots)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(barriers + lane)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // the copy engine sees the barriers
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy_)); // weights are read once
+        if (lane < slots) init_barrier(barriers + lane, 1);
+        publish_barriers();
         __syncwarp();
-#endif
     }
 
     template <typename Address> __device__ __forceinline__ void request(int slot, int count, Address address) {
-#if __CUDA_ARCH__ >= 900
         const int lane = threadIdx.x % 32;
-        const uint32_t barrier = smem_address(barriers_ + slot);
-        if (lane == 0)
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count * bytes_)
-                         : "memory");
+        if (lane == 0) {
+            expect_bytes(barriers_ + slot, count * bytes_);
+            arrive(barriers_ + slot);
+        }
         __syncwarp();
         if (lane < count && bytes_)
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                         "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(ring_ + (slot * kRows + lane) * row_bytes_)),
-                         "l"(address(lane)), "r"(bytes_), "r"(barrier), "l"(policy_)
-                         : "memory");
-#endif
+            copy_bulk(ring_ + (slot * kRows + lane) * row_bytes_, address(lane), bytes_, barriers_ + slot, policy_);
     }
 
     __device__ __forceinline__ void wait(int slot, int) {
-#if __CUDA_ARCH__ >= 900
-        while (!mbarrier_phase_done(barriers_ + slot, phases_ >> slot & 1)) {
-        }
+        cats::wait(barriers_ + slot, phases_ >> slot & 1);
         phases_ ^= 1u << slot;
-#endif
     }
 
     __device__ __forceinline__ uint4 chunk(int slot, int r, int i) const {
@@ -149,8 +109,8 @@ template <int kChunks, int kRows> class BulkCopyPipe {
   private:
     uint8_t *ring_;
     uint64_t *barriers_;
-    uint32_t row_bytes_, bytes_, phases_;
-    uint64_t policy_ = 0;
+    uint32_t row_bytes_, bytes_, phases_ = 0;
+    uint64_t policy_;
 };
 
 } // namespace cats

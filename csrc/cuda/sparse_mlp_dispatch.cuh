@@ -5,13 +5,59 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
+#include "sparse_mlp_batched.cuh"
 #include "sparse_mlp_dispatch.h"
 #include "sparse_mlp_generic.cuh"
 #include "sparse_mlp_kernel.cuh"
 
 namespace cats {
+
+inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// Launches with shared memory beyond the default, which every kernel has to be allowed once a device, and so that it
+// may overlap with the end of the previous kernel.
+template <class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Arguments...), int ctas, int threads, int shared_bytes,
+                          const DeviceLimits &device, cudaStream_t stream, const SparseMlpLaunchOptions &options,
+                          const std::common_type_t<Arguments> &...arguments) {
+    static std::mutex mutex;
+    static std::map<std::pair<void (*)(Arguments...), int>, int> allowed;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        int &bytes = allowed[{kernel, device.index}];
+        if (bytes < shared_bytes) {
+            const cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+            if (error != cudaSuccess) return error;
+            bytes = shared_bytes;
+        }
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = ctas;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    if (options.programmatic_launch && device.compute_capability >= 90) config.attrs = &overlap, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// For deterministic results: the second kernel, which adds what the first has left in the CTAs' shares.
+template <typename T, class Order>
+cudaError_t sum_shares(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace, int ctas,
+                       Order order, cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    if (!workspace.shares) return cudaSuccess;
+    return launch_kernel(sum_shares_kernel<T, Order>, ceil_div(order.size(), kShareColumns),
+                         kShareColumns * kShareGroups, 0, device, stream, options, workspace.shares, ctas,
+                         static_cast<const T *>(params.down_bias), static_cast<T *>(params.y), order);
+}
 
 template <class Row, template <int, int> class PipeOf, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
 cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
@@ -19,7 +65,6 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     using Pipe = PipeOf<kChunks, kRows>;
     constexpr int kWarps = kTeams * kTeamWarps;
     const int row_chunks = int(params.hidden_size) / Row::kPerChunk;
-    const auto ceil_div = [](int64_t a, int64_t b) { return int((a + b - 1) / b); };
     const auto shared_bytes = [&](const SparseMlpPlan &plan) {
         return SharedLayout(plan, params.hidden_size, kWarps, kTeams, kRows, Pipe::kBarrierBytes,
                             sizeof(WarpState<kTokens, kRows>), sizeof(TeamState<kRows * kTokens, kTeamWarps>))
@@ -43,21 +88,11 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     const int smem = int(shared_bytes(plan));
     if (smem > device.shared_bytes) return cudaErrorNotSupported;
 
-    auto *kernel = sparse_mlp_kernel<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows>;
-    if (smem > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-        if (error != cudaSuccess) return error;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = plan.ctas;
-    config.blockDim = kWarps * 32;
-    config.dynamicSmemBytes = smem;
-    config.stream = stream;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    if (options.programmatic_launch && device.compute_capability >= 90) config.attrs = &overlap, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, args);
+    const cudaError_t error = launch_kernel(sparse_mlp_kernel<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows>,
+                                            plan.ctas, kWarps * 32, smem, device, stream, options, args);
+    if (error != cudaSuccess) return error;
+    const OutputOrder<0> order{int(params.tokens), int(params.hidden_size)};
+    return sum_shares<typename Row::Element>(params, device, workspace, plan.ctas, order, stream, options);
 }
 
 // The first instance whose team covers the row; cudaErrorNotSupported if the row is too long. x and the accumulators of
@@ -106,28 +141,71 @@ cudaError_t launch_tokens(const SparseMlpParams &params, const DeviceLimits &dev
     return error;
 }
 
+// 3 to 8 tokens of 16-bit weights whose y fits the workers' registers; else cudaErrorNotSupported.
+template <typename T, bool kBulk, int kInside, int kGroups, int... kMoreGroups>
+cudaError_t launch_batched(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
+                           cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    if (params.hidden_size > kWorkerWarps * kGroups * kGroupColumns) {
+        if constexpr (sizeof...(kMoreGroups) > 0)
+            return launch_batched<T, kBulk, kInside, kMoreGroups...>(params, device, workspace, stream, options);
+        return cudaErrorNotSupported;
+    }
+    BatchedArguments args{};
+    args.mlp = params;
+    args.workspace = workspace;
+    BatchedPlan &plan = args.plan;
+    plan.ctas = std::min(device.multiprocessors, ceil_div(params.intermediate_size, kBatchRows));
+    plan.row_stride = int(params.hidden_size * sizeof(T)) + 16; // ldmatrix reads 8 rows at a time, from all banks so
+    plan.first_batches = std::max(1, options.first_batches ? options.first_batches : 2);
+    plan.slots = options.slots ? options.slots : 2;
+    const auto shared_bytes = [&] { return int(Ring::bytes(plan)) + Scheduler<T, kBulk>::kBytes; };
+    plan.slots = std::min(plan.slots, int(kMaxPending) / kBatchRows - 1);
+    while (plan.slots > 2 && shared_bytes() > device.shared_bytes) plan.slots--;
+    if (shared_bytes() > device.shared_bytes) return cudaErrorNotSupported;
+    const cudaError_t error = launch_kernel(sparse_mlp_batched_kernel<T, kBulk, kGroups, kInside>, plan.ctas,
+                                            (kWorkerWarps + 1) * 32, shared_bytes(), device, stream, options, args);
+    if (error != cudaSuccess) return error;
+    const OutputOrder<kInside> order{int(params.tokens), int(params.hidden_size)};
+    return sum_shares<T>(params, device, workspace, plan.ctas, order, stream, options);
+}
+
 template <class Row>
 cudaError_t launch_generic(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
-                           cudaStream_t stream) {
-    const int ctas = int(std::min<int64_t>(8 * device.multiprocessors, params.intermediate_size));
-    sparse_mlp_generic_kernel<typename Row::Element><<<ctas, kGenericThreads, 0, stream>>>(params, workspace);
-    return cudaGetLastError();
+                           cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    using T = typename Row::Element;
+    const int ctas = workspace.shares ? max_ctas(params, device)
+                                      : int(std::min<int64_t>(8 * device.multiprocessors, params.intermediate_size));
+    sparse_mlp_generic_kernel<T><<<ctas, kGenericThreads, 0, stream>>>(params, workspace);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    const OutputOrder<0> order{int(params.tokens), int(params.hidden_size)};
+    return sum_shares<T>(params, device, workspace, ctas, order, stream, options);
 }
 
 template <class Row>
 cudaError_t launch_group(const SparseMlpParams &params, const DeviceLimits &device, SparseMlpKernel kernel,
                          const Workspace &workspace, cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    using T = typename Row::Element;
+    const bool bulk = kernel == SparseMlpKernel::kBulkCopy;
     const auto launch = [&](auto tokens) {
         constexpr int kTokens = decltype(tokens)::value;
-        if (kernel == SparseMlpKernel::kBulkCopy)
-            return launch_tokens<Row, BulkCopyPipe, kTokens>(params, device, workspace, stream, options);
+        if (bulk) return launch_tokens<Row, BulkCopyPipe, kTokens>(params, device, workspace, stream, options);
         return launch_tokens<Row, AsyncCopyPipe, kTokens>(params, device, workspace, stream, options);
     };
-    if (kernel == SparseMlpKernel::kGeneric) return launch_generic<Row>(params, device, workspace, stream);
+    if (kernel == SparseMlpKernel::kGeneric) return launch_generic<Row>(params, device, workspace, stream, options);
     if (params.tokens == 1) return launch(std::integral_constant<int, 1>{});
     if (params.tokens == 2) return launch(std::integral_constant<int, 2>{});
-    static_assert(kMaxTokensPerLaunch == 4);
-    return launch(std::integral_constant<int, 4>{});
+    if constexpr (sizeof(T) == 2) {
+        if (params.hidden_size % kGroupColumns) return cudaErrorNotSupported;
+        const auto launch_inside = [&](auto inside) {
+            constexpr int kInside = decltype(inside)::value;
+            if (bulk) return launch_batched<T, true, kInside, 3, 6, 9, 12>(params, device, workspace, stream, options);
+            return launch_batched<T, false, kInside, 3, 6, 9, 12>(params, device, workspace, stream, options);
+        };
+        if (params.tokens <= 4) return launch_inside(std::integral_constant<int, 4>{});
+        return launch_inside(std::integral_constant<int, 8>{});
+    }
+    return cudaErrorNotSupported;
 }
 
 } // namespace cats

@@ -27,6 +27,12 @@ __global__ void __launch_bounds__(kGenericThreads)
     sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
+    const OutputOrder<0> order{int(p.tokens), hidden};
+    // Thread c has columns c, c + kGenericThreads, ... of its CTA's share to itself.
+    float *share = workspace.shares ? workspace.shares + blockIdx.x * int64_t(order.size()) : nullptr;
+    if (share)
+        for (int m = 0; m < p.tokens; m++)
+            for (int c = threadIdx.x; c < hidden; c += kGenericThreads) share[m * hidden + c] = 0.f;
     auto row_of = [&](const void *base, int64_t stride, int64_t j) {
         return static_cast<const T *>(base) + j * stride;
     };
@@ -47,15 +53,18 @@ __global__ void __launch_bounds__(kGenericThreads)
             if (p.down_threshold && !keep(h, p.down_threshold[j * p.down_threshold_stride])) continue;
             kept_down++;
             const T *down = row_of(p.w_down_t, p.w_down_t_stride, j);
-            for (int c = threadIdx.x; c < hidden; c += kGenericThreads)
-                atomicAdd(workspace.y_sum + int64_t(m) * hidden + c, to_float(down[c]) * h);
+            for (int c = threadIdx.x; c < hidden; c += kGenericThreads) {
+                const float product = to_float(down[c]) * h;
+                if (share) share[m * hidden + c] += product;
+                else atomicAdd(workspace.y_sum + m * hidden + c, product);
+            }
         }
     }
     if (p.counts && threadIdx.x == 0) {
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         atomicAdd(counts, evaluated), atomicAdd(counts + 1, kept), atomicAdd(counts + 2, kept_down);
     }
-    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), int(p.tokens), hidden);
+    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
 } // namespace cats

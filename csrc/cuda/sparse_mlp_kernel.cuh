@@ -16,103 +16,10 @@
 // read after the wait, so a kernel that writes weights, x or thresholds just before is always seen.
 #pragma once
 
-#include "../sparse_mlp.h"
 #include "activation.cuh"
-#include "finish.cuh"
-#include "row_format.cuh"
-#include "row_pipe.cuh"
+#include "team.cuh"
 
 namespace cats {
-
-// What the launcher plans per shape; see sparse_mlp_dispatch.cuh.
-struct SparseMlpPlan {
-    int ctas;
-    int slots;          // batches in flight per team, 2 to kMaxSlots
-    int segment_chunks; // 16-byte chunks of a row per warp; the last warps of a team may have fewer or none
-    int first_batches;  // gate batches that a team starts with: brought into L2 before the previous kernel ends
-};
-
-struct KernelArguments {
-    SparseMlpParams mlp;
-    SparseMlpPlan plan;
-    Workspace workspace;
-};
-
-// A row on its way: neuron | value index << 24. So at most 2^24 neurons; the launcher checks.
-constexpr uint32_t kMaxNeurons = 1 << 24, kNoRow = 0xffffffff;
-enum RowKind : uint32_t { kGate = 0, kUp = 1, kDown = 2 };
-
-// Values are act(g), later h, of neurons on their way from their gate row to their down row, one index each.
-constexpr int kMaxValues = 32;
-
-// What one warp remembers, its own copy. Rings of 32: no queue can hold more neurons than there are value indices.
-template <int kTokens, int kRows> struct WarpState {
-    uint32_t up_queue[kMaxValues], down_queue[kMaxValues]; // rows still to be requested
-    uint32_t slot_rows[kMaxSlots][kRows];                  // what the slots hold
-    float values[kMaxValues][kTokens];
-    uint32_t value_tokens[kMaxValues]; // which tokens keep the neuron
-};
-
-// What the warps of a team tell each other at a gate or up batch: their partial dot products, and the leader the next
-// gate batch. Two of them, used in turns: a warp may be one batch ahead of another, never two.
-template <int kDots, int kTeamWarps> struct alignas(16) TeamState {
-    struct alignas(16) Exchange {
-        float dots[kDots][kTeamWarps];
-        uint32_t next_batch;
-    } exchanges[2];
-    uint64_t barrier; // an mbarrier on which all threads of the team arrive; its phases have parity 0 and 1 in turns
-};
-
-// Until all threads of the team have come here in this turn. An mbarrier and not a named barrier: teams synchronise
-// different numbers of times, after which racecheck takes no named barrier or __syncthreads() into account.
-__device__ __forceinline__ void synchronise_team(uint64_t *barrier, int turn) {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(smem_address(barrier))
-                 : "memory");
-    while (!mbarrier_phase_done(barrier, turn)) {
-    }
-}
-
-// Shared memory: rings | barriers | warp states | team states. At the end the teams are summed through the rings'
-// space.
-struct SharedLayout {
-    uint32_t barriers, warp_states, team_states, total; // offsets in bytes; the rings start at 0
-
-    __host__ __device__ SharedLayout(const SparseMlpPlan &plan, int64_t hidden_size, int warps, int teams, int rows,
-                                     int barrier_bytes, int warp_state_bytes, int team_state_bytes) {
-        const uint32_t rings = warps * plan.slots * rows * plan.segment_chunks * 16;
-        const uint32_t team_sums = teams * uint32_t(hidden_size) * sizeof(float);
-        barriers = rings > team_sums ? rings : team_sums;
-        warp_states = barriers + warps * plan.slots * barrier_bytes;
-        team_states = warp_states + warps * warp_state_bytes;
-        total = team_states + teams * team_state_bytes;
-    }
-};
-
-// Sums kValues values over the warp; lane l ends up with value l * kValues / 32, every lane of its group the same bits.
-// Halving the number of values at each exchange takes kValues - 1 shuffles and a few more, instead of 5 * kValues.
-template <int kValues> __device__ __forceinline__ float warp_sum(float (&values)[kValues]) {
-    static_assert((kValues & (kValues - 1)) == 0 && kValues <= 32);
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int n = kValues, o = 16; n > 1; n /= 2, o /= 2)
-#pragma unroll
-        for (int i = 0; i < n / 2; i++) {
-            const bool upper = lane & o;
-            const float sent = upper ? values[i] : values[i + n / 2], kept = upper ? values[i + n / 2] : values[i];
-            values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, o);
-        }
-    float sum = values[0];
-#pragma unroll
-    for (int o = 16 / kValues; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    return sum;
-}
-
-// A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
-// hidden by the other teams. Where a CTA has less shared memory, single rows.
-__host__ __device__ constexpr int rows_per_batch(int tokens, int chunks, bool large_shared_memory) {
-    const int rows = chunks <= 2 ? 4 : (chunks <= 4 ? 2 : 1), most = large_shared_memory ? 4 / tokens : 1;
-    return rows < most ? rows : most;
-}
 
 template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
 __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
@@ -134,10 +41,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State), sizeof(Team));
     State &state = reinterpret_cast<State *>(smem + layout.warp_states)[warp];
     Team &team_state = reinterpret_cast<Team *>(smem + layout.team_states)[team];
-    if (team_warp == 0 && lane == 0)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&team_state.barrier)),
-                     "n"(kTeamWarps * 32)
-                     : "memory");
+    if (team_warp == 0 && lane == 0) init_barrier(&team_state.barrier, kTeamWarps * 32);
     __syncthreads();
 
     // This warp's columns.
@@ -156,27 +60,25 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
     const uint32_t teams = gridDim.x * kTeams, first_batch = blockIdx.x * kTeams + team;
 
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    launch_dependents();
     if (lane < plan.first_batches * kRows) {
         const uint32_t j = (first_batch + lane / kRows * teams) * kRows + lane % kRows; // lane by lane, one row each
         if (j < intermediate) prefetch_l2(row_address(kGate, j), chunks * 16);
     }
-#endif
     Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
               reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots, plan.slots,
               plan.segment_chunks * 16, chunks * 16);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    wait_for_previous_kernel();
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
     uint32_t drawn = 0, next_batch = first_batch, first_left = plan.first_batches;
-    bool next_known = true; // by every warp of the team
+    bool next_known = true;                           // by every warp of the team
+    const bool deterministic = args.workspace.shares; // then shares are fixed
     const auto draw = [&] {
-        if (leader) drawn = teams * plan.first_batches + atomicAdd(args.workspace.next_batch, 1u);
+        if (leader && !deterministic) draw_ticket(drawn, args.workspace.next_batch);
     };
+    const auto after_first = [&](uint32_t ticket) { return teams * plan.first_batches + ticket; };
     draw();
 
     // The queues. Slots are filled and emptied in ring order.
@@ -216,7 +118,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 }
             } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
                 request_gates(next_batch);
-                if (first_left > 1) next_batch += teams, first_left--;
+                if (deterministic || first_left > 1) next_batch += teams, first_left--;
                 else next_known = false;
             } else {
                 break;
@@ -246,11 +148,11 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const auto sum_over_team = [&](float (&dots)[kDots]) {
         float sum = warp_sum(dots);
         if constexpr (kTeamWarps == 1) {
-            if (!next_known) next_batch = __shfl_sync(kAll, drawn, 0);
+            if (!next_known) next_batch = after_first(__shfl_sync(kAll, drawn, 0));
         } else {
             auto &exchange = team_state.exchanges[turn];
             if (spokesman) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
-            if (leader && !next_known) exchange.next_batch = drawn;
+            if (leader && !next_known) exchange.next_batch = after_first(drawn);
             synchronise_team(&team_state.barrier, turn);
             turn ^= 1;
             const float *partial = exchange.dots[lane / kLanesPerDot];
@@ -409,6 +311,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
     // Sum the teams through the rings, which nobody uses any more, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
+    const OutputOrder<0> order{int(p.tokens), hidden};
 #pragma unroll
     for (int m = 0; m < kTokens; m++) {
         if (m >= p.tokens) break;
@@ -430,10 +333,10 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 const float4 other = *reinterpret_cast<const float4 *>(team_sums + t * hidden + c);
                 sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
             }
-            add_to_global(args.workspace.y_sum + m * hidden + c, sum);
+            add_share(args.workspace, order.size(), m * hidden + c, sum);
         }
     }
-    finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), int(p.tokens), hidden);
+    finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
 // Every architecture gets the code of the instances that the launcher picks on it; the others would trap.

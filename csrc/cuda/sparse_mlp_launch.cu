@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "sparse_mlp_dispatch.h"
+#include "team.cuh"
 
 namespace cats {
 
@@ -30,6 +31,7 @@ cudaError_t device_limits(DeviceLimits *limits) {
         get(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
         get(&found.multiprocessors, cudaDevAttrMultiProcessorCount);
         if (error != cudaSuccess) return error;
+        found.index = device;
         found.compute_capability = 10 * major + minor;
         found.large_shared_memory = has_large_shared_memory(10 * found.compute_capability);
         found.shared_bytes -= 1024; // for what the kernels declare statically
@@ -65,10 +67,22 @@ cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLim
     return cudaErrorInvalidValue;
 }
 
+// Values of y_sum: the batched kernel pads the tokens.
+int64_t y_sum_size(const SparseMlpParams &params) { return int64_t(kMaxTokensPerLaunch) * params.hidden_size; }
+
+constexpr int kCounters = 4; // next_batch, done_ctas, and two for the alignment of what follows
+
 } // namespace
 
 size_t sparse_mlp_workspace_bytes(const SparseMlpParams &params) {
-    return (size_t(kMaxTokensPerLaunch) * params.hidden_size + 2) * sizeof(float); // y in fp32, and two counters
+    return size_t(kCounters + y_sum_size(params)) * sizeof(float);
+}
+
+cudaError_t sparse_mlp_shares_bytes(const SparseMlpParams &params, size_t *bytes) {
+    DeviceLimits device{};
+    const cudaError_t error = device_limits(&device);
+    *bytes = size_t(max_ctas(params, device) * y_sum_size(params)) * sizeof(float);
+    return error;
 }
 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
@@ -81,9 +95,11 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
         kernel = device.compute_capability >= 90 ? SparseMlpKernel::kBulkCopy : SparseMlpKernel::kAsyncCopy;
     if (!fits_pipelined_kernel(params)) kernel = SparseMlpKernel::kGeneric;
 
-    Workspace parts{static_cast<float *>(workspace)};
-    parts.next_batch = reinterpret_cast<unsigned *>(parts.y_sum + kMaxTokensPerLaunch * params.hidden_size);
+    Workspace parts{};
+    parts.next_batch = static_cast<unsigned *>(workspace);
     parts.done_ctas = parts.next_batch + 1;
+    parts.y_sum = static_cast<float *>(workspace) + kCounters;
+    parts.shares = static_cast<float *>(options.shares);
 
     const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
     int group = kMaxTokensPerLaunch;

@@ -13,17 +13,18 @@ namespace {
 
 struct Buffer {
     int device;
+    Contents contents;
     void *memory;
     size_t bytes;
 };
 
-using Key = std::tuple<int, cudaStream_t, unsigned long long>; // device, stream, capture (0: none)
+using Key = std::tuple<int, Contents, cudaStream_t, unsigned long long>; // the last: capture, 0 for none
 
 std::mutex mutex;
 std::map<Key, Buffer *> in_use;
-std::vector<Buffer *> free_buffers; // of destroyed graphs: zero, since every kernel leaves them zero
+std::vector<Buffer *> free_buffers; // of destroyed graphs
 
-cudaError_t allocate(int device, size_t bytes, Buffer **buffer) {
+cudaError_t allocate(int device, Contents contents, size_t bytes, Buffer **buffer) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
     if (error != cudaSuccess) return error;
@@ -39,7 +40,7 @@ cudaError_t allocate(int device, size_t bytes, Buffer **buffer) {
         if (memory) cudaFree(memory);
         return error;
     }
-    *buffer = new Buffer{device, memory, bytes};
+    *buffer = new Buffer{device, contents, memory, bytes};
     return cudaSuccess;
 }
 
@@ -62,9 +63,9 @@ cudaError_t tie_to_graph(cudaGraph_t graph, Buffer *buffer) {
     return cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
 }
 
-Buffer *take_free(int device, size_t bytes) {
+Buffer *take_free(int device, Contents contents, size_t bytes) {
     for (auto it = free_buffers.begin(); it != free_buffers.end(); ++it)
-        if ((*it)->device == device && (*it)->bytes >= bytes) {
+        if ((*it)->device == device && (*it)->contents == contents && (*it)->bytes >= bytes) {
             Buffer *buffer = *it;
             free_buffers.erase(it);
             return buffer;
@@ -74,7 +75,7 @@ Buffer *take_free(int device, size_t bytes) {
 
 } // namespace
 
-cudaError_t get_workspace(cudaStream_t stream, size_t bytes, void **workspace) {
+cudaError_t get_workspace(cudaStream_t stream, size_t bytes, Contents contents, void **workspace) {
     int device;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
@@ -84,7 +85,7 @@ cudaError_t get_workspace(cudaStream_t stream, size_t bytes, void **workspace) {
     error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph);
     if (error != cudaSuccess) return error;
     const bool capturing = status == cudaStreamCaptureStatusActive;
-    const Key key{device, stream, capturing ? capture : 0};
+    const Key key{device, contents, stream, capturing ? capture : 0};
 
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = in_use.find(key);
@@ -93,11 +94,11 @@ cudaError_t get_workspace(cudaStream_t stream, size_t bytes, void **workspace) {
         return cudaSuccess;
     }
     // A larger one. The smaller one stays allocated: earlier launches may still be using it.
-    Buffer *buffer = take_free(device, bytes);
+    Buffer *buffer = take_free(device, contents, bytes);
     if (!buffer) {
         size_t rounded = 64 * 1024;
         while (rounded < bytes) rounded *= 2;
-        error = allocate(device, rounded, &buffer);
+        error = allocate(device, contents, rounded, &buffer);
         if (error != cudaSuccess) return error;
     }
     if (capturing) {

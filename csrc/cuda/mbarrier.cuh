@@ -1,0 +1,120 @@
+// Shared-memory barriers (mbarrier) and the copies that complete on them, as thin wrappers of PTX. sm_80 and up; the
+// functions that need sm_90 compile to nothing below.
+#pragma once
+
+#include <cstdint>
+
+namespace cats {
+
+__device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void init_barrier(uint64_t *barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// After init_barrier, before the copy engine may complete on the barrier.
+__device__ __forceinline__ void publish_barriers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive(uint64_t *barrier) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(smem_address(barrier))
+                 : "memory");
+}
+
+// Arrives once everything that this thread has copied with copy_async has landed.
+__device__ __forceinline__ void arrive_after_async_copies(uint64_t *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// The phase also waits for so many bytes of bulk copies.
+__device__ __forceinline__ void expect_bytes(uint64_t *barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Whether the phase of this parity is over.
+__device__ __forceinline__ bool phase_done(uint64_t *barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+// Until the phase of this parity is over. On sm_90 the hardware suspends the warp for a while between the tests.
+__device__ __forceinline__ void wait(uint64_t *barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(smem_address(barrier)), "r"(parity)
+                     : "memory");
+    } while (!done);
+#else
+    while (!phase_done(barrier, parity)) {
+    }
+#endif
+}
+
+// Copies without waiting: 4 or 16 bytes by this thread ...
+template <int kBytes> __device__ __forceinline__ void copy_async(void *to, const void *from) {
+    static_assert(kBytes == 4 || kBytes == 16);
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(to)), "l"(from) : "memory");
+}
+
+// ... or any multiple of 16 by the copy engine, which completes on the barrier.
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier,
+                                          uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(to)),
+                 "l"(from), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ uint64_t read_once_policy() { // weights are read once
+    uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+    return policy;
+}
+
+// Brings bytes, a multiple of 16, into L2 without waiting and without changing what later reads see.
+__device__ __forceinline__ void prefetch_l2(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// The next ticket of a counter in global memory. As assembly, because the compiler would have the warp wait for what
+// atomicAdd() returns, and that is far away.
+__device__ __forceinline__ void draw_ticket(uint32_t &ticket, uint32_t *counter) {
+    asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel may start, as far as it has room; and all that the kernels before have
+// written is seen from here on.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+} // namespace cats

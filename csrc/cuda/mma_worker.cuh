@@ -1,0 +1,187 @@
+// A worker warp of sparse_mlp_batched.cuh: computes on the tensor cores with the rows that have arrived; and before
+// sm_90 copies its part of what the scheduler asks for.
+//
+//     gate, up:  D[8 neurons, 8 tokens] += W[8 neurons, 16 columns] x^T[16 columns, 8 tokens]      (rows 8-15 of A: 0)
+//     down:      y^T[16 columns, 8 tokens] += W^T[16 columns, 8 neurons] h[8 neurons, 8 tokens]
+//
+// The same 8x8 tiles of a batch serve both, read with ldmatrix as they are or transposed. h is split into a rounded
+// part and the rest, as neurons 0-7 and 8-15 of one instruction, so y keeps (nearly) the precision of an fp32 h.
+// A row that some token keeps is multiplied by 0 for the others: as in any dense product, an infinite or NaN weight
+// spreads to them.
+#pragma once
+
+#include <type_traits>
+
+#include "ring.cuh"
+#include "row_format.cuh"
+
+namespace cats {
+
+template <bool kTranspose> __device__ __forceinline__ void load_tiles(uint32_t (&tiles)[4], uint32_t address) {
+    if constexpr (kTranspose)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                     : "r"(address)
+                     : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                     "{%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <typename T, bool kBulk, int kGroups> class MmaWorker {
+    // Of as many groups of columns x stays in registers; the rest, for which there is no room, comes from L1 every
+    // time.
+    static constexpr int kResidentGroups = kGroups < 10 ? kGroups : 9;
+
+  public:
+    __device__ MmaWorker(const SparseMlpParams &p, const Ring &ring, int warp)
+        : p_(p), ring_(ring), warp_(warp), lane_(threadIdx.x % 32), groups_(int(p.hidden_size) / kGroupColumns) {}
+
+    __device__ void run() {
+#pragma unroll
+        for (int i = 0; i < kResidentGroups; i++) load_x(i, x_[i]);
+#pragma unroll
+        for (int i = 0; i < kGroups; i++)
+#pragma unroll
+            for (int t = 0; t < 4; t++) y_[i][0][t] = y_[i][1][t] = 0.f;
+        Ring::Cursor at, to_copy;
+        int copied = 0; // batches that are on their way or here
+        for (bool more = !kBulk;;) {
+            while (more && !(copied && phase_done(ring_.full(at.slot), at.parity)))
+                if (phase_done(ring_.asked(to_copy.slot), to_copy.parity)) {
+                    more = copy(to_copy.slot);
+                    to_copy.advance(ring_);
+                    copied++;
+                }
+            wait(ring_.full(at.slot), at.parity);
+            const BatchKind kind = ring_.state(at.slot).kind;
+            if (kind == BatchKind::kEnd) break;
+            if (kind == BatchKind::kDown) add_down_rows(at.slot);
+            else dot_products(at.slot);
+            __syncwarp();
+            if (lane_ == 0) arrive(ring_.done(at.slot));
+            at.advance(ring_);
+            copied--;
+        }
+    }
+
+    // add(column, token, values of this token and the next)
+    template <typename Add> __device__ __forceinline__ void add_to_output(Add add) const {
+#pragma unroll
+        for (int i = 0; i < kGroups; i++) {
+            if (group(i) >= groups_ || lane_ % 4 * 2 >= p_.tokens) break;
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+                add(group(i) * kGroupColumns + t * 8 + lane_ / 4, lane_ % 4 * 2,
+                    make_float2(y_[i][t / 2][t % 2 * 2], y_[i][t / 2][t % 2 * 2 + 1]));
+        }
+    }
+
+  private:
+    // sm_80: every warp copies the columns that it will read itself, 64 bytes of all rows at a time. False at the end.
+    __device__ __forceinline__ bool copy(int slot) const {
+        BatchState &state = ring_.state(slot);
+        const RowState &row = state.rows[lane_ / 4];
+        const bool end = state.kind == BatchKind::kEnd;
+        if (!end && row.neuron != kNoNeuron) {
+            const uint8_t *from = row_address<T>(p_, state.kind, row.neuron) + lane_ % 4 * 16;
+            uint8_t *to = ring_.row(slot, lane_ / 4) + lane_ % 4 * 16;
+            for (int g = warp_; g < groups_; g += kWorkerWarps) copy_async<16>(to + g * 64, from + g * 64);
+        }
+        if (!end && warp_ == 0 && lane_ < kBatchRows) copy_threshold(p_, state, lane_);
+        arrive_after_async_copies(ring_.full(slot));
+        return !end;
+    }
+
+    // Columns 2 * (lane % 4) and the next of the four 8-column tiles of a group, of token lane / 4.
+    __device__ __forceinline__ void load_x(int i, uint32_t (&x)[4]) const {
+        const int token = lane_ / 4;
+        const uint32_t *from = static_cast<const uint32_t *>(p_.x) + token * (int(p_.hidden_size) / 2) +
+                               group(i) * (kGroupColumns / 2) + lane_ % 4;
+        const bool exists = group(i) < groups_ && token < p_.tokens;
+#pragma unroll
+        for (int t = 0; t < 4; t++) x[t] = exists ? from[4 * t] : 0;
+    }
+
+    // This warp's part of the dot products of all rows with all tokens; of absent rows: of no meaning.
+    __device__ __forceinline__ void dot_products(int slot) const {
+        float even[4] = {}, odd[4] = {};
+        const uint32_t address = tile_address(slot);
+#pragma unroll
+        for (int i = 0; i < kGroups; i++) {
+            if (group(i) >= groups_) break;
+            uint32_t tiles[4];
+            load_tiles<false>(tiles, address + i * kWorkerWarps * kGroupColumns * sizeof(T));
+            uint32_t x[4];
+            if (i < kResidentGroups) x[0] = x_[i][0], x[1] = x_[i][1], x[2] = x_[i][2], x[3] = x_[i][3];
+            else load_x(i, x);
+            mma<T>(even, tiles[0], 0, tiles[1], 0, x[0], x[1]);
+            mma<T>(odd, tiles[2], 0, tiles[3], 0, x[2], x[3]);
+        }
+        // Lane l has neuron l / 4 and tokens 2 * (l % 4) and the next.
+        reinterpret_cast<float2 *>(ring_.partials(slot, warp_))[lane_] =
+            make_float2(even[0] + odd[0], even[1] + odd[1]);
+    }
+
+    __device__ __forceinline__ void add_down_rows(int slot) {
+        const int token = lane_ / 4;
+        T rounded[2], rest[2];
+        uint32_t present = 0; // what absent rows hold may be anything, also NaN: as if it were 0
+#pragma unroll
+        for (int k = 0; k < 2; k++) { // neurons 2 * (lane % 4) and the next
+            const RowState &row = ring_.state(slot).rows[lane_ % 4 * 2 + k];
+            const float h = row.tokens >> token & 1 ? row.values[token] : 0.f;
+            rounded[k] = from_float<T>(h);
+            const float left = h - to_float(rounded[k]);
+            rest[k] = from_float<T>(isfinite(left) ? left : 0.f);
+            if (row.tokens) present |= 0xffffu << 16 * k;
+        }
+        const uint32_t b0 = pack(rounded[0], rounded[1]), b1 = pack(rest[0], rest[1]);
+        const uint32_t address = tile_address(slot);
+#pragma unroll
+        for (int i = 0; i < kGroups; i++) {
+            if (group(i) >= groups_) break;
+            uint32_t tiles[4];
+            load_tiles<true>(tiles, address + i * kWorkerWarps * kGroupColumns * sizeof(T));
+#pragma unroll
+            for (int t = 0; t < 4; t++) tiles[t] &= present;
+            mma<T>(y_[i][0], tiles[0], tiles[1], tiles[0], tiles[1], b0, b1);
+            mma<T>(y_[i][1], tiles[2], tiles[3], tiles[2], tiles[3], b0, b1);
+        }
+    }
+
+    __device__ __forceinline__ int group(int i) const { return i * kWorkerWarps + warp_; }
+    // Of row l % 8 of tile l / 8.
+    __device__ __forceinline__ uint32_t tile_address(int slot) const {
+        return smem_address(ring_.row(slot, lane_ % 8)) + (warp_ * kGroupColumns + lane_ / 8 * 8) * uint32_t(sizeof(T));
+    }
+    static __device__ __forceinline__ uint32_t pack(T low, T high) {
+        return uint32_t(reinterpret_cast<const uint16_t &>(high)) << 16 | reinterpret_cast<const uint16_t &>(low);
+    }
+
+    const SparseMlpParams &p_;
+    const Ring &ring_;
+    const int warp_, lane_, groups_;
+    uint32_t x_[kResidentGroups][4]; // see load_x
+    float y_[kGroups][2][4];         // columns lane / 4 and 8 further, of the two 16-column halves; two tokens each
+};
+
+} // namespace cats

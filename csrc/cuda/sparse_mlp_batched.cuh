@@ -1,0 +1,53 @@
+// The one-pass sparse gated MLP for 3 to 8 tokens. On the CUDA cores the arithmetic of 4 tokens takes longer than the
+// rows take to arrive, so it is done on the tensor cores, in batches of 8 rows. y of 8 tokens fills half the registers
+// of a multiprocessor at H 4096, so a CTA has one team of worker warps (mma_worker.cuh), each with its own columns, and
+// a warp that decides for all of them (scheduler.cuh). Workers never wait for a decision, only for rows.
+//
+// A row is read if any token keeps its neuron, and read once. As to programmatic dependent launch, the same holds as in
+// sparse_mlp_kernel.cuh.
+#pragma once
+
+#include "mma_worker.cuh"
+#include "scheduler.cuh"
+
+namespace cats {
+
+template <typename T, bool kBulk, int kGroups, int kInside>
+__device__ __forceinline__ void sparse_mlp_batched_body(const BatchedArguments &args) {
+    const SparseMlpParams &p = args.mlp;
+    const int warp = threadIdx.x / 32;
+    const OutputOrder<kInside> order{int(p.tokens), int(p.hidden_size)};
+    extern __shared__ __align__(128) uint8_t smem[];
+    const Ring ring(smem, args.plan);
+    launch_dependents();
+    if (warp == kWorkerWarps) {
+        Scheduler<T, kBulk> scheduler(args, ring, smem + Ring::bytes(args.plan));
+        scheduler.prefetch_first_batches();
+        ring.init(kBulk ? (thresholds_differ(p) ? 32 : 0) : kWorkerWarps * 32); // threads that copy
+        __syncthreads();
+        wait_for_previous_kernel();
+        scheduler.run();
+    } else {
+        __syncthreads();
+        wait_for_previous_kernel();
+        MmaWorker<T, kBulk, kGroups> worker(p, ring, warp);
+        worker.run();
+        worker.add_to_output([&](int column, int token, float2 v) {
+            add_share(args.workspace, order.size(), column * kInside + token, v);
+        });
+    }
+    finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+}
+
+// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. kBulk: for
+// sm_90. kInside: 4 or 8 tokens in y_sum.
+template <typename T, bool kBulk, int kGroups, int kInside>
+__global__ void __launch_bounds__((kWorkerWarps + 1) * 32, 1)
+    sparse_mlp_batched_kernel(const __grid_constant__ BatchedArguments args) {
+#ifdef __CUDA_ARCH__
+    if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800)) sparse_mlp_batched_body<T, kBulk, kGroups, kInside>(args);
+    else __trap();
+#endif
+}
+
+} // namespace cats
