@@ -242,6 +242,17 @@ def test_counts(tokens, rule, dtype, device):
     assert_close(y, ops.sparse_mlp(*case.args()), rtol=2**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 42, 300), (5, 64, 300)], ids=str)
+def test_deterministic(shape, device):
+    case = make_case(*shape, device=device)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    y = ops.sparse_mlp(*case.args(), deterministic=True)
+    assert_close(y, case.expected())
+    assert torch.equal(y, ops.sparse_mlp(*case.args(), deterministic=True))
+    assert torch.equal(y, ops.sparse_mlp_counted(*case.counted_args(counts), deterministic=True))
+    assert counts[0] == case.x.shape[0] * 300
+
+
 def test_threshold_zero_is_the_dense_module(device):
     class MLP(nn.Module):
         def __init__(self, hidden: int, intermediate: int) -> None:

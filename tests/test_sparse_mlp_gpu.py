@@ -6,12 +6,13 @@ import pytest
 import torch
 from op_cases import DTYPES, assert_close, make_case
 
-from cats_ext import ops
+from cats_ext import functional, ops
 
 pytestmark = pytest.mark.gpu
 
 # tokens, H, I: a small one, and one whose kernel runs long enough to overlap with what is launched around it
 SHAPES = [(1, 42, 123), (1, 4096, 3000), (5, 1024, 3000)]
+HALF = [torch.bfloat16, torch.float16]
 
 
 def on_gpu(shape, dtype=torch.bfloat16, seed=0, **named):
@@ -140,8 +141,9 @@ def test_waits_for_its_own_stream_only():
     assert_close(y, expected[1])
 
 
-def test_no_synchronisation_and_no_allocation_but_the_output():
-    args = on_gpu(SHAPES[1]).args()
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
+def test_no_synchronisation_and_no_allocation_but_the_output(shape):
+    args = on_gpu(shape).args()
     keep = [ops.sparse_mlp(*args) for _ in range(3)]
     allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
@@ -150,6 +152,52 @@ def test_no_synchronisation_and_no_allocation_but_the_output():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations + 10
+
+
+@pytest.mark.parametrize("rule", ["all kept", "scalar", "vector", "scalar, vector", "vector, scalar"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("hidden", [32, 576, 1056, 1088, 2080, 3584, 4096, 4224])
+def test_tokens_on_the_tensor_cores(hidden, dtype, rule):
+    """3 to 8 tokens, hidden sizes up to the longest row; more tokens and longer rows take several launches."""
+    tokens = 3 + hidden // 32 % 6
+    case = on_gpu((tokens, hidden, 1007), dtype, rule=rule, bias=hidden == 1056)
+    y = ops.sparse_mlp(*case.args())
+    assert_close(y, case.expected())
+    for token in range(tokens):
+        assert_close(ops.sparse_mlp(*case.args(x=case.x[token])), y[token].double(), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 8, 9, 16, 23])
+def test_longer_rows_and_more_tokens_than_a_launch_takes(tokens):
+    for hidden in (4096, 5120):
+        case = on_gpu((tokens, hidden, 300))
+        assert_close(ops.sparse_mlp(*case.args()), case.expected())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 8192, 700), (2, 2048, 3000), (4, 4096, 3000), (7, 4096, 3000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_results_have_the_same_bits(shape, dtype):
+    """Also beside other work, which changes when each block of the kernel runs."""
+    case = on_gpu(shape, dtype)
+    first = ops.sparse_mlp(*case.args(), deterministic=True)
+    assert_close(first, case.expected())
+    args, noise, other = case.args(), torch.cuda.Stream(), torch.randn(1 << 22, device="cuda")
+    for turn in range(20):
+        with torch.cuda.stream(noise):
+            for _ in range(turn % 4):
+                other.sin_()
+        assert torch.equal(ops.sparse_mlp(*args, deterministic=True), first)
+
+
+def test_deterministic_algorithms_of_torch():
+    case = on_gpu((1, 4096, 3000))
+    first = ops.sparse_mlp(*case.args(), deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(20):
+            assert torch.equal(functional.sparse_mlp(*case.args()), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
