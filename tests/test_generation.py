@@ -49,7 +49,7 @@ def skip_unless_possible(family, **arguments):
     """Old versions of transformers lack some combinations for any model."""
     try:
         generate(tiny_model(family), **arguments)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         pytest.skip(f"transformers itself: {error}")
 
 
@@ -59,8 +59,19 @@ def test_the_same_text_with_every_cache(cache, model, expected):
     assert torch.equal(generate(model, **CACHES[cache]), expected)
 
 
+def similar_to(model):
+    """A dense draft model whose proposals are accepted in part."""
+    draft = tiny_model(model.config.model_type)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += (
+                0.1 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            )
+    return draft
+
+
 def test_with_a_draft_model(model, expected, called):
-    other = tiny_model(model.config.model_type, seed=1)
+    other = similar_to(model)
     skip_unless_possible(model.config.model_type, assistant_model=other)
     assert torch.equal(generate(model, assistant_model=other), expected)
     draft = set_sparsity(copy.deepcopy(model), 0.9)
