@@ -27,8 +27,7 @@ def pareto(directory: Path) -> None:
     curves = []
     for rule in dict.fromkeys(rule_of(row["name"]) for row in rows):
         points = sorted((float(row["bytes"]), float(row["ppl"])) for row in rows if rule_of(row["name"]) == rule)
-        if len(points) > 2:
-            curves.append(Curve(rule, *zip(*points, strict=True)))
+        curves.append(Curve(rule, *zip(*points, strict=True)))
     figure = curves_figure(
         curves,
         x_label="share of the MLP weights read",

@@ -50,3 +50,11 @@ def test_result_tables_are_those_of_the_result_files(monkeypatch):
     import readme_tables
 
     assert readme_tables.insert(README) == README, "run python bench/readme_tables.py"
+
+
+def test_quality_tables_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import quality_tables
+
+    page = (ROOT / "docs" / "quality.md").read_text()
+    assert quality_tables.render(page) == page, "run python bench/quality_tables.py"
