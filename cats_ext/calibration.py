@@ -82,7 +82,7 @@ def calibrate(
         tokenizer: needed for texts.
         sparsity: share of neurons to skip, in [0, 1); 0 sets thresholds of 0, which is the dense model. Default 0.5.
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``.
-        rule: "plain", "weighted" or "two_threshold".
+        rule: "two_threshold", "plain" or "weighted".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
         gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. Default 1 with "weighted", else 0.
         importance: "norm" or "gradient".

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cats_ext.config import CatsConfig
+    from cats_ext.report import SparsityReport
 
 notes = Console(stderr=True, highlight=False)
 """Where progress and remarks go, whatever the result's form."""
@@ -152,6 +153,18 @@ def note_uncompiled(device: torch.device) -> None:
             soft_wrap=True,
         )
         warnings.filterwarnings("ignore", message="cats_ext has no compiled kernel", category=RuntimeWarning)
+
+
+def note_drift(report: SparsityReport, what: str, tolerance: float = 0.05) -> None:
+    """Say so if layers are further than ``tolerance`` from the sparsity they were calibrated to."""
+    drifted = report.drifted(tolerance)
+    if drifted:
+        notes.print(
+            f"[yellow]{escape(what)}: in {len(drifted)} of {len(report.layers)} layers the sparsity is more than "
+            f"{tolerance:.0%} from its target, furthest in {escape(drifted[0].name)}. Is this text like the "
+            "calibration's?[/]",
+            soft_wrap=True,
+        )
 
 
 def load(

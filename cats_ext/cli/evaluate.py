@@ -23,7 +23,7 @@ from cats_ext.cli.common import (
     escape,
     finite,
     load_patched,
-    notes,
+    note_drift,
     one_sentence_errors,
     output,
     pick_device,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cats_ext import CatsConfig
-
-_TOLERANCE = 0.05  # of the sparsity reached, before it is remarked on
 
 
 @one_sentence_errors
@@ -202,14 +200,8 @@ def measure_text(
         row = {"name": name, "sparsity": each and each.sparsity, "bytes_share_target": each and each.bytes_share}
         row |= {key: value for key, value in found.to_dict().items() if key != "dense"}
         rows.append(row | {"reached": report.to_dict()})
-        drifted = report.drifted(_TOLERANCE) if each is not None else []
-        if drifted:
-            notes.print(
-                f"[yellow]{escape(name)}: in {len(drifted)} of {len(report.layers)} layers the sparsity is more than "
-                f"{_TOLERANCE:.0%} from its target, furthest in {escape(drifted[0].name)}. Is this text like the "
-                "calibration's?[/]",
-                soft_wrap=True,
-            )
+        if each is not None:
+            note_drift(report, name)
     return {"window": options["window"], "dense": asdict(found.dense), "variants": rows}
 
 

@@ -17,6 +17,7 @@ from cats_ext.cli.common import (
     Model,
     Sparsity,
     load_patched,
+    note_drift,
     notes,
     one_sentence_errors,
     pick_device,
@@ -84,3 +85,4 @@ def generate(
             f"{config.sparsity:.0%}); a token read {report.bytes_share:.1%} of the MLP weights[/]",
             soft_wrap=True,
         )
+        note_drift(report, "this text", tolerance=0.1)  # a few tokens vary more than a corpus
