@@ -50,6 +50,40 @@ def _accuracies(dense: dict[str, float]) -> list[str]:
     return [f"{100 * dense['mean']:.1f}", f"{100 * dense['lambada']:.1f}"]
 
 
+SWEEP = {
+    "plain": "plain, 50 / 50 %",
+    "weighted rms1": "weighted, norms, power 1",
+    "weighted rms.5": "weighted, norms, power 0.5",
+    "weighted fisher1": "weighted, gradients, power 1",
+    "two .45": "two thresholds, 45 / 55 %",
+    "two": "two thresholds, 40 / 60 %: the default",
+    "two .35": "two thresholds, 35 / 65 %",
+    "two .3": "two thresholds, 30 / 70 %",
+    "two rms.25": "the default, gate weighted by norms, power 0.25",
+    "two rms.5": "the default, gate weighted by norms, power 0.5",
+    "two rms1": "the default, gate weighted by norms, power 1",
+    "two fisher.5 fisher": "the default, weighted by gradients, power 0.5",
+    "two fisher1 fisher": "the default, weighted by gradients, power 1",
+    "two alloc error": "the default, layers by output error",
+    "two alloc relative": "the default, layers by relative output error",
+    "two alloc kl": "the default, layers by measured KL",
+    "two alloc fisher": "the default, layers by gradients (the package's search)",
+    "two fisher.5 fisher alloc fisher": "weights and layers by gradients, power 0.5",
+}
+
+
+def sweep() -> str:
+    data = {row["name"]: row for row in read("quality/sweep_rules.csv")}
+    dense = data["dense"]
+    rows = [["dense", "", f"{float(dense['c4_ppl']):.2f}", "", f"{float(dense['lambada']):.1f}"]]
+    for name, words in SWEEP.items():
+        row = data[name]
+        ratio = float(row["wikitext_ppl"]) / float(dense["wikitext_ppl"])
+        cells = [f"{ratio:.3f}x", f"{float(row['c4_ppl']):.2f}", f"{float(row['c4_kl']):.3f}"]
+        rows.append([words, *cells, f"{float(row['lambada']):.1f}"])
+    return table(["", "WikiText-2 perplexity", "C4 perplexity", "C4 KL, nats", "LAMBADA, %"], rows)
+
+
 def generation() -> str:
     rows = [
         [
@@ -83,7 +117,13 @@ def telemetry() -> str:
 
 def render(page: str) -> str:
     """``page`` with every table between its markers as the result files have it."""
-    for name, draw in (("rules", rules), ("generation", generation), ("prefill", prefill), ("telemetry", telemetry)):
+    for name, draw in (
+        ("rules", rules),
+        ("sweep", sweep),
+        ("generation", generation),
+        ("prefill", prefill),
+        ("telemetry", telemetry),
+    ):
         begin, end = (mark.replace("results:", f"{name}:") for mark in (BEGIN, END))
         before, rest = page.split(begin)
         page = f"{before}{begin}\n{draw().replace('(bench/', '(../bench/')}\n{end}{rest.split(end)[1]}"
