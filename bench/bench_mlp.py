@@ -1,10 +1,12 @@
-"""A few tokens through a gated MLP on a GPU: torch.ops.cats.sparse_mlp against dense PyTorch and against "optimal".
+"""A few tokens through a gated MLP on a GPU: cats_ext against dense PyTorch, "optimal", and published Triton kernels.
 
-    python bench/bench_mlp.py --output bench/results/h100
+    python bench/bench_mlp.py --peer-path ../CATS ../TEAL --output bench/results/h100
+    python bench/plot_mlp.py bench/results/h100/mlp.csv bench/results/h100/mlp.png
 
 Every path is captured in a CUDA graph over layers of distinct weights, several times the L2 in all; paths take turns,
 medians are reported, and speedups are against the fastest dense path of the same run. Thresholds are exact quantiles of
-|act(gate)| for the x in use. "optimal" is the paper's: a dense MLP of only as many neurons as are kept, without
+|act(gate)| for the x in use. Ours is what users call, functional.sparse_mlp: the kernel, or beyond as many tokens as it
+is taken for, the dense masked path. "optimal" is the paper's: a dense MLP of only as many neurons as are kept, without
 selecting them; once with the gate projection whole, as CATS needs it, and once reduced like the others.
 """
 
@@ -15,18 +17,23 @@ import csv
 import datetime
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import Peer, kth_threshold, load_peers
 from torch import Tensor
 
-from cats_ext import ops
+from cats_ext import functional
 from cats_ext.benchmark import SHAPES, parse_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SPARSITY = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+TWO_THRESHOLD = (0.4, 0.6)  # neurons skipped before up, and before down: as many bytes as one threshold at 50 %
 Run = Callable[[], object]
 
 
@@ -36,25 +43,32 @@ class Layer:
     up: Tensor  # [I, H]
     down: Tensor  # [H, I], as nn.Linear stores it
     down_t: Tensor  # [I, H], as the op reads it
-    thresholds: dict[float, Tensor]
-    rows_kept: dict[float, int]  # neurons that some token keeps
+    value: Tensor  # |act(gate)| of the x in use, [M, I]
+    h: Tensor  # |act(gate) * up|, [M, I]
+
+
+@dataclass
+class Variant:
+    """One line of the result file: ``replay`` runs all layers once."""
+
+    path: str
+    name: str
+    sparsity: float  # share of neurons skipped by the average token
+    share_read: float  # of the layer's weights, that it has to read
+    replay: Run
+    dtype: str = ""  # where it is not that of the run
 
 
 def dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def make_layer(x: Tensor, intermediate: int, sparsities: list[float]) -> Layer:
+def make_layer(x: Tensor, intermediate: int) -> Layer:
     hidden = x.shape[-1]
-    gate, up, down_t = (torch.randn(intermediate, hidden, device="cuda").to(x.dtype) / hidden**0.5 for _ in range(3))
-    value = F.silu(F.linear(x.float(), gate.float())).abs()
-    by_size = value.flatten().sort().values
-    # Halfway between two neurons, so that rounding cannot move one over the threshold.
-    thresholds = {
-        s: by_size[round(s * len(by_size)) - 1 :][:2].mean() if s else by_size.new_zeros(()) for s in sparsities
-    }
-    rows_kept = {s: int((value >= t).any(0).sum()) for s, t in thresholds.items()}
-    return Layer(gate, up, down_t.t().contiguous(), down_t, thresholds, rows_kept)
+    gate, up, down_t = (torch.randn(intermediate, hidden, device=x.device).to(x.dtype) / hidden**0.5 for _ in range(3))
+    value = F.silu(F.linear(x.float(), gate.float()))
+    h = value * F.linear(x.float(), up.float())
+    return Layer(gate, up, down_t.t().contiguous(), down_t, value.abs(), h.abs())
 
 
 def capture(path: Run) -> Run:
@@ -69,103 +83,174 @@ def capture(path: Run) -> Run:
     return graph.replay
 
 
-def time_in_turns(paths: dict[str, Run], repetitions: int) -> dict[str, float]:
-    """Median seconds of each path."""
-    replays = {name: capture(path) for name, path in paths.items()}
-    events = {name: [] for name in paths}
+def time_in_turns(replays: list[Run], repetitions: int) -> list[float]:
+    """Median seconds of each."""
+    events = [[] for _ in replays]
     for _ in range(repetitions + 3):
-        for name, replay in replays.items():
+        for replay, pairs in zip(replays, events, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             replay()
             end.record()
-            events[name].append((start, end))
+            pairs.append((start, end))
     torch.cuda.synchronize()
-    return {n: statistics.median(a.elapsed_time(b) for a, b in pairs[3:]) / 1e3 for n, pairs in events.items()}
+    return [statistics.median(a.elapsed_time(b) for a, b in pairs[3:]) / 1e3 for pairs in events]
 
 
 def read_limit() -> float:
     """GB/s at which the card reads memory: the fastest of 20 sums over 2 GiB of float32."""
     data = torch.ones(1 << 29, device="cuda")
     replay = capture(data.sum)
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return data.nbytes / min(times) / 1e9
+    return data.nbytes / min(time_in_turns([replay], 1)[0] for _ in range(20)) / 1e9
 
 
-def optimal(layers: list[Layer], x: Tensor, sparsity: float, whole_gate: bool) -> Run:
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    return float((y.float() - expected.float()).norm() / expected.float().norm())
+
+
+def dense_variants(layers: list[Layer], x: Tensor, compile_mode: str | None) -> list[Variant]:
+    def over(mlp: Callable[..., Tensor]) -> Run:
+        return lambda: [mlp(x, w.gate, w.up, w.down) for w in layers]
+
+    runs = {
+        "dense": over(dense),
+        "dense, down transposed": lambda: [dense(x, w.gate, w.up, w.down_t.t()) for w in layers],
+    }
+    if compile_mode:
+        compiled = torch.compile(dense, mode=None if compile_mode == "default" else compile_mode, dynamic=False)
+        runs[f"dense, torch.compile {compile_mode}"] = over(compiled)
+    return [Variant("dense", name, 0.0, 1.0, capture(run)) for name, run in runs.items()]
+
+
+def sparse_variants(layers: list[Layer], x: Tensor, sparsities: list[float]) -> list[Variant]:
+    """Ours, one threshold at each sparsity and two at TWO_THRESHOLD."""
+    on_kernel = functional.kernel_fits(x, x.shape[-1])
+    intermediate = layers[0].gate.shape[0]
+
+    def variant(path: str, name: str, sparsity: float, thresholds: list[tuple[Tensor, Tensor | None]]) -> Variant:
+        rows = 0  # read by some token: of up, and of down
+        for w, (threshold, down_threshold) in zip(layers, thresholds, strict=True):
+            kept = w.value >= threshold
+            kept_down = kept if down_threshold is None else kept & (w.h >= down_threshold)
+            rows += int(kept.any(0).sum() + kept_down.any(0).sum())
+        share = (1 + rows / (len(layers) * intermediate)) / 3 if on_kernel else 1.0
+
+        def run() -> list[Tensor]:
+            pairs = zip(layers, thresholds, strict=True)
+            return [functional.sparse_mlp(x, w.gate, w.up, w.down_t, *rule) for w, rule in pairs]
+
+        return Variant(path, name + ("" if on_kernel else ", dense path"), sparsity, share, capture(run))
+
+    variants = []
+    for s in sparsities:
+        thresholds = [(kth_threshold(w.value, s), None) for w in layers]
+        variants.append(variant("sparse_mlp", f"sparse_mlp {s:.0%}", s, thresholds))
+    first, second = TWO_THRESHOLD
+    thresholds = []
+    for w in layers:
+        threshold = kth_threshold(w.value, first)
+        thresholds.append((threshold, kth_threshold(w.h * (w.value >= threshold), second)))
+    name = f"two thresholds {first:.0%}, {second:.0%}"
+    return [*variants, variant("two_threshold", name, (first + second) / 2, thresholds)]
+
+
+def optimal_variants(layers: list[Layer], x: Tensor, sparsity: float) -> list[Variant]:
     """A dense MLP of as many neurons as are kept, the first ones. [:k] of down is copied: a view has long rows."""
-    parts = []
-    for layer in layers:
-        k = layer.rows_kept[sparsity]
-        parts.append((layer.gate if whole_gate else layer.gate[:k], layer.up[:k], layer.down[:, :k].contiguous(), k))
+    intermediate = layers[0].gate.shape[0]
+    k = intermediate - round(sparsity * intermediate)
+    downs = [w.down[:, :k].contiguous() for w in layers]
 
-    def run() -> None:
-        for gate, up, down, k in parts:
-            g = F.silu(F.linear(x, gate))
-            F.linear(g[:, :k] * F.linear(x, up), down)
+    def reduced_gate() -> None:
+        for w, down in zip(layers, downs, strict=True):
+            dense(x, w.gate[:k], w.up[:k], down)
 
-    return run
+    def whole_gate() -> None:
+        for w, down in zip(layers, downs, strict=True):
+            F.linear(F.silu(F.linear(x, w.gate))[:, :k] * F.linear(x, w.up[:k]), down)
+
+    name, share = f"optimal {sparsity:.0%}", k / intermediate
+    return [
+        Variant("optimal_whole_gate", f"{name}, whole gate", sparsity, (1 + 2 * share) / 3, capture(whole_gate)),
+        Variant("optimal", name, sparsity, share, capture(reduced_gate)),
+    ]
 
 
-def bench(shape: str, dtype: str, tokens: int, arguments: argparse.Namespace) -> list[dict]:
+def peer_variants(peer: Peer, layers: list[Layer], x: Tensor, sparsities: list[float]) -> list[Variant]:
+    """Of one peer, at each sparsity, once its result is right; where it fails, a line says so and the rest is left."""
+    intermediate, hidden = layers[0].gate.shape
+    variants: list[Variant] = []
+    case = f"{peer.path}, {hidden}x{intermediate}, {len(x)} token{'s' * (len(x) > 1)}"
+    if refusal := peer.refusal(len(x), hidden, intermediate):
+        print(f"{case}: left out, {refusal}", flush=True)
+        return variants
+    started = time.perf_counter()
+    try:
+        weights = [peer.weights(w.gate, w.up, w.down_t) for w in layers]
+        for s in sparsities:
+            calls, expected = peer.mlp(x, weights, s)
+            peer.retune()
+            # Masks are taken on rounded values: some neurons are on the other side, up to a tenth of the norm of y.
+            error = max(relative_error(call(), y) for call, y in zip(calls, expected, strict=True))
+            if not error < 0.2:
+                raise RuntimeError(f"its result is wrong, relative error {error:.2g}")
+            replay = capture(lambda calls=calls: [call() for call in calls])
+            share = peer.share_read(s, statistics.mean(rows_kept(w, s) for w in layers))
+            dtype = DTYPE_NAMES[peer.dtype or x.dtype]
+            variants.append(Variant(peer.path, f"{peer.path} {s:.0%}", s, share, replay, dtype))
+    except Exception as error:
+        where = f"from {sparsities[len(variants)]:.0%} on" if len(variants) < len(sparsities) else ""
+        print(f"{case}: left out {where}: {type(error).__name__}: {error}", flush=True)
+    else:
+        print(f"{case}: right at every sparsity; compiled, tuned and captured in {time.perf_counter() - started:.1f} s")
+    return variants
+
+
+def rows_kept(layer: Layer, sparsity: float) -> float:
+    """Share of neurons that some token keeps."""
+    return float((layer.value >= kth_threshold(layer.value, sparsity)).any(0).float().mean())
+
+
+def bench(shape: str, dtype: str, tokens: int, peers: list[Peer], arguments: argparse.Namespace) -> list[dict]:
     hidden, intermediate = parse_shape(shape)
     layer_bytes = 3 * hidden * intermediate * DTYPES[dtype].itemsize
     count = max(3, -(-arguments.working_set // layer_bytes))
     x = torch.randn(tokens, hidden, device="cuda").to(DTYPES[dtype])
-    layers = [make_layer(x, intermediate, arguments.sparsity) for _ in range(count)]
-    compiled = torch.compile(dense, mode="max-autotune-no-cudagraphs", dynamic=False)
-    paths: dict[str, Run] = {
-        "dense": lambda: [dense(x, w.gate, w.up, w.down) for w in layers],
-        "dense, down transposed": lambda: [dense(x, w.gate, w.up, w.down_t.t()) for w in layers],
-    }
-    if arguments.compile:
-        paths["dense, torch.compile"] = lambda: [compiled(x, w.gate, w.up, w.down) for w in layers]
+    layers = [make_layer(x, intermediate) for _ in range(count)]
+    sparsities = arguments.sparsity if tokens == 1 else arguments.batched_sparsity
+    mode = "max-autotune-no-cudagraphs" if tokens in arguments.max_autotune_tokens else "default"
 
-    def sparse(s: float) -> Run:
-        return lambda: [ops.sparse_mlp(x, w.gate, w.up, w.down_t, w.thresholds[s]) for w in layers]
+    first = layers[0]
+    y = functional.sparse_mlp(x, first.gate, first.up, first.down_t, torch.zeros((), device=x.device))
+    error = relative_error(y, dense(x, first.gate, first.up, first.down))
+    if not error < (1e-4 if dtype == "fp32" else 1e-2):
+        raise RuntimeError(f"{shape} {dtype}: sparse_mlp at threshold 0 differs from the dense MLP by {error:.1e}")
 
-    sparsity_of = dict.fromkeys(paths, 0.0)
-    for s in arguments.sparsity:
-        variants = {f"sparse_mlp {s:.0%}": sparse(s)}
-        if s and tokens == 1:
-            variants[f"optimal {s:.0%}, whole gate"] = optimal(layers, x, s, whole_gate=True)
-            variants[f"optimal {s:.0%}"] = optimal(layers, x, s, whole_gate=False)
-        paths |= variants
-        sparsity_of |= dict.fromkeys(variants, s)
+    variants = dense_variants(layers, x, mode if arguments.compile else None)
+    variants += sparse_variants(layers, x, sparsities)
+    if tokens == 1:
+        variants += [v for s in sparsities if s for v in optimal_variants(layers, x, s)]
+    if tokens in arguments.peer_tokens:
+        variants += [v for peer in peers for v in peer_variants(peer, layers, x, sparsities)]
+    limit = read_limit()
+    seconds = time_in_turns([v.replay for v in variants], arguments.repetitions)
 
-    with torch.inference_mode():
-        expected = dense(x, layers[0].gate, layers[0].up, layers[0].down).float()
-        y = ops.sparse_mlp(x, layers[0].gate, layers[0].up, layers[0].down_t, torch.zeros((), device="cuda")).float()
-        error = float((y - expected).norm() / expected.norm())
-        if not error < (1e-4 if dtype == "fp32" else 1e-2):
-            raise RuntimeError(f"{shape} {dtype}: the op at threshold 0 differs from the dense MLP by {error:.1e}")
-        limit = read_limit()
-        seconds = time_in_turns(paths, arguments.repetitions)
-    best_dense = min(t for name, t in seconds.items() if name.startswith("dense"))
+    best_dense = min(t for v, t in zip(variants, seconds, strict=True) if v.path == "dense")
     rows = []
-    for name, total in seconds.items():
-        s, us = sparsity_of[name], total / count * 1e6
-        kept = statistics.mean(w.rows_kept[s] for w in layers) / intermediate if s else 1.0
-        gate_share = kept if name == f"optimal {s:.0%}" else 1.0
-        gb_per_s = layer_bytes / 3 * (gate_share + 2 * kept) / us / 1e3
+    for v, total in zip(variants, seconds, strict=True):
+        us = total / count * 1e6
+        gb_per_s = layer_bytes * v.share_read / us / 1e3
         rows.append(
             {
                 "shape": shape,
                 "hidden_size": hidden,
                 "intermediate_size": intermediate,
-                "dtype": dtype,
+                "dtype": v.dtype or dtype,
                 "tokens": tokens,
-                "path": name.split(",")[0].split(" ")[0],
-                "variant": name,
-                "sparsity": s,
+                "path": v.path,
+                "variant": v.name,
+                "sparsity": v.sparsity,
                 "us": round(us, 2),
+                "share_read": round(v.share_read, 4),
                 "gb_per_s": round(gb_per_s),
                 "read_limit_gb_per_s": round(limit),
                 "share_of_limit": round(gb_per_s / limit, 3),
@@ -174,6 +259,13 @@ def bench(shape: str, dtype: str, tokens: int, arguments: argparse.Namespace) ->
             }
         )
     return rows
+
+
+def write(path: Path, results: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(results)
 
 
 def machine() -> dict[str, str]:
@@ -192,11 +284,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"HxI or {', '.join(SHAPES)}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITY, help="for one token")
+    parser.add_argument("--batched-sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9], help="for more")
+    parser.add_argument("--peer-path", nargs="+", type=Path, default=[], help="checkouts of CATS, TEAL (peers.py)")
+    parser.add_argument(
+        "--peer-tokens", nargs="+", type=int, default=[1], help="tokens to time peers for; 10 to 20 s each to compile"
+    )
     parser.add_argument("--working-set", type=int, default=1 << 30, help="bytes of weights to rotate through, at least")
     parser.add_argument("--repetitions", type=int, default=50)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
+    parser.add_argument(
+        "--max-autotune-tokens",
+        nargs="*",
+        type=int,
+        default=[1],
+        help="in max-autotune mode, 10 s each; else default",
+    )
     parser.add_argument("--commit", default=None, help="for the result file; default: git rev-parse HEAD")
     parser.add_argument("--output", type=Path, help="directory for mlp.csv")
     arguments = parser.parse_args()
@@ -205,25 +309,28 @@ def main() -> None:
     commit = arguments.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     common = machine() | {"commit": commit}
     print(", ".join(f"{key} {value}" for key, value in common.items()))
+    peers = load_peers(arguments.peer_path)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
     results = []
     for shape in arguments.shape:
         for dtype in arguments.dtype:
             for tokens in arguments.tokens:
-                for row in bench(shape, dtype, tokens, arguments):
+                started = time.perf_counter()
+                with torch.inference_mode():
+                    rows = bench(shape, dtype, tokens, peers, arguments)
+                for row in rows:
                     results.append(row | common)
                     print(
-                        f"{shape:14} {dtype} {tokens:3} tokens  {row['variant']:30} {row['us']:9.2f} us "
+                        f"{shape:14} {row['dtype']} {tokens:3} tokens  {row['variant']:46} {row['us']:9.2f} us "
                         f"{row['gb_per_s']:6} GB/s {row['share_of_limit']:6.3f} of limit {row['speedup']:6.3f}x",
                         flush=True,
                     )
+                print(f"{time.perf_counter() - started:.1f} s", flush=True)
+                if arguments.output:
+                    write(arguments.output / "mlp.csv", results)
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        with (arguments.output / "mlp.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, results[0])
-            writer.writeheader()
-            writer.writerows(results)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ def gpu() -> str:
         group = [row for row in data if (row["shape"], row["tokens"]) == (shape, tokens)]
         dense = min(float(row["us"]) for row in group if row["path"] == "dense")
         size = f"{group[0]['hidden_size']}x{group[0]['intermediate_size']}"
-        cells = [
-            f"{float(row['us']):.0f} us, {float(row['speedup']):.2f}x" for row in group if row["path"] == "sparse_mlp"
-        ]
+        ours = {float(row["sparsity"]): row for row in group if row["path"] == "sparse_mlp"}
+        cells = [f"{float(ours[s]['us']):.0f} us, {float(ours[s]['speedup']):.2f}x" for s in (0.0, 0.5, 0.7, 0.9)]
         rows.append([f"{shape}, {size}, {tokens} token{'s' * (tokens != '1')}", f"{dense:.0f} us", *cells])
     header = ["GPU, bf16, one layer's MLP", "fastest dense", *(f"sparsity {s} %" for s in (0, 50, 70, 90))]
     return f"{data[0]['device']}: {source(name, data[0])}.\n\n{table(header, rows)}"
