@@ -35,10 +35,10 @@ def curve(rows: list[dict[str, str]], path: str) -> list[tuple[float, float]]:
 def draw(source: Path, dtype: str = "bf16") -> Figure:
     with source.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["tokens"] == "1"]
-    rows = [row for row in rows if row["dtype"] == dtype or row["path"] == "teal_triton"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["dtype"] == dtype))
     if not shapes:
         raise SystemExit(f"{source} has no row with dtype {dtype} and 1 token")
+    rows = [row for row in rows if row["dtype"] == dtype or row["path"] == "teal_triton"]
     figure = Figure(figsize=(5.6 * len(shapes), 4.4), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
     for axis, shape in zip(axes, shapes, strict=True):
@@ -47,16 +47,10 @@ def draw(source: Path, dtype: str = "bf16") -> Figure:
             if points := curve(group, path):
                 ours = path == "sparse_mlp"
                 x, y = zip(*points, strict=True)
-                axis.plot(
-                    x,
-                    y,
-                    style,
-                    color=colour,
-                    label=label,
-                    markersize=4,
-                    linewidth=2.2 if ours else 1.4,
-                    zorder=2 + ours,
-                )
+                shown = dict(linewidth=2.2 if ours else 1.4, markersize=4, zorder=2 + ours)
+                if path == "two_threshold":
+                    shown = dict(markersize=8, markerfacecolor="none", zorder=4)
+                axis.plot(x, y, style, color=colour, label=label, **shown)
                 for s, us in points if ours else ():
                     axis.annotate(f"{us:.0f}", (s, us), (0, -11), textcoords="offset points", ha="center", fontsize=7)
         first = group[0]
