@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import Peer, kth_threshold, load_peers
+from peers import Peer, compile_in_parallel, kth_threshold, load_peers
 from torch import Tensor
 
 from cats_ext import functional
@@ -310,6 +310,9 @@ def main() -> None:
     common = machine() | {"commit": commit}
     print(", ".join(f"{key} {value}" for key, value in common.items()))
     peers = load_peers(arguments.peer_path)
+    shapes = [parse_shape(shape) for shape in arguments.shape]
+    peer_tokens = [m for m in arguments.peer_tokens if m in arguments.tokens]
+    compile_in_parallel(peers, shapes, peer_tokens, [DTYPES[dtype] for dtype in arguments.dtype])
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
     results = []

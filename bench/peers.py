@@ -8,9 +8,14 @@ favour: they are tuned anew for each sparsity, and everything is captured in a C
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import multiprocessing
+import os
 import sys
+import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +64,7 @@ class Peer:
     autotuners: tuple[str, ...]
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.module = _import(root / self.file)
         for name in self.autotuners:
             getattr(self.module, name).do_bench = _quick_bench
@@ -170,6 +176,45 @@ class TealTriton(Peer):
 
     def share_read(self, sparsity: float, rows_kept: float) -> float:
         return 1 - sparsity
+
+
+def _compile_one(kind: type[Peer], root: Path, index: int, tokens: int, shape: tuple[int, int], dtype: torch.dtype):
+    """Compiles one configuration of each kernel into Triton's cache on disk, by running it alone."""
+    peer = kind(root)
+    for name in peer.autotuners:
+        tuner = getattr(peer.module, name)
+        tuner.configs = [tuner.configs[min(index, len(tuner.configs) - 1)]]
+    hidden, intermediate = shape
+    weights = peer.weights(*(torch.zeros(intermediate, hidden, dtype=dtype, device="cuda") for _ in range(3)))
+    calls, _ = peer.mlp(torch.ones(tokens, hidden, dtype=dtype, device="cuda"), [weights], 0.5)
+    calls[0]()
+    torch.cuda.synchronize()
+
+
+def compile_in_parallel(
+    peers: list[Peer], shapes: list[tuple[int, int]], tokens: list[int], dtypes: list[torch.dtype]
+) -> None:
+    """Fills Triton's cache on disk from several processes: the kernels have up to 19 configurations, up to 6 s each.
+
+    What fails here fails again, and is reported, when the peer is timed.
+    """
+    jobs = []
+    for peer in peers:
+        count = max(len(getattr(peer.module, name).configs) for name in peer.autotuners)
+        for shape, m, dtype in itertools.product(shapes, tokens, dtypes):
+            if not peer.refusal(m, *shape):
+                jobs += [(type(peer), peer.root, index, m, shape, dtype) for index in reversed(range(count))]
+    if not jobs:
+        return
+    started = time.perf_counter()
+    # spawned: CUDA does not survive a fork
+    workers = min(len(jobs), os.cpu_count() or 1, 12)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        failed = sum(job.exception() is not None for job in [pool.submit(_compile_one, *job) for job in jobs])
+    print(
+        f"peers: {len(jobs)} configurations compiled in {time.perf_counter() - started:.1f} s, {failed} failed",
+        flush=True,
+    )
 
 
 def load_peers(roots: list[Path]) -> list[Peer]:
