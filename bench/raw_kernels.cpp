@@ -76,14 +76,23 @@ PYBIND11_MODULE(cats_raw_kernels, m) {
     address(mlp, "y", &SparseMlpParams::y);
     address(mlp, "counts", &SparseMlpParams::counts);
 
-    py::class_<SparseMlpLaunchOptions>(m, "SparseMlpLaunchOptions")
-        .def(py::init<>())
+    py::class_<SparseMlpLaunchOptions> options(m, "SparseMlpLaunchOptions");
+    options.def(py::init<>())
         .def_readwrite("kernel", &SparseMlpLaunchOptions::kernel)
         .def_readwrite("slots", &SparseMlpLaunchOptions::slots)
         .def_readwrite("first_batches", &SparseMlpLaunchOptions::first_batches)
         .def_readwrite("programmatic_launch", &SparseMlpLaunchOptions::programmatic_launch);
+    address(options, "shares", &SparseMlpLaunchOptions::shares);
 
     m.def("sparse_mlp_workspace_bytes", &sparse_mlp_workspace_bytes, py::arg("params"));
+    m.def(
+        "sparse_mlp_shares_bytes",
+        [](const SparseMlpParams &params) {
+            size_t bytes = 0;
+            check("sparse_mlp_shares_bytes", sparse_mlp_shares_bytes(params, &bytes));
+            return bytes;
+        },
+        py::arg("params"));
     m.def(
         "sparse_mlp_cuda",
         [](const SparseMlpParams &params, uintptr_t workspace, uintptr_t stream,
