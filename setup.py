@@ -121,11 +121,16 @@ def libtorch_cuda_dir(build_temp: str) -> str:
 
 
 class Build(BuildExtension):
-    """Says what is built and what is left out, and leaves no library of an earlier build behind."""
+    """Says what is built and what is left out, and keeps nothing of an earlier build that is out of date."""
 
     def run(self) -> None:
         for stale in Path(ROOT if self.inplace else self.build_lib, "cats_ext").glob("_C*.so"):
             stale.unlink()
+        # ninja knows what a .cu file includes only where torch itself has CUDA.
+        newest_header = max(Path(ROOT, header).stat().st_mtime for header in self.extensions[-1].depends)
+        for compiled in Path(self.build_temp).rglob("*.o"):
+            if compiled.stat().st_mtime < newest_header:
+                compiled.unlink()
         if cuda_home is None:
             summary = f"_C (CPU); left out _C_cuda (CUDA): {cuda_note}"
         else:

@@ -18,10 +18,11 @@ from cats_ext import ops, reference
 # (bench/results/cpu-epyc-zen3).
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
-# On CUDA, 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, with masks that are independent
-# from token to token, it takes no longer than dense for 4 tokens, but up to 1.05 as long for 8; smaller layers are
-# faster dense, and longer rows do not fit (bench/results/h100/microbench.csv).
-MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES = 4, range(3072, 4225, 32)
+# 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, with masks that are independent from token
+# to token, it takes no longer than dense for 4 tokens, but up to 1.05 as long for 8; smaller layers are faster dense,
+# longer rows do not fit, and without the copy engine of compute capability 9.0 it is slower
+# (bench/results/h100/kernel_experiments.csv).
+MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
 
 # Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
@@ -46,8 +47,12 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
     device = "cuda" if x.is_cuda else x.device.type
     most = MAX_KERNEL_TOKENS.get(device, 0)
     tokens_fit = x.numel() <= most * hidden_size
-    if not tokens_fit and device == "cuda" and x.dtype != torch.float32 and hidden_size in BATCHED_HIDDEN_SIZES:
-        tokens_fit = x.numel() <= MAX_BATCHED_TOKENS * hidden_size
+    if not tokens_fit and device == "cuda" and x.numel() <= MAX_BATCHED_TOKENS * hidden_size:
+        tokens_fit = (
+            x.dtype != torch.float32
+            and hidden_size in BATCHED_HIDDEN_SIZES
+            and torch.cuda.get_device_properties(x.device).major == BATCHED_CAPABILITY
+        )
     return (
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
