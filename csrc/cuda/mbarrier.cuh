@@ -6,6 +6,11 @@
 
 namespace cats {
 
+// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
+__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
+    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void init_barrier(uint64_t *barrier, uint32_t arrivals) {

@@ -39,13 +39,14 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const BatchedArguments &
     finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. kBulk: for
-// sm_90. kInside: 4 or 8 tokens in y_sum.
+// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. The longest
+// rows do not fit where shared memory is small. kBulk: for sm_90. kInside: 4 or 8 tokens in y_sum.
 template <typename T, bool kBulk, int kGroups, int kInside>
 __global__ void __launch_bounds__((kWorkerWarps + 1) * 32, 1)
     sparse_mlp_batched_kernel(const __grid_constant__ BatchedArguments args) {
 #ifdef __CUDA_ARCH__
-    if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800)) sparse_mlp_batched_body<T, kBulk, kGroups, kInside>(args);
+    if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800) && (kGroups < 12 || has_large_shared_memory(__CUDA_ARCH__)))
+        sparse_mlp_batched_body<T, kBulk, kGroups, kInside>(args);
     else __trap();
 #endif
 }

@@ -5,7 +5,6 @@
 #include <mutex>
 
 #include "sparse_mlp_dispatch.h"
-#include "team.cuh"
 
 namespace cats {
 

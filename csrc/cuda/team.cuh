@@ -7,11 +7,6 @@
 
 namespace cats {
 
-// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
-__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
-    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
-}
-
 // What the launcher plans per shape; see sparse_mlp_dispatch.cuh.
 struct SparseMlpPlan {
     int ctas;
