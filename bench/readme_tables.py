@@ -27,11 +27,6 @@ def source(name: str, row: dict[str, str]) -> str:
     return f"[`{name}`](bench/results/{name}), torch {row['torch']}, commit {row['commit']}, {row['date']}"
 
 
-def sources(name: str, data: list[dict[str, str]]) -> str:
-    """As source, of a file that was measured in several runs."""
-    return source(name, data[0] | {"commit": " and ".join(dict.fromkeys(row["commit"] for row in data))})
-
-
 def gpu() -> str:
     name = "h100/mlp.csv"
     data = [row for row in read(name) if row["dtype"] == "bf16"]
@@ -61,27 +56,6 @@ def cpu() -> str:
     header = ["CPU, one token, one layer's MLP", "fastest dense", *(f"sparsity {s} %" for s in (0, 50, 70, 90))]
     first = data[0]
     return f"{first['device']} (Zen 3), {first['threads']} threads: {source(name, first)}.\n\n{table(header, rows)}"
-
-
-def decode() -> str:
-    name = "h100/decode.csv"
-    data = read(name)
-    titles = {
-        "captured": "`DecodeEngine`",
-        "compiled": "`generate`, static cache, compiled",
-        "eager": "`generate`",
-    }
-    rows = []
-    for model, mode, prompt in dict.fromkeys((r["model"], r["mode"], r["prompt"]) for r in data):
-        group = {float(r["sparsity"]): r for r in data if (r["model"], r["mode"], r["prompt"]) == (model, mode, prompt)}
-        cells = [
-            f"{float(r['tokens_per_s']):.0f}" + (f", {float(r['speedup']):.2f}x" if sparsity else "")
-            for sparsity, r in sorted(group.items())
-        ]
-        rows.append([f"{model}, {titles[mode]}, prompt {prompt}", *cells])
-    header = ["tokens per second, bf16, batch 1", "dense", *(f"sparsity {s} %" for s in (50, 70, 90))]
-    rows.sort(key=lambda row: row[0].split(",")[0], reverse=True)
-    return f"Whole models: {sources(name, data)}; [figure](bench/results/h100/decode.png).\n\n{table(header, rows)}"
 
 
 def patching() -> str:

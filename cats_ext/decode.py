@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LENGTH_STEP = 256  # the cache is allocated in multiples of this; how long it is costs memory but no time
 _SPARE = 2  # places at its end that only warming up writes
+_MANY = 200  # tokens before the one on which a fused step is compared with the model
 _ATTENTION = ("full_attention", "sliding_attention")
 _MAX_GRAPHS = 4  # kept at a time, one for each way of choosing tokens
 
@@ -206,18 +207,25 @@ class _Session:
         self._step = lambda: fused(self.token, self.position)[None]
 
     def _check_against_model(self, fused: FusedStep) -> None:
-        """Compare both on the fifth of five tokens, in a place of the cache that is overwritten later."""
+        """Compare both on one token after few and after many, in places of the cache that are overwritten later.
+
+        Many are as many as several programs of the attention kernel share. The model too takes the token alone, since
+        prompts can be set to run densely.
+        """
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        ids = torch.linspace(0, vocabulary - 1, 5, device=self.token.device).long()
-        self._forward(ids[None, :4], 0)
-        self.cache.length = 4
-        expected = self._forward(ids[None, 4:], 4)[0].float()  # alone, since prompts can be set to run densely
-        self.cache.length = 0
-        got = fused(ids[4:], self.position + 4).float()
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        error = float((got - expected).norm() / expected.norm())
-        if not error <= tolerance:
-            raise NotFusableError(f"its logits differ from the model's by {error:.1e}")
+        longest = getattr(self.model.config, "max_position_embeddings", None) or self.length
+        many = min(self.length, longest) - _SPARE
+        ids = torch.linspace(0, vocabulary - 1, many, device=self.token.device).long()
+        for count in (4, min(many - 1, _MANY)):
+            self._forward(ids[None, :count], 0)
+            self.cache.length = count
+            expected = self._forward(ids[None, count : count + 1], count)[0].float()
+            self.cache.length = 0
+            got = fused(ids[count : count + 1], self.position + count).float()
+            tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
+            error = float((got - expected).norm() / expected.norm())
+            if not error <= tolerance:
+                raise NotFusableError(f"its logits after {count} tokens differ from the model's by {error:.1e}")
 
     def serves(self, batch: int, length: int, padded: bool, state: tuple) -> bool:
         return (self.batch, self.padded, self.state) == (batch, padded, state) and self.length >= length
@@ -341,17 +349,27 @@ class _Session:
         self.ids[:, self.prompt_length] = self.token
         self.known = self.prompt[0].tolist()
         arrived = self._send()
+        # The device works on the next token while the host reads this one. Where sparsity is tracked it does not: a
+        # step after the end of the text would be counted.
+        ahead = not any(module.cats.tracking for module in sparse_mlps(self.model).values())
         for end in range(self.prompt_length + 1, plan.max_length + 1):  # tokens in all, with the one that has arrived
             host, event = arrived
-            if end < plan.max_length:  # the device works on the next token while the host reads this one
-                self.graph.replay()
-                if plan.selection.graph_key is None:
-                    self.token.copy_(plan.selection(self.ids[:, :end], self.logits))
-                    self.ids[:, end] = self.token
-                arrived = self._send()
+            more = end < plan.max_length
+            if more and ahead:
+                arrived = self._next(plan, end)
             event.synchronize()
             yield host
             self.known.append(int(host[0]))
+            if more and not ahead:
+                arrived = self._next(plan, end)
+
+    def _next(self, plan: Plan, end: int) -> tuple[Tensor, torch.cuda.Event]:
+        """Put the token at place ``end`` on its way."""
+        self.graph.replay()
+        if plan.selection.graph_key is None:
+            self.token.copy_(plan.selection(self.ids[:, :end], self.logits))
+            self.ids[:, end] = self.token
+        return self._send()
 
     def _send(self) -> tuple[Tensor, torch.cuda.Event]:
         host = torch.empty(self.batch, dtype=torch.int64, pin_memory=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,19 +275,13 @@ def test_fused_refuses_hooks_and_other_linears():
         DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
 
 
-def test_a_model_that_computes_something_else_is_not_fused(monkeypatch):
-    model = tiny_model()
-    model.model.layers[2].self_attn.scaling *= -1
-    describe = decode.FusedStep.__init__.__globals__["_describe_attention"]
-
-    def with_other_scaling(module, *rest):
-        attention = describe(module, *rest)
-        attention.scaling = 0.25
-        return attention
-
-    monkeypatch.setitem(decode.FusedStep.__init__.__globals__, "_describe_attention", with_other_scaling)
-    with pytest.raises(ValueError, match="its logits differ from the model's"):
-        DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
+@pytest.mark.parametrize(("change", "tokens_before"), [({"scaling": -0.25}, 4), ({"window": 64}, 200)])
+def test_a_model_that_computes_something_else_is_not_fused(monkeypatch, change, tokens_before):
+    names = decode.FusedStep.__init__.__globals__
+    describe = names["_describe_attention"]
+    monkeypatch.setitem(names, "_describe_attention", lambda *arguments: replace(describe(*arguments), **change))
+    with pytest.raises(ValueError, match=f"its logits after {tokens_before} tokens differ from the model's"):
+        DecodeEngine(tiny_model(), fused=True).generate(tokens(5)[None], max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
