@@ -199,9 +199,12 @@ class _Session:
             layers = self.cache.layers
             fused = FusedStep(self.model, [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
             self._check_against_model(fused)
-        except NotFusableError as error:
+        except Exception as error:  # a kernel may also fail to compile for a new GPU or Triton
             if required:
                 raise ValueError(f"fused=True: the model cannot run the fused step: {error}") from error
+            if not isinstance(error, NotFusableError):
+                warnings.warn(f"the fused step failed, and the model's own forward serves: {error}", stacklevel=4)
+            self.cache.length = 0
             return
         self.fused = True
         self._step = lambda: fused(self.token, self.position)[None]

@@ -284,6 +284,17 @@ def test_a_model_that_computes_something_else_is_not_fused(monkeypatch, change, 
         DecodeEngine(tiny_model(), fused=True).generate(tokens(5)[None], max_new_tokens=1)
 
 
+def test_a_fused_step_that_fails_gives_way_with_a_warning(monkeypatch, static_steps):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel for this GPU")
+
+    monkeypatch.setattr(decode.FusedStep, "__call__", fail)
+    engine = statically(DecodeEngine(dense_model("llama")))
+    with pytest.warns(UserWarning, match="the fused step failed.*no kernel for this GPU"):
+        out = decoded(engine, tokens(20)[None], **OPTIONS["greedy"])
+    assert torch.equal(out, expected("llama", "greedy")) and not engine.fused_active
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
