@@ -11,14 +11,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cats_ext._run import check_token_ids
 from cats_ext.decode_cache import DecodeCache
+from cats_ext.decode_checks import check_decodable, check_inputs, common_prefix, fingerprint, uncounted
 from cats_ext.decode_fused import FusedStep, NotFusableError
 from cats_ext.decode_sampling import Plan, Selection, plan
 from cats_ext.patching import sparse_mlps
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _LENGTH_STEP = 256  # the cache is allocated in multiples of this; how long it is costs memory but no time
 _SPARE = 2  # places at its end that only warming up writes
 _MANY = 200  # tokens before the one on which a fused step is compared with the model
-_ATTENTION = ("full_attention", "sliding_attention")
 _MAX_GRAPHS = 4  # kept at a time, one for each way of choosing tokens
 
 
@@ -127,7 +126,7 @@ class DecodeEngine:
     def _generate(
         self, input_ids: Tensor, attention_mask: Tensor | None, how: tuple, streamer: BaseStreamer | None, reuse: bool
     ) -> Tensor:
-        mask = _check_inputs(input_ids, attention_mask, self.model)
+        mask = check_inputs(input_ids, attention_mask, self.model)
         prepared = plan(self.model, input_ids, *how)
         device = self.model.device
         ids = input_ids.cpu()
@@ -151,15 +150,15 @@ class DecodeEngine:
 
     def _prepare(self, ids: Tensor, mask: Tensor | None, plan: Plan, reuse: bool) -> _Session:
         length = -(-(max(plan.max_length, self.max_length) + _SPARE) // _LENGTH_STEP) * _LENGTH_STEP
-        session, state = self._session, _fingerprint(self.model)
+        session, state = self._session, fingerprint(self.model)
         if session is None or not session.serves(len(ids), length, mask is not None, state):
             self._session = None  # its memory is freed before the new cache is allocated
             del session
-            with _uncounted(self.model):
+            with uncounted(self.model):
                 session = _Session(self, len(ids), length, mask is not None, state)
             self._session = session
         if self.capture:
-            with _uncounted(self.model):
+            with uncounted(self.model):
                 session.capture(plan.selection)
         session.start(ids, mask, reuse and len(ids) == 1 and mask is None)
         return session
@@ -242,7 +241,7 @@ class _Session:
         if mask is not None:
             self.mask[:, :count] = mask
             self.padding[:, 0] = (mask == 0).sum(1)
-        kept = _common(self.known, ids[0].tolist()) if reuse else 0
+        kept = common_prefix(self.known, ids[0].tolist()) if reuse else 0
         self.cache.length = min(kept, count - 1)
         self.known = self.known[: self.cache.length]
 
@@ -380,73 +379,3 @@ class _Session:
         event = torch.cuda.Event()
         event.record()
         return host, event
-
-
-def check_decodable(model: nn.Module) -> None:
-    """Raise unless ``model`` is a language model that the engine can decode."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise TypeError(f"model must be a transformers model that can generate, got {type(model).__name__}")
-    name, config = type(model).__name__, model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model: the decode engine takes decoder-only models")
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION))
-    if other or getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "num_hidden_layers"):
-        what = (
-            f"layers of the types {', '.join(other)}" if other else "a cache that is not one of keys and values a layer"
-        )
-        raise ValueError(f"{name} has {what}: the decode engine takes attention over all tokens or a window of them")
-    if model.training:
-        raise ValueError(f"model of class {name} is in training mode: call model.eval() first")
-
-
-def _check_inputs(ids: Tensor, mask: Tensor | None, model: nn.Module) -> Tensor | None:
-    """The mask on the model's device, or None if nothing is masked."""
-    check_token_ids("input_ids", ids, model)
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {list(ids.shape)}")
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
-    if mask is None:
-        return None
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must have input_ids' shape {list(ids.shape)}, got {list(mask.shape)}")
-    kept = mask != 0
-    if bool(kept.all()):
-        return None
-    if bool((kept[:, :-1] & ~kept[:, 1:]).any()) or not bool(kept[:, -1].all()):
-        raise ValueError("attention_mask must have its zeros on the left of each sequence, and a 1 at its end")
-    return mask.to(model.device, torch.int64)
-
-
-def _fingerprint(model: nn.Module) -> tuple:
-    """What a captured step has fixed: where weights are and which code runs on them."""
-    modules = tuple(
-        (
-            type(m),
-            len(m._forward_hooks) + len(m._forward_pre_hooks),
-            getattr(getattr(m, "cats", None), "tracking", None),
-        )
-        for m in model.modules()
-    )
-    return modules, tuple((p.data_ptr(), p.stride()) for p in model.parameters())
-
-
-@contextmanager
-def _uncounted(model: nn.Module) -> Iterator[None]:
-    """What runs inside does not show in the sparsity report."""
-    counts = [(module.counts, module.counts.clone()) for module in sparse_mlps(model).values()]
-    try:
-        yield
-    finally:
-        for now, before in counts:
-            now.copy_(before)
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
