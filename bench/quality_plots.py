@@ -23,7 +23,8 @@ def rule_of(name: str) -> str:
 
 
 def pareto(directory: Path) -> None:
-    rows = [row for row in read(directory / "text.csv") if row["text"] == "wikitext" and row["sparsity"]]
+    rows = [row for name in ("text.csv", "text_cpu.csv") for row in read(directory / name)]
+    rows = [row for row in rows if row["text"] == "wikitext" and row["sparsity"]]
     curves = []
     for rule in dict.fromkeys(rule_of(row["name"]) for row in rows):
         points = sorted((float(row["bytes"]), float(row["ppl"])) for row in rows if rule_of(row["name"]) == rule)

@@ -50,6 +50,17 @@ def _accuracies(dense: dict[str, float]) -> list[str]:
     return [f"{100 * dense['mean']:.1f}", f"{100 * dense['lambada']:.1f}"]
 
 
+def budgets() -> str:
+    data = read("quality/text_cpu.csv")
+    rows = []
+    for row in data:
+        ratio = float(row["ppl"]) / float(row["dense_ppl"])
+        rows.append([row["name"], f"{float(row['bytes']):.1%}", f"{float(row['ppl']):.2f} ({ratio:.3f}x)"])
+        rows[-1].append(f"{float(row['kl']):.3f}")
+    header = ["", "MLP weights read", "WikiText-2 perplexity", "KL, nats"]
+    return f"{source('quality/text_cpu.csv', data[0])}, on two CPU cores.\n\n{table(header, rows)}"
+
+
 SWEEP = {
     "plain": "plain, 50 / 50 %",
     "weighted rms1": "weighted, norms, power 1",
@@ -119,6 +130,7 @@ def render(page: str) -> str:
     """``page`` with every table between its markers as the result files have it."""
     for name, draw in (
         ("rules", rules),
+        ("budgets", budgets),
         ("sweep", sweep),
         ("generation", generation),
         ("prefill", prefill),
