@@ -58,11 +58,12 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     // draws the next from a counter in global memory. How many rows a batch leads to depends on the input, so with
     // fixed shares the CTAs would end up to a tenth of the whole time apart.
     const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
-    const uint32_t teams = gridDim.x * kTeams, first_batch = blockIdx.x * kTeams + team;
+    const uint32_t first_batch = blockIdx.x * kTeams + team;
+    const auto teams = [&] { return gridDim.x * kTeams; }; // not worth a register
 
     launch_dependents();
     if (lane < plan.first_batches * kRows) {
-        const uint32_t j = (first_batch + lane / kRows * teams) * kRows + lane % kRows; // lane by lane, one row each
+        const uint32_t j = (first_batch + lane / kRows * teams()) * kRows + lane % kRows; // lane by lane, one row each
         if (j < intermediate) prefetch_l2(row_address(kGate, j), chunks * 16);
     }
     Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
@@ -73,12 +74,12 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
     uint32_t drawn = 0, next_batch = first_batch, first_left = plan.first_batches;
-    bool next_known = true;                           // by every warp of the team
-    const bool deterministic = args.workspace.shares; // then shares are fixed
+    bool next_known = true;                                                      // by every warp of the team
+    const auto deterministic = [&] { return args.workspace.shares != nullptr; }; // then shares are fixed
     const auto draw = [&] {
-        if (leader && !deterministic) draw_ticket(drawn, args.workspace.next_batch);
+        if (leader && !deterministic()) draw_ticket(drawn, args.workspace.next_batch);
     };
-    const auto after_first = [&](uint32_t ticket) { return teams * plan.first_batches + ticket; };
+    const auto after_first = [&](uint32_t ticket) { return teams() * plan.first_batches + ticket; };
     draw();
 
     // The queues. Slots are filled and emptied in ring order.
@@ -118,7 +119,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 }
             } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
                 request_gates(next_batch);
-                if (deterministic || first_left > 1) next_batch += teams, first_left--;
+                if (deterministic() || first_left > 1) next_batch += teams(), first_left--;
                 else next_known = false;
             } else {
                 break;
