@@ -19,7 +19,7 @@ from cats_ext import benchmark
 from cats_ext.cli import app
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, window_bos
 
-COMMANDS = ("demo", "calibrate", "generate", "chat", "eval", "report", "bench", "env")
+COMMANDS = ("demo", "calibrate", "generate", "chat", "eval", "finetune", "report", "bench", "env")
 LAYERS = 3
 
 

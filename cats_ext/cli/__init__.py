@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
-from cats_ext.cli import bench, calibrate, chat, demo, env, evaluate, generate, report
+from cats_ext.cli import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
 
 app = typer.Typer(
     name="cats",
@@ -24,6 +24,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command("finetune")(finetune.finetune)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("env")(env.env)
