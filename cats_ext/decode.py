@@ -227,7 +227,7 @@ class _Session:
             tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
             error = float((got - expected).norm() / expected.norm())
             if not error <= tolerance:
-                raise NotFusableError(f"its logits after {count} tokens differ from the model's by {error:.1e}")
+                raise RuntimeError(f"its logits after {count} tokens differ from the model's by {error:.1e}")
 
     def serves(self, batch: int, length: int, padded: bool, state: tuple) -> bool:
         return (self.batch, self.padded, self.state) == (batch, padded, state) and self.length >= length
