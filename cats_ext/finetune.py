@@ -254,6 +254,8 @@ def _check_settings(training: Path, facts: dict[str, Any]) -> None:
                 "output directory, or give the same arguments to go on with it"
             )
         return
+    if (training.parent / "config.json").exists():
+        raise ValueError(f"{training.parent} holds a model, which would be overwritten: choose another directory")
     if training.exists() and any(training.iterdir()):
         raise ValueError(f"{training} is not empty and holds no tuning: choose another output directory")
     training.mkdir(parents=True, exist_ok=True)

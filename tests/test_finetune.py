@@ -190,6 +190,7 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
     (tmp_path / "training" / "settings.json").write_text("{")
     assert "is not what finetune wrote" in error_of(*command)
     (tmp_path / "training" / "settings.json").unlink()
+    (tmp_path / "config.json").unlink()
     assert "is not empty and holds no tuning" in error_of(*command)
 
 
@@ -210,6 +211,25 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
 def test_bad_options(options, message, model_dir, text_file, tmp_path):
     assert message in error_of("finetune", model_dir, "--text", text_file, "-o", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_model_is_overwritten(model_dir, text_file):
+    before = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*")}
+    assert "holds a model, which would be over" in error_of("finetune", model_dir, "--text", text_file, "-o", model_dir)
+    assert before == {path: path.stat().st_mtime_ns for path in model_dir.rglob("*")}
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_bfloat16(rank, tmp_path):
+    settings = FinetuneSettings(**(vars(SETTINGS) | {"steps": 2, "lora_rank": rank}))
+    model = tiny_model(dtype=torch.bfloat16)
+    found = finetune(model, tokens(LENGTH * 12), tmp_path, settings, progress=False)
+    assert all(torch.tensor(loss).isfinite() for _, loss in found["loss"]) and len(found["loss"]) == 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and type(layers_of(loaded)[0]) is CatsMLP
+    tuned, start = model.state_dict(), tiny_model(dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(value, tuned[name]) for name, value in loaded.state_dict().items())
+    assert not torch.equal(tuned["model.layers.0.mlp.down_proj.weight"], start["model.layers.0.mlp.down_proj.weight"])
 
 
 def test_too_little_text(tmp_path):
