@@ -28,8 +28,7 @@ template <typename T, bool kBulk> class Scheduler {
     __device__ Scheduler(const BatchedArguments &args, const Ring &ring, uint8_t *smem)
         : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)),
           row_bytes_(uint32_t(args.mlp.hidden_size * sizeof(T))), intermediate_(uint32_t(args.mlp.intermediate_size)),
-          batches_((intermediate_ + kBatchRows - 1) / kBatchRows), next_batch_(blockIdx.x),
-          first_left_(args.plan.first_batches) {}
+          batches_((intermediate_ + kBatchRows - 1) / kBatchRows), next_batch_(blockIdx.x) {}
 
     // The weights do not depend on the kernel before; but it may still be writing them, so only into L2.
     __device__ void prefetch_first_batches() const {
@@ -124,7 +123,8 @@ template <typename T, bool kBulk> class Scheduler {
         uint32_t neuron = next_batch_ * kBatchRows + lane_, tokens = 0;
         if (kind == BatchKind::kGate) {
             if (neuron >= intermediate_) neuron = kNoNeuron;
-            if (args_.workspace.shares || first_left_ > 1) next_batch_ += gridDim.x, first_left_--;
+            if (args_.workspace.shares || next_batch_ < gridDim.x * (args_.plan.first_batches - 1))
+                next_batch_ += gridDim.x;
             else next_known_ = false;
             gates_in_flight_++;
         } else {
@@ -244,7 +244,7 @@ template <typename T, bool kBulk> class Scheduler {
     const uint32_t row_bytes_, intermediate_, batches_;
     const uint64_t policy_ = read_once_policy();
     float threshold_ = 0.f, down_threshold_ = 0.f; // where there is one for all neurons
-    uint32_t next_batch_, first_left_, drawn_[2] = {}, draws_ = 0;
+    uint32_t next_batch_, drawn_[2] = {}, draws_ = 0;
     bool next_known_ = true;
     Ring::Cursor head_, tail_;
     uint32_t kinds_ = 0; // of the slots, two bits each

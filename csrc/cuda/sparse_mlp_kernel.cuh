@@ -73,7 +73,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
-    uint32_t drawn = 0, next_batch = first_batch, first_left = plan.first_batches;
+    uint32_t drawn = 0, next_batch = first_batch;
     bool next_known = true;                                                      // by every warp of the team
     const auto deterministic = [&] { return args.workspace.shares != nullptr; }; // then shares are fixed
     const auto draw = [&] {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 }
             } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
                 request_gates(next_batch);
-                if (deterministic() || first_left > 1) next_batch += teams(), first_left--;
+                if (deterministic() || next_batch < after_first(0) - teams()) next_batch += teams();
                 else next_known = false;
             } else {
                 break;
