@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from task_scores import answers
 from torch import Tensor
 
 import cats_ext
@@ -189,61 +190,14 @@ class Bench:
                     down=layer.down_sparsity, down_target=layer.down_target,
                 )  # fmt: skip
 
-    @torch.no_grad()
-    def scores(self, requests: list[tuple[list[int], list[int]]]) -> tuple[list[float], list[bool]]:
-        """Log-likelihood of each continuation and whether it is the greedy one; batches sorted by length."""
-        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
-        score, greedy = [0.0] * len(requests), [False] * len(requests)
-        start = 0
-        while start < len(order):
-            longest = sum(map(len, requests[order[start]])) - 1
-            some = order[start : start + max(1, self.args.batch_tokens // longest)]
-            start += len(some)
-            ids = torch.zeros(len(some), longest, dtype=torch.long)
-            rows, positions, targets = [], [], []
-            for row, i in enumerate(some):
-                context, continuation = requests[i]
-                whole = (context + continuation)[:-1]
-                ids[row, : len(whole)] = torch.tensor(whole)
-                rows += [row] * len(continuation)
-                positions += range(len(context) - 1, len(whole))
-                targets += continuation
-            hidden = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-            wanted = torch.tensor(targets, device=self.device)
-            kept = hidden[torch.tensor(rows, device=self.device), torch.tensor(positions, device=self.device)]
-            log_p = self.model.lm_head(kept).float().log_softmax(-1)
-            values = log_p.gather(1, wanted[:, None])[:, 0]
-            at = torch.tensor(rows, device=self.device)
-            sums = torch.zeros(len(some), device=self.device).index_add_(0, at, values).tolist()
-            wrong = torch.zeros(len(some), device=self.device).index_add_(0, at, (log_p.argmax(-1) != wanted).float())
-            for i, value, errors in zip(some, sums, wrong.tolist(), strict=True):
-                score[i], greedy[i] = value, errors == 0
-        return score, greedy
-
-    def answers(self) -> dict[str, list[bool]]:
-        result = {}
-        for name, items in self.requests.items():
-            requests = [request for item in items for request in item["requests"]]
-            score, greedy = self.scores(requests)
-            right, at = [], 0
-            for item in items:
-                mine = range(at, at + len(item["requests"]))
-                at += len(item["requests"])
-                if item["answer"] is None:
-                    right.append(greedy[mine[0]])
-                else:
-                    right.append(max(mine, key=lambda i: score[i]) - mine[0] == int(item["answer"]))
-            result[name] = right
-        return result
-
     def tasks(self, facts: dict[str, Any]) -> None:
         if self.dense_answers is None:
             patched = bool(cats_ext.patching.sparse_mlps(self.model))
             assert not patched, "the first variant with tasks must be the dense model"
-            self.dense_answers = self.answers()
+            self.dense_answers = answers(self.model, self.requests, self.args.batch_tokens)
             sparse = self.dense_answers
         else:
-            sparse = self.answers()
+            sparse = answers(self.model, self.requests, self.args.batch_tokens)
         found = {name: paired_accuracy(name, self.dense_answers[name], sparse[name]) for name in sparse}
         mean = mean_accuracy({name: task for name, task in found.items() if name != "lambada"})
         for task in (*found.values(), mean):

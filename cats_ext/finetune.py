@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from cats_ext.rules import check_sparsity
 from cats_ext.trainer import TrainingStoppedError, last_checkpoint, make_trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 METHODS = ("cats", "relufication", "dense")
 _HELD_OUT = 8  # windows at most, and at most a tenth of all, that are measured on instead of trained on
@@ -55,6 +55,8 @@ class FinetuneSettings:
         batch_size: windows of a step.
         sequence_length: tokens of a window.
         gradient_checkpointing: recompute activations in the backward pass; less memory, a third more time.
+        distill: weight in the loss, in [0, 1], of the divergence from the dense model's predictions; the text has the
+            rest. For method "cats" with adapters; a step runs the dense model too, on the same weights.
         seed: of the order of windows and of the adapters' initial weights.
     """
 
@@ -68,6 +70,7 @@ class FinetuneSettings:
     batch_size: int = 4
     sequence_length: int = 512
     gradient_checkpointing: bool = False
+    distill: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class FinetuneSettings:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must be in [0, 1], got {self.distill!r}")
+        if self.distill and (self.method != "cats" or not self.lora_rank):
+            other = f"method {self.method!r}" if self.method != "cats" else "lora_rank 0"
+            raise ValueError(f"distill needs method 'cats' with adapters, over the dense model's weights, got {other}")
 
 
 def finetune(
@@ -95,6 +103,7 @@ def finetune(
     recalibrate: bool = False,
     save_every: int = 50,
     report_to: tuple[str, ...] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tune ``model`` on ``data`` and write it, adapters merged, to ``output_dir``; afterwards it is the tuned model.
@@ -113,6 +122,7 @@ def finetune(
         recalibrate: set the thresholds anew after the tuning, for the same target in every layer.
         save_every: steps between checkpoints, of which the last two are kept.
         report_to: Trainer's integrations, such as "tensorboard" or "trackio".
+        callbacks: transformers' TrainerCallback objects, for instance to measure while it tunes.
         progress: show bars with the time left on standard error.
 
     Returns:
@@ -150,7 +160,7 @@ def finetune(
     before = _measure(model, ids, length, progress)
     tuned = _with_adapters(model, settings)
     with progress_bar(f"tuning, {settings.method}", settings.steps, progress) as advance:
-        trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance)
+        trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance, callbacks)
         resumed_from = trainer.go_on()
     if settings.lora_rank:
         tuned.merge_and_unload()

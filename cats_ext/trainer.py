@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cats_ext.distillation import dense_logits, divergence
+
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from cats_ext.finetune import FinetuneSettings
 
@@ -44,6 +46,7 @@ def make_trainer(
     save_every: int,
     report_to: tuple[str, ...],
     advance: Callable[[], None],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """A Trainer on ``windows`` of equal length that keeps its checkpoints in ``training``; its ``go_on()`` trains.
 
@@ -79,6 +82,16 @@ def make_trainer(
             else:
                 self.train(resume_from_checkpoint=last and str(last))
             return last
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **named: Any
+        ) -> Any:
+            if not settings.distill:
+                return super().compute_loss(model, inputs, return_outputs, **named)
+            dense = dense_logits(model, inputs["input_ids"])
+            loss, outputs = super().compute_loss(model, inputs, True, **named)
+            loss = (1 - settings.distill) * loss + settings.distill * divergence(dense, outputs.logits)
+            return (loss, outputs) if return_outputs else loss
 
         def training_step(self, *arguments: Any, **named: Any) -> Tensor:
             loss = super().training_step(*arguments, **named)
@@ -138,7 +151,7 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
-        callbacks=[Watch()],
+        callbacks=[Watch(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # prints to standard output
     return trainer

@@ -60,6 +60,9 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
+    distill: Annotated[
+        float, typer.Option(help="Weight, 0 to 1, of the dense model's predictions in the loss; the text has the rest.")
+    ] = 0.0,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Set the thresholds anew after the tuning.")
     ] = False,
@@ -105,6 +108,7 @@ def finetune(
         batch_size=batch_size,
         sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing,
+        distill=distill,
         seed=seed,
     )
     texts = read_texts(text)

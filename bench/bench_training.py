@@ -1,0 +1,142 @@
+"""Time and memory of a training step, dense and patched: LoRA and all weights, in bfloat16.
+
+    python bench/bench_training.py --out bench/results/h100
+
+A step is forward, backward and a fused AdamW step on random tokens; models have random weights and are made anew for
+each row, dense and patched in turns. ``step_ms`` is the median over steps, between device events, ``peak_bytes`` the
+most that was allocated meanwhile, model and optimizer included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import itertools
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cats_ext
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "mistral-7b, 2 layers": (4096, 14336, 2, 32, 8, 32000),
+    "tiny": (64, 172, 2, 4, 2, 512),
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def make(shape: str, tuning: str, patched: bool, device: torch.device) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=shape.startswith("smollm2"),
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    if patched:
+        ids = torch.randint(vocabulary, (2, 512))
+        cats_ext.apply_cats(model, cats_ext.calibrate(model, ids, sparsity=0.5, progress=False))
+    return get_peft_model(model, LoraConfig(**LORA)) if tuning == "lora" else model
+
+
+def measure(model: nn.Module, tokens: tuple[int, int], steps: int, device: torch.device) -> tuple[list[float], int]:
+    """Milliseconds of each step, and the peak of allocated bytes."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    batch = torch.randint(vocabulary, tokens, device=device)
+    cuda = device.type == "cuda"
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)
+    model.train()
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        step()
+    if not cuda:
+        times = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - started))
+        return times, 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+    return times, torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "mistral-7b, 2 layers"], choices=SHAPES)
+    parser.add_argument("--tunings", nargs="*", default=["lora", "full"])
+    parser.add_argument("--tokens", type=int, nargs=2, default=(4, 512), help="sequences, and tokens of each")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2, help="of dense and patched")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so long")
+    parser.add_argument("--commit", help="where there is no git")
+    args = parser.parse_args()
+    started, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commit = args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    facts = {"device": name, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    rows: list[dict[str, Any]] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for shape in args.shapes:
+        for tuning in args.tunings:
+            found: dict[str, list] = {"dense": [[], 0], "patched": [[], 0]}
+            for _ in range(args.rounds):
+                if time.perf_counter() - started > args.seconds:
+                    break
+                for kind, sofar in found.items():
+                    model = make(shape, tuning, kind == "patched", device)
+                    times, peak = measure(model, tuple(args.tokens), args.steps, device)
+                    sofar[0] += times
+                    sofar[1] = max(sofar[1], peak)
+                    del model
+                    gc.collect()
+                    torch.cuda.empty_cache()
+            if not found["dense"][0]:
+                print(f"no time for {shape}, {tuning}")
+                continue
+            dense_ms, dense_peak = statistics.median(found["dense"][0]), found["dense"][1]
+            for kind, (times, peak) in found.items():
+                ms = statistics.median(times)
+                row = {"shape": shape, "tuning": tuning, "sequences": args.tokens[0], "length": args.tokens[1]}
+                row |= {"kind": kind, "steps": len(times), "step_ms": f"{ms:.3f}", "peak_bytes": peak}
+                row |= {"step_ratio": f"{ms / dense_ms:.4f}", "peak_ratio": f"{peak / max(dense_peak, 1):.4f}"}
+                rows.append(row | facts)
+                print(row, f"after {time.perf_counter() - started:.1f} s", flush=True)
+            with open(args.out / "training.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
