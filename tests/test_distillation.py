@@ -16,6 +16,7 @@ from cats_ext.distillation import dense_logits, divergence
 from cats_ext.evaluation import compare
 from cats_ext.finetune import FinetuneSettings, finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 48
 
 

@@ -20,19 +20,11 @@ from cats_ext.finetune import FinetuneSettings, finetune, relufy
 from cats_ext.modules import CatsMLP
 from cats_ext.trainer import TrainingStoppedError, last_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, LENGTH = 6, 48
 OPTIONS = ("--steps", STEPS, "--sequence-length", LENGTH, "--batch-size", 2, "--learning-rate", 1e-2)
 OPTIONS += ("--save-every", 2, "--report-to", "none")
 SETTINGS = FinetuneSettings(steps=STEPS, sequence_length=LENGTH, batch_size=2, learning_rate=1e-2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

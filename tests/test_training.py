@@ -16,14 +16,7 @@ from patched import config_for, few, layers_of, many
 
 from cats_ext import apply_cats, ops, reference
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_forward(mlp, x):
