@@ -38,14 +38,15 @@ class Rule:
     gate_power: float = 1.0
     down_weight: str = "norm"  # none, norm, fisher; no second threshold if down == up
     clip: float | None = None  # gate weights no further than this factor from their median
-    text: str = "wikitext"  # what thresholds, weights and losses are calibrated on: wikitext, c4, mixed
+    text: str = "wikitext"  # calibrated on: wikitext, c4, mixed (half of each), short (mixed, windows of 128)
     correct: bool = False  # add the mean of what is dropped to the MLP's output
     skip: int = 0  # first tokens of a window left out of calibration
     dense_first: int = 0  # first positions computed densely in evaluation
     rounds: int = 1  # 2: thresholds again on the inputs that the sparse model makes
     allocation: str = "uniform"  # error, relative, fisher, kl
     budget: float | None = None
-    sets: list[str] = field(default_factory=lambda: ["wikitext", "c4", "lambada"])
+    within: float = 1.0  # of an allocation: how far a layer's sparsities may be from `up` and `down`
+    sets: list[str] = field(default_factory=lambda: ["wikitext", "c4", "lambada", "words"])
 
 
 def read(path: Path) -> str:
@@ -74,6 +75,19 @@ def preparations(text: str) -> dict[str, str]:
 
 def jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in read(path).splitlines() if line.strip()]
+
+
+def repeated_words(documents: list[str], length: int = 400) -> list[tuple[str, str]]:
+    """Last words to tell from a context of about ``length`` characters in which they occur: one a document."""
+    found = []
+    for document in documents:
+        words = document.split()
+        for end in range(len(words) - 1, 40, -1):
+            word, context = words[end], " ".join(words[:end])[-length:].partition(" ")[2]
+            if word.isalpha() and len(word) >= 5 and word in context.split():
+                found.append((context, word))
+                break
+    return found
 
 
 class Sweep:
@@ -110,6 +124,7 @@ class Sweep:
         other = windows("\n\n".join(rows[::-1]), args.windows)  # its end: evaluation is on its beginning
         half = args.windows // 2
         self.texts = {"wikitext": wikitext, "c4": other, "mixed": torch.cat([wikitext[:half], other[:half]])}
+        self.texts["short"] = self.texts["mixed"].view(-1, w // 8)
         self.sets = {
             "wikitext": windows(read(data / "text/wikitext2_test.txt.gz"), args.windows),
             "c4": windows(c4, args.c4_windows),
@@ -118,12 +133,14 @@ class Sweep:
             for name, text in preparations(read(data / "text/wikitext2_test.txt.gz")).items():
                 self.sets[name] = windows(text, args.windows)
         self.stride = args.stride
-        self.dense_last_words: Tensor | None = None
-        self.lambada = []
-        for row in jsonl(data / "tasks/lambada.jsonl.gz")[: args.lambada]:
-            context, word = row["text"].rsplit(" ", 1)
-            a, b = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (context, " " + word))
-            self.lambada.append((a, b))
+        stories = [tuple(row["text"].rsplit(" ", 1)) for row in jsonl(data / "tasks/lambada.jsonl.gz")[: args.lambada]]
+        pairs = {"lambada": stories, "words": repeated_words(rows[len(rows) // 4 : -200])[: 2 * args.lambada]}
+
+        def tokens(some: str) -> list[int]:
+            return self.tokenizer(some, add_special_tokens=False)["input_ids"]
+
+        self.last = {name: [(tokens(a), tokens(" " + b)) for a, b in some] for name, some in pairs.items()}
+        self.dense_last: dict[str, tuple[Tensor, Tensor]] = {}
         self.dense_logits: dict[str, list[Tensor]] = {}
         self.samples: dict[tuple, Tensor] = {}
         self.prepared: dict[str, tuple] = {}
@@ -255,7 +272,10 @@ class Sweep:
             options = [(s - offset / 2, s + offset / 2) for s in (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
         else:
             options = [(a, b) for a in GRID for b in GRID if a <= b <= a + 0.4]
+        near = rule.within + 1e-6
+        options = [(a, b) for a, b in options if abs(a - rule.up) <= near and abs(b - rule.down) <= near]
         key = (rule.allocation, rule.text, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, offset)
+        key += (tuple(options),)
         if key not in self.samples:
             self.samples[key] = torch.tensor([self.layer_losses(rule, i, options) for i in range(len(self.layers))])
         costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(len(self.layers), -1)
@@ -265,8 +285,9 @@ class Sweep:
     def layer_losses(self, rule: Rule, index: int, options: list[tuple[float, float]]) -> list[float]:
         if rule.allocation == "kl":
             return [self.layer_kl(rule, index, option) for option in options]
-        v, u = (t[:4, rule.skip :] for t in self.dense_activations[index])
-        r, w = self.row_gradients[index][:4, rule.skip :], self.layers[index].down_proj.weight
+        half = max(1, len(self.texts[rule.text]) // 2)
+        v, u = (t[:half, rule.skip :] for t in self.dense_activations[index])
+        r, w = self.row_gradients[index][:half, rule.skip :], self.layers[index].down_proj.weight
         gate_weight, down_weight = self.weights(rule, index)
         h, a = v * u, v.abs() if gate_weight is None else v.abs() * gate_weight
         b = h.abs() if down_weight is None else h.abs() * down_weight
@@ -307,15 +328,15 @@ class Sweep:
 
     @torch.no_grad()
     def logits(self, windows: Tensor) -> list[Tensor]:
-        return [self.model(input_ids=ids[None]).logits[0] for ids in windows]
+        return [logits for some in windows.split(4) for logits in self.model(input_ids=some, use_cache=False).logits]
 
     @torch.no_grad()
     def text(self, name: str) -> dict[str, float]:
         nll = divergence = agree = 0.0
         if name not in self.dense_logits:
             self.dense_logits[name] = self.logits(self.sets[name])
-        for ids, dense in zip(self.sets[name], self.dense_logits[name], strict=True):
-            logits = self.model(input_ids=ids[None]).logits[0]
+        every = (pair for some in self.sets[name].split(4) for pair in zip(some, self.logits(some), strict=True))
+        for (ids, logits), dense in zip(every, self.dense_logits[name], strict=True):
             nll += float(F.cross_entropy(logits[:-1], ids[1:]))
             divergence += float(kl(dense, logits).mean())
             agree += float((dense.argmax(-1) == logits.argmax(-1)).float().mean())
@@ -323,43 +344,38 @@ class Sweep:
         return {f"{name}_ppl": math.exp(nll / n), f"{name}_kl": divergence / n, f"{name}_top1": agree / n}
 
     @torch.no_grad()
-    def last_words(self, tokens: int = 32768) -> dict[str, float]:
+    def last_words(self, name: str, tokens: int = 32768) -> dict[str, float]:
         """Accuracy on the last word; of its first token also the log-probability and the KL from the dense model."""
-        order = sorted(range(len(self.lambada)), key=lambda i: -sum(map(len, self.lambada[i])))
+        pairs = self.last[name]
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         right, first = torch.zeros(len(order), dtype=torch.bool, device=self.device), {}
         while order:
-            longest = sum(map(len, self.lambada[order[0]]))
+            longest = sum(map(len, pairs[order[0]]))
             some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
             ids = torch.zeros(len(some), longest, dtype=torch.long)
             rows, positions, targets, items = [], [], [], []
             for row, i in enumerate(some):
-                context, word = self.lambada[i]
+                context, word = pairs[i]
                 ids[row, : len(context) + len(word)] = torch.tensor(context + word)
                 for k, token in enumerate(word):
                     rows.append(row), positions.append(len(context) + k - 1), targets.append(token), items.append(i)
-            hidden = self.model.model(input_ids=ids.to(self.device)).last_hidden_state
+            hidden = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
             log_p = self.model.lm_head(hidden[rows, positions]).log_softmax(-1)
             wanted = torch.tensor(targets, device=self.device)
             wrong = torch.tensor(items, device=self.device)[log_p.argmax(-1) != wanted]
             right[torch.tensor(some, device=self.device)] = True
             right[wrong] = False
             for k, i in enumerate(items):
-                if i not in first:
-                    first[i] = (log_p[k], targets[k])
-        log_p = torch.stack([first[i][0] for i in range(len(self.lambada))])
-        wanted = torch.tensor([first[i][1] for i in range(len(self.lambada))], device=self.device)
-        if self.dense_last_words is None:
-            self.dense_last_words = log_p
-        dense, best = self.dense_last_words, log_p.argmax(-1)
-        values, counts = best.unique(return_counts=True)
-        top = counts.argsort(descending=True)[:8]
-        print("   ", [(self.tokenizer.decode([int(values[k])]), int(counts[k])) for k in top])
+                first.setdefault(i, (log_p[k], targets[k]))
+        log_p = torch.stack([first[i][0] for i in range(len(pairs))])
+        wanted = torch.tensor([first[i][1] for i in range(len(pairs))], device=self.device)
+        dense, dense_right = self.dense_last.setdefault(name, (log_p, right))
         return {
-            "lambada": 100 * float(right.float().mean()),
-            "lambada_logp": float(log_p.gather(1, wanted[:, None]).mean()),
-            "lambada_kl": float((dense.exp() * (dense - log_p)).sum(-1).mean()),
-            "lambada_top1": float((dense.argmax(-1) == best).float().mean()),
-            "lambada_max": float(log_p.max(-1).values.exp().mean()),
+            name: 100 * float(right.float().mean()),
+            f"{name}_difference": 100 * float((right.float() - dense_right.float()).mean()),
+            f"{name}_se": 100 * float((right.float() - dense_right.float()).std() / len(pairs) ** 0.5),
+            f"{name}_logp": float(log_p.gather(1, wanted[:, None]).mean()),
+            f"{name}_kl": float((dense.exp() * (dense - log_p)).sum(-1).mean()),
         }
 
     def evaluate(self, rule: Rule | None) -> dict[str, object]:
@@ -367,9 +383,9 @@ class Sweep:
         split = self.set_rule(rule)
         self.dense_first = rule.dense_first if rule else 0
         row: dict[str, object] = {"name": rule.name if rule else "dense"}
-        for name in rule.sets if rule else (*self.sets, "lambada"):
+        for name in rule.sets if rule else (*self.sets, *self.last):
             self.counts.zero_()
-            row |= self.last_words() if name == "lambada" else self.text(name)
+            row |= self.last_words(name) if name in self.last else self.text(name)
             if rule:
                 seen, up, down = self.counts.double().sum(0).tolist()
                 row[f"{name}_up"], row[f"{name}_down"] = 1 - up / seen, 1 - down / seen
@@ -418,8 +434,6 @@ def main() -> None:
     rules = [None] + [Rule(**entry) for entry in json.loads(Path(args.configs).read_text())]
     sweep = Sweep(args)
     print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
-    sweep.prepare("wikitext")
-    print(f"calibrated after {time.perf_counter() - started:.1f} s", flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
