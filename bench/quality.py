@@ -6,7 +6,8 @@
 
 Thresholds come from cats_ext.calibrate, masks from apply_cats. Text is measured in float32 without TF32; tasks and
 generation, of which only the order of scores counts, in float32 with TF32 products. A row is written as soon as it is
-known. The variants file lists dictionaries: name, arguments of calibrate (or relufication), what to measure.
+known. The variants file lists dictionaries: name, arguments of calibrate (or relufication), what to measure; the
+dense model comes first. Several processes, each with some rules or measures, make parts that quality_merge.py joins.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ from cats_ext.evaluation import compare
 from cats_ext.plots import linear_bins
 from cats_ext.significance import mean_accuracy, paired_accuracy
 
+MEASURES = ("text", "tasks", "generation", "prefill", "activations")
+
 
 def read(path: Path) -> str:
     return gzip.decompress(path.read_bytes()).decode()
+
+
+def rule_of(name: str) -> str:
+    """The variant's name without its sparsity: points of one rule make a curve."""
+    return name.rsplit(" ", 1)[0]
 
 
 class Table:
@@ -79,10 +87,7 @@ class Bench:
         facts = {"device": device, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        self.tables = {
-            name: Table(out / f"{name}.csv", facts)
-            for name in ("text", "layers", "tasks", "generation", "prefill", "activations")
-        }
+        self.tables = {name: Table(out / f"{name}.csv", facts) for name in ("layers", *MEASURES)}
 
     def windows(self, text: str, count: int) -> Tensor:
         size = count * self.args.window
@@ -116,7 +121,7 @@ class Bench:
 
     def run(self, variant: dict[str, Any]) -> None:
         name, started = variant["name"], time.perf_counter()
-        what = variant.get("measure", ["text"])
+        what = [kind for kind in variant.get("measure", ["text"]) if kind in self.args.measure]
         config = None
         if "calibrate" in variant:
             config = self.config(variant["calibrate"])
@@ -192,8 +197,6 @@ class Bench:
 
     def tasks(self, facts: dict[str, Any]) -> None:
         if self.dense_answers is None:
-            patched = bool(cats_ext.patching.sparse_mlps(self.model))
-            assert not patched, "the first variant with tasks must be the dense model"
             self.dense_answers = answers(self.model, self.requests, self.args.batch_tokens)
             sparse = self.dense_answers
         else:
@@ -266,13 +269,21 @@ def main() -> None:
     parser.add_argument("--items", type=int, help="of each task at most")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--measure", nargs="+", default=MEASURES, choices=MEASURES)
+    parser.add_argument("--rules", nargs="+", help="only these (names without sparsity), and the dense model")
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no variant after so long")
     args = parser.parse_args()
     started = time.perf_counter()
     bench = Bench(args)
     print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
-    for variant in json.loads(Path(args.variants).read_text()):
+    variants = json.loads(Path(args.variants).read_text())
+    if variants[0]["name"] != "dense":
+        raise SystemExit(f"the first variant must be the dense model, which others are compared with: {args.variants}")
+    for variant in variants:
+        wanted = not args.rules or rule_of(variant["name"]) in ("dense", *args.rules)
+        if not wanted or not set(args.measure) & set(variant["measure"]):
+            continue
         if time.perf_counter() - started > args.seconds:
             print(f"no time for {variant['name']}")
             continue
