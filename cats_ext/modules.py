@@ -142,8 +142,11 @@ def _merged_weights(gate_up: nn.Module) -> tuple[Tensor | None, ...] | None:
     return *gate_up._parameters["weight"].chunk(2), *((None, None) if bias is None else bias.chunk(2))
 
 
-def make_sparse(mlp: GatedMLP, config: CatsConfig) -> None:
-    """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done."""
+def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> None:
+    """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done.
+
+    Without ``neuron_rows`` the weight's memory stays as it is, and the module takes the dense path.
+    """
     module, weight = mlp.module, mlp.down.weight
     # First of all, so that make_dense knows what there is to undo.
     module.cats = CatsState(
@@ -157,7 +160,8 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig) -> None:
         mlp.name,
         dense_prefill=not config.sparse_prefill,
     )
-    weight.data = weight.data.t().contiguous().t()
+    if neuron_rows:
+        weight.data = weight.data.t().contiguous().t()
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
     for name, value in thresholds.items():
         copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)

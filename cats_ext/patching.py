@@ -23,7 +23,9 @@ def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
 
 
-def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None) -> nn.Module:
+def apply_cats(
+    model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None, neuron_rows: bool = True
+) -> nn.Module:
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
@@ -38,6 +40,8 @@ def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | N
         sparse_prefill: False to compute prompts densely (whatever has several tokens of a sequence, so also a draft
             that is being verified), True to mask them as generated tokens are; None for what the config says, by
             default True.
+        neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
+            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only.
 
     Returns:
         ``model``.
@@ -56,7 +60,7 @@ def apply_cats(model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | N
     config.check_fits(inner, mlps)
     try:
         for mlp in mlps:
-            make_sparse(mlp, config)
+            make_sparse(mlp, config, neuron_rows)
         if _is_transformers(inner):
             _checkpoints().attach(inner, config)
         return model

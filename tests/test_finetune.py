@@ -103,6 +103,17 @@ def test_recalibrated_thresholds_reach_their_target(thresholds, model_dir, text_
     assert not any(torch.equal(saved.thresholds[name], first.thresholds[name]) for name in first.thresholds)
 
 
+def test_tensorboard_has_the_loss_of_every_step(model_dir, text_file, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = [option for option in OPTIONS if option not in ("--report-to", "none")]  # what is installed is used
+    found = json_of("finetune", model_dir, "--text", text_file, "-o", tmp_path, "--method", "dense", *options)
+    (directory,) = (tmp_path / "training" / "runs").iterdir()
+    events = event_accumulator.EventAccumulator(str(directory)).Reload()
+    logged = [[event.step, event.value] for event in events.Scalars("train/loss")]
+    assert logged == [[step, pytest.approx(loss, rel=1e-6)] for step, loss in found["loss"]] and len(logged) == STEPS
+    assert len(events.Scalars("train/learning_rate")) == STEPS
+
+
 @pytest.mark.parametrize("method", ["relufication", "dense"])
 def test_other_methods(method, tmp_path, called):
     found = tune(tmp_path, FinetuneSettings(**(vars(SETTINGS) | {"method": method, "steps": 2})))
@@ -128,6 +139,23 @@ def test_relufied_for_good(family, tmp_path):
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_text_of_a_dataset(run, model_dir, text_file, tmp_path):
+    """A directory, which the package reads as it does what is on the hub."""
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    words = text_file.read_text().split()
+    rows = [{"text": " ".join(words[i : i + 100]) + " "} for i in range(0, len(words), 100)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ("finetune", model_dir, "-o", tmp_path / "out", "--method", "dense", *OPTIONS)
+    found = json_of(*command, "--dataset", tmp_path / "data")
+    assert found["held_out_tokens"] == run[1]["held_out_tokens"] and len(found["loss"]) == STEPS
+    few = ("--dataset", tmp_path / "data", "--rows", 5)
+    assert "holds a tuning with data '" in error_of(*command, *few)
+    (tmp_path / "data" / "train.jsonl").write_text('{"content": "a"}')
+    assert "must have texts in a field 'text', got the fields content" in error_of(*command, *few)
+    assert "cannot be loaded (" in error_of(*command, "--dataset", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("what", ["the loss", "the norm of the gradients"])
@@ -194,6 +222,7 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
         (("--method", "dense", "--recalibrate"), "recalibrate is for method 'cats', got method 'dense'"),
         (("--full", "--lora-targets", "q_proj"), "give --full or --lora-targets"),
         (("--sparsity", "1"), "sparsity must be"),
+        (("--dataset", "some/set"), "give --text or --dataset, got --text"),
         (("--distill", "1.5"), "distill must be in [0, 1], got 1.5"),
         (
             ("--distill", "0.5", "--full"),

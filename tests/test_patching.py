@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
-from patched import InterruptAt, assert_unchanged, config_for, layers_of, logits, many, snapshot
+from patched import InterruptAt, assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from torch import nn
 
 from cats_ext import CatsMLP, apply_cats, remove_cats
@@ -44,6 +44,18 @@ def test_patching_keeps_modules_parameters_and_state_dict(family):
         assert module.down_proj.weight.t().is_contiguous()
         assert type(module.down_proj) is nn.Linear
     assert "two thresholds, target sparsity up 0.400, down 0.600" in repr(model)
+
+
+def test_weights_may_stay_where_they_are(called):
+    """``fully_shard`` takes contiguous weights only."""
+    model, usual = tiny_model(), tiny_model()
+    apply_cats(model, config_for(model), neuron_rows=False)
+    apply_cats(usual, config_for(usual))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    found = logits(model, few())
+    assert set(called) == {"gated_threshold"}
+    torch.testing.assert_close(found, logits(usual, few()), rtol=1e-4, atol=1e-5)
+    assert all(parameter.is_contiguous() for parameter in remove_cats(model).parameters())
 
 
 def test_memory_at_rest():

@@ -10,11 +10,11 @@ from types import MethodType
 
 import pytest
 import torch
-from data_parallel import batch, gradients, patched_network
+from data_parallel import batch, patched_network, train
 from models import HIDDEN, INTERMEDIATE, tiny_model
 from patched import config_for, few, layers_of, many
 
-from cats_ext import apply_cats, ops, reference
+from cats_ext import apply_cats, functional, ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,6 +94,15 @@ def test_no_gradient_for_thresholds():
     assert not any("threshold" in name for name, _ in tiny_patched().named_parameters())
 
 
+def test_the_op_that_is_for_inference_warns_that_it_has_no_gradient():
+    x, weights = torch.randn(1, 8, requires_grad=True), [torch.randn(6, 8) for _ in range(3)]
+    with pytest.warns(UserWarning, match=r"cats::sparse_mlp: an autograd kernel was not registered"):
+        ops.sparse_mlp(x, *weights, torch.tensor(0.1)).sum().backward()
+    assert x.grad is None
+    functional.sparse_mlp(x, *weights, torch.tensor(0.1)).sum().backward()
+    assert x.grad.any()
+
+
 def tiny_patched(rule="two_threshold", dtype=torch.float32):
     model = tiny_model(dtype=dtype)
     return apply_cats(model, config_for(model, rule=rule))
@@ -168,12 +177,15 @@ def test_lora_with_a_frozen_base():
 
 
 @pytest.mark.slow  # two processes that import torch
-def test_distributed_data_parallel(tmp_path):
-    """Two processes with half a batch each have the gradients of one with all of it."""
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes(way, tmp_path):
+    """With half a batch each they train as one with all of it."""
     script = [sys.executable, str(Path(__file__).with_name("data_parallel.py"))]
-    arguments = [str(tmp_path / "store"), str(tmp_path / "gradients")]
+    arguments = [way, str(tmp_path / "store"), str(tmp_path / "weights")]
     processes = [subprocess.Popen([*script, str(rank), *arguments]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     network = patched_network()
-    for name, gradient in gradients(network, batch()).items():
-        torch.testing.assert_close(torch.load(tmp_path / "gradients")[name], gradient)
+    start, found = copy.deepcopy(network.state_dict()), torch.load(tmp_path / "weights")
+    for name, weight in train(network, batch()).items():
+        torch.testing.assert_close(found[name], weight)
+        assert (weight - start[name]).abs().max() > 1e-3

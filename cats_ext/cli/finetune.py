@@ -29,7 +29,7 @@ from cats_ext.cli.common import (
     pick_device,
     print_json,
 )
-from cats_ext.cli.text import read_texts
+from cats_ext.cli.text import dataset_texts, read_texts
 
 
 class Method(str, Enum):
@@ -41,8 +41,16 @@ class Method(str, Enum):
 @one_sentence_errors
 def finetune(
     model: Model,
-    text: TextFiles,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the tuned model and its checkpoints.")],
+    text: TextFiles = [],  # noqa: B006  not written to
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a file: NAME[:CONFIGURATION[:SPLIT]] of the Hugging Face hub, or a directory of data "
+            "files. Its field 'text' is read, by default of the split train."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of --dataset are read at most.")] = 10_000,
     method: Annotated[Method, typer.Option(help="cats: masked by thresholds; dense: as it is.")] = Method.CATS,
     sparsity: Annotated[
         float | None, typer.Option(help="cats: share of neurons to skip; without it 0.5, or that of the thresholds.")
@@ -84,6 +92,8 @@ def finetune(
 
     $ cats finetune smollm2-135m --text notes.txt --sparsity 0.7 -o tuned
 
+    $ cats finetune smollm2-135m --dataset allenai/c4:en --distill 0.5 -o tuned
+
     $ cats finetune ./mistral-7b --cats thresholds --text a.jsonl.gz --steps 1000 --recalibrate -o tuned
     """
     import cats_ext
@@ -93,6 +103,9 @@ def finetune(
     if method is not Method.CATS and (sparsity is not None or cats is not None):
         option = f"--sparsity {sparsity}" if sparsity is not None else f"--cats {cats}"
         raise ValueError(f"{option} is for --method cats, got --method {method.value}")
+    if bool(text) == (dataset is not None):
+        given = f"got --text {text[0]} and --dataset {dataset}" if text else "got neither"
+        raise ValueError(f"give --text or --dataset, {given}")
     if full and lora_targets is not None:
         raise ValueError(f"give --full or --lora-targets, not both, got --lora-targets {lora_targets}")
     if out.exists() and not out.is_dir():
@@ -111,7 +124,7 @@ def finetune(
         distill=distill,
         seed=seed,
     )
-    texts = read_texts(text)
+    texts = read_texts(text) if text else dataset_texts(dataset, rows)
     where = pick_device(device)
     if where.type == "cuda":
         if where.index not in (None, 0):

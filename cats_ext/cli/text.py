@@ -61,6 +61,33 @@ def named_text(name: str) -> list[str]:
         raise OSError(f"--set {name}: {path} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
+def dataset_texts(name: str, rows: int) -> list[str]:
+    """The field ``text`` of the first ``rows`` rows of ``NAME[:CONFIGURATION[:SPLIT]]``, read as a stream.
+
+    NAME is on the Hugging Face hub, or a directory of data files.
+
+    Raises:
+        ImportError: the package ``datasets`` is missing.
+        OSError: the set cannot be loaded.
+        ValueError: there is no row, or one without a text.
+    """
+    path, configuration, split = (*name.split(":"), "", "")[:3]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"--dataset {name} needs the package datasets: pip install 'cats_ext[finetune]'") from error
+    try:
+        found = list(load_dataset(path, configuration or None, split=split or "train", streaming=True).take(rows))
+    except Exception as error:  # the hub's client has many kinds
+        raise OSError(f"--dataset {name} cannot be loaded ({type(error).__name__}: {error})") from error
+    for row in found:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"--dataset {name} must have texts in a field 'text', got the fields {', '.join(row)}")
+    if not found:
+        raise ValueError(f"--dataset {name} has no rows")
+    return [row["text"] for row in found]
+
+
 def read_texts(paths: Sequence[Path]) -> list[str]:
     """The texts of ``paths``: a file is one text, a ``.jsonl`` file one text a line (field ``text``); ``.gz`` unpacks.
 
