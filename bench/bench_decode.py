@@ -4,10 +4,10 @@
 
 Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "captured",
 cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
-with random tokens. A token's time is the difference between generating --new-tokens and generating one, divided by the
-tokens in between; both are the median of --repetitions, greedy, past any end-of-text token. Results are appended to
-decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws the
-paper's figure 4 from them.
+with random tokens and the paper's rule unless --rule names another. A token's time is the difference between generating
+--new-tokens and generating one, divided by the tokens in between; both are the median of --repetitions, greedy, past
+any end-of-text token. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut
+short or done in parts; plot_decode.py draws the paper's figure 4 from them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Bench:
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
         self.modes(name, model, 0.0)
         windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
-        config = cats_ext.calibrate(model, [windows], sparsity=0.5, progress=False)
+        config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
         cats_ext.apply_cats(model, config)
         self.modes(name, model, *self.arguments.sparsity)
         del model
@@ -194,6 +194,7 @@ class Bench:
                 "mode": generator.mode,
                 "prompt": prompt,
                 "new_tokens": new,
+                "rule": arguments.rule if sparsity else "",
                 "sparsity": sparsity,
                 "reached": reached,
                 "ms_per_token": round(seconds * 1e3, 4),
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"{', '.join(SHAPES)}, a path")
     parser.add_argument("--layers", type=int, help="of random weights: only so many of the model's layers")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="prompt lengths to decode after")
     parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths to time")
