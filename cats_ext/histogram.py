@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _MANTISSA = 23  # stored mantissa bits of float32
-_CHUNK = 1 << 22  # values bucketed at a time: bounds the temporaries to tens of MB
+_CHUNK = 1 << 20  # values bucketed at a time: temporaries of some 20 MB
 
 
 def bucket_edge(bucket: int, mantissa_bits: int) -> float:
