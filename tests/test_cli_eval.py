@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import pytest
 import torch
 from cli_runner import cats, error_of, json_of
+from rich.console import Console
 
 import cats_ext
+from cats_ext.cli.evaluate import show_tasks, show_text
 from cats_ext.integrations.lm_eval import LOCAL_TASKS, answers, local_task
+from cats_ext.significance import paired_accuracy
 
 LAYERS = 3
 
@@ -52,10 +56,24 @@ def test_numbers_are_the_apis(model_dir, text_file, thresholds, loaded, tmp_path
 def test_table_and_dense_alone(model_dir, text_file, thresholds):
     result = cats("eval", model_dir, "--cats", thresholds, "--text", text_file, "--max-windows", 1)
     assert result.exit_code == 0, result.stderr
-    for word in ("dense", "plain 50%", "KL, nats", "same top token"):
+    for word in ("dense", "plain 50%", "KL, nats", "same top"):
         assert word in result.stdout
     document = json_of("eval", model_dir, "--text", text_file)
     assert document["text"]["variants"] == [] and document["config"] is None
+
+
+def test_tables_fit_into_80_columns():
+    reached = {"up_sparsity": 0.402, "down_sparsity": 0.608, "bytes_share": 0.663}
+    errors = {"nll_increase_se": 0.0123, "kl_se": 0.0123, "top1_se": 0.0123}
+    row = {"name": "two_threshold 50%", "sparse": {"ppl": 1234.5}, "kl": 1.2345, "top1": 0.789, "reached": reached}
+    task = paired_accuracy("arc_challenge", [True, False] * 600, [False, True, True, False] * 300).to_dict()
+    page = io.StringIO()
+    console = Console(file=page, width=80)
+    show_text(console, {"dense": {"ppl": 123.45, "tokens": 1016}, "window": 128, "variants": [row | errors]})
+    show_tasks(console, {"variants": [{"name": "two_threshold 50%", "tasks": [task]}]})
+    words = page.getvalue().split()
+    assert {"two_threshold", "1234.50", "+900.0%", "1.2345", "±0.0123", "78.9%", "66.3%", "arc_challenge"} < set(words)
+    assert not any("…" in word for word in words)
 
 
 def test_text_unlike_the_calibrations_is_remarked_on(model_dir, thresholds, tmp_path):

@@ -233,9 +233,10 @@ def measure_tasks(
 def show_text(console: Console, found: dict[str, Any]) -> None:
     dense = found["dense"]
     caption = f"{dense['tokens']:,} predicted tokens in windows of {found['window']}; read: share of the MLP weights"
-    table = Table(box=box.SIMPLE_HEAD, caption=caption)
-    table.add_column("", no_wrap=True)
-    for title in ("perplexity", "change", "KL, nats", "same top token", "up skipped", "down skipped", "read"):
+    table = _table(console, caption=caption)
+    table.add_column("")
+    titles = ("perplexity", "change", "KL, nats", "same top\ntoken", "up\nskipped", "down\nskipped", "read")
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_row("dense", f"{dense['ppl']:.2f}", "", "", "", "0.0%", "0.0%", "100.0%")
     for row in found["variants"]:
@@ -254,7 +255,8 @@ def show_text(console: Console, found: dict[str, Any]) -> None:
 def show_tasks(console: Console, found: dict[str, Any]) -> None:
     columns = ("items", "dense", "sparse", "difference", "lost", "gained", "p")
     for variant in found["variants"] or [{"name": "dense", "tasks": []}]:
-        table = Table("task", box=box.SIMPLE_HEAD, title=escape(variant["name"]))
+        table = _table(console, title=escape(variant["name"]))
+        table.add_column("task", no_wrap=True)
         for title in columns:
             table.add_column(title, justify="right", no_wrap=True)
         for task in variant["tasks"]:
@@ -274,6 +276,11 @@ def show_tasks(console: Console, found: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _table(console: Console, **options: Any) -> Table:
+    """A table whose columns fit into 80 characters, and stand further apart where there is room."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), **options)
+
+
 def _error(value: float, form: str, unit: str = "") -> str:
-    """A standard error to be put behind a value; nothing where there is none."""
-    return "" if value != value else f" ± {value:{form}}{unit}"
+    """A standard error to be put under a value; nothing where there is none."""
+    return "" if value != value else f"\n±{value:{form}}{unit}"

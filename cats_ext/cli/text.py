@@ -92,13 +92,13 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     """The texts of ``paths``: a file is one text, a ``.jsonl`` file one text a line (field ``text``); ``.gz`` unpacks.
 
     Raises:
-        FileNotFoundError: a path does not exist or is not a file.
+        FileNotFoundError: a path does not exist or is a directory.
         ValueError: a file is not what its name says, or there is no text in any of them.
     """
     texts: list[str] = []
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"text file '{path}' does not exist")
+        if path.is_dir() or not path.exists():
+            raise FileNotFoundError(f"text file '{path}' {'is a directory' if path.is_dir() else 'does not exist'}")
         try:
             data = path.read_bytes()
             content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
