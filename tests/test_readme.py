@@ -16,12 +16,16 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A document of its own is read from top to bottom, README's snippets stand alone.
-SNIPPETS = [*PYTHON.findall(README), "\n".join(PYTHON.findall((ROOT / "docs" / "transformers.md").read_text()))]
-COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", README, re.MULTILINE)
+SNIPPETS = [
+    *PYTHON.findall(README),
+    *("\n".join(PYTHON.findall((ROOT / "docs" / name).read_text())) for name in ("transformers.md", "finetuning.md")),
+]
+DOCUMENTS = README + (ROOT / "docs" / "finetuning.md").read_text()
+COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) == 3 and all(SNIPPETS) and len(COMMANDS) >= 5
+    assert len(SNIPPETS) == 4 and all(SNIPPETS) and len(COMMANDS) >= 5
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1][:40])
