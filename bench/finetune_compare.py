@@ -6,7 +6,8 @@
     python bench/finetune_plots.py bench/results/finetune
 
 Every variant of bench/finetune.json is a process of its own that calls cats_ext.finetune.finetune with a callback that
-measures: perplexity in float32, tasks with the layers in bfloat16. Training and calibration are on the C4 sample behind
+measures: perplexity in float32, tasks with the layers in bfloat16. Processes are forked, so on a GPU set
+PYTORCH_NVML_BASED_CUDA_CHECK=1, with which nothing that asks for CUDA on the way starts it. Training and calibration are on the C4 sample behind
 its beginning, which perplexity is measured on. The CSVs are written anew whenever a process has measured something.
 """
 
@@ -14,43 +15,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import re
 import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from finetune_measure import Measure, load_tasks, prepare_tokens, write_tables
 from learned_thresholds import LearnThresholds
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import cats_ext
+from cats_ext.finetune import FinetuneSettings, finetune
 
 
-def child(args: argparse.Namespace) -> None:
-    """One variant: calibrate, tune, measure at ``--at``."""
-    from transformers import AutoModelForCausalLM
-
-    import cats_ext
-    from cats_ext.finetune import FinetuneSettings, finetune
-
-    document = json.loads(Path(args.variants).read_text())
-    variant = next(each for each in document["variants"] if each["name"] == args.child)
-    settings = FinetuneSettings(**document["settings"] | variant["settings"] | json.loads(args.settings))
-    tokens = torch.load(args.work / "tokens.pt")
+def child(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded, log: Path) -> None:
+    """One variant, in a process of its own: calibrate, tune, measure at ``--at``."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to("cuda" if cuda else "cpu").eval()
-    train, config = tokens["train"].view(-1, settings.sequence_length), None
+    model = loaded.model.to("cuda" if cuda else "cpu")
+    settings = FinetuneSettings(**loaded.settings | variant["settings"])
+    train, config = loaded.tokens["train"].view(-1, settings.sequence_length), None
     if "calibrate" in variant:
         rule = variant["calibrate"] | {"sequence_length": settings.sequence_length, "progress": False}
         config = cats_ext.calibrate(model, train, **rule)
-    measure = Measure(args.work / f"{args.child}.jsonl", args.at, tokens, load_tasks(args), args.batch_tokens)
+    name = variant["name"]
+    measure = Measure(args.work / f"{name}.jsonl", args.at, loaded.tokens, loaded.tasks, args.batch_tokens)
     callbacks: list[Any] = [measure]
     if variant.get("learn_thresholds"):
         callbacks.insert(0, LearnThresholds(config.bytes_share, **variant["learn_thresholds"]))
     found = finetune(
         model,
         train,
-        args.work / args.child,
+        args.work / name,
         settings,
         config=config,
         recalibrate=config is not None and not variant.get("learn_thresholds"),
@@ -58,47 +62,57 @@ def child(args: argparse.Namespace) -> None:
         callbacks=callbacks,
         progress=False,
     )
-    memory = torch.cuda.max_memory_reserved() if cuda else 0
     measure.write(
         result={key: found[key] for key in ("before", "after", "recalibrated", "loss")},
-        target=None if config is None else config.bytes_share,
-        memory=memory,
+        memory=torch.cuda.max_memory_reserved() if cuda else 0,
     )
 
 
-def parent(args: argparse.Namespace) -> None:
-    """Runs the variants side by side and collects what they have measured."""
+@dataclass
+class Loaded:
+    """What all processes share: they are forked, so nothing is imported, read or tokenised twice."""
+
+    model: nn.Module
+    tokens: dict[str, Tensor]
+    tasks: dict[str, list[dict[str, Any]]]
+    settings: dict[str, Any]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The variants side by side; what they have measured is collected as it comes."""
     started = time.perf_counter()
     document = json.loads(Path(args.variants).read_text())
-    names = [each["name"] for each in document["variants"]]
-    names = [name for name in names if not args.only or name in args.only]
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    sequence_length = (document["settings"] | json.loads(args.settings)).get("sequence_length", 512)
-    counts = prepare_tokens(args, sequence_length)
-    print(f"tokens after {time.perf_counter() - started:.1f} s: {counts}", flush=True)
-    commit = args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    variants = [each for each in document["variants"] if not args.only or each["name"] in args.only]
+    names = [each["name"] for each in variants]
+    settings = document["settings"] | json.loads(args.settings)
+    for directory in (args.work, args.out):
+        directory.mkdir(parents=True, exist_ok=True)
+    tokens = prepare_tokens(args, settings.get("sequence_length", 512))
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    loaded = Loaded(model, tokens, load_tasks(args), settings)
+    counts = {name: len(value) for name, value in tokens.items()}
+    print(f"loaded after {time.perf_counter() - started:.1f} s: {counts} tokens", flush=True)
     facts = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    running: dict[str, subprocess.Popen] = {}
-    waiting, seen = list(names), {}
+    waiting, running, seen = list(variants), {}, {}
     while waiting or running:
         while waiting and len(running) < args.parallel:
-            name = waiting.pop(0)
-            log = open(args.out / f"{name.replace(' ', '_')}.log", "w")
-            command = [sys.executable, *sys.argv, "--child", name]
-            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            variant = waiting.pop(0)
+            name = variant["name"]
+            log = args.out / (re.sub(r"\W+", "_", name).strip("_") + ".log")
+            running[name] = multiprocessing.get_context("fork").Process(target=child, args=(args, variant, loaded, log))
+            running[name].start()
         time.sleep(1)
+        for name in [name for name, process in running.items() if not process.is_alive()]:
+            print(
+                f"{name}: exit status {running.pop(name).exitcode} after {time.perf_counter() - started:.1f} s",
+                flush=True,
+            )
         new = {path.name: path.stat().st_size for path in args.work.glob("*.jsonl")}
-        ended = {name: process.returncode for name, process in running.items() if process.poll() is not None}
-        for name, status in ended.items():
-            del running[name]
-            print(f"{name}: exit status {status} after {time.perf_counter() - started:.1f} s", flush=True)
         if new != seen:
             seen = new
             write_tables(args.work, args.out, names, facts)
@@ -109,6 +123,15 @@ def parent(args: argparse.Namespace) -> None:
             break
     write_tables(args.work, args.out, names, facts)
     print(f"done after {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def device_name() -> str:
+    """Of the first GPU; without CUDA, which must not be initialised before a fork."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.check_output(command, text=True).splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "cpu"
 
 
 def main() -> None:
@@ -129,9 +152,9 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=12, help="processes at once")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop everything after so long")
     parser.add_argument("--commit", help="where there is no git")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    (child if args.child else parent)(args)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from cats_ext.significance import mean_accuracy, paired_accuracy
 WINDOW = 1024  # of perplexity
 
 
-def prepare_tokens(args: argparse.Namespace, sequence_length: int) -> dict[str, int]:
-    """Tokenise once, for all processes: what is trained on is behind what is measured on."""
+def prepare_tokens(args: argparse.Namespace, sequence_length: int) -> dict[str, Tensor]:
+    """What is measured on, and what is trained on, which is behind it."""
     from transformers import AutoTokenizer
 
     def read(name: str) -> str:
@@ -40,13 +40,11 @@ def prepare_tokens(args: argparse.Namespace, sequence_length: int) -> dict[str, 
     c4 = ids("\n\n".join(json.loads(line)["text"] for line in read("c4_sample.jsonl.gz").splitlines()))
     held_out, wanted = args.c4_windows * WINDOW, args.wikitext_windows * WINDOW
     train = c4[held_out:][: args.train_tokens]
-    tokens = {
+    return {
         "c4": c4[:held_out],
         "wikitext": ids(read("wikitext2_test.txt.gz")[: 8 * wanted])[:wanted],
         "train": train[: len(train) // sequence_length * sequence_length],
     }
-    torch.save(tokens, args.work / "tokens.pt")
-    return {name: len(value) for name, value in tokens.items()}
 
 
 def load_tasks(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
