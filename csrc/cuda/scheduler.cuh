@@ -24,17 +24,18 @@ template <typename T, bool kBulk> class Scheduler {
   public:
     static constexpr int kBytes = 2 * kMaxPending * sizeof(RowState);
 
-    // Asks for no data that the kernel before may have written: those come with run().
     __device__ Scheduler(const BatchedArguments &args, const Ring &ring, uint8_t *smem)
         : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)),
           row_bytes_(uint32_t(args.mlp.hidden_size * sizeof(T))), intermediate_(uint32_t(args.mlp.intermediate_size)),
           batches_((intermediate_ + kBatchRows - 1) / kBatchRows), next_batch_(blockIdx.x) {}
 
     // The weights do not depend on the kernel before; but it may still be writing them, so only into L2.
-    __device__ void prefetch_first_batches() const {
-        for (int i = lane_; i < args_.plan.first_batches * kBatchRows; i += 32) {
+    static __device__ void prefetch_first_batches(const BatchedArguments &args) {
+        const SparseMlpParams &p = args.mlp;
+        for (int i = threadIdx.x % 32; i < args.plan.first_batches * kBatchRows; i += 32) {
             const uint32_t j = (blockIdx.x + i / kBatchRows * gridDim.x) * kBatchRows + i % kBatchRows;
-            if (j < intermediate_) prefetch_l2(row_address<T>(p_, BatchKind::kGate, j), row_bytes_);
+            if (j < p.intermediate_size)
+                prefetch_l2(row_address<T>(p, BatchKind::kGate, j), uint32_t(p.hidden_size * sizeof(T)));
         }
     }
 

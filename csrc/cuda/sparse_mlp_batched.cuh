@@ -19,17 +19,18 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const BatchedArguments &
     const OutputOrder<kInside> order{int(p.tokens), int(p.hidden_size)};
     extern __shared__ __align__(128) uint8_t smem[];
     const Ring ring(smem, args.plan);
+    using Scheduler = Scheduler<T, kBulk>;
+    const bool schedules = warp == kWorkerWarps;
     launch_dependents();
-    if (warp == kWorkerWarps) {
-        Scheduler<T, kBulk> scheduler(args, ring, smem + Ring::bytes(args.plan));
-        scheduler.prefetch_first_batches();
+    if (schedules) {
+        Scheduler::prefetch_first_batches(args);
         ring.init(kBulk ? (thresholds_differ(p) ? 32 : 0) : kWorkerWarps * 32); // threads that copy
-        __syncthreads();
-        wait_for_previous_kernel();
-        scheduler.run();
+    }
+    __syncthreads();
+    wait_for_previous_kernel();
+    if (schedules) {
+        Scheduler(args, ring, smem + Ring::bytes(args.plan)).run();
     } else {
-        __syncthreads();
-        wait_for_previous_kernel();
         MmaWorker<T, kBulk, kGroups> worker(p, ring, warp);
         worker.run();
         worker.add_to_output([&](int column, int token, float2 v) {
