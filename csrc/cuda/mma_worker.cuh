@@ -77,7 +77,7 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
             if (kind == BatchKind::kDown) add_down_rows(at.slot);
             else dot_products(at.slot);
             __syncwarp();
-            if (lane_ == 0) arrive(ring_.done(at.slot));
+            arrive_as_warp(ring_.done(at.slot));
             at.advance(ring_);
             copied--;
         }

@@ -48,6 +48,18 @@ struct alignas(16) BatchState {
     int down_slot; // of up rows: the slot that has the same neurons' down rows already, or kNoSlot
 };
 
+// A warp arrives after __syncwarp(), one lane for all. compute-sanitizer's racecheck takes that lane's accesses alone
+// as ordered; compiled for it, every lane arrives.
+#ifdef CATS_EVERY_LANE_ARRIVES
+constexpr int kArrivalsPerWarp = 32;
+#else
+constexpr int kArrivalsPerWarp = 1;
+#endif
+
+__device__ __forceinline__ void arrive_as_warp(uint64_t *barrier) {
+    if (threadIdx.x % 32 < kArrivalsPerWarp) arrive(barrier);
+}
+
 class Ring {
   public:
     static __host__ __device__ uint32_t bytes(const BatchedPlan &plan) {
@@ -60,9 +72,9 @@ class Ring {
 
     __device__ void init(int copy_arrivals) const { // by one warp; copy_arrivals: of the workers, at full[slot]
         for (int s = threadIdx.x % 32; s < plan_.slots; s += 32) {
-            init_barrier(asked(s), 1);
-            init_barrier(full(s), 1 + copy_arrivals);
-            init_barrier(done(s), kWorkerWarps);
+            init_barrier(asked(s), kArrivalsPerWarp);
+            init_barrier(full(s), kArrivalsPerWarp + copy_arrivals);
+            init_barrier(done(s), kWorkerWarps * kArrivalsPerWarp);
         }
         publish_barriers();
     }

@@ -53,11 +53,10 @@ template <typename T, bool kBulk> class Scheduler {
             head_.advance(ring_);
             in_flight_--;
         }
-        if (lane_ == 0) {
-            ring_.state(tail_.slot).kind = BatchKind::kEnd;
-            if (!kBulk) arrive(ring_.asked(tail_.slot));
-            arrive(ring_.full(tail_.slot));
-        }
+        if (lane_ == 0) ring_.state(tail_.slot).kind = BatchKind::kEnd;
+        __syncwarp();
+        if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
+        arrive_as_warp(ring_.full(tail_.slot));
         if (kBulk && thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
         if (p_.counts) add_counts();
     }
@@ -149,10 +148,8 @@ template <typename T, bool kBulk> class Scheduler {
             if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_ * rows);
         }
         __syncwarp();
-        if (lane_ == 0) {
-            if (!kBulk) arrive(ring_.asked(tail_.slot));
-            if (!owed) arrive(ring_.full(tail_.slot));
-        }
+        if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
+        if (!owed) arrive_as_warp(ring_.full(tail_.slot));
         if (kBulk) {
             if (present) {
                 copy_threshold(p_, state, lane_);
@@ -224,7 +221,7 @@ template <typename T, bool kBulk> class Scheduler {
             *reinterpret_cast<float2 *>(&to->values[2 * part]) = make_float2(values[0], values[1]);
         }
         __syncwarp();
-        if (down_slot != kNoSlot && lane_ == 0) arrive(ring_.full(down_slot));
+        if (down_slot != kNoSlot) arrive_as_warp(ring_.full(down_slot));
     }
 
     __device__ void add_counts() const { // token-neuron pairs
