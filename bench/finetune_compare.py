@@ -6,9 +6,9 @@
     python bench/finetune_plots.py bench/results/finetune
 
 Every variant of bench/finetune.json is a process of its own that calls cats_ext.finetune.finetune with a callback that
-measures: perplexity in float32, tasks with the layers in bfloat16. Processes are forked, so on a GPU set
-PYTORCH_NVML_BASED_CUDA_CHECK=1, with which nothing that asks for CUDA on the way starts it. Training and calibration are on the C4 sample behind
+measures: perplexity in float32, tasks with the layers in bfloat16. Training and calibration are on the C4 sample behind
 its beginning, which perplexity is measured on. The CSVs are written anew whenever a process has measured something.
+Processes are forked: on a GPU set PYTORCH_NVML_BASED_CUDA_CHECK=1, so that a question about CUDA does not start it.
 """
 
 from __future__ import annotations
