@@ -21,14 +21,19 @@ class LayerAccumulator:
     - importance "norm": ``n_j = norm(Wd_j)``, ``c_j = rms(u_j) n_j``.
     - importance "gradient": with the gradient g of log p(y) at the MLP's output, ``n_j = rms(Wd_j . g)`` and
       ``c_j = rms(u_j Wd_j . g)``: what dropping the neuron does to the model's predictions, to second order.
+
+    Experts of a mixture are counted together, over the tokens routed to each, and without weights.
     """
 
     def __init__(self, mlp: GatedMLP, gate_power: float, importance: str) -> None:
         self.mlp, self.gate_power = mlp, gate_power
         self.act = ACTIVATIONS[mlp.activation]
-        weight = mlp.down.weight.detach()
+        weight = mlp.down_weight.detach()
         self.wide = torch.promote_types(weight.dtype, torch.float32)
-        self.down_weight = torch.linalg.vector_norm(weight, dim=0, dtype=self.wide).float()
+        if mlp.experts is None:
+            self.down_weight = torch.linalg.vector_norm(weight, dim=0, dtype=self.wide).float()
+        else:
+            self.down_weight = torch.ones((), device=weight.device)
         self.gate_weight: Tensor | None = None
         self.tokens = torch.zeros((), dtype=torch.int64)
         self.up_squares = torch.zeros(mlp.intermediate_size, dtype=torch.float64, device=weight.device)
@@ -89,7 +94,7 @@ class LayerAccumulator:
 
     def _row_gradient(self, gradient: Tensor) -> Tensor:
         """``Wd_j . g`` of every neuron, ``[T, I]``."""
-        return gradient.to(self.wide) @ self.mlp.down.weight.detach().to(self.wide)
+        return gradient.to(self.wide) @ self.mlp.down_weight.detach().to(self.wide)
 
     # --- between the passes ------------------------------------------------------------------------------------------
 
@@ -122,7 +127,8 @@ class LayerAccumulator:
         weights = None if self.gate_weight is None else self.gate_weight.cpu()
         if self.joint is None:
             return LayerStatistics(gate, None, weights)
-        return LayerStatistics(gate, self.joint.trimmed(), weights, self.down_weight.cpu())
+        down_weight = None if self.mlp.experts else self.down_weight.cpu()
+        return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight)
 
     # --- what an interrupted calibration goes on from ----------------------------------------------------------------
 

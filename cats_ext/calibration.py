@@ -74,6 +74,9 @@ def calibrate(
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
     MLP's output; needs memory for the activations of a batch, as training would.
 
+    The experts of a mixture have their thresholds in common, from quantiles over all tokens routed to any of them, and
+    ``n_j = c_j = 1``: rules with weights, gradients and the search are for dense MLPs.
+
     Args:
         model: dense model on any device or spread over several; unchanged afterwards.
         data: a text, an iterable of texts, or an iterable of token ids: integer tensors ``[T]`` or ``[B, T]``, or
@@ -114,6 +117,8 @@ def calibrate(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     mlps, model = find_dense_mlps(model), unwrapped(model)
+    if any(mlp.experts for mlp in mlps):
+        _check_for_experts(gate_power, importance, allocation)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)
@@ -150,7 +155,9 @@ def calibrate(
         thresholds=thresholds,
         down_thresholds=down_thresholds,
         layers={
-            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, *targets[mlp.name])
+            mlp.name: LayerConfig(
+                mlp.hidden_size, mlp.intermediate_size, mlp.activation, *targets[mlp.name], experts=mlp.experts
+            )
             for mlp in mlps
         },
         model_type=getattr(getattr(model, "config", None), "model_type", None),
@@ -248,6 +255,17 @@ def _kl(model: nn.Module, config: CatsConfig, ids: Tensor, window: int) -> float
         return compare(model, ids, window=window, progress=False).kl
     finally:
         remove_cats(model)
+
+
+def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:
+    """Thresholds of experts are one a layer; too few tokens reach each for what needs sums over a neuron's own."""
+    for name, value, possible in (
+        ("gate_power", gate_power, 0),
+        ("importance", importance, "norm"),
+        ("allocation", allocation, "uniform"),
+    ):
+        if value != possible:
+            raise ValueError(f"{name} must be {possible!r} for mixtures of experts, got {value!r}")
 
 
 def _few(batches: list[Tensor]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_ext._run import evaluation_mode, input_device, progress_bar
@@ -48,7 +49,7 @@ def run_pass(
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         for mlp in mlps:
-            stack.enter_context(_projections_caught(mlp, in_pieces))
+            stack.enter_context((_experts_caught if mlp.experts else _projections_caught)(mlp, in_pieces))
         advance = stack.enter_context(progress_bar(title, len(batches), progress))
         for number, batch in enumerate(batches):
             if number >= start:
@@ -154,6 +155,28 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
             hook = projection.register_forward_hook(lambda module, args, output, name=name: catch(name, output))
             stack.callback(hook.remove)
         yield
+
+
+@contextmanager
+def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
+    """As :func:`_projections_caught`, for each expert with the tokens routed to it, which are projected once more."""
+
+    def catch(module: nn.Module, x: Tensor, experts: Tensor, routing: Tensor) -> None:
+        for expert in experts.unique().tolist():
+            rows = x[(experts == expert).any(-1)]
+            gate, up = F.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            try:
+                observe(mlp, gate, up)
+            except ValueError as error:
+                raise ValueError(f"activations of {mlp.name}, expert {expert}: {error}") from error
+
+    hook = mlp.module.register_forward_pre_hook(
+        lambda module, args, named: catch(module, *args, *named.values()), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

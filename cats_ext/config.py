@@ -37,11 +37,15 @@ class LayerConfig:
     activation: str
     up_sparsity: float  # of the rows of up_proj
     down_sparsity: float  # of the rows of down_proj, laid out by neuron
+    experts: int | None = None  # so many in one module, each of this shape, with thresholds in common
 
     @property
     def bytes_share(self) -> float:
         """Share of the dense MLP's weight bytes that one token reads."""
         return bytes_share(self.up_sparsity, self.down_sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "experts" or value is not None}
 
 
 @dataclass(eq=False)  # tensors have no truth value
@@ -151,7 +155,7 @@ class CatsConfig:
                     + _difference(expected, thresholds, "layers", field_name)
                 )
             for name, threshold in thresholds.items():
-                _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name].intermediate_size)
+                _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
 
     def check_fits(self, model: nn.Module, mlps: list[GatedMLP]) -> None:
         """Raise ValueError unless the config was made for a model of this kind."""
@@ -166,7 +170,7 @@ class CatsConfig:
             )
         for mlp in mlps:
             layer = self.layers[mlp.name]
-            for attribute in ("hidden_size", "intermediate_size", "activation"):
+            for attribute in ("hidden_size", "intermediate_size", "activation", "experts"):
                 want, have = getattr(layer, attribute), getattr(mlp, attribute)
                 if want != have:
                     raise ValueError(f"config has {attribute} {want!r} for {mlp.name}, the model has {have!r}")
@@ -183,7 +187,7 @@ class CatsConfig:
             "bytes_share": self.bytes_share,
             "model_type": self.model_type,
             "calibration": self.calibration,
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -286,12 +290,14 @@ def thresholds_of(
     return {name: threshold for name, (threshold, _) in both.items()}, down_thresholds
 
 
-def _check_threshold(name: str, threshold: Tensor, intermediate_size: int) -> None:
+def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
     if not isinstance(threshold, Tensor) or threshold.dtype != torch.float32:
         kind = threshold.dtype if isinstance(threshold, Tensor) else type(threshold).__name__
         raise TypeError(f"{name} must be a float32 tensor, got {kind}")
-    if threshold.shape not in ((), (intermediate_size,)):
-        raise ValueError(f"{name} must have shape [] or [{intermediate_size}], got {list(threshold.shape)}")
+    shapes = [()] if layer.experts else [(), (layer.intermediate_size,)]
+    if threshold.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {expected}, got {list(threshold.shape)}")
     bad = threshold[~(threshold >= 0)]  # the negation catches NaN
     if len(bad):
         raise ValueError(f"{name} must be >= 0, got {float(bad[0])}")

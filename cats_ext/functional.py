@@ -24,6 +24,10 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # engine of compute capability 9.0 it is slower (bench/results/h100: kernel_experiments.csv, mlp.csv, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
+# As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 979 us for 4 tokens with
+# transformers' grouped products, and 635 at 50 % sparsity (bench/results/h100/experts_tiles.csv).
+MAX_EXPERT_TOKENS = {"cpu": 16, "cuda": 4}
+
 
 # Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
 # the kernel needs takes 25 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
@@ -55,6 +59,16 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
         )
     return (
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
+        and x.dtype in ops.SPARSE_DTYPES
+        and not torch.is_autocast_enabled(device)
+    )
+
+
+def experts_fit(x: Tensor) -> bool:
+    """As :func:`kernel_fits`, for ``x`` ``[T, H]`` and the op of routed experts."""
+    device = x.device.type
+    return (
+        (len(x) <= MAX_EXPERT_TOKENS.get(device, 0) or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not torch.is_autocast_enabled(device)
     )

@@ -27,7 +27,7 @@ class CatsState:
     """What a patched module knows besides its children: how to compute, and how to become what it was."""
 
     original_class: type[nn.Module]
-    down: nn.Linear  # the module whose weight was laid out, also if an adapter has been put in its place
+    down_owner: nn.Module  # of the weight that was laid out, also if an adapter has been put in its place
     down_strides: tuple[int, ...]  # of its weight before
     hidden_size: int
     activation: str
@@ -36,11 +36,17 @@ class CatsState:
     name: str  # of this module in the config
     dense_prefill: bool = False
     tracking: bool = False
+    experts_per_token: int = 1  # as last seen while tracking
+    masking: bool = True  # in the call of experts under way
 
     @property
     def target(self) -> LayerConfig:
         """The sparsity that the config aims at in this module."""
         return self.config.layers[self.name]
+
+    @property
+    def down_weight(self) -> nn.Parameter:
+        return self.down_owner.down_proj if self.target.experts else self.down_owner.weight
 
 
 class CatsMLP(nn.Module):
@@ -63,7 +69,7 @@ class CatsMLP(nn.Module):
         # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
         # lookup costs more than the checks themselves.
         cats, buffers, children = self.cats, self._buffers, self._modules
-        if cats.dense_prefill and x.dim() > 2 and x.shape[-2] > 1:
+        if cats.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             return cats.original_class.forward(self, x)
         threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
         weights = None
@@ -147,11 +153,11 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> 
 
     Without ``neuron_rows`` the weight's memory stays as it is, and the module takes the dense path.
     """
-    module, weight = mlp.module, mlp.down.weight
+    module, weight = mlp.module, mlp.down_weight
     # First of all, so that make_dense knows what there is to undo.
     module.cats = CatsState(
         type(module),
-        mlp.down,
+        mlp.down_owner,
         weight.stride(),
         mlp.hidden_size,
         mlp.activation,
@@ -161,13 +167,22 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> 
         dense_prefill=not config.sparse_prefill,
     )
     if neuron_rows:
-        weight.data = weight.data.t().contiguous().t()
+        weight.data = weight.data.mT.contiguous().mT
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
     for name, value in thresholds.items():
         copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
         module.register_buffer(name, copy, persistent=False)
     module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
-    set_class(module, CatsMLP)
+    set_class(module, sparse_class(module))
+
+
+def sparse_class(module: nn.Module) -> type[CatsMLP]:
+    """What a module that has been made sparse computes as."""
+    if module.cats.target.experts is None:
+        return CatsMLP
+    from cats_ext.experts import CatsExperts
+
+    return CatsExperts
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -185,7 +200,7 @@ def make_dense(module: nn.Module) -> None:
     for name in ("threshold", "down_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)
-    weight = state.down.weight
+    weight = state.down_weight
     if weight.stride() != state.down_strides:
         dense = torch.empty_strided(weight.shape, state.down_strides, dtype=weight.dtype, device=weight.device)
         weight.data = dense.copy_(weight.data)

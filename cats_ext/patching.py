@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.integrations.wrappers import unwrapped
-from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class
+from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class, sparse_class
 from cats_ext.statistics import SMALLEST
 
 
@@ -85,7 +85,9 @@ def apply_relufication(model: nn.Module) -> nn.Module:
     mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
     config = CatsConfig(
         thresholds={mlp.name: torch.tensor(SMALLEST) for mlp in mlps},  # drops exact zeros, and nothing else
-        layers={mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, "relu", 0.0, 0.0) for mlp in mlps},
+        layers={
+            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, "relu", 0.0, 0.0, mlp.experts) for mlp in mlps
+        },
         model_type=getattr(getattr(model, "config", None), "model_type", None),
         sparsity=0.0,
     )
@@ -184,7 +186,7 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in patched.values():
-            set_class(module, CatsMLP)
+            set_class(module, sparse_class(module))
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:

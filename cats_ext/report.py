@@ -26,7 +26,7 @@ class LayerSparsity:
 
     name: str
     tokens: int
-    weight_bytes: int  # of the dense MLP
+    weight_bytes: int  # of the dense MLP, or of the experts that a token takes
     up_sparsity: float
     up_target: float
     down_sparsity: float
@@ -173,16 +173,17 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             raise ValueError(
                 f"no token has been counted in {name}: call track_sparsity(model), run the model, then sparsity_report"
             )
-        state = module.cats
+        state, target = module.cats, module.cats.target
+        neurons = target.intermediate_size * state.experts_per_token
         layers.append(
             LayerSparsity(
                 name=name,
-                tokens=evaluated // state.down.in_features,
-                weight_bytes=3 * state.down.weight.numel() * state.down.weight.element_size(),
+                tokens=evaluated // neurons,
+                weight_bytes=3 * neurons * target.hidden_size * state.down_weight.element_size(),
                 up_sparsity=1 - kept_up / evaluated,
-                up_target=state.target.up_sparsity,
+                up_target=target.up_sparsity,
                 down_sparsity=1 - kept_down / evaluated,
-                down_target=state.target.down_sparsity,
+                down_target=target.down_sparsity,
             )
         )
     report = SparsityReport(layers)

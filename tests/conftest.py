@@ -43,16 +43,17 @@ def one_thread():
 @pytest.fixture
 def called(monkeypatch):
     """Which of the two ways the patched MLPs took."""
-    from cats_ext import ops
+    from cats_ext import expert_ops, ops
 
     ways = []
 
-    def spy(name):
-        real = getattr(ops, name)
-        return lambda *arguments: (ways.append(name), real(*arguments))[1]
+    def spy(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: (ways.append(name), real(*arguments))[1])
 
     for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold"):
-        monkeypatch.setattr(ops, name, spy(name))
+        spy(ops, name)
+    spy(expert_ops, "sparse_experts")
     return ways
 
 

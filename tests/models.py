@@ -39,6 +39,9 @@ class Family:
 
 _SMALL_HEADS = {"head_dim": 16}
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+_EXPERTS |= {"num_experts_per_tok": 2}
+_LATENT_ATTENTION = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+_LATENT_ATTENTION |= {"v_head_dim": 16, "num_key_value_heads": 4}
 FAMILIES = {
     "llama": Family("Llama 2 and 3, Yi, DeepSeek LLM, SmolLM 1 and 2, TinyLlama", "llama"),
     "llama-bias": Family("the same with `mlp_bias`", "llama", {"mlp_bias": True}),
@@ -64,8 +67,7 @@ FAMILIES = {
     "deepseek-v3": Family(
         "DeepSeek V3's architecture without routed layers",
         "deepseek_v3",
-        {"first_k_dense_replace": LAYERS, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
-        | {"v_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4, **_EXPERTS},
+        {**_LATENT_ATTENTION, **_EXPERTS, "first_k_dense_replace": LAYERS},
     ),
     "ernie4_5": Family("ERNIE 4.5, dense", "ernie4_5", _SMALL_HEADS),
     "exaone4": Family("EXAONE 4", "exaone4", {"sliding_window": 32}),
@@ -75,12 +77,28 @@ FAMILIES = {
     "vaultgemma": Family("VaultGemma", "vaultgemma", _SMALL_HEADS, "gelu_tanh"),
     "diffllama": Family("DiffLlama", "diffllama"),
 }
-REFUSED = {
+MIXTURES = {
     "mixtral": Family("Mixtral", "mixtral", _EXPERTS),
-    "qwen3-moe": Family("Qwen 3, mixture of experts", "qwen3_moe", {**_EXPERTS, **_SMALL_HEADS}),
-    "gpt-oss": Family("gpt-oss", "gpt_oss", {**_EXPERTS, **_SMALL_HEADS}),
+    "qwen2-moe": Family("Qwen 1.5 and 2, mixtures", "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3-moe": Family("Qwen 3, mixtures", "qwen3_moe", {**_EXPERTS, **_SMALL_HEADS}),
     "olmoe": Family("OLMoE", "olmoe", _EXPERTS),
-    "deepseek-v2": Family("DeepSeek V2", "deepseek_v2", {**_EXPERTS, "kv_lora_rank": 16, "q_lora_rank": 24}),
+    "phimoe": Family("Phi-3.5-MoE", "phimoe", _EXPERTS),
+    "granitemoe": Family("Granite 3, mixtures", "granitemoe", _EXPERTS),
+    "glm4-moe": Family("GLM 4.5 and later", "glm4_moe", {**_EXPERTS, **_SMALL_HEADS, "first_k_dense_replace": 1}),
+    "deepseek-v2-routed": Family(
+        "DeepSeek V2", "deepseek_v2", {**_EXPERTS, **_LATENT_ATTENTION, "first_k_dense_replace": 1, "n_group": 1}
+    ),
+    "deepseek-v3-routed": Family(
+        "DeepSeek V3",
+        "deepseek_v3",
+        {**_EXPERTS, **_LATENT_ATTENTION, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "ernie4-5-moe": Family("ERNIE 4.5, mixtures", "ernie4_5_moe", {**_EXPERTS, **_SMALL_HEADS, "moe_k": 2}),
+    "minimax-m2": Family("MiniMax M2", "minimax_m2", {**_EXPERTS, **_SMALL_HEADS}),
+}
+REFUSED = {
+    "gpt-oss": Family("gpt-oss", "gpt_oss", {**_EXPERTS, **_SMALL_HEADS}),
+    "llama4": Family("Llama 4", "llama4_text", _EXPERTS),
     "bitnet": Family("BitNet", "bitnet"),
     "seed-oss-dropout": Family("Seed-OSS with its dropout", "seed_oss"),
     "gpt2": Family("GPT-2", "gpt2"),
@@ -98,12 +116,12 @@ def installed(families: dict[str, Family]) -> dict[str, Family]:
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A random model in eval mode. Weights are wide enough for activations of order one, as in real models."""
     torch.manual_seed(seed)
-    chosen = FAMILIES.get(family) or REFUSED[family]
+    chosen = (FAMILIES | MIXTURES | REFUSED)[family]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**(_SIZES | chosen.arguments)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_proj" in name and parameter.dim() == 2:
-                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+            if "_proj" in name and parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             elif "_proj" in name and parameter.dim() == 1:
                 parameter.normal_(0, 0.5)
     return model.to(dtype).eval()

@@ -21,15 +21,7 @@ from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings,
 
 COMMANDS = ("demo", "calibrate", "generate", "chat", "eval", "finetune", "report", "bench", "env")
 LAYERS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

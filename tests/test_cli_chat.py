@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import cats_ext
 from cats_ext.cli import app
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
@@ -34,14 +35,6 @@ def model_dir(plain_dir, tmp_path_factory) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
     return directory
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def chat(directory: Path, lines: list[str], *arguments: object):

@@ -31,7 +31,10 @@ OPTIONS = {way: {"max_new_tokens": NEW, "eos_token_id": 1, **options} for way, o
 CASES = [("llama", way) for way in WAYS] + [(family, "greedy") for family in installed(FAMILIES) if family != "llama"]
 
 
-pytestmark = pytest.mark.filterwarnings("error:the decode step cannot be captured")
+pytestmark = [
+    pytest.mark.filterwarnings("error:the decode step cannot be captured"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Recorder(BaseStreamer):
@@ -62,15 +65,6 @@ def static_steps(monkeypatch) -> None:
     """The steps that are captured on CUDA, with their static cache and buffers, run one by one on the CPU."""
     monkeypatch.setattr(decode._Session, "_graph", lambda self, selection: _Replay(self, selection))
     monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

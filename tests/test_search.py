@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 from models import INTERMEDIATE, LAYERS, tiny_model, tokens
+from torch import nn
 
 from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats
 from cats_ext.accumulator import LayerAccumulator
 from cats_ext.allocation import LossTable, allocate
 from cats_ext.calibration import _options
 from cats_ext.calibration_passes import batches_of, run_gradient_pass
-from cats_ext.detection import find_gated_mlps
+from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.evaluation import compare
 
 # --- allocate -------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_gradient_is_that_of_dropping_a_neuron(family):
     mlp = find_gated_mlps(model)[1]
     accumulator = LayerAccumulator(mlp, 1.0, "gradient")
     h = accumulator.act(gate) * up
-    predicted = (h * (gradient @ mlp.down.weight.detach())).sum(0)
+    predicted = (h * (gradient @ mlp.down_weight.detach())).sum(0)
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -94,7 +95,7 @@ def test_gradient_is_that_of_dropping_a_neuron(family):
         uniform = torch.rand(24, generator=generator, dtype=torch.float64)
         cumulative = log_p.double().exp().cumsum(-1)
         y = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None])
-        epsilon, weight = 1e-2, mlp.down.weight
+        epsilon, weight = 1e-2, mlp.down_weight
         for j in (0, 5, INTERMEDIATE - 1):
             sums = []
             for sign in (1, -1):
@@ -122,7 +123,7 @@ def test_weights_are_root_mean_squares():
     found = gathered(model, batches_of(ids.split(100), 1))
     for mlp in find_gated_mlps(model):
         _, up, gradient = found[mlp.name]
-        row = gradient @ mlp.down.weight.detach()
+        row = gradient @ mlp.down_weight.detach()
         statistics = config.statistics[mlp.name]
         torch.testing.assert_close(statistics.down_weight, row.square().mean(0).sqrt(), rtol=1e-4, atol=0)
         c = (row * up).square().mean(0).sqrt()
@@ -141,7 +142,7 @@ def test_losses_of_every_option_by_brute_force():
         gate, up, gradient = found[mlp.name]
         accumulator.add_losses(gate, up, gradient, [statistics.cuts(*option) for option in options])
         v = accumulator.act(gate)
-        product = v * up * (gradient @ mlp.down.weight.detach())
+        product = v * up * (gradient @ mlp.down_weight.detach())
         for option, loss in zip(options, accumulator.mean_losses().tolist(), strict=True):
             threshold, down_threshold = statistics.thresholds(*option)
             kept = (v.abs() >= threshold) & ((v * up).abs() >= down_threshold)
@@ -230,10 +231,8 @@ def test_argument_errors(arguments, error, message):
 
 def test_counts_of_a_7b_model_take_less_than_200_mb():
     """32 layers of Mistral-7B's intermediate size; a hidden size of 8 stands for 4096, of which nothing is kept."""
-    from types import SimpleNamespace
-
-    down = torch.nn.Linear(14336, 8, bias=False)
-    mlp = SimpleNamespace(name="mlp", down=down, activation="silu", intermediate_size=14336, hidden_size=8)
+    mlp = GatedMLP("mlp", nn.Module(), "silu", merged=False)
+    mlp.module.down_proj = nn.Linear(14336, 8, bias=False)
     accumulator = LayerAccumulator(mlp, 0.5, "gradient")
     gate, up, gradient = torch.randn(4, 14336), torch.randn(4, 14336), torch.randn(4, 8)
     accumulator.add_gradient(gate, up, gradient)

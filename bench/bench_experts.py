@@ -1,0 +1,210 @@
+"""Routed experts for a few tokens: a patched block of experts against transformers' own ways of running it.
+
+    python bench/bench_experts.py --shape small qwen3-30b-a3b --experts 16 --output bench/results/cpu-NAME/experts.csv
+    python bench/bench_experts.py --device cuda --output bench/results/h100/experts.csv
+
+Blocks are transformers' Qwen3MoeExperts with random weights; "eager", "grouped_mm" and "batched_mm" are its values of
+`experts_implementation`. Every call works on another block with routing of its own, so that no cache holds what it
+reads. Thresholds are exact quantiles of |act(gate)| of the routed experts. On the CPU all paths take turns within one
+repetition. On CUDA a path runs over all blocks at once, as kernels launched one by one ("eager", host time included)
+and as a replayed graph ("graph"). Medians, per block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_mlp_cpu import commit, cpu_model
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from cats_ext import CatsConfig, apply_cats
+from cats_ext.config import LayerConfig
+
+# hidden size, intermediate size, experts, experts a token
+SHAPES = {
+    "small": (1024, 3584, 8, 2),
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "tiny": (64, 40, 4, 2),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Path_ = Callable[[int], Tensor]  # runs block number i
+
+
+class Blocks:
+    """The same weights as dense and as patched experts, with an input and routing for each."""
+
+    def __init__(self, shape: tuple[int, ...], tokens: int, dtype: torch.dtype, device: str, count: int) -> None:
+        hidden, intermediate, experts, top_k = shape
+        generator, host = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+        self.shape, self.dense, self.patched, self.inputs = shape, [], [], []
+        for _ in range(count):
+            block = self._block(shape)
+            sizes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+            for name, (rows, columns) in sizes.items():
+                weight = torch.empty(experts, rows, columns, dtype=dtype, device=device)
+                setattr(block, name, nn.Parameter(weight.normal_(0, columns**-0.5, generator=generator), False))
+            twin = self._block(shape)
+            twin.gate_up_proj = block.gate_up_proj
+            twin.down_proj = nn.Parameter(block.down_proj.data.clone(), False)
+            x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
+            chosen = torch.rand(tokens, experts, generator=host).argsort(-1)[:, :top_k].to(device)
+            weights = torch.rand(tokens, top_k, generator=generator, device=device).to(dtype)
+            self.dense.append(block)
+            self.patched.append(apply_cats(nn.Sequential(twin), self._config(torch.zeros(())))[0])
+            self.inputs.append((x, chosen, weights))
+
+    @staticmethod
+    def _block(shape: tuple[int, ...]) -> Qwen3MoeExperts:
+        hidden, intermediate, experts, top_k = shape
+        sizes = dict(hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=experts)
+        config = Qwen3MoeConfig(**sizes, num_experts_per_tok=top_k)
+        config._experts_implementation = "grouped_mm"
+        with torch.device("meta"):
+            return Qwen3MoeExperts(config).eval()
+
+    def _config(self, threshold: Tensor) -> CatsConfig:
+        hidden, intermediate, experts, _ = self.shape
+        layers = {"0": LayerConfig(hidden, intermediate, "silu", 0.0, 0.0, experts)}
+        return CatsConfig({"0": threshold}, layers, None, 0.0)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        for block, (x, chosen, _) in zip(self.patched, self.inputs, strict=True):
+            w_gate = block.gate_up_proj[:, : self.shape[1]]
+            gates = [w_gate[experts] @ row for row, experts in zip(x, chosen, strict=True)]
+            cut = silu(torch.stack(gates).float()).abs().flatten().quantile(sparsity)
+            block.threshold.copy_(cut if sparsity else torch.zeros(()))
+
+    def run_dense(self, way: str) -> Path_:
+        def run(i: int) -> Tensor:
+            self.dense[i].config._experts_implementation = way
+            return self.dense[i](*self.inputs[i])
+
+        return run
+
+    def run_patched(self, i: int) -> Tensor:
+        return self.patched[i](*self.inputs[i])
+
+
+def measure_cpu(paths: dict[str, tuple[Path_, float | None]], blocks: Blocks, repetitions: int) -> dict[str, float]:
+    """Median seconds a block, the paths taking turns."""
+    taken: dict[str, list[float]] = {name: [] for name in paths}
+    for repetition in range(repetitions + 1):
+        for name, (run, sparsity) in paths.items():
+            if sparsity is not None:
+                blocks.set_sparsity(sparsity)
+            start = time.perf_counter()
+            run(repetition % len(blocks.dense))
+            if repetition:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_cuda(run: Path_, count: int, graph: bool, repetitions: int) -> float:
+    """Median seconds a block."""
+
+    def every() -> None:
+        for i in range(count):
+            run(i)
+
+    every()
+    torch.cuda.synchronize()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            every()
+        replay = captured.replay
+    else:
+        replay = every
+    replay()
+    times = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        replay()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / count
+
+
+def bench(blocks: Blocks, ways: list[str], sparsities: list[float], device: str, repetitions: int) -> list[dict]:
+    paths: dict[str, tuple[Path_, float | None]] = {way: (blocks.run_dense(way), None) for way in ways}
+    paths |= {f"patched {s:.0%}": (blocks.run_patched, s) for s in sparsities}
+    blocks.set_sparsity(0.0)
+    want = blocks.run_dense(ways[0])(0).float()
+    assert (blocks.run_patched(0).float() - want).norm() < 0.03 * want.norm()
+    if device == "cpu":
+        taken = measure_cpu(paths, blocks, repetitions)
+        return [{"path": name, "mode": "eager", "us": round(seconds * 1e6, 1)} for name, seconds in taken.items()]
+    rows = []
+    for name, (run, sparsity) in paths.items():
+        if sparsity is not None:
+            blocks.set_sparsity(sparsity)
+        for mode in ("eager", "graph") if name != "eager" else ("eager",):
+            seconds = measure_cuda(run, len(blocks.dense), mode == "graph", repetitions)
+            rows.append({"path": name, "mode": mode, "us": round(seconds * 1e6, 1)})
+    return rows
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b", "mixtral-8x7b"])
+    parser.add_argument("--experts", type=int, help="experts a block, instead of the shape's, to save memory")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--ways", nargs="+", default=["eager", "grouped_mm"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9])
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", help="where there is no repository")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    on_cuda = arguments.device.startswith("cuda")
+    machine = {
+        "device": torch.cuda.get_device_name(arguments.device) if on_cuda else cpu_model(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "commit": arguments.commit or commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    rows = []
+    for shape in arguments.shape:
+        sizes = list(SHAPES[shape])
+        sizes[2] = arguments.experts or sizes[2]
+        for dtype in arguments.dtype:
+            for tokens in arguments.tokens:
+                blocks = Blocks(tuple(sizes), tokens, DTYPES[dtype], arguments.device, arguments.blocks)
+                for row in bench(blocks, arguments.ways, arguments.sparsity, arguments.device, arguments.repetitions):
+                    names = ("hidden_size", "intermediate_size", "experts", "experts_per_token")
+                    rows.append({"shape": shape} | dict(zip(names, sizes, strict=True)) | {"dtype": dtype}
+                                | {"tokens": tokens} | row | machine)  # fmt: skip
+                    print(f"{shape}, {dtype}, {tokens} tokens, {row['path']:14}{row['mode']:6}{row['us']:10.1f} us",
+                          flush=True)  # fmt: skip
+                if arguments.output:
+                    write(arguments.output, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
