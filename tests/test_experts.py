@@ -11,7 +11,16 @@ from models import HIDDEN, MIXTURES, installed, tiny_model, tokens
 from patched import assert_unchanged, config_for, few, logits, many, snapshot
 from transformers import AutoModelForCausalLM
 
-from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats, set_sparsity, sparsity_report, track_sparsity
+from cats_ext import (
+    CatsConfig,
+    DecodeEngine,
+    apply_cats,
+    calibrate,
+    remove_cats,
+    set_sparsity,
+    sparsity_report,
+    track_sparsity,
+)
 from cats_ext.detection import find_gated_mlps
 from cats_ext.expert_ops import sparse_experts
 from cats_ext.experts import CatsExperts
@@ -204,6 +213,21 @@ def test_export(tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, logits(model, ids))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decode_engine(device, called):
+    model = mixture("qwen2-moe").to(device)
+    apply_cats(model, config_for(model))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(many().to(device), **options)
+    engine = DecodeEngine(model)
+    called.clear()
+    assert torch.equal(engine.generate(many().to(device), **options), expected)
+    assert "sparse_experts" in called
+    set_sparsity(model, 0.0)
+    dense = model.generate(many().to(device), **options)
+    assert torch.equal(engine.generate(many().to(device), **options), dense)
 
 
 def test_adapters_on_experts():

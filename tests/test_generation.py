@@ -153,16 +153,35 @@ def test_continuous_batching():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["static", "offloaded"])
-def test_on_a_gpu_with_compiled_steps(cache):
-    if cache == "offloaded" and Version(transformers.__version__) < Version("5.20"):
-        pytest.skip("before transformers 5.20 the offloaded cache reads back what has not yet arrived on the CPU")
+def test_on_a_gpu_with_compiled_steps():
     model = tiny_model().cuda()
     apply_cats(model, config_for(model))
     prompt = PROMPT.cuda()
     expected = generate(model, prompt)
     torch._dynamo.reset()
     for _ in range(2):  # transformers compiles the step by itself where the cache is static
-        assert torch.equal(generate(model, prompt, cache_implementation=cache), expected)
+        assert torch.equal(generate(model, prompt, cache_implementation="static"), expected)
     set_sparsity(model, 0.0)
-    assert torch.equal(generate(model, prompt, cache_implementation=cache), generate(remove_cats(model), prompt))
+    assert torch.equal(generate(model, prompt, cache_implementation="static"), generate(remove_cats(model), prompt))
+
+
+@pytest.mark.gpu
+def test_offloaded_cache_while_the_device_lags_behind(monkeypatch):
+    """Before 5.20 transformers' prefetch does not wait for the copies to the CPU; here it does with any version."""
+    if Version(transformers.__version__) < Version("5.20"):
+        update = transformers.Cache.update
+
+        def update_after_copies(self, key_states, *arguments, **named):
+            if self.offloading:
+                self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
+            return update(self, key_states, *arguments, **named)
+
+        monkeypatch.setattr(transformers.Cache, "update", update_after_copies)
+    model = tiny_model().cuda()
+    apply_cats(model, config_for(model))
+    prompt = PROMPT.cuda()
+    expected = generate(model, prompt)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))  # cycles: about a millisecond
+    for _ in range(3):
+        assert torch.equal(generate(model, prompt, cache_implementation="offloaded"), expected)
