@@ -49,12 +49,16 @@ def random_case(n: int) -> RandomCase:
     hidden = r.choice(
         [r.randint(1, 200), 8 * r.randint(1, 80), 8 * r.randint(1, 80), r.choice([1024, 2048, 3584, 4096])]
     )
+    if hidden >= 1024:
+        intermediate = r.randint(1, 150)
+    else:  # beyond some thousand, a GPU's teams have several batches each
+        intermediate = r.choice([r.randint(1, 400)] * 4 + [r.randint(1000, 6000)])
     return RandomCase(
         seed,
         dtype=r.choice(DTYPES),
         tokens=r.choice([1, 1, 2, 3, 4, r.randint(1, 16), r.randint(5, 16)]),
         hidden=hidden,
-        intermediate=r.randint(1, 400) if hidden < 1024 else r.randint(1, 150),
+        intermediate=intermediate,
         padding=r.choice([(0, 0), (0, 0), (0, 8), (8, 24), (r.randint(0, 9), r.randint(0, 9))]),
         merged=r.random() < 0.2,
         threshold=r.choice(KINDS),

@@ -77,6 +77,8 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     SparseMlpPlan &plan = args.plan;
     // One CTA a multiprocessor, for the shared memory. Fewer where there are fewer neurons than teams.
     plan.ctas = std::min(device.multiprocessors, ceil_div(params.intermediate_size, kTeams));
+    if (is_small_cta(kTeams, kTeamWarps) && ceil_div(params.intermediate_size, kRows) > plan.ctas * kTeams)
+        return cudaErrorNotSupported;
     // Equal segments, whole 128-byte lines.
     plan.segment_chunks = ceil_div(ceil_div(row_chunks, kTeamWarps), 8) * 8;
     // Two slots of up to 64 KiB a CTA keep enough on its way. With more, up and down rows queue behind more gate rows
@@ -106,9 +108,10 @@ template <class Row, template <int, int> class Pipe, int kTokens, int kWarps, in
           int... kMoreChunks>
 cudaError_t launch_first_fit(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
                              cudaStream_t stream, const SparseMlpLaunchOptions &options) {
-    constexpr int kMaxChunks = kWarps == 16 ? 4 / kTokens : 64 / (kTokens * Row::kPerChunk);
+    constexpr bool kSmall = is_small_cta(kWarps / kTeamWarps, kTeamWarps);
+    constexpr int kMaxChunks = kSmall ? 3 : (kWarps == 16 ? 4 / kTokens : 64 / (kTokens * Row::kPerChunk));
     // Half as many chunks belong to a team of half the warps; more registers only where 16 warps do not do.
-    constexpr bool kBigger = kWarps == 16 ? kTeamWarps == 1 || 2 * kChunks > kMaxChunks : 2 * kChunks > kMaxChunks;
+    constexpr bool kBigger = kTeamWarps == 1 || 2 * kChunks > kMaxChunks;
     if constexpr (kChunks <= kMaxChunks && kBigger)
         if (params.hidden_size / Row::kPerChunk <= kTeamWarps * kChunks * 32)
             return device.large_shared_memory
@@ -133,6 +136,9 @@ cudaError_t launch_tokens(const SparseMlpParams &params, const DeviceLimits &dev
             error = launch_first_fit<Row, Pipe, kTokens, decltype(warps)::value, decltype(team_warps)::value, 1, 2, 3,
                                      4, 6, 8, 12, 16>(params, device, workspace, stream, options);
     };
+    // Only sm_90 and up start a kernel before the previous one has ended.
+    if constexpr (kTokens == 1 && Pipe<1, 1>::kMinArch >= 900)
+        attempt(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 2>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 4>{});

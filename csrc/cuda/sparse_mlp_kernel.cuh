@@ -342,7 +342,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
 // Every architecture gets the code of the instances that the launcher picks on it; the others would trap.
 template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
-__global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
+__global__ void __launch_bounds__(kTeams * kTeamWarps * 32, is_small_cta(kTeams, kTeamWarps) ? 2 : 1)
     sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&

@@ -88,6 +88,12 @@ template <int kValues> __device__ __forceinline__ float warp_sum(float (&values)
     return sum;
 }
 
+// Layers so small that a team has one gate batch at most are a chain of latencies, and the start of the kernel is part
+// of it. CTAs of 8 one-warp teams leave room for those of the next kernel, which then waits ready: H 576, I 1536 takes
+// 6.6 us instead of 7.7 at 0 %, 6.3 instead of 7.5 at 50 %. With more batches for a team, its 16 warps are faster
+// (bench/results/h100/kernel_experiments.csv).
+__host__ __device__ constexpr bool is_small_cta(int teams, int team_warps) { return teams == 8 && team_warps == 1; }
+
 // A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
 // hidden by the other teams. Where a CTA has less shared memory, single rows.
 __host__ __device__ constexpr int rows_per_batch(int tokens, int chunks, bool large_shared_memory) {
