@@ -47,7 +47,8 @@ def child(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded, log
         rule = variant["calibrate"] | {"sequence_length": settings.sequence_length, "progress": False}
         config = cats_ext.calibrate(model, train, **rule)
     name = variant["name"]
-    measure = Measure(args.work / f"{name}.jsonl", args.at, loaded.tokens, loaded.tasks, args.batch_tokens)
+    at = [step for step in args.at if step in variant.get("at", args.at)]
+    measure = Measure(args.work / f"{name}.jsonl", at, loaded.tokens, loaded.tasks, args.batch_tokens)
     callbacks: list[Any] = [measure]
     if variant.get("learn_thresholds"):
         callbacks.insert(0, LearnThresholds(config.bytes_share, **variant["learn_thresholds"]))
@@ -143,7 +144,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--settings", default="{}", help="JSON: fields of FinetuneSettings instead of the file's")
     parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_compare"), help="an empty directory")
-    parser.add_argument("--at", type=int, nargs="*", default=[0, 25, 50, 100, 200, 400], help="steps to measure at")
+    parser.add_argument(
+        "--at",
+        type=int,
+        nargs="*",
+        default=[0, 25, 50, 100, 200, 400],
+        help="steps to measure at, of those that a variant has",
+    )
     parser.add_argument("--items", type=int, help="of each task at most")
     parser.add_argument("--c4-windows", type=int, default=48, help="of 1,024 tokens, to measure on")
     parser.add_argument("--wikitext-windows", type=int, default=8)
