@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cats_ext.decode_cache import DecodeCache
-from cats_ext.decode_checks import check_decodable, check_inputs, common_prefix, fingerprint, uncounted
+from cats_ext.decode_checks import check_decodable, check_inputs, common_prefix, fingerprint, nothing_skipped, uncounted
 from cats_ext.decode_fused import FusedStep, NotFusableError
 from cats_ext.decode_sampling import Plan, Selection, plan
 from cats_ext.patching import sparse_mlps
@@ -197,7 +197,8 @@ class _Session:
             self._forward(self.token[:, None], 0)
             layers = self.cache.layers
             fused = FusedStep(self.model, [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
-            self._check_against_model(fused)
+            with nothing_skipped(self.model):
+                self._check_against_model(fused)
         except Exception as error:  # a kernel may also fail to compile for a new GPU or Triton
             if required:
                 raise ValueError(f"fused=True: the model cannot run the fused step: {error}") from error

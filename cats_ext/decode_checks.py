@@ -76,6 +76,20 @@ def uncounted(model: nn.Module) -> Iterator[None]:
             now.copy_(before)
 
 
+@contextmanager
+def nothing_skipped(model: nn.Module) -> Iterator[None]:
+    """Thresholds are 0 inside, in place: rounding then changes no neuron from kept to skipped."""
+    buffers = [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
+    thresholds = [t.clone() for t in buffers]
+    try:
+        for buffer in buffers:
+            buffer.zero_()
+        yield
+    finally:
+        for buffer, before in zip(buffers, thresholds, strict=True):
+            buffer.copy_(before)
+
+
 def common_prefix(first: list[int], second: list[int]) -> int:
     """Length of the longest common prefix."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):

@@ -1,4 +1,4 @@
-"""A decode step of a plain Llama-like model for one token, as some five kernels a layer instead of some twenty.
+"""A decode step of a plain Llama-like model for one token, as four or five kernels a layer instead of some twenty.
 
 Normalisation, the residual additions, the rotary embedding and the cache update are done by the products and the
 attention that need them; weights are read where they are, from the model's own parameters. What a model's layers
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext import decode_ops as ops
-from cats_ext.decode_ops import Attention, AttentionWorkspace, Norm
+from cats_ext.decode_ops import Attention, Norm, Shares
 from cats_ext.detection import recognise_activation
 from cats_ext.modules import CatsMLP
 
@@ -58,17 +58,16 @@ class FusedStep:
         self.embedding = base.embed_tokens.weight
         positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
         cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
-        workspace = None
+        shares = None
         self.blocks: list[Block] = []
-        for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
+        firsts = [*(_projections(layer.self_attn)[0].weight for layer in base.layers), model.lm_head.weight]
+        for layer, layer_keys, layer_values, then in zip(base.layers, keys, values, firsts[1:], strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
-            if self.embedding.is_cuda and workspace is None:
-                group = attention.heads // attention.kv_heads
-                workspace = AttentionWorkspace.create(
-                    attention.kv_heads, group, attention.head_dim, self.embedding.device
-                )
-            self.blocks.append(_attention_block(layer, replace(attention, workspace=workspace)))
-            self.blocks.append(_mlp_block(layer))
+            if self.embedding.is_cuda and shares is None:
+                shares = Shares.create(attention.heads, attention.head_dim, self.embedding.device)
+            mlp, mlp_norm = _mlp_block(layer, then)
+            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
+            self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
 
@@ -142,39 +141,42 @@ def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Te
     )
 
 
-def _attention_block(layer: nn.Module, attention: Attention) -> Block:
-    norm, module = _norm(layer.input_layernorm), layer.self_attn
-    merged = hasattr(module, "qkv_proj")
-    projections = (module.qkv_proj,) if merged else (module.q_proj, module.k_proj, module.v_proj)
-    weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
-    out_weight, out_bias = (module.o_proj.weight,), (module.o_proj.bias,)
+def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
+    return (module.qkv_proj,) if hasattr(module, "qkv_proj") else (module.q_proj, module.k_proj, module.v_proj)
 
-    def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, None]:
-        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
+
+def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
+    norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
+    weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+    gate = getattr(layer.mlp, "gate_proj", None) or getattr(layer.mlp, "gate_up_proj", None)
+    then = gate.weight if type(gate) is nn.Linear else None
+
+    def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta, then=out.weight)
         heads = ops.attention(qkv, attention, position)
-        return ops.linear(heads, out_weight, out_bias, residual=x)[0], None
+        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm, then=then)
 
     return block
 
 
-def _mlp_block(layer: nn.Module) -> Block:
+def _mlp_block(layer: nn.Module, then: Tensor) -> tuple[Block, Norm | None]:
+    """The block, after which ``then`` is read, and the normalisation of its input if the block does not do it."""
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
     dense_weights = _dense_weights(mlp)
     if dense_weights is not None:
         weights, activation = dense_weights
-        down_weight, down_bias = (mlp.down_proj.weight,), (mlp.down_proj.bias,)
+        down = mlp.down_proj
 
-        def dense(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, None]:
-            h, x = ops.gate_up(x, *weights, activation, norm, delta)
-            return ops.linear(h, down_weight, down_bias, residual=x)[0], None
+        def dense(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, None]:
+            h, x = ops.gate_up(x, *weights, activation, norm, then=down.weight)
+            return ops.add_linear(h, down.weight, down.bias, x, then=then)
 
-        return dense
+        return dense, None
 
-    def module(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor]:
-        row, x = ops.add_rms_norm(x, norm, delta)
+    def module(x: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         return x, mlp(row[None, None])[0, 0]
 
-    return module
+    return module, norm
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

@@ -29,37 +29,33 @@ class Norm:
 class Tile:
     """How a product is cut: ``rows`` outputs at a time by programs of ``warps`` warps, ``per_sm`` a multiprocessor.
 
-    Before the previous kernel ends, a program loads its first rows and brings ``ahead`` more blocks into L2.
+    ``stages - 1`` tiles of a program are on their way to shared memory while one is computed, the first of them since
+    before the previous kernel ended.
     """
 
     rows: int
     warps: int
-    per_sm: int | None  # None: a program for every tile
-    ahead: int = 0
+    per_sm: int
+    stages: int
 
 
 @dataclass
-class AttentionWorkspace:
-    """Where the shares of an attention are gathered; one serves all layers of a step, one after the other."""
+class Shares:
+    """An attention in shares of the keys, joined by the product that takes it; one serves all layers of a step."""
 
-    splits: int
-    partial_out: Tensor  # [KV heads, splits, group, D]
-    partial_max: Tensor  # [KV heads, splits, group]
-    partial_sum: Tensor
-    arrived: Tensor  # [kv heads]; zero between launches
+    weighted: Tensor  # [shares, heads, D] in float32: values, weighted by exp(score - largest); the token's own first
+    largest: Tensor  # [shares, heads]: the largest score
+    total: Tensor  # [shares, heads]: the sum of the weights
+    arrived: Tensor  # int32 [1], zero between launches
 
     @classmethod
-    def create(cls, kv_heads: int, group: int, head_dim: int, device: torch.device) -> AttentionWorkspace:
-        wanted = max(1, _multiprocessors(device) // kv_heads)
-        splits = min(1 << (wanted.bit_length() - 1), 16)  # a power of two; the last to arrive holds all in registers
-        rows = kv_heads * splits * _power_of_two(group)
-        floats = {"dtype": torch.float32, "device": device}
+    def create(cls, heads: int, head_dim: int, device: torch.device) -> Shares:
+        floats, count = {"dtype": torch.float32, "device": device}, 1 + _KEY_SHARES
         return cls(
-            splits,
-            torch.empty(rows, _power_of_two(head_dim), **floats),
-            torch.empty(rows, **floats),
-            torch.empty(rows, **floats),
-            torch.zeros(kv_heads, dtype=torch.int32, device=device),
+            torch.empty(count, heads, head_dim, **floats),
+            torch.empty(count, heads, **floats),
+            torch.empty(count, heads, **floats),
+            torch.zeros(1, dtype=torch.int32, device=device),
         )
 
 
@@ -78,15 +74,7 @@ class Attention:
     window: int | None = None  # a token sees itself and the window - 1 before it
     q_norm: Norm | None = None  # over each head
     k_norm: Norm | None = None
-    workspace: AttentionWorkspace | None = field(default=None, repr=False)
-
-
-def add_rms_norm(x: Tensor, norm: Norm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``norm(x + delta)`` and ``x + delta``."""
-    if x.is_cuda:
-        return _add_rms_norm_cuda(x, norm, delta)
-    row = x if delta is None else x + delta
-    return _rms_norm(row, norm), row
+    shares: Shares | None = field(default=None, repr=False)  # on CUDA
 
 
 def linear(
@@ -96,15 +84,33 @@ def linear(
     *,
     norm: Norm | None = None,
     delta: Tensor | None = None,
-    residual: Tensor | None = None,
+    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``weights`` (up to three, ``[N, K]`` each) times the input, in one row, plus ``residual``; and ``x + delta``."""
+    """``weights`` (up to three, ``[N, K]`` each) times the normalised input, in one row; and ``x + delta``.
+
+    Here and below, ``then`` is the weight that is read next: its first rows are brought into the cache at the end.
+    """
     if x.is_cuda:
-        return _linear_cuda(x, weights, biases, norm, delta, residual)
+        return _linear_cuda(x, weights, biases, norm=norm, delta=delta, then=then)
     row = x if delta is None else x + delta
     inner = row if norm is None else _rms_norm(row, norm)
-    y = torch.cat([F.linear(inner, w, b) for w, b in zip(weights, biases, strict=True)])
-    return (y if residual is None else y + residual), row
+    return torch.cat([F.linear(inner, w, b) for w, b in zip(weights, biases, strict=True)]), row
+
+
+def add_linear(
+    x: Tensor | Shares,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    norm: Norm | None = None,
+    then: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``residual + weight x``, ``[N]``; and that normalised, if ``norm`` is given, which takes shares on CUDA."""
+    if weight.is_cuda:
+        return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm, then=then)
+    y = residual + F.linear(x, weight, bias)
+    return y, None if norm is None else _rms_norm(y, norm)
 
 
 def gate_up(
@@ -116,17 +122,18 @@ def gate_up(
     activation: str,
     norm: Norm,
     delta: Tensor | None = None,
+    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``act(gate) * up`` of the normalised input ``[I]``; and ``x + delta``."""
     if x.is_cuda:
-        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm, delta)
+        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm, delta, then)
     row = x if delta is None else x + delta
     inner = _rms_norm(row, norm)
     act = ACTIVATIONS[activation]
     return act(F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias), row
 
 
-def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
+def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor | Shares:
     """Attention of the token at ``position`` (int64 ``[1]``), ``[heads * D]``; its key and value go into the cache.
 
     ``qkv`` is ``[(heads + 2 KV heads) * D]``, before the rotary embedding.
@@ -162,6 +169,13 @@ def _rotate_half(x: Tensor) -> Tensor:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
+_TILE = 32768  # bytes
+_SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
+_THEN = 65536  # bytes of the next weight that a program brings into the cache
+_KEYS = 16384  # bytes of keys that a program of the attention takes at a time
+_KEY_SHARES = 4
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -181,29 +195,40 @@ def _check_rows(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have unit stride in its last dimension, got strides {list(t.stride())}")
 
 
-def linear_tile(inputs: int, outputs: int, device: torch.device, ahead: int) -> Tile:
-    """32 KiB of half precision weights a program, two programs a multiprocessor.
-
-    On an H100, in steps of Mistral-7B's shape, 16 to 32 KiB in two to six programs differ by 1 %; a program for each
-    tile, instead of programs that go on to the next, costs 2 % (bench/results/h100/decode_steps.log, run 3).
-    """
-    return Tile(_rows(16384, inputs, outputs, device), 8 if inputs <= 16384 else 16, 2, ahead)
+def linear_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
+    """32 KiB of weights a tile: with two programs, 192 KiB are on their way to a multiprocessor."""
+    return _tile(_TILE, 2, inputs, outputs, itemsize, device)
 
 
-def gate_up_tile(inputs: int, outputs: int, device: torch.device) -> Tile:
-    """A program for each 8 KiB of gate and of up weights: 1 % faster than programs that go on (the same file)."""
-    warps = 4 if inputs <= 4096 else 8 if inputs <= 8192 else 16
-    return Tile(_rows(4096, inputs, outputs, device), warps, None)
+def gate_up_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
+    """64 KiB of gate and up weights together, and one program a multiprocessor."""
+    return _tile(2 * _TILE, 1, 2 * inputs, outputs, itemsize, device)
 
 
-def _rows(elements: int, inputs: int, outputs: int, device: torch.device) -> int:
-    """Rows of a tile of so many elements, but no more than leave two tiles for each multiprocessor."""
-    each = max(1, outputs // (2 * _multiprocessors(device)))
-    return max(1, min(elements // _power_of_two(inputs), 1 << (each.bit_length() - 1)))
+def _tile(tile_bytes: int, per_sm: int, inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // per_sm - _SPARE
+    row_bytes = _power_of_two(inputs) * itemsize
+    each = max(1, outputs // (2 * _multiprocessors(device)))  # no more rows than leave two tiles a multiprocessor
+    rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
+    while rows > 1 and 2 * rows * row_bytes > shared:
+        rows //= 2
+    return Tile(rows, 8, per_sm, max(2, min(4, 1 + shared // (rows * row_bytes))))
+
+
+def _then_arguments(then: Tensor | None, none: Tensor) -> tuple[Tensor, int, int]:
+    return (none, 0, 0) if then is None else (then, then.shape[0], then.stride(0))
+
+
+def _then_options(then: Tensor | None) -> dict[str, int]:
+    """How many of its rows a program brings into the cache; none if they are not made of whole 16 bytes."""
+    if then is None or then.stride(1) != 1 or then.data_ptr() % 16 or then.stride(0) * then.element_size() % 16:
+        return {"THEN": 0, "THEN_K": 1}
+    rows = _THEN // (_power_of_two(then.shape[1]) * then.element_size())
+    return {"THEN": max(1, min(32, rows)), "THEN_K": then.shape[1]}
 
 
 def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
-    return (blocks if tile.per_sm is None else min(blocks, tile.per_sm * _multiprocessors(device)),)
+    return (min(blocks, tile.per_sm * _multiprocessors(device)),)
 
 
 @functools.cache
@@ -211,76 +236,79 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _add_rms_norm_cuda(x: Tensor, norm: Norm, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    from cats_ext.decode_kernels import rms_norm_kernel
-
-    y = torch.empty_like(x)
-    x_new = x if delta is None else torch.empty_like(x)
-    rms_norm_kernel[(1,)](
-        x,
-        x if delta is None else delta,
-        x_new,
-        norm.weight,
-        y,
-        norm.eps,
-        K=x.numel(),
-        BLOCK_K=_power_of_two(x.numel()),
-        ADD=delta is not None,
-        num_warps=8,
-        **_launch_options(x),
-    )
-    return y, x_new
-
-
 def _linear_cuda(
-    x: Tensor,
+    x: Tensor | Shares,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    norm: Norm | None,
-    delta: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    norm: Norm | None = None,
+    delta: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_norm: Norm | None = None,
+    then: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     from cats_ext.decode_kernels import linear_kernel
 
+    shares = x if isinstance(x, Shares) else None
+    x = weights[0] if shares is not None else x  # of a row, or of nothing
     _check_rows(x=x, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     outputs = [w.shape[0] for w in weights]
     inputs = weights[0].shape[1]
-    tile = linear_tile(inputs, sum(outputs), x.device, ahead=int(norm is None))
+    heads, head_dim = shares.weighted.shape[1:] if shares else (1, inputs)
+    padded_heads = _power_of_two(heads)
+    padded_inputs = padded_heads * _power_of_two(head_dim)
+    tile = linear_tile(padded_inputs, sum(outputs), x.element_size(), x.device)
     blocks = sum(-(-n // tile.rows) for n in outputs)
     y = x.new_empty(sum(outputs))
     x_new = x if delta is None else torch.empty_like(x)
+    normed = None if out_norm is None else torch.empty_like(y)
     padding = 3 - len(weights)
+    none = weights[0]
     linear_kernel[_grid(tile, blocks, x.device)](
         x,
         x if delta is None else delta,
         x_new,
         x if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
+        shares.weighted if shares else none,
+        shares.largest if shares else none,
+        shares.total if shares else none,
         *weights,
-        *[weights[0]] * padding,
-        *[weights[0] if b is None else b for b in biases],
-        *[weights[0]] * padding,
+        *[none] * padding,
+        *[none if b is None else b for b in biases],
+        *[none] * padding,
         *outputs,
         *[0] * padding,
         *[w.stride(0) for w in weights],
         *[0] * padding,
         x if residual is None else residual,
         y,
+        none if out_norm is None else out_norm.weight,
+        0.0 if out_norm is None else out_norm.eps,
+        none if normed is None else normed,
+        none if normed is None else shares.arrived,
+        *_then_arguments(then, none),
         blocks,
         K=inputs,
-        BLOCK_K=_power_of_two(inputs),
+        BLOCK_K=padded_inputs,
         ROWS=tile.rows,
+        STAGES=tile.stages,
         THREADS=tile.warps * 32,
-        AHEAD=tile.ahead,
+        **_then_options(then),
         PARTS=len(weights),
         ADD=delta is not None,
         NORM=norm is not None,
+        SHARES=len(shares.weighted) if shares else 0,
+        HEADS=heads,
+        PADDED_HEADS=padded_heads,
         BIAS=biases[0] is not None,
         RESIDUAL=residual is not None,
+        OUT=0 if out_norm is None else outputs[0],
+        BLOCK_OUT=1 if out_norm is None else _power_of_two(outputs[0]),
         num_warps=tile.warps,
         **_launch_options(x),
     )
-    return y, x_new
+    return y, normed if residual is not None else x_new
 
 
 def _gate_up_cuda(
@@ -292,12 +320,13 @@ def _gate_up_cuda(
     activation: str,
     norm: Norm,
     delta: Tensor | None,
+    then: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from cats_ext.decode_kernels import gate_up_kernel
 
     _check_rows(x=x, w_gate=w_gate, w_up=w_up)
     intermediate, hidden = w_gate.shape
-    tile = gate_up_tile(hidden, intermediate, x.device)
+    tile = gate_up_tile(hidden, intermediate, x.element_size(), x.device)
     blocks = -(-intermediate // tile.rows)
     y = x.new_empty(intermediate)
     x_new = x if delta is None else torch.empty_like(x)
@@ -315,10 +344,14 @@ def _gate_up_cuda(
         w_gate.stride(0),
         w_up.stride(0),
         y,
+        *_then_arguments(then, w_gate),
         blocks,
         K=hidden,
         BLOCK_K=_power_of_two(hidden),
         ROWS=tile.rows,
+        STAGES=tile.stages,
+        THREADS=tile.warps * 32,
+        **_then_options(then),
         ACTIVATION=activation,
         ADD=delta is not None,
         NORM=True,
@@ -329,13 +362,12 @@ def _gate_up_cuda(
     return y, x_new
 
 
-def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
+def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Shares:
     from cats_ext.decode_kernels import attention_kernel
 
     _check_rows(qkv=qkv, keys=layer.keys, values=layer.values)
-    group, work = layer.heads // layer.kv_heads, layer.workspace
-    out = qkv.new_empty(layer.heads * layer.head_dim)
-    attention_kernel[(layer.kv_heads, work.splits)](
+    group, shares = layer.heads // layer.kv_heads, layer.shares
+    attention_kernel[(layer.kv_heads, len(shares.weighted))](
         qkv,
         qkv if layer.q_norm is None else layer.q_norm.weight,
         qkv if layer.k_norm is None else layer.k_norm.weight,
@@ -344,11 +376,9 @@ def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
         position,
         layer.keys,
         layer.values,
-        out,
-        work.partial_out,
-        work.partial_max,
-        work.partial_sum,
-        work.arrived,
+        shares.weighted,
+        shares.largest,
+        shares.total,
         layer.scaling,
         0.0 if layer.q_norm is None else layer.q_norm.eps,
         1 << 30 if layer.window is None else layer.window,
@@ -358,15 +388,13 @@ def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor:
         layer.values.stride(1),
         KV_HEADS=layer.kv_heads,
         GROUP=group,
-        PADDED_GROUP=_power_of_two(group),
         BLOCK_G=_block_of_group(group),
         D=layer.head_dim,
         BLOCK_D=_power_of_two(layer.head_dim),
-        BLOCK=32,
-        SPLITS=work.splits,
-        ALONE=4,
         QK_NORM=layer.q_norm is not None,
-        num_warps=4,
+        BLOCK=max(16, min(128, _KEYS // (_power_of_two(layer.head_dim) * qkv.element_size()))),
+        STAGES=3,
+        num_warps=8,
         **_launch_options(qkv),
     )
-    return out
+    return shares

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_ext import decode_ops as ops
-from cats_ext.decode_ops import Attention, AttentionWorkspace, Norm
+from cats_ext.decode_ops import Attention, Norm, Shares
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative, of the whole row
@@ -33,21 +33,14 @@ def check(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
+def joined(shares: Shares) -> Tensor:
+    """What a product takes from shares: ``[heads * D]``."""
+    weights = shares.largest.double().exp()[..., None]
+    return ((shares.weighted * weights).sum(0) / (shares.total[..., None] * weights).sum(0)).flatten().float().cpu()
+
+
 def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("hidden", "with_delta", "dtype"), [(64, True, F32), (576, False, F16), (4096, True, BF16), (5120, False, BF16)]
-)
-def test_add_rms_norm(device, hidden, with_delta, dtype):
-    x, weight, delta = (rounded(random(hidden, seed=s), dtype) for s in range(3))
-    row = rounded(x + delta, dtype) if with_delta else x
-    norm = Norm(weight.to(device, dtype), 1e-5)
-    y, x_new = ops.add_rms_norm(x.to(device, dtype), norm, delta.to(device, dtype) if with_delta else None)
-    check(y, rms(row, weight), dtype)
-    assert torch.equal(x_new.float().cpu(), row)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -57,11 +50,9 @@ def test_add_rms_norm(device, hidden, with_delta, dtype):
         (64, (64, 32, 32), "norm, delta, bias", F32),
         (64, (64, 32, 32), "norm", F16),
         (576, (576, 192, 192), "norm, delta", BF16),
-        (80, (33,), "residual, bias", BF16),
         (80, (33,), "plain", F32),
-        (1536, (576,), "residual", F16),
-        (11008, (64,), "residual", BF16),
         (4096, (7, 5), "norm, bias", BF16),
+        (4096, (3000,), "norm, delta", BF16),
         (5120, (9,), "norm", BF16),
     ],
 )
@@ -69,13 +60,11 @@ def test_linear(device, inputs, outputs, form, dtype):
     x, delta, weight = (rounded(random(inputs, seed=s), dtype) for s in range(3))
     weights = [rounded(random(n, inputs, seed=i) / inputs**0.5, dtype) for i, n in enumerate(outputs)]
     biases = [rounded(random(n, seed=i), dtype) for i, n in enumerate(outputs)]
-    residual = rounded(random(sum(outputs), seed=9), dtype)
     row = rounded(x + delta, dtype) if "delta" in form else x
     inner = rms(row, weight) if "norm" in form else row
     expected = torch.cat(
         [F.linear(inner, w, b if "bias" in form else None) for w, b in zip(weights, biases, strict=True)]
     )
-    expected = expected + residual if "residual" in form else expected
 
     def there(t: Tensor) -> Tensor:
         return t.to(device, dtype)
@@ -86,10 +75,51 @@ def test_linear(device, inputs, outputs, form, dtype):
         [there(b) if "bias" in form else None for b in biases],
         norm=Norm(there(weight), 1e-5) if "norm" in form else None,
         delta=there(delta) if "delta" in form else None,
-        residual=there(residual) if "residual" in form else None,
     )
     check(y, expected, dtype)
     assert torch.equal(x_new.float().cpu(), row)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "bias", "dtype"),
+    [(80, 33, True, BF16), (1536, 576, False, F16), (11008, 64, False, BF16), (14336, 600, True, BF16)],
+)
+def test_add_linear(device, inputs, outputs, bias, dtype):
+    x, weight, b, residual = (
+        rounded(t, dtype)
+        for t in (random(inputs), random(outputs, inputs) / inputs**0.5, random(outputs), random(outputs, seed=9))
+    )
+    there = [t.to(device, dtype) for t in (x, weight, b, residual)]
+    y, normed = ops.add_linear(there[0], there[1], there[2] if bias else None, there[3])
+    check(y, F.linear(x, weight, b if bias else None) + residual, dtype)
+    assert normed is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "outputs", "dtype"),
+    [(4, 16, 50, F32), (32, 128, 4096, BF16), (9, 64, 576, F16), (32, 96, 40, BF16), (28, 128, 33, BF16)],
+)
+def test_joining_shares(device, heads, head_dim, outputs, dtype):
+    """The output projection of an attention in shares, some of them without keys, and its normalisation."""
+    shares = Shares.create(heads, head_dim, torch.device(device))
+    count = len(shares.weighted)
+    shares.weighted.copy_(random(count, heads, head_dim))
+    shares.largest.copy_(random(count, heads, seed=1) * 5)
+    shares.total.copy_(random(count, heads, seed=2).abs() + 1)
+    for field, empty in ((shares.weighted, 0), (shares.largest, -1e30), (shares.total, 0)):
+        field[1, ::2] = empty
+    row = joined(shares)
+    weight = random(outputs, heads * head_dim) / (heads * head_dim) ** 0.5
+    weight, residual, norm = (rounded(t, dtype) for t in (weight, random(outputs), random(outputs, seed=3)))
+    expected = F.linear(rounded(row, dtype), weight) + residual
+    x = shares if device == "cuda" else row.to(dtype)
+    weight, residual, norm = (t.to(device, dtype) for t in (weight, residual, norm))
+    for _ in range(2):  # the second time with what the first has left
+        y, normed = ops.add_linear(x, weight, None, residual, norm=Norm(norm, 1e-5))
+        check(y, expected, dtype)
+        check(normed, rms(y.float().cpu(), norm.float().cpu()), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,7 +163,9 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
     angles = torch.arange(length)[:, None] * 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     cos, sin = (rounded(torch.cat((t, t), dim=1), dtype) for t in (angles.cos(), angles.sin()))
     q_norm, k_norm = (rounded(random(head_dim, seed=s).abs() + 0.5, dtype) for s in (5, 6))
-    work = AttentionWorkspace.create(kv_heads, group, head_dim, torch.device("cuda")) if device == "cuda" else None
+    shares = None
+    if device == "cuda":
+        shares = Shares.create(heads, head_dim, torch.device(device))
     for position, window in (
         (0, None),
         (1, None),
@@ -150,9 +182,10 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
             cos.to(device, dtype), sin.to(device, dtype), window,
             Norm(q_norm.to(device, dtype), 1e-5) if normed else None,
             Norm(k_norm.to(device, dtype), 1e-5) if normed else None,
-            work,
+            shares,
         )  # fmt: skip
         got = ops.attention(qkv.to(device, dtype), layer, torch.tensor([position], device=device))
+        got = joined(got).to(dtype) if isinstance(got, Shares) else got
 
         q, k, v = qkv.view(-1, head_dim).split([heads, kv_heads, kv_heads])
         if normed:
@@ -171,19 +204,6 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
         assert torch.equal(layer.values[:, position].float().cpu(), v)
         untouched = torch.arange(length) != position
         assert torch.equal(layer.keys[:, untouched].float().cpu(), keys[:, untouched])
-
-
-@pytest.mark.gpu
-def test_attention_is_the_same_every_time():
-    """The shares of a head are joined in their order, whoever comes last."""
-    keys, values = (random(8, 2048, 128, seed=s).cuda().bfloat16() for s in range(2))
-    ones = torch.ones(2048, 128, device="cuda", dtype=torch.bfloat16)
-    work = AttentionWorkspace.create(8, 4, 128, torch.device("cuda"))
-    layer = Attention(32, 8, 128, 128**-0.5, keys, values, ones, ones * 0, workspace=work)
-    qkv, position = random(48 * 128).cuda().bfloat16(), torch.tensor([2000], device="cuda")
-    first = ops.attention(qkv, layer, position)
-    assert all(torch.equal(ops.attention(qkv, layer, position), first) for _ in range(50))
-    assert not work.arrived.any()
 
 
 @pytest.mark.gpu
