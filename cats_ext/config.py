@@ -157,6 +157,22 @@ class CatsConfig:
             for name, threshold in thresholds.items():
                 _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
 
+    def for_part(self, model: nn.Module, mlps: list[GatedMLP]) -> CatsConfig:
+        """This config with the MLPs' names in ``model``, if it was made for its base model alone, or it for one.
+
+        transformers loads the same checkpoint with and without a head: ``model.layers.0.mlp`` of a causal language
+        model is ``layers.0.mlp`` of its base model.
+        """
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = {mlp.name for mlp in mlps}
+        for rename in (lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
+            if names != self.layers.keys() and {rename(name) for name in self.layers} == names:
+                parts = ("thresholds", "down_thresholds", "layers", "statistics")
+                return replace(
+                    self, **{part: {rename(name): v for name, v in getattr(self, part).items()} for part in parts}
+                )
+        return self
+
     def check_fits(self, model: nn.Module, mlps: list[GatedMLP]) -> None:
         """Raise ValueError unless the config was made for a model of this kind."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)

@@ -36,7 +36,8 @@ def apply_cats(
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
             down_proj (Phi-3) and a SiLU, GELU or ReLU; also inside torch.compile, DistributedDataParallel or PEFT.
-        config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model.
+        config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model, with or without
+            its head.
         sparse_prefill: False to compute prompts densely (whatever has several tokens of a sequence, so also a draft
             that is being verified), True to mask them as generated tokens are; None for what the config says, by
             default True.
@@ -57,6 +58,7 @@ def apply_cats(
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
     config.validate()
+    config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
     try:
         for mlp in mlps:

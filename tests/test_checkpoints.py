@@ -16,9 +16,9 @@ import torch
 from models import tiny_model
 from patched import config_for, few, layers_of, logits, many
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from cats_ext import CatsConfig, CatsMLP, apply_cats, remove_cats
+from cats_ext import CatsConfig, CatsMLP, apply_cats, remove_cats, set_sparsity
 
 FILES = {
     "cats_config.json",
@@ -73,6 +73,20 @@ def test_round_trip_with_identical_logits(family, rule, tmp_path):
     for name in ("cats_config.json", "cats_thresholds.safetensors"):
         assert (tmp_path / "cats" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     torch.testing.assert_close(logits(remove_cats(again), few()), dense)
+
+
+def test_with_and_without_a_head(cats_directory, config, tmp_path):
+    full, base = load(cats_directory), AutoModel.from_pretrained(cats_directory)
+    with torch.no_grad():
+        expected = full.model(input_ids=few()).last_hidden_state
+        assert torch.equal(base(input_ids=few()).last_hidden_state, expected)
+    assert torch.equal(base.layers[1].mlp.threshold, config.thresholds["model.layers.1.mlp"])
+    set_sparsity(base, 0.7)
+    base.save_pretrained(tmp_path)
+    headed = load(tmp_path)  # with a new head
+    with torch.no_grad():
+        again = headed.model(input_ids=few()).last_hidden_state
+        assert torch.equal(again, base(input_ids=few()).last_hidden_state) and not torch.equal(again, expected)
 
 
 def test_files_of_a_checkpoint(cats_directory, dense_directory, config):
@@ -248,7 +262,9 @@ def test_damaged_checkpoints(cats_directory, tmp_path):
     with pytest.raises(OSError, match=r"cats_thresholds.safetensors"):
         load(broken)
     (broken / "cats_config.json").unlink()
-    with pytest.raises(OSError, match=r"cats_config.json"):
+    with pytest.raises(
+        OSError, match=r"thresholds are not to be had; without that entry .* dense model.*cats_config.json"
+    ):
         load(broken)
 
 
@@ -260,6 +276,11 @@ def test_thresholds_of_another_model_or_a_second_config(dense_directory, cats_di
         load(cats_directory, quantization_config=config)
     with pytest.raises(ValueError, match="is patched already: call remove_cats first"):
         apply_cats(load(cats_directory), config)
+
+
+def test_an_incomplete_entry(dense_directory):
+    with pytest.raises(ValueError, match=r"must be a cats_ext.CatsConfig, .* got rule=plain, sparsity=None"):
+        load(dense_directory, quantization_config={"quant_method": "cats", "rule": "plain"})
 
 
 @pytest.mark.parametrize("checkpoint", ["dense", "cats"])

@@ -32,7 +32,14 @@ METHOD = CatsConfig.quant_method
 class CatsCheckpointConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a checkpoint's ``config.json``: what was done, without the thresholds."""
 
-    def __init__(self, rule: str, sparsity: float, bytes_share: float, **_: Any) -> None:
+    def __init__(
+        self, rule: str | None = None, sparsity: float | None = None, bytes_share: float | None = None, **_: Any
+    ) -> None:
+        if rule is None or sparsity is None or bytes_share is None:
+            raise ValueError(
+                "quantization_config must be a cats_ext.CatsConfig, or the entry of a saved CATS checkpoint with rule, "
+                f"sparsity and bytes_share, got rule={rule}, sparsity={sparsity}, bytes_share={bytes_share}"
+            )
         self.quant_method = METHOD
         self.rule, self.sparsity, self.bytes_share = rule, sparsity, bytes_share
 
@@ -145,5 +152,11 @@ def _checkpoint_directory(config: PreTrainedConfig, checkpoint_files: list[str] 
     if checkpoint_files and all(Path(checkpoint_files[0]).with_name(name).is_file() for name in names):
         return Path(checkpoint_files[0]).parent
     revision = getattr(config, "_commit_hash", None)
-    paths = [cached_file(config._name_or_path, name, revision=revision) for name in names]
+    try:
+        paths = [cached_file(config._name_or_path, name, revision=revision) for name in names]
+    except OSError as error:
+        raise OSError(
+            f"the checkpoint's config.json has a quantization_config of method {METHOD}, but its thresholds are not to "
+            f"be had; without that entry it loads as the dense model. {error}"
+        ) from error
     return Path(paths[0]).parent
