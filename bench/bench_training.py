@@ -69,7 +69,7 @@ def measure(model: nn.Module, tokens: tuple[int, int], steps: int, device: torch
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(5):
+    for _ in range(3):
         step()
     if not cuda:
         times = []
@@ -107,8 +107,8 @@ def main() -> None:
     facts = {"device": name, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
     rows: list[dict[str, Any]] = []
     args.out.mkdir(parents=True, exist_ok=True)
-    for shape in args.shapes:
-        for tuning in args.tunings:
+    for tuning in args.tunings:
+        for shape in args.shapes:
             found: dict[str, list] = {"dense": [[], 0], "patched": [[], 0]}
             for _ in range(args.rounds):
                 if time.perf_counter() - started > args.seconds:

@@ -14,6 +14,7 @@ Processes are forked: on a GPU set PYTORCH_NVML_BASED_CUDA_CHECK=1, so that a qu
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> None:
         "commit": args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    for name in ("accelerate", "peft", "transformers.trainer"):
+        importlib.import_module(name)  # seconds, once for all processes
     waiting, running, seen = list(variants), {}, {}
     while waiting or running:
         while waiting and len(running) < args.parallel:

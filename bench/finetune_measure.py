@@ -96,6 +96,8 @@ class Measure(TrainerCallback):
         base.eval()
         found = answers(base, self.tasks, self.batch_tokens, bfloat16=torch.cuda.is_available())
         model.train(training)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # there are other processes
         right = {name: "".join("01"[value] for value in values) for name, values in found.items()}
         took = [half - began, time.perf_counter() - half]
         self.write(step=step, **row, layers=layers, answers=right, took=took)
