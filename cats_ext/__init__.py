@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cats_ext import evaluation, functional, ops
+from cats_ext import evaluation, expert_ops, functional, ops
 from cats_ext._version import __version__
 from cats_ext.calibration import calibrate
 from cats_ext.config import CatsConfig
@@ -25,6 +25,7 @@ __all__ = [
     "apply_relufication",
     "calibrate",
     "evaluation",
+    "expert_ops",
     "functional",
     "masking_disabled",
     "ops",

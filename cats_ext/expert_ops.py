@@ -17,7 +17,7 @@ from cats_ext import ops
 torch.library.define(
     "cats::sparse_experts",
     "(Tensor x, Tensor experts, Tensor routing, Tensor w_gate_up, Tensor w_down_t, Tensor threshold, "
-    "Tensor? down_threshold=None, str activation='silu', bool deterministic=False) -> Tensor",
+    "Tensor? down_threshold=None, str activation='silu') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 sparse_experts = torch.ops.cats.sparse_experts
@@ -31,7 +31,7 @@ Args:
     threshold, down_threshold: float32 ``[]``, for all experts.
 
 Returns:
-    ``[T, H]`` in x's dtype, summed in float32.
+    ``[T, H]`` in x's dtype, summed in float32 in a fixed order: the same bits in every run.
 """
 
 
@@ -40,7 +40,7 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu", *_):
+def _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu"):
     op = "sparse_experts"
     ops._check(x.dtype in ops.SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
     ops._check(x.dim() == 2, lambda: f"{op}: x must have shape [T, H], got {list(x.shape)}")
@@ -92,7 +92,6 @@ def _sparse_experts_cpu(
     threshold: Tensor,
     down_threshold: Tensor | None = None,
     activation: str = "silu",
-    deterministic: bool = False,
 ) -> Tensor:
     _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
     (tokens, per_token), (count, intermediate, hidden) = experts.shape, w_down_t.shape
@@ -123,7 +122,6 @@ def _sparse_experts_cuda(
     threshold: Tensor,
     down_threshold: Tensor | None = None,
     activation: str = "silu",
-    deterministic: bool = False,
 ) -> Tensor:
     from cats_ext.expert_kernels import launch
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_ext import expert_ops
-from cats_ext.functional import deterministic, experts_fit, masked_product, needs_grad
+from cats_ext.functional import experts_fit, masked_product, needs_grad
 from cats_ext.modules import CatsMLP
 
 # transformers' ways to run experts that leave the gate to the module's _apply_gate
@@ -45,7 +45,6 @@ class CatsExperts(CatsMLP):
                 self.threshold,
                 self.down_threshold,
                 cats.activation,
-                deterministic(),
             )
         if cats.tracking:
             cats.experts_per_token = top_k_index.shape[-1]

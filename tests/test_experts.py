@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -157,6 +158,21 @@ def test_checkpoints(name, tmp_path):
             assert torch.equal(logits(loaded, ids), want)
     assert torch.equal(logits(remove_cats(again), few()), dense)
     assert CatsConfig.from_pretrained(tmp_path / "cats").layers == config.layers
+
+
+def test_generate_and_pickle():
+    model, prompt = mixture("qwen2-moe"), tokens(17)[None]
+    apply_cats(model, config_for(model))
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(prompt, use_cache=False, **greedy)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    draft = set_sparsity(copy.deepcopy(model), 0.8)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for options in ({}, static, {"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+        assert torch.equal(again.generate(prompt, **greedy, **options), expected), options
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
