@@ -12,9 +12,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite: a share without keys weighs nothing
+
+
+@triton.jit
+def _wait_for_previous():
+    """Waits until what the previous kernel wrote is visible.
+
+    Triton's own gdc_wait keeps a loop from being pipelined, from 3.9 on. Here weights are to be asked for before it.
+    """
+    tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -166,7 +175,7 @@ def linear_kernel(
         tile = _tile(weight, rows, n, stride, k, exists)
         if current == program:
             if PDL:
-                gdc_wait()
+                _wait_for_previous()
             if SHARES > 0:
                 row = _joined_row(shares, maxima, sums, K, BLOCK_K, SHARES, HEADS, PADDED_HEADS)
                 row = row.to(y.dtype.element_ty).to(tl.float32)
@@ -217,7 +226,7 @@ def gate_up_kernel(
         up_tile = _tile(w_up, rows, intermediate, up_stride, k, k < K)
         if current == program:
             if PDL:
-                gdc_wait()
+                _wait_for_previous()
             row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
         if PDL and THEN > 0:
             if _last_requested(current, program, programs, blocks, STAGES):
@@ -325,7 +334,7 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if share == 0:
         if PDL:
-            gdc_wait()
+            _wait_for_previous()
         k_offset: tl.constexpr = KV_HEADS * GROUP * D
         v_offset: tl.constexpr = k_offset + KV_HEADS * D
         one = tl.arange(0, 1)
@@ -353,7 +362,7 @@ def attention_kernel(
             v = _cached(values, row, value_row_stride, seen, d, D)
             if block == first:
                 if PDL:
-                    gdc_wait()
+                    _wait_for_previous()
                 q, q_swapped = _head_pair(qkv, query_heads, g < GROUP, D, BLOCK_D)
                 q = _rotate(q, q_swapped, q_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
             largest, total, acc = _attend(q, k, v, seen, largest, total, acc, scaling)
