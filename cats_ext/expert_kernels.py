@@ -41,7 +41,7 @@ def _dot(weight, x, rows, wanted, stride, H: tl.constexpr, ROWS: tl.constexpr, B
 
 @triton.jit
 def gate_up_kernel(
-    x, experts, w_gate_up, expert_stride, row_stride, up_offset, threshold, down_threshold, h, intermediate,
+    x, experts, w_gate_up, expert_stride, row_stride, up_offset, threshold, down_threshold, h, intermediate, count,
     TOP_K: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
     DOWN: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def gate_up_kernel(
     s = tl.program_id(1)
     expert = tl.load(experts + s).to(tl.int64)
     neurons = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = neurons < intermediate
+    inside = (neurons < intermediate) & (expert >= 0) & (expert < count)
     weight, row = w_gate_up + expert * expert_stride, x + s // TOP_K * H
     gate = _activation(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
     keep = inside & ~(tl.abs(gate) < tl.load(threshold))  # NaN is kept
@@ -59,18 +59,19 @@ def gate_up_kernel(
         result = tl.where(keep, gate * up, 0.0)
         if DOWN:
             result = tl.where(tl.abs(result) < tl.load(down_threshold), 0.0, result)
-    tl.store(h + s * intermediate + neurons, result, mask=inside)
+    tl.store(h + s * intermediate + neurons, result, mask=neurons < intermediate)
 
 
 @triton.jit
 def down_kernel(
-    h, experts, routing, w_down, expert_stride, row_stride, pieces, intermediate, blocks,
+    h, experts, routing, w_down, expert_stride, row_stride, pieces, intermediate, count, blocks,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """``pieces`` (float32 ``[S, SPLITS, H]``): the routing weight times ``h Wd`` over a share of the neurons."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split, s = tl.program_id(1), tl.program_id(2)
-    weight = w_down + tl.load(experts + s).to(tl.int64) * expert_stride
+    expert = tl.load(experts + s).to(tl.int64)
+    weight = w_down + expert * expert_stride
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for block in range(blocks):
         neurons = (split * blocks + block) * ROWS + tl.arange(0, ROWS)
@@ -79,6 +80,7 @@ def down_kernel(
         wanted = (values != 0)[:, None] & (columns < H)[None, :]
         total += values[:, None] * tl.load(at, mask=wanted, other=0.0, eviction_policy="evict_first").to(tl.float32)
     result = tl.sum(total, axis=0) * tl.load(routing + s).to(tl.float32)
+    result = tl.where((expert >= 0) & (expert < count), result, float("nan"))  # never silently wrong
     tl.store(pieces + (s * SPLITS + split) * H + columns, result, mask=columns < H)
 
 
@@ -127,6 +129,7 @@ def launch(
             threshold if down_threshold is None else down_threshold,
             h,
             intermediate,
+            len(w_down_t),
             TOP_K=top_k,
             H=hidden,
             ROWS=rows,
@@ -147,6 +150,7 @@ def launch(
             w_down_t.stride(1),
             pieces,
             intermediate,
+            len(w_down_t),
             triton.cdiv(intermediate, rows * splits),
             H=hidden,
             ROWS=rows,

@@ -25,7 +25,8 @@ sparse_experts = torch.ops.cats.sparse_experts
 
 Args:
     x: ``[T, H]``, float32, float16 or bfloat16.
-    experts, routing: int64 and floating point ``[T, K]``.
+    experts, routing: int64 and floating point ``[T, K]``. An expert that there is not is an error on the CPU, and gives
+        NaN on CUDA.
     w_gate_up: ``[E, 2 I, H]``, of each expert the gate's rows before those of up.
     w_down_t: ``[E, I, H]``, the down projections with one contiguous row a neuron.
     threshold, down_threshold: float32 ``[]``, for all experts.

@@ -387,6 +387,9 @@ def test_kernels_of_experts_on_cuda(dtype, activation):
         assert torch.equal(sparse_experts(*arguments, activation), got)
     arguments[3][int(arguments[1][0, 0]), 3] = float("nan")
     assert sparse_experts(*arguments, activation)[0].isnan().all()
+    arguments = op_arguments(2, "cuda", dtype)
+    arguments[1][1, 0] = 4
+    assert sparse_experts(*arguments, activation).isnan().all(-1).tolist() == [False, True]
 
 
 @pytest.mark.gpu
