@@ -49,7 +49,7 @@ def gate_up_kernel(
     s = tl.program_id(1)
     expert = tl.load(experts + s).to(tl.int64)
     neurons = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (neurons < intermediate) & (expert >= 0) & (expert < count)
+    inside = neurons < tl.where((expert >= 0) & (expert < count), intermediate, 0)
     weight, row = w_gate_up + expert * expert_stride, x + s // TOP_K * H
     gate = _activation(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
     keep = inside & ~(tl.abs(gate) < tl.load(threshold))  # NaN is kept
