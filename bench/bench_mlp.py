@@ -71,16 +71,21 @@ def make_layer(x: Tensor, intermediate: int) -> Layer:
     return Layer(gate, up, down_t.t().contiguous(), down_t, value.abs(), h.abs())
 
 
-def capture(path: Run) -> Run:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        path()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        path()
-    return graph.replay
+class Captured:
+    """A run as a CUDA graph. It keeps the run's closure: a graph has the addresses of tensors, not the tensors."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.graph = run, torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=stream):
+            run()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def time_in_turns(replays: list[Run], repetitions: int) -> list[float]:
@@ -100,7 +105,7 @@ def time_in_turns(replays: list[Run], repetitions: int) -> list[float]:
 def read_limit() -> float:
     """GB/s at which the card reads memory: the fastest of 20 sums over 2 GiB of float32."""
     data = torch.ones(1 << 29, device="cuda")
-    replay = capture(data.sum)
+    replay = Captured(data.sum)
     return data.nbytes / min(time_in_turns([replay], 1)[0] for _ in range(20)) / 1e9
 
 
@@ -119,7 +124,7 @@ def dense_variants(layers: list[Layer], x: Tensor, compile_mode: str | None) -> 
     if compile_mode:
         compiled = torch.compile(dense, mode=None if compile_mode == "default" else compile_mode, dynamic=False)
         runs[f"dense, torch.compile {compile_mode}"] = over(compiled)
-    return [Variant("dense", name, 0.0, 1.0, capture(run)) for name, run in runs.items()]
+    return [Variant("dense", name, 0.0, 1.0, Captured(run)) for name, run in runs.items()]
 
 
 def sparse_variants(layers: list[Layer], x: Tensor, sparsities: list[float]) -> list[Variant]:
@@ -139,7 +144,7 @@ def sparse_variants(layers: list[Layer], x: Tensor, sparsities: list[float]) -> 
             pairs = zip(layers, thresholds, strict=True)
             return [functional.sparse_mlp(x, w.gate, w.up, w.down_t, *rule) for w, rule in pairs]
 
-        return Variant(path, name + ("" if on_kernel else ", dense path"), sparsity, share, capture(run))
+        return Variant(path, name + ("" if on_kernel else ", dense path"), sparsity, share, Captured(run))
 
     variants = []
     for s in sparsities:
@@ -170,8 +175,8 @@ def optimal_variants(layers: list[Layer], x: Tensor, sparsity: float) -> list[Va
 
     name, share = f"optimal {sparsity:.0%}", k / intermediate
     return [
-        Variant("optimal_whole_gate", f"{name}, whole gate", sparsity, (1 + 2 * share) / 3, capture(whole_gate)),
-        Variant("optimal", name, sparsity, share, capture(reduced_gate)),
+        Variant("optimal_whole_gate", f"{name}, whole gate", sparsity, (1 + 2 * share) / 3, Captured(whole_gate)),
+        Variant("optimal", name, sparsity, share, Captured(reduced_gate)),
     ]
 
 
@@ -193,7 +198,7 @@ def peer_variants(peer: Peer, layers: list[Layer], x: Tensor, sparsities: list[f
             error = max(relative_error(call(), y) for call, y in zip(calls, expected, strict=True))
             if not error < 0.2:
                 raise RuntimeError(f"its result is wrong, relative error {error:.2g}")
-            replay = capture(lambda calls=calls: [call() for call in calls])
+            replay = Captured(lambda calls=calls: [call() for call in calls])
             share = peer.share_read(s, statistics.mean(rows_kept(w, s) for w in layers))
             dtype = DTYPE_NAMES[peer.dtype or x.dtype]
             variants.append(Variant(peer.path, f"{peer.path} {s:.0%}", s, share, replay, dtype))
