@@ -1,13 +1,15 @@
 """Routed experts for a few tokens: a patched block of experts against transformers' own ways of running it.
 
     python bench/bench_experts.py --shape small qwen3-30b-a3b --experts 16 --output bench/results/cpu-NAME/experts.csv
-    python bench/bench_experts.py --device cuda --output bench/results/h100/experts.csv
+    python bench/bench_experts.py --device cuda --ways grouped_mm batched_mm --blocks 3 --repetitions 15 \
+        --output bench/results/h100/experts.csv
 
 Blocks are transformers' Qwen3MoeExperts with random weights; "eager", "grouped_mm" and "batched_mm" are its values of
 `experts_implementation`. Every call works on another block with routing of its own, so that no cache holds what it
 reads. Thresholds are exact quantiles of |act(gate)| of the routed experts. On the CPU all paths take turns within one
 repetition. On CUDA a path runs over all blocks at once, as kernels launched one by one ("eager", host time included)
-and as a replayed graph ("graph"). Medians, per block.
+and as a replayed graph ("graph"). Medians, per block. Several tokens on CUDA were measured with ``--sparsity 0.5
+--tokens 4 8 16 --most-tokens 64``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch.nn.functional import silu
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from cats_ext import CatsConfig, apply_cats
+from cats_ext import CatsConfig, apply_cats, functional
 from cats_ext.config import LayerConfig
 
 # hidden size, intermediate size, experts, experts a token
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["eager", "grouped_mm"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9])
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--most-tokens", type=int, help="that the sparse kernel takes, instead of the package's limit")
     parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", help="where there is no repository")
@@ -174,6 +177,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     on_cuda = arguments.device.startswith("cuda")
+    if arguments.most_tokens:
+        functional.MAX_EXPERT_TOKENS["cuda" if on_cuda else "cpu"] = arguments.most_tokens
     machine = {
         "device": torch.cuda.get_device_name(arguments.device) if on_cuda else cpu_model(),
         "threads": arguments.threads,

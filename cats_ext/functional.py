@@ -24,8 +24,9 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # engine of compute capability 9.0 it is slower (bench/results/h100: kernel_experiments.csv, mlp.csv, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
-# As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 979 us for 4 tokens with
-# transformers' grouped products, and 635 at 50 % sparsity (bench/results/h100/experts_tiles.csv).
+# As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
+# transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
+# 86, 278 and 157 (bench/results/h100/experts.csv).
 MAX_EXPERT_TOKENS = {"cpu": 16, "cuda": 4}
 
 

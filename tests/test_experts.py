@@ -25,7 +25,7 @@ from cats_ext import (
 from cats_ext.detection import find_gated_mlps
 from cats_ext.expert_ops import sparse_experts
 from cats_ext.experts import CatsExperts
-from cats_ext.functional import MAX_EXPERT_TOKENS
+from cats_ext.functional import MAX_EXPERT_TOKENS, MAX_KERNEL_TOKENS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -70,7 +70,10 @@ def routed(count, experts=4, each=2, device="cpu", dtype=torch.float32):
 @pytest.mark.parametrize("name", installed(MIXTURES))
 def test_family(name, device, called):
     model = mixture(name).to(device)
-    short, long = tokens(MAX_EXPERT_TOKENS[device], 5)[None].to(device), many().to(device)
+    short, long = (
+        tokens(min(MAX_EXPERT_TOKENS[device], MAX_KERNEL_TOKENS[device]), 5)[None].to(device),
+        many().to(device),
+    )
     before, dense = snapshot(model), [logits(model, ids) for ids in (short, long)]
     greedy = {"max_new_tokens": 6, "do_sample": False}
     text = model.generate(long, **greedy)
