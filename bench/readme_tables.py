@@ -79,8 +79,29 @@ def host() -> str:
     )
 
 
+def decode() -> str:
+    name = "h100/decode.csv"
+    data = read(name)
+    ways = {"captured": "captured step (`DecodeEngine`)", "compiled": "`generate`, compiled", "eager": "`generate`"}
+    rows = []
+    for mode, way in ways.items():
+        for model, prompt in dict.fromkeys((row["model"], row["prompt"]) for row in data if row["mode"] == mode):
+            times = {
+                float(r["sparsity"]): r for r in data if (r["model"], r["mode"], r["prompt"]) == (model, mode, prompt)
+            }
+            cells = [f"{float(times[0.0]['tokens_per_s']):.0f}"]
+            cells += [
+                f"{float(times[s]['tokens_per_s']):.0f}, {float(times[s]['speedup']):.2f}x" for s in (0.5, 0.7, 0.9)
+            ]
+            rows.append([f"{model}, {way}, after {int(prompt):,} tokens", *cells])
+    header = ["tokens a second, whole models, bf16", "dense", *(f"sparsity {s} %" for s in (50, 70, 90))]
+    sources = "; ".join(dict.fromkeys(source(name, row) for row in data))
+    about = "Random weights of these shapes, the paper's rule."
+    return f"{data[0]['device']}: {sources}. {about}\n\n{table(header, rows)}"
+
+
 def tables() -> str:
-    return "\n\n".join((gpu(), cpu(), patching(), host()))
+    return "\n\n".join((gpu(), decode(), cpu(), patching(), host()))
 
 
 def insert(readme: str) -> str:

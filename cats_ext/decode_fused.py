@@ -60,12 +60,11 @@ class FusedStep:
         cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
         shares = None
         self.blocks: list[Block] = []
-        firsts = [*(_projections(layer.self_attn)[0].weight for layer in base.layers), model.lm_head.weight]
-        for layer, layer_keys, layer_values, then in zip(base.layers, keys, values, firsts[1:], strict=True):
+        for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
             if self.embedding.is_cuda and shares is None:
                 shares = Shares.create(attention.heads, attention.head_dim, self.embedding.device)
-            mlp, mlp_norm = _mlp_block(layer, then)
+            mlp, mlp_norm = _mlp_block(layer)
             self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
@@ -148,19 +147,17 @@ def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
 def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
     norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
     weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
-    gate = getattr(layer.mlp, "gate_proj", None) or getattr(layer.mlp, "gate_up_proj", None)
-    then = gate.weight if type(gate) is nn.Linear else None
 
     def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
-        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta, then=out.weight)
+        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
         heads = ops.attention(qkv, attention, position)
-        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm, then=then)
+        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm)
 
     return block
 
 
-def _mlp_block(layer: nn.Module, then: Tensor) -> tuple[Block, Norm | None]:
-    """The block, after which ``then`` is read, and the normalisation of its input if the block does not do it."""
+def _mlp_block(layer: nn.Module) -> tuple[Block, Norm | None]:
+    """The block, and the normalisation of its input if the block does not do it."""
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
     dense_weights = _dense_weights(mlp)
     if dense_weights is not None:
@@ -168,8 +165,8 @@ def _mlp_block(layer: nn.Module, then: Tensor) -> tuple[Block, Norm | None]:
         down = mlp.down_proj
 
         def dense(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, None]:
-            h, x = ops.gate_up(x, *weights, activation, norm, then=down.weight)
-            return ops.add_linear(h, down.weight, down.bias, x, then=then)
+            h, x = ops.gate_up(x, *weights, activation, norm)
+            return ops.add_linear(h, down.weight, down.bias, x)
 
         return dense, None
 

@@ -27,33 +27,6 @@ def _wait_for_previous():
 
 
 @triton.jit
-def _prefetch(weight, program, programs, n, stride, K: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr):
-    """Brings this program's share of the first ``programs * ROWS`` rows into L2. A thread asks for a piece of a row."""
-    PIECES: tl.constexpr = THREADS // ROWS
-    PIECE: tl.constexpr = K // PIECES
-    BYTES: tl.constexpr = PIECE * (weight.dtype.element_ty.primitive_bitwidth // 8)
-    if PIECE * PIECES == K and BYTES % 16 == 0:
-        i = tl.arange(0, THREADS)
-        row = program + i // PIECES * programs
-        at = (weight + row.to(tl.int64) * stride + i % PIECES * PIECE).to(tl.int64, bitcast=True)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [at, (row < n).to(tl.int32), BYTES],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def _last_requested(current, program, programs, blocks, STAGES: tl.constexpr):
-    """Whether this is the iteration at which the last block of this program has been asked for."""
-    asked = current + (STAGES - 1) * programs >= blocks
-    return asked & ((current == program) | (current + (STAGES - 2) * programs < blocks))
-
-
-@triton.jit
 def _norm_weight(norm, K: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
     """Asked for before the wait for the previous kernel: it is in no cache, unlike the row."""
     weight = tl.zeros([BLOCK_K], norm.dtype.element_ty)
@@ -147,18 +120,16 @@ def _joined_row(shares, maxima, sums, K: tl.constexpr, BLOCK_K: tl.constexpr, SH
 def linear_kernel(
     x, delta, x_new, norm, eps, shares, maxima, sums,
     weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
-    residual, y, out_norm, out_eps, normed, arrived, then, then_n, then_stride, blocks,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr,
-    THEN: tl.constexpr, THEN_K: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    SHARES: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
+    residual, y, out_norm, out_eps, normed, arrived, blocks,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = input weight^T + bias + residual for up to three weights of one input, one after the other in y.
 
     A program holds the input row in registers and takes every gridDim-th block of ROWS outputs. STAGES - 1 blocks are
     on their way to shared memory while one is computed, the first of them since before the wait for the previous
-    kernel. When the last are on their way, it brings THEN rows of what the next kernel reads, ``then``, into L2. The
-    last program to end normalises y ``[OUT]``, unless OUT is 0.
+    kernel. The last program to end normalises y ``[OUT]``, unless OUT is 0.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     k, exists = _columns(K, BLOCK_K, HEADS, PADDED_HEADS)
@@ -181,9 +152,6 @@ def linear_kernel(
                 row = row.to(y.dtype.element_ty).to(tl.float32)
             else:
                 row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
-        if PDL and THEN > 0:
-            if _last_requested(current, program, programs, blocks, STAGES):
-                _prefetch(then, program, programs, then_n, then_stride, THEN_K, THEN, THREADS)
         inside = rows < n
         before = tl.zeros([ROWS], y.dtype.element_ty)
         if RESIDUAL:  # asked for now, needed after the product
@@ -208,9 +176,8 @@ def linear_kernel(
 @triton.jit
 def gate_up_kernel(
     x, delta, x_new, norm, eps,
-    w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, then, then_n, then_stride, blocks,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr,
-    THEN: tl.constexpr, THEN_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, blocks,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate) * up of the normalised row; programs take blocks of ROWS neurons as in linear_kernel."""
@@ -228,9 +195,6 @@ def gate_up_kernel(
             if PDL:
                 _wait_for_previous()
             row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
-        if PDL and THEN > 0:
-            if _last_requested(current, program, programs, blocks, STAGES):
-                _prefetch(then, program, programs, then_n, then_stride, THEN_K, THEN, THREADS)
         gate = tl.sum(gate_tile.to(tl.float32) * row[None, :], axis=1)
         up = tl.sum(up_tile.to(tl.float32) * row[None, :], axis=1)
         inside = rows < intermediate

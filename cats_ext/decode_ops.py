@@ -84,14 +84,10 @@ def linear(
     *,
     norm: Norm | None = None,
     delta: Tensor | None = None,
-    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``weights`` (up to three, ``[N, K]`` each) times the normalised input, in one row; and ``x + delta``.
-
-    Here and below, ``then`` is the weight that is read next: its first rows are brought into the cache at the end.
-    """
+    """``weights`` (up to three, ``[N, K]`` each) times the normalised input, in one row; and ``x + delta``."""
     if x.is_cuda:
-        return _linear_cuda(x, weights, biases, norm=norm, delta=delta, then=then)
+        return _linear_cuda(x, weights, biases, norm=norm, delta=delta)
     row = x if delta is None else x + delta
     inner = row if norm is None else _rms_norm(row, norm)
     return torch.cat([F.linear(inner, w, b) for w, b in zip(weights, biases, strict=True)]), row
@@ -104,11 +100,10 @@ def add_linear(
     residual: Tensor,
     *,
     norm: Norm | None = None,
-    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``residual + weight x``, ``[N]``; and that normalised, if ``norm`` is given, which takes shares on CUDA."""
     if weight.is_cuda:
-        return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm, then=then)
+        return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm)
     y = residual + F.linear(x, weight, bias)
     return y, None if norm is None else _rms_norm(y, norm)
 
@@ -122,11 +117,10 @@ def gate_up(
     activation: str,
     norm: Norm,
     delta: Tensor | None = None,
-    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``act(gate) * up`` of the normalised input ``[I]``; and ``x + delta``."""
     if x.is_cuda:
-        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm, delta, then)
+        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm, delta)
     row = x if delta is None else x + delta
     inner = _rms_norm(row, norm)
     act = ACTIVATIONS[activation]
@@ -171,7 +165,6 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 _TILE = 32768  # bytes
 _SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
-_THEN = 65536  # bytes of the next weight that a program brings into the cache
 _KEYS = 16384  # bytes of keys that a program of the attention takes at a time
 _KEY_SHARES = 4
 
@@ -215,18 +208,6 @@ def _tile(tile_bytes: int, per_sm: int, inputs: int, outputs: int, itemsize: int
     return Tile(rows, 8, per_sm, max(2, min(4, 1 + shared // (rows * row_bytes))))
 
 
-def _then_arguments(then: Tensor | None, none: Tensor) -> tuple[Tensor, int, int]:
-    return (none, 0, 0) if then is None else (then, then.shape[0], then.stride(0))
-
-
-def _then_options(then: Tensor | None) -> dict[str, int]:
-    """How many of its rows a program brings into the cache; none if they are not made of whole 16 bytes."""
-    if then is None or then.stride(1) != 1 or then.data_ptr() % 16 or then.stride(0) * then.element_size() % 16:
-        return {"THEN": 0, "THEN_K": 1}
-    rows = _THEN // (_power_of_two(then.shape[1]) * then.element_size())
-    return {"THEN": max(1, min(32, rows)), "THEN_K": then.shape[1]}
-
-
 def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
     return (min(blocks, tile.per_sm * _multiprocessors(device)),)
 
@@ -245,7 +226,6 @@ def _linear_cuda(
     delta: Tensor | None = None,
     residual: Tensor | None = None,
     out_norm: Norm | None = None,
-    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     from cats_ext.decode_kernels import linear_kernel
 
@@ -287,14 +267,11 @@ def _linear_cuda(
         0.0 if out_norm is None else out_norm.eps,
         none if normed is None else normed,
         none if normed is None else shares.arrived,
-        *_then_arguments(then, none),
         blocks,
         K=inputs,
         BLOCK_K=padded_inputs,
         ROWS=tile.rows,
         STAGES=tile.stages,
-        THREADS=tile.warps * 32,
-        **_then_options(then),
         PARTS=len(weights),
         ADD=delta is not None,
         NORM=norm is not None,
@@ -320,7 +297,6 @@ def _gate_up_cuda(
     activation: str,
     norm: Norm,
     delta: Tensor | None,
-    then: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from cats_ext.decode_kernels import gate_up_kernel
 
@@ -344,14 +320,11 @@ def _gate_up_cuda(
         w_gate.stride(0),
         w_up.stride(0),
         y,
-        *_then_arguments(then, w_gate),
         blocks,
         K=hidden,
         BLOCK_K=_power_of_two(hidden),
         ROWS=tile.rows,
         STAGES=tile.stages,
-        THREADS=tile.warps * 32,
-        **_then_options(then),
         ACTIVATION=activation,
         ADD=delta is not None,
         NORM=True,
