@@ -260,9 +260,9 @@ def _kl(model: nn.Module, config: CatsConfig, ids: Tensor, window: int) -> float
 def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:
     """Thresholds of experts are one a layer; too few tokens reach each for what needs sums over a neuron's own."""
     for name, value, possible in (
-        ("gate_power", gate_power, 0),
+        ("gate_power (by default 1 with the rule 'weighted')", gate_power, 0),
         ("importance", importance, "norm"),
-        ("allocation", allocation, "uniform"),
+        ("allocation (by default 'search' with a budget)", allocation, "uniform"),
     ):
         if value != possible:
             raise ValueError(f"{name} must be {possible!r} for mixtures of experts, got {value!r}")
