@@ -114,6 +114,18 @@ def test_tensorboard_has_the_loss_of_every_step(model_dir, text_file, tmp_path):
     assert len(events.Scalars("train/learning_rate")) == STEPS
 
 
+def test_thresholds_are_set_anew_without_tuning_again(tmp_path):
+    first = tune(tmp_path)
+    again = tune(tmp_path, recalibrate=True)
+    assert again["resumed_from"] == "checkpoint-6" and again["loss"] == first["loss"]
+    assert again["after"] == first["after"] and first["recalibrated"] is None
+    assert again["recalibrated"]["sparsity"]["drift"] < again["after"]["sparsity"]["drift"]
+    before, after = (
+        cats_ext.CatsConfig.from_pretrained(path).thresholds for path in (tmp_path / "training/thresholds", tmp_path)
+    )
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("method", ["relufication", "dense"])
 def test_other_methods(method, tmp_path, called):
     found = tune(tmp_path, FinetuneSettings(**(vars(SETTINGS) | {"method": method, "steps": 2})))
