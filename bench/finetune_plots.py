@@ -41,10 +41,10 @@ def sparsity(directory: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read(directory / "layers.csv")
-    last = max(int(row["step"]) for row in rows)
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axis = figure.subplots()
     for name, colour in zip(MAIN[1:], ("#2f6db5", "#3a9a5b", "#8a5fb0", "#c0392b"), strict=True):
+        last = max((int(row["step"]) for row in rows if row["name"] == name), default=0)
         for step, style in ((0, "--"), (last, "-")):
             mine = [row for row in rows if row["name"] == name and int(row["step"]) == step]
             label = f"{name}, {'before' if step == 0 else f'after {step} steps'}"

@@ -243,6 +243,6 @@ def _gated_threshold_autograd(gate, up, threshold, down_threshold=None, activati
 
 
 _register()
-# Not torch.library.register_autograd: a step of a small model waits for its host, which that costs twice as much.
+# Not torch.library.register_autograd, which takes more of the host's time: small models wait for it in training.
 _autograd = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
 _autograd.impl("gated_threshold", _gated_threshold_autograd, "Autograd")

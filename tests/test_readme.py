@@ -56,6 +56,14 @@ def test_result_tables_are_those_of_the_result_files(monkeypatch):
     assert readme_tables.insert(README) == README, "run python bench/readme_tables.py"
 
 
+def test_finetuning_tables_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import finetune_tables
+
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    assert finetune_tables.render(page) == page, "run python bench/finetune_tables.py"
+
+
 def test_quality_tables_are_those_of_the_result_files(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
     import quality_tables

@@ -1,0 +1,98 @@
+"""Writes the tables of docs/finetuning.md from bench/results; tests/test_readme.py checks that they are current.
+
+python bench/finetune_tables.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from readme_tables import read, source, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "finetuning.md"
+
+
+def _by_name(rows: list[dict[str, str]]) -> dict[str, dict[int, dict[str, str]]]:
+    """Rows of the mean over tasks, by variant and step."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for row in rows:
+        if row["task"] == "mean":
+            found.setdefault(row["name"], {})[int(row["step"])] = row
+    return found
+
+
+def quality() -> str:
+    data = read("finetune/quality.csv")
+    found = _by_name(data)
+    steps = sorted(found["dense"])
+    rows = []
+    for name, mine in found.items():
+        last = max(mine)
+        cells = [f"{float(mine[0]['bytes']):.1%}" if mine[0]["bytes"] else "100.0%"]
+        cells += [f"{100 * float(mine[step]['accuracy']):.1f}" if step in mine else "" for step in steps]
+        difference = f"{100 * float(mine[last]['from_dense']):+.1f} ± {100 * float(mine[last]['from_dense_se']):.1f}"
+        rows.append([name, *cells, "" if name == "dense" else f"{difference} at {last}"])
+    header = ["eight tasks, %", "MLP weights read", *(f"{step} steps" for step in steps), "from dense, same steps"]
+    return f"{source('finetune/quality.csv', data[0])}, {data[0]['device']}.\n\n{table(header, rows)}"
+
+
+def text() -> str:
+    found = _by_name(read("finetune/quality.csv"))
+    steps = sorted(found["dense"])
+    rows = [
+        [name, *(f"{float(mine[step]['c4_ppl']):.1f}" if step in mine else "" for step in steps)]
+        for name, mine in found.items()
+    ]
+    return table(["C4 perplexity", *(f"{step} steps" for step in steps)], rows)
+
+
+def sparsity() -> str:
+    layers = read("finetune/layers.csv")
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in layers):
+        mine = [row for row in layers if row["name"] == name]
+        last = max(int(row["step"]) for row in mine)
+        cells = [str(last)]
+        for key in ("up", "down"):
+            before, after = ([float(row[key]) for row in mine if int(row["step"]) == step] for step in (0, last))
+            furthest = max((b - a for a, b in zip(before, after, strict=True)), key=abs)
+            target = float(mine[0][f"{key}_target"])
+            cells += [f"{target:.1%}" if target else "", f"{sum(before) / len(before):.1%}"]
+            cells += [f"{sum(after) / len(after):.1%}", f"{100 * furthest:+.1f}"]
+        rows.append([name, *cells])
+    columns = ("target", "before", "after", "largest change of a layer")
+    return table(["", "steps", *(f"{key} {column}" for key in ("up", "down") for column in columns)], rows)
+
+
+def training() -> str:
+    data = read("h100/training.csv")
+    rows = []
+    for shape, tuning in dict.fromkeys((row["shape"], row["tuning"]) for row in data):
+        kinds = {row["kind"]: row for row in data if (row["shape"], row["tuning"]) == (shape, tuning)}
+        dense, patched = kinds["dense"], kinds["patched"]
+        rows.append(
+            [
+                f"{shape}, {'LoRA' if tuning == 'lora' else 'all weights'}",
+                f"{float(dense['step_ms']):.1f}",
+                f"{float(patched['step_ms']):.1f} ({float(patched['step_ratio']):.3f}x)",
+                f"{int(dense['peak_bytes']) / 1e9:.2f}",
+                f"{int(patched['peak_bytes']) / 1e9:.2f} ({float(patched['peak_ratio']):.3f}x)",
+            ]
+        )
+    first = data[0]
+    header = ["bf16", "dense, ms", "patched, ms", "dense, GB", "patched, GB"]
+    size = f"{first['sequences']} x {first['length']} tokens a step"
+    return f"{source('h100/training.csv', first)}, {first['device']}, {size}.\n\n{table(header, rows)}"
+
+
+def render(page: str) -> str:
+    """``page`` with every table between its markers as the result files have it."""
+    for draw in (quality, text, sparsity, training):
+        begin, end = (f"<!-- {draw.__name__}: {mark} -->" for mark in ("begin", "end"))
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{draw().replace('(bench/', '(../bench/')}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
