@@ -334,11 +334,11 @@ class Sweep:
     def text(self, name: str) -> dict[str, float]:
         nll = divergence = agree = 0.0
         if name not in self.dense_logits:
-            self.dense_logits[name] = self.logits(self.sets[name])
+            self.dense_logits[name] = [logits.half() for logits in self.logits(self.sets[name])]
         every = (pair for some in self.sets[name].split(4) for pair in zip(some, self.logits(some), strict=True))
         for (ids, logits), dense in zip(every, self.dense_logits[name], strict=True):
             nll += float(F.cross_entropy(logits[:-1], ids[1:]))
-            divergence += float(kl(dense, logits).mean())
+            divergence += float(kl(dense.float(), logits).mean())
             agree += float((dense.argmax(-1) == logits.argmax(-1)).float().mean())
         n = len(self.sets[name])
         return {f"{name}_ppl": math.exp(nll / n), f"{name}_kl": divergence / n, f"{name}_top1": agree / n}

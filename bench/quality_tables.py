@@ -67,18 +67,18 @@ SWEEP = {
     "weighted rms.5": "weighted, norms, power 0.5",
     "weighted fisher1": "weighted, gradients, power 1",
     "two .45": "two thresholds, 45 / 55 %",
-    "two": "two thresholds, 40 / 60 %: the default",
+    "two": "two thresholds, 40 / 60 %",
     "two .35": "two thresholds, 35 / 65 %",
     "two .3": "two thresholds, 30 / 70 %",
-    "two rms.25": "the default, gate weighted by norms, power 0.25",
-    "two rms.5": "the default, gate weighted by norms, power 0.5",
-    "two rms1": "the default, gate weighted by norms, power 1",
-    "two fisher.5 fisher": "the default, weighted by gradients, power 0.5",
-    "two fisher1 fisher": "the default, weighted by gradients, power 1",
-    "two alloc error": "the default, layers by output error",
-    "two alloc relative": "the default, layers by relative output error",
-    "two alloc kl": "the default, layers by measured KL",
-    "two alloc fisher": "the default, layers by gradients (the package's search)",
+    "two rms.25": "the same, gate weighted by norms, power 0.25",
+    "two rms.5": "the same, gate weighted by norms, power 0.5",
+    "two rms1": "the same, gate weighted by norms, power 1",
+    "two fisher.5 fisher": "the same, weighted by gradients, power 0.5",
+    "two fisher1 fisher": "the same, weighted by gradients, power 1",
+    "two alloc error": "the same, layers by output error",
+    "two alloc relative": "the same, layers by relative output error",
+    "two alloc kl": "the same, layers by measured KL",
+    "two alloc fisher": "the same, layers by gradients (as the package's search, spread 1)",
     "two fisher.5 fisher alloc fisher": "weights and layers by gradients, power 0.5",
 }
 
@@ -93,6 +93,63 @@ def sweep() -> str:
         cells = [f"{ratio:.3f}x", f"{float(row['c4_ppl']):.2f}", f"{float(row['c4_kl']):.3f}"]
         rows.append([words, *cells, f"{float(row['lambada']):.1f}"])
     return table(["", "WikiText-2 perplexity", "C4 perplexity", "C4 KL, nats", "LAMBADA, %"], rows)
+
+
+CHOICE = {
+    ("two", "wikitext"): "no gate weights, 40 / 60 %",
+    ("two", "mixed"): "no gate weights, 40 / 60 %",
+    ("two rms1", "wikitext"): "power 1, 40 / 60 %",
+    ("two rms1", "mixed"): "power 1, 40 / 60 %",
+    ("rms.125", "wikitext"): "power 1/8, 40 / 60 %",
+    ("rms.125", "mixed"): "power 1/8, 40 / 60 %",
+    ("rms.1 37.5/62.5", "wikitext"): "power 0.1, 37.5 / 62.5 %",
+    ("rms.1 37.5/62.5", "mixed"): "power 0.1, 37.5 / 62.5 %",
+    ("rms.125 37.5/62.5", "mixed"): "power 1/8, 37.5 / 62.5 %: the default",
+    ("rms.15 37.5/62.5", "wikitext"): "power 0.15, 37.5 / 62.5 %",
+    ("rms.15 37.5/62.5", "mixed"): "power 0.15, 37.5 / 62.5 %",
+    ("rms.125 35/65", "mixed"): "power 1/8, 35 / 65 %",
+    ("u.125 37.5/62.5", "mixed"): "by rms(u) alone, power 1/8, 37.5 / 62.5 %",
+    ("norm.25 37.5/62.5", "mixed"): "by norm(Wd) alone, power 1/4, 37.5 / 62.5 %",
+    ("fisher.125", "mixed"): "by gradients, power 1/8, 40 / 60 %",
+    ("search within .05", "mixed"): "no gate weights, searched within 0.05 of 40 / 60 %",
+    ("search within .1", "mixed"): "no gate weights, searched within 0.1 of 40 / 60 %",
+    ("fisher.125 search within .1", "mixed"): "by gradients, power 1/8, searched within 0.1",
+}
+
+
+def choice() -> str:
+    data = {(row["name"], row["text"]): row for row in read("quality/sweep_choice.csv")}
+    dense = data["dense", ""]
+    rows = [["dense", "", "", f"{float(dense['c4_ppl']):.2f}"]]
+    rows[0] += [f"{float(dense[name]):.1f}" for name in ("lambada", "words")]
+    for (name, text), words in CHOICE.items():
+        row = data[name, text]
+        ratio = float(row["wikitext_ppl"]) / float(dense["wikitext_ppl"])
+        cells = ["WikiText-2" if text == "wikitext" else "mixed", f"{ratio:.3f}x", f"{float(row['c4_ppl']):.2f}"]
+        for task in ("lambada", "words"):
+            cells.append(f"{float(row[task]):.1f} ({float(row[f'{task}_difference']):+.1f} ± ")
+            cells[-1] += f"{float(row[f'{task}_se']):.1f})"
+        rows.append([words, *cells])
+    header = ["two thresholds, gate weighted", "calibrated on", "WikiText-2 perplexity", "C4 perplexity"]
+    return table([*header, "LAMBADA, %", "repeated words, %"], rows)
+
+
+def mixed() -> str:
+    text, tasks = read("quality/text_mixed.csv"), read("quality/tasks_mixed.csv")
+    accuracy = {(row["name"], row["task"]): row for row in tasks}
+    ppl = {(row["name"], row["text"]): row for row in text}
+    rows = []
+    for name in (name for name in dict.fromkeys(row["name"] for row in tasks) if name != "dense"):
+        cells = []
+        for kind in ("wikitext", "c4"):
+            row = ppl.get((name, kind))
+            cells.append(f"{float(row['ppl']):.2f} ({float(row['ppl']) / float(row['dense_ppl']):.3f}x)" if row else "")
+        mean = accuracy[name, "mean"]
+        cells.append(f"{100 * float(mean['sparse']):.1f} ({100 * float(mean['difference']):+.1f} ± ")
+        cells[-1] += f"{100 * float(mean['difference_se']):.1f})"
+        rows.append([name, *cells, f"{100 * float(accuracy[name, 'lambada']['sparse']):.1f}"])
+    header = ["", "WikiText-2 perplexity", "C4 perplexity", "eight tasks, %", "LAMBADA, %"]
+    return f"{source('quality/tasks_mixed.csv', tasks[0])}; `text_mixed.csv` beside it.\n\n{table(header, rows)}"
 
 
 def generation() -> str:
@@ -132,6 +189,8 @@ def render(page: str) -> str:
         ("rules", rules),
         ("budgets", budgets),
         ("sweep", sweep),
+        ("choice", choice),
+        ("mixed", mixed),
         ("generation", generation),
         ("prefill", prefill),
         ("telemetry", telemetry),

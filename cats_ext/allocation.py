@@ -19,34 +19,44 @@ class LossTable:
         options: float64 ``[P, 2]``, up and down sparsity.
         losses: float64 ``[L, P]``, an estimate of the Kullback-Leibler divergence from the dense model, in nats a
             position, if this layer alone is sparse.
+        spread: how far a layer's sparsities may be from those that all layers would have without a search.
     """
 
     options: Tensor
     losses: Tensor
+    spread: float = 1.0
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, LossTable)
             and torch.equal(self.options, other.options)
             and torch.equal(self.losses, other.losses)
+            and self.spread == other.spread
         )
 
     __hash__ = None
 
-    def targets(self, budget: float, sizes: Sequence[int]) -> list[tuple[float, float]]:
+    def targets(self, budget: float, sizes: Sequence[int], uniform: tuple[float, float]) -> list[tuple[float, float]]:
         """Up and down sparsity of each layer, with the least loss in all.
 
         Args:
             budget: share of all MLP bytes that a token may read.
             sizes: of the layers, in any unit.
+            uniform: up and down sparsity at which all layers alike meet the budget.
 
         Raises:
             ValueError: the budget is out of what the options allow.
         """
-        shares = torch.tensor([bytes_share(up, down) for up, down in self.options.tolist()], dtype=torch.float64)
+        near = (self.options - torch.tensor(uniform, dtype=torch.float64)).abs().amax(1) <= self.spread + 1e-9
+        options, losses = self.options[near], self.losses[:, near]
+        if not len(options):
+            raise ValueError(
+                f"no sparsity that was tried is within {self.spread} of {uniform}: a wider spread is needed"
+            )
+        shares = torch.tensor([bytes_share(up, down) for up, down in options.tolist()], dtype=torch.float64)
         weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        choice = allocate(self.losses, weight[:, None] * shares, budget)
-        return [tuple(self.options[option].tolist()) for option in choice]
+        choice = allocate(losses, weight[:, None] * shares, budget)
+        return [tuple(options[option].tolist()) for option in choice]
 
 
 def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:

@@ -35,8 +35,8 @@ from cats_ext.rules import DEFAULT_GATE_POWER, check_weights, sparsity_of, spars
 
 ALLOCATIONS = ("uniform", "search")
 _GRADIENT_TOKENS = 8192  # that the gradient passes use at most
-_OFFSETS = (0.0, 0.1, 0.2, 0.3, 0.4)  # of the down sparsity over the up sparsity, in the search
-_UP = tuple(i / 10 for i in range(10))
+_UP = tuple(i / 20 for i in range(19))  # sparsities that the search chooses from
+_OFFSETS = (0.0, 0.15, 0.25, 0.35)  # of the down sparsity over the up sparsity
 _FACTOR = 4  # of a pass with gradients and losses, in passes without (measured on two CPU cores: 3.6)
 _CHECK_TOKENS = 4096  # on which a search is compared with the uniform allocation
 
@@ -53,6 +53,7 @@ def calibrate(
     gate_power: float | None = None,
     importance: str = "norm",
     allocation: str | None = None,
+    spread: float = 0.1,
     max_tokens: int = 32768,
     sequence_length: int = 1024,
     batch_size: int = 1,
@@ -68,7 +69,7 @@ def calibrate(
     - ``weighted``: one threshold a neuron, from the quantile of ``|v_j| c_j ** gate_power``.
     - ``two_threshold``: the gate's threshold is set to the lower sparsity s_u, then a neuron is dropped if ``|h_j|
       n_j`` is below its quantile s_d (dropped neurons counted as 0). ``s_u + s_d = 2 sparsity``, so a token reads as
-      many bytes as with the plain rule. By default s_d is ``sparsity + 0.1``, closer where that leaves [0, 1).
+      many bytes as with the plain rule. By default s_d is ``sparsity + 0.125``, closer where that leaves [0, 1).
 
     Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
@@ -87,11 +88,14 @@ def calibrate(
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``.
         rule: "two_threshold", "plain" or "weighted".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
-        gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. Default 1 with "weighted", else 0.
+        gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/8
+            with "two_threshold", there 0 for mixtures of experts.
         importance: "norm" or "gradient".
         allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
             "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
             default for a budget); :mod:`cats_ext.allocation`.
+        spread: of a search: how far a layer's up and down sparsity may be from those of the uniform allocation. Wider
+            ones come closer to the dense model's predictions on average, and lose more where a rare word is wanted.
         max_tokens: how many tokens to use at most.
         sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
@@ -111,13 +115,17 @@ def calibrate(
     if allocation == "search" and down_sparsity is not None:
         raise ValueError(f"down_sparsity is for uniform allocation, got {down_sparsity} with a search")
     split = sparsity_split(sparsity, rule, down_sparsity)
-    gate_power = DEFAULT_GATE_POWER[rule] if gate_power is None else gate_power
-    check_weights(rule, gate_power, importance)
+    if not isinstance(spread, (int, float)) or isinstance(spread, bool) or not 0 < spread <= 1:
+        raise ValueError(f"spread must be a number in (0, 1], got {spread!r}")
     for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     mlps, model = find_dense_mlps(model), unwrapped(model)
-    if any(mlp.experts for mlp in mlps):
+    has_experts = any(mlp.experts for mlp in mlps)
+    if gate_power is None:
+        gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
+    check_weights(rule, gate_power, importance)
+    if has_experts:
         _check_for_experts(gate_power, importance, allocation)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
@@ -176,7 +184,8 @@ def calibrate(
     )
     if allocation == "search":
         losses = torch.stack([layer.mean_losses() for layer in layers.values()])
-        config = _searched(model, config, LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses), batches)
+        table = LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses, spread)
+        config = _searched(model, config, table, batches)
     saved.remove()
     _warn_of_ties(config)
     return config

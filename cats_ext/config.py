@@ -112,7 +112,7 @@ class CatsConfig:
         if self.losses is None or down_sparsity is not None:
             return self.with_targets(dict.fromkeys(self.layers, split), sparsity)
         sizes = [layer.hidden_size * layer.intermediate_size for layer in self.layers.values()]
-        targets = self.losses.targets(budget_of(sparsity), sizes)
+        targets = self.losses.targets(budget_of(sparsity), sizes, split)
         return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
 
     def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
@@ -235,6 +235,7 @@ class CatsConfig:
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         if self.losses is not None:
             tensors |= {"search.options": self.losses.options, "search.losses": self.losses.losses}
+            tensors["search.spread"] = torch.tensor(self.losses.spread, dtype=torch.float64)
         return tensors, numbers
 
     @classmethod
@@ -278,7 +279,8 @@ class CatsConfig:
 
         losses = None
         if "search.losses" in tensors:
-            losses = LossTable(tensors.pop("search.options"), tensors.pop("search.losses"))
+            spread = float(tensors.pop("search.spread", 1.0))
+            losses = LossTable(tensors.pop("search.options"), tensors.pop("search.losses"), spread)
 
         def take(suffix: str) -> dict[str, Tensor]:
             return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}

@@ -43,7 +43,7 @@ def test_patching_keeps_modules_parameters_and_state_dict(family):
         assert module.down_proj.weight.shape == (HIDDEN, INTERMEDIATE)
         assert module.down_proj.weight.t().is_contiguous()
         assert type(module.down_proj) is nn.Linear
-    assert "two thresholds, target sparsity up 0.400, down 0.600" in repr(model)
+    assert "two thresholds, target sparsity up 0.375, down 0.625" in repr(model)
 
 
 def test_weights_may_stay_where_they_are(called):

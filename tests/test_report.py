@@ -48,7 +48,7 @@ def test_report_is_what_was_skipped(model, count):
     assert layer.up_sparsity == pytest.approx(skipped.sum().item() / pairs, abs=1.5 / pairs)
     assert layer.down_sparsity == pytest.approx(skipped_down.sum().item() / pairs, abs=1.5 / pairs)
     assert 0.2 < layer.up_sparsity < layer.down_sparsity < 0.8
-    assert (layer.up_target, layer.down_target) == (0.4, 0.6)
+    assert (layer.up_target, layer.down_target) == (0.375, 0.625)
     assert layer.bytes_share == pytest.approx((3 - layer.up_sparsity - layer.down_sparsity) / 3)
 
 
@@ -60,12 +60,12 @@ def test_means_dictionary_and_table(model):
     assert report.tokens == 42 and len(report.layers) == LAYERS
     assert report.up_sparsity == pytest.approx(sum(layer.up_sparsity for layer in report.layers) / LAYERS)
     values = json.loads(json.dumps(report.to_dict()))
-    assert values["down_sparsity"] == report.down_sparsity and values["up_target"] == pytest.approx(0.4)
+    assert values["down_sparsity"] == report.down_sparsity and values["up_target"] == pytest.approx(0.375)
     assert values["layers"][2]["bytes_share"] == report.layers[2].bytes_share
     text = str(report)
     for layer in report.layers:
         assert f"{layer.name}" in text and f"{layer.up_sparsity:.1%}" in text
-    assert "mean" in text and "60.0%" in text
+    assert "mean" in text and "62.5%" in text
 
 
 def test_off_by_default_switched_and_nested(model):

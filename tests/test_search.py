@@ -63,7 +63,16 @@ def test_allocation_errors():
 def test_a_table_weighs_layers_by_their_size():
     table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 2))
     # 0.6 of the small layer's rows saves 0.4 of a tenth of all bytes; only the large one affords the budget
-    assert table.targets(0.65, [1, 9]) == [(0.0, 0.0), (0.6, 0.6)]
+    assert table.targets(0.65, [1, 9], (0.5, 0.5)) == [(0.0, 0.0), (0.6, 0.6)]
+
+
+def test_no_layer_is_further_from_the_uniform_allocation_than_the_spread():
+    options = torch.tensor([[i / 10, i / 10] for i in range(9)], dtype=torch.float64)
+    losses = torch.stack([torch.arange(9.0), 100 * torch.arange(9.0)])
+    assert LossTable(options, losses).targets(2 / 3, [1, 1], (0.5, 0.5)) == [(0.8, 0.8), (0.2, 0.2)]
+    assert LossTable(options, losses, 0.2).targets(2 / 3, [1, 1], (0.5, 0.5)) == [(0.7, 0.7), (0.3, 0.3)]
+    with pytest.raises(ValueError, match=r"within 0.01 of \(0.55, 0.55\): a wider spread"):
+        LossTable(options, losses, 0.01).targets(0.64, [1, 1], (0.55, 0.55))
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ def uneven():
 @pytest.mark.parametrize("rule", ["plain", "two_threshold"])
 def test_search_takes_from_the_layer_that_matters_least(uneven, rule):
     ids = tokens(600)
-    config = calibrate(uneven, ids, rule=rule, budget=0.6, sequence_length=150, progress=False)
+    config = calibrate(uneven, ids, rule=rule, budget=0.6, spread=0.3, sequence_length=150, progress=False)
     shares = [layer.bytes_share for layer in config.layers.values()]
     assert shares[1] == min(shares) < 0.5
     assert config.bytes_share <= 0.6 + 1e-6 and config.bytes_share == pytest.approx(0.6, abs=0.02)
@@ -221,6 +230,7 @@ def test_options_are_sparsities():
         (dict(rule="plain", gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
         (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
         (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
+        (dict(budget=0.6, spread=0), ValueError, r"spread must be a number in \(0, 1\], got 0"),
         (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
     ],
 )

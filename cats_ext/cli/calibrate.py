@@ -54,7 +54,7 @@ def calibrate(
     ] = None,
     rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.TWO_THRESHOLD,
     down_sparsity: Annotated[
-        float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.1.")
+        float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.125.")
     ] = None,
     gate_power: Annotated[
         float | None, typer.Option(help="Exponent of the gate's weights, in [0, 1]. Without it the rule's own.")
@@ -65,6 +65,9 @@ def calibrate(
     allocation: Annotated[
         Allocation | None, typer.Option(help="All layers alike, or searched (without it, searched for a --budget).")
     ] = None,
+    spread: Annotated[
+        float, typer.Option(help="Of a search: how far a layer's sparsity may be from that of all layers alike.")
+    ] = 0.1,
     dense_prefill: Annotated[bool, typer.Option("--dense-prefill", help="Compute prompts densely.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that an interrupted calibration goes on from, called again.")
@@ -108,6 +111,7 @@ def calibrate(
         gate_power=gate_power,
         importance=importance.value,
         allocation=allocation and allocation.value,
+        spread=spread,
         checkpoint=checkpoint,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
