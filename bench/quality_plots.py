@@ -40,20 +40,20 @@ def pareto(directory: Path) -> None:
 
 
 def tasks(directory: Path) -> None:
-    rows = [row for row in read(directory / "tasks.csv") if row["task"] == "mean"]
-    dense = next(float(row["sparse"]) for row in rows if row["name"] == "dense")
+    """Accuracy against sparsity, as the difference from the dense model: two runs had items of their own."""
+    rows = [row for row in read(directory / "tasks_mixed.csv") if row["task"] == "mean" and row["rule"] == "plain"]
+    points = {"plain": [(100 * float(row["sparsity"]), row["difference"], row["difference_se"]) for row in rows]}
+    for row in read(directory.parent / "finetune" / "quality.csv"):
+        if (row["task"], row["step"]) == ("mean", "0") and row["bytes"] and "distilled" not in row["name"]:
+            rule = "two thresholds, 40 / 60 %" if row["name"].startswith("CATS") else row["name"]
+            skipped = 150 * (1 - float(row["bytes"]))
+            points.setdefault(rule, []).append((skipped, row["from_dense"], row["from_dense_se"]))
     curves = []
-    for rule in dict.fromkeys(rule_of(row["name"]) for row in rows if row["sparsity"]):
-        points = sorted(
-            (100 * float(row["sparsity"]), 100 * float(row["sparse"]), 100 * float(row["difference_se"]))
-            for row in rows
-            if rule_of(row["name"]) == rule and row["sparsity"]
-        )
-        curves.append(Curve(rule, *zip(*points, strict=True)))
-    if all(len(curve.x) < 2 for curve in curves):
-        return  # one sparsity is a table, not a curve
-    labels = {"x_label": "neurons skipped (%)", "y_label": "mean accuracy over eight tasks (%)"}
-    curves_figure(curves, dense=100 * dense, **labels).savefig(directory / "tasks.png")
+    for rule, some in points.items():
+        x, y, error = zip(*sorted(some), strict=True)
+        curves.append(Curve(rule, x, [100 * float(v) for v in y], [100 * float(v) for v in error]))
+    labels = {"x_label": "neurons skipped, mean of up and down (%)", "y_label": "accuracy, points from dense"}
+    curves_figure(curves, dense=0.0, **labels).savefig(directory / "tasks.png")
 
 
 def reached(directory: Path) -> None:
