@@ -113,6 +113,11 @@ def installed(families: dict[str, Family]) -> dict[str, Family]:
     return {name: family for name, family in families.items() if family.model_type in CONFIG_MAPPING}
 
 
+def keeps_experts_together(model: nn.Module) -> bool:
+    """Whether a layer's experts are two parameters; in early versions of transformers some families have lists."""
+    return any("gate_up_proj" in key for key in model.state_dict())
+
+
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A random model in eval mode. Weights are wide enough for activations of order one, as in real models."""
     torch.manual_seed(seed)

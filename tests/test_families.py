@@ -8,7 +8,7 @@ from pathlib import Path
 import models_table
 import pytest
 import torch
-from models import FAMILIES, HIDDEN, LAYERS, MIXTURES, REFUSED, installed, tiny_model, tokens
+from models import FAMILIES, HIDDEN, LAYERS, MIXTURES, REFUSED, installed, keeps_experts_together, tiny_model, tokens
 from patched import assert_unchanged, config_for, logits, many, snapshot
 
 from cats_ext import apply_cats, remove_cats, set_sparsity
@@ -93,6 +93,6 @@ def test_refused_families(name):
 
 def test_the_table_in_the_documentation():
     every = FAMILIES | MIXTURES | REFUSED
-    if len(installed(every)) < len(every):
-        pytest.skip("this version of transformers lacks some of the families")
+    if len(installed(every)) < len(every) or not all(keeps_experts_together(tiny_model(name)) for name in MIXTURES):
+        pytest.skip("this version of transformers lacks some of the families, or has other modules in them")
     assert models_table.document() == DOCUMENT.read_text(), "run python tests/models_table.py"
