@@ -115,11 +115,12 @@ def test_tensorboard_has_the_loss_of_every_step(model_dir, text_file, tmp_path):
 
 
 def test_thresholds_are_set_anew_without_tuning_again(tmp_path):
-    first = tune(tmp_path)
-    again = tune(tmp_path, recalibrate=True)
+    settings = FinetuneSettings(**(vars(SETTINGS) | {"learning_rate": 0.05}))  # enough for the sparsity to drift
+    first = tune(tmp_path, settings)
+    again = tune(tmp_path, settings, recalibrate=True)
     assert again["resumed_from"] == "checkpoint-6" and again["loss"] == first["loss"]
     assert again["after"] == first["after"] and first["recalibrated"] is None
-    assert again["recalibrated"]["sparsity"]["drift"] < again["after"]["sparsity"]["drift"]
+    assert again["recalibrated"]["sparsity"]["drift"] < again["after"]["sparsity"]["drift"] / 2
     before, after = (
         cats_ext.CatsConfig.from_pretrained(path).thresholds for path in (tmp_path / "training/thresholds", tmp_path)
     )
