@@ -13,9 +13,12 @@ dense model comes first. Several processes, each with some rules or measures, ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gzip
+import hashlib
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -103,6 +106,9 @@ class Bench:
         sparsity = 1.5 * (1 - target["budget"]) if "budget" in target else target["sparsity"]
         arguments["allocation"] = "search" if "budget" in target else "uniform"
         key = json.dumps(arguments, sort_keys=True)
+        kept = Path(self.args.kept or "") / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if key not in self.configs and self.args.kept and kept.exists():
+            self.configs[key] = cats_ext.CatsConfig.from_pretrained(kept)
         if key not in self.configs:
             texts = arguments.pop("texts", ["wikitext_valid"])
             parts = [self.windows(text, self.args.windows // len(texts)) for text in texts]
@@ -117,6 +123,10 @@ class Bench:
             )
             print(f"  calibrated in {time.perf_counter() - started:.1f} s: {found.calibration.get('search', '')}")
             self.configs[key] = found
+            if self.args.kept:
+                found.save_pretrained(kept.with_suffix(f".{os.getpid()}"))
+                with contextlib.suppress(OSError):  # another process was first
+                    kept.with_suffix(f".{os.getpid()}").rename(kept)
         return self.configs[key].at_sparsity(sparsity, down_sparsity=target.get("down_sparsity"))
 
     def run(self, variant: dict[str, Any]) -> None:
@@ -271,6 +281,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--measure", nargs="+", default=MEASURES, choices=MEASURES)
     parser.add_argument("--rules", nargs="+", help="only these (names without sparsity), and the dense model")
+    parser.add_argument("--kept", help="directory of calibrations that processes beside each other share")
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no variant after so long")
     args = parser.parse_args()

@@ -15,38 +15,14 @@ import gzip
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from quality_rules import Rule, Sample
 from torch import Tensor
 
 from cats_ext.allocation import allocate
-
-GRID = [round(0.05 * i, 2) for i in range(19)]  # of up and of down sparsity
-
-
-@dataclass
-class Rule:
-    """Per-neuron weights of the two tests, and the sparsity of every layer."""
-
-    name: str
-    up: float = 0.5
-    down: float = 0.5
-    gate_weight: str = "none"  # none, rms, mean, u, norm, fisher, fisher_apart
-    gate_power: float = 1.0
-    down_weight: str = "norm"  # none, norm, fisher; no second threshold if down == up
-    clip: float | None = None  # gate weights no further than this factor from their median
-    text: str = "wikitext"  # calibrated on: wikitext, c4, mixed (half of each), short (mixed, windows of 128)
-    correct: bool = False  # add the mean of what is dropped to the MLP's output
-    skip: int = 0  # first tokens of a window left out of calibration
-    dense_first: int = 0  # first positions computed densely in evaluation
-    rounds: int = 1  # 2: thresholds again on the inputs that the sparse model makes
-    allocation: str = "uniform"  # error, relative, fisher, kl
-    budget: float | None = None
-    within: float = 1.0  # of an allocation: how far a layer's sparsities may be from `up` and `down`
-    sets: list[str] = field(default_factory=lambda: ["wikitext", "c4", "lambada", "words"])
 
 
 def read(path: Path) -> str:
@@ -91,7 +67,7 @@ def repeated_words(documents: list[str], length: int = 400) -> list[tuple[str, s
 
 
 class Sweep:
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, sets: list[str]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = Path(args.model)
@@ -100,7 +76,6 @@ class Sweep:
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or source, **({} if args.tokenizer else options))
         self.layers = [layer.mlp for layer in self.model.model.layers]
-        self.norm = [mlp.down_proj.weight.norm(dim=0) for mlp in self.layers]
         self.rules: list[tuple[Tensor, Tensor | None] | None] = [None] * len(self.layers)
         self.dense_first = 0
         self.capture: list[tuple[Tensor, Tensor]] | None = None
@@ -132,6 +107,7 @@ class Sweep:
         if args.preparations:
             for name, text in preparations(read(data / "text/wikitext2_test.txt.gz")).items():
                 self.sets[name] = windows(text, args.windows)
+        self.dense_sets = list(dict.fromkeys([*self.sets, *sets]))
         self.stride = args.stride
         stories = [tuple(row["text"].rsplit(" ", 1)) for row in jsonl(data / "tasks/lambada.jsonl.gz")[: args.lambada]]
         pairs = {"lambada": stories, "words": repeated_words(rows[len(rows) // 4 : -200])[: 2 * args.lambada]}
@@ -142,8 +118,8 @@ class Sweep:
         self.last = {name: [(tokens(a), tokens(" " + b)) for a, b in some] for name, some in pairs.items()}
         self.dense_last: dict[str, tuple[Tensor, Tensor]] = {}
         self.dense_logits: dict[str, list[Tensor]] = {}
-        self.samples: dict[tuple, Tensor] = {}
-        self.prepared: dict[str, tuple] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.prepared: dict[str, list[Sample]] = {}
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -196,129 +172,58 @@ class Sweep:
 
     # --- thresholds ------------------------------------------------------------------------------------------------
 
-    def prepare(self, text: str) -> None:
-        """Activations and gradients of the dense model on one of the calibration texts."""
+    def samples(self, text: str) -> list[Sample]:
+        """Every layer of the dense model on one of the calibration texts."""
         if text not in self.prepared:
             self.rules, self.corrections = [None] * len(self.layers), None
-            gradients = self.gradients(self.texts[text])
-            rows = [g @ mlp.down_proj.weight for g, mlp in zip(gradients, self.layers, strict=True)]
-            self.prepared[text] = (self.collect(self.texts[text]), rows)
-        self.dense_activations, self.row_gradients = self.prepared[text]  # row: Wd_j . g, [windows, window, I]
-
-    def weights(self, rule: Rule, index: int) -> tuple[Tensor | None, Tensor | None]:
-        u, r = self.dense_activations[index][1][:, rule.skip :], self.row_gradients[index][:, rule.skip :]
-        fisher = r.square().mean((0, 1)).sqrt()
-        gate = {
-            "none": lambda: None,
-            "rms": lambda: u.square().mean((0, 1)).sqrt() * self.norm[index],
-            "u": lambda: u.square().mean((0, 1)).sqrt(),
-            "norm": lambda: self.norm[index],
-            "mean": lambda: u.abs().mean((0, 1)) * self.norm[index],
-            "fisher": lambda: (u * r).square().mean((0, 1)).sqrt(),
-            "fisher_apart": lambda: u.square().mean((0, 1)).sqrt() * fisher,
-        }[rule.gate_weight]()
-        down = {"none": None, "norm": self.norm[index], "fisher": fisher}[rule.down_weight]
-        if gate is not None:
-            gate = gate**rule.gate_power
-            gate = gate / gate.median()
-            if rule.clip:
-                gate = gate.clamp(1 / rule.clip, rule.clip)
-        return gate, down
-
-    def thresholds(self, rule: Rule, index: int, v: Tensor, u: Tensor, up: float, down: float):
-        gate_weight, down_weight = self.weights(rule, index)
-        v, u = (t[:, rule.skip :: self.stride] for t in (v, u))
-        a = v.abs() if gate_weight is None else v.abs() * gate_weight
-        threshold = quantile(a, up)
-        threshold = threshold if gate_weight is None else threshold / gate_weight
-        if down <= up:
-            return threshold, None
-        b = (v * u).abs() if down_weight is None else (v * u).abs() * down_weight
-        cut = quantile(torch.where(v.abs() >= threshold, b, 0), down)
-        return threshold, cut if down_weight is None else cut / down_weight
+            gradients, activations = self.gradients(self.texts[text]), self.collect(self.texts[text])
+            downs = [mlp.down_proj.weight.detach() for mlp in self.layers]
+            each = zip(activations, gradients, downs, strict=True)
+            self.prepared[text] = [Sample(v, u, g @ down, down) for (v, u), g, down in each]
+        return self.prepared[text]
 
     def set_rule(self, rule: Rule | None) -> list[tuple[float, float]]:
         self.rules, self.corrections = [None] * len(self.layers), None
         if rule is None:
             return []
-        self.prepare(rule.text)
+        samples = self.samples(rule.text)
         split = self.allocate(rule)
-        activations = self.dense_activations
+        activations = [(sample.v, sample.u) for sample in samples]
         for turn in range(rule.rounds):
             if turn:
                 activations = self.collect(self.texts[rule.text])
-            self.rules = [self.thresholds(rule, i, *activations[i], *split[i]) for i in range(len(self.layers))]
+            self.rules = [
+                sample.thresholds(rule.of_layer(i, len(samples)), *split[i], *activations[i], self.stride)
+                for i, sample in enumerate(samples)
+            ]
         if rule.correct:
-            self.corrections = [self.mean_dropped(i) for i in range(len(self.layers))]
+            self.corrections = [s.mean_dropped(*found) for s, found in zip(samples, self.rules, strict=True)]
         return split
 
-    def mean_dropped(self, index: int) -> Tensor:
-        v, u = self.dense_activations[index]
-        threshold, down_threshold = self.rules[index]
-        h = v * u
-        kept = v.abs() >= threshold
-        if down_threshold is not None:
-            kept &= h.abs() >= down_threshold
-        return self.layers[index].down_proj(torch.where(kept, 0, h).mean((0, 1)))
-
-    # --- allocation ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def allocate(self, rule: Rule) -> list[tuple[float, float]]:
+        """Up and down sparsity of each layer."""
         if rule.allocation == "uniform":
             return [(rule.up, rule.down)] * len(self.layers)
-        offset = rule.down - rule.up
-        if rule.allocation == "kl":
-            options = [(s - offset / 2, s + offset / 2) for s in (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
-        else:
-            options = [(a, b) for a in GRID for b in GRID if a <= b <= a + 0.4]
-        near = rule.within + 1e-6
-        options = [(a, b) for a, b in options if abs(a - rule.up) <= near and abs(b - rule.down) <= near]
-        key = (rule.allocation, rule.text, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, offset)
-        key += (tuple(options),)
-        if key not in self.samples:
-            self.samples[key] = torch.tensor([self.layer_losses(rule, i, options) for i in range(len(self.layers))])
+        options = rule.options()
+        facts = (rule.allocation, rule.text, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, options)
+        key = repr((*facts, rule.clip, rule.last_power))
+        if key not in self.losses:
+            if rule.allocation == "kl":
+                rows = [[self.layer_kl(rule, i, option) for option in options] for i in range(len(self.layers))]
+            else:
+                samples = self.samples(rule.text)
+                rows = [s.losses(rule.of_layer(i, len(samples)), options) for i, s in enumerate(samples)]
+            self.losses[key] = torch.tensor(rows)
         costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(len(self.layers), -1)
-        choice = allocate(self.samples[key], costs, rule.budget * len(self.layers))
+        choice = allocate(self.losses[key], costs, rule.budget * len(self.layers))
         return [options[c] for c in choice]
 
-    def layer_losses(self, rule: Rule, index: int, options: list[tuple[float, float]]) -> list[float]:
-        if rule.allocation == "kl":
-            return [self.layer_kl(rule, index, option) for option in options]
-        half = max(1, len(self.texts[rule.text]) // 2)
-        v, u = (t[:half, rule.skip :] for t in self.dense_activations[index])
-        r, w = self.row_gradients[index][:half, rule.skip :], self.layers[index].down_proj.weight
-        gate_weight, down_weight = self.weights(rule, index)
-        h, a = v * u, v.abs() if gate_weight is None else v.abs() * gate_weight
-        b = h.abs() if down_weight is None else h.abs() * down_weight
-        whole = (h @ w.T).square().sum(-1)
-        a_sorted, losses = a.flatten().sort().values, {}
-        for up in sorted({up for up, _ in options}):
-            passed = a >= a_sorted[int(up * len(a_sorted))]
-            b_passed = torch.where(passed, b, 0)
-            b_sorted = b_passed.flatten().sort().values
-            for option in options:
-                if option[0] != up:
-                    continue
-                dropped = torch.where(b_passed >= b_sorted[int(option[1] * len(b_sorted))], 0, h)
-                if option[1] <= up:
-                    dropped = torch.where(passed, 0, h)
-                if rule.allocation == "fisher":
-                    loss = (dropped * r).sum(-1).square() / 2
-                else:
-                    loss = (dropped @ w.T).square().sum(-1)
-                    if rule.allocation == "relative":
-                        loss = loss / whole
-                losses[option] = loss.mean()
-        return torch.stack([losses[option] for option in options]).tolist()
-
     def layer_kl(self, rule: Rule, index: int, option: tuple[float, float]) -> float:
+        sample, rule = self.samples(rule.text)[index], rule.of_layer(index, len(self.layers))
         self.rules = [None] * len(self.layers)
-        self.rules[index] = self.thresholds(rule, index, *self.dense_activations[index], *option)
         if rule.text + " calibration" not in self.dense_logits:
-            kept, self.rules = self.rules, [None] * len(self.layers)
             self.dense_logits[rule.text + " calibration"] = self.logits(self.texts[rule.text][:4])
-            self.rules = kept
+        self.rules[index] = sample.thresholds(rule, *option, sample.v, sample.u, self.stride)
         total = 0.0
         for ids, dense in zip(self.texts[rule.text][:4], self.dense_logits[rule.text + " calibration"], strict=True):
             total += float(kl(dense, self.model(input_ids=ids[None]).logits[0]).mean())
@@ -383,7 +288,7 @@ class Sweep:
         split = self.set_rule(rule)
         self.dense_first = rule.dense_first if rule else 0
         row: dict[str, object] = {"name": rule.name if rule else "dense"}
-        for name in rule.sets if rule else (*self.sets, *self.last):
+        for name in rule.sets if rule else self.dense_sets:
             self.counts.zero_()
             row |= self.last_words(name) if name in self.last else self.text(name)
             if rule:
@@ -395,17 +300,6 @@ class Sweep:
             row["split"] = " ".join(f"{a:.2f}/{b:.2f}" for a, b in split)
         self.dense_first = 0
         return row
-
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    flat = values.flatten()
-    if q <= 0:
-        return flat.new_zeros(())
-    return (
-        flat.kthvalue(int(q * flat.numel()) + 1).values
-        if flat.device.type == "cpu"
-        else flat.sort().values[int(q * flat.numel())]
-    )
 
 
 def kl(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -432,7 +326,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     started = time.perf_counter()
     rules = [None] + [Rule(**entry) for entry in json.loads(Path(args.configs).read_text())]
-    sweep = Sweep(args)
+    sweep = Sweep(args, [name for rule in rules[1:] for name in rule.sets])
     print(f"loaded after {time.perf_counter() - started:.1f} s", flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
