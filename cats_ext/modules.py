@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_ext import ops
@@ -52,9 +53,9 @@ class CatsState:
 class CatsMLP(nn.Module):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
-    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights. Otherwise, and whenever a
-    projection is not a bare ``nn.Linear`` (an adapter at work, a hook), the children are called as modules and the mask
-    is applied between them.
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
+    of the dense layer, with the mask applied between them. With gradients, and whenever a projection is not a bare
+    ``nn.Linear`` (an adapter at work, a hook), the children are called as modules.
 
     ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
     the state dict. They follow the module from device to device and keep their dtype when the model is cast.
@@ -72,26 +73,31 @@ class CatsMLP(nn.Module):
         if cats.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             return cats.original_class.forward(self, x)
         threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
+        fits, grad = kernel_fits(x, cats.hidden_size), torch.is_grad_enabled()
         weights = None
-        if kernel_fits(x, cats.hidden_size) and (linear := _bare_linear(down)) is not None:
+        if (fits or not (grad or cats.merged)) and (linear := _bare_linear(down)) is not None:
             if cats.merged:
                 weights = _merged_weights(children["gate_up_proj"])
             else:
                 weights = _separate_weights(children["gate_proj"], children["up_proj"])
+        counts = buffers["counts"] if cats.tracking else None
         if weights is not None:
             w_gate, w_up, gate_bias, up_bias = weights
             w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
             rows = w_down.stride(0) == 1  # one contiguous row a neuron
-            if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
+            if fits and rows and not (grad and needs_grad(x, w_down, down_bias, *weights)):
                 rule = threshold, down_threshold, cats.activation, gate_bias, up_bias, down_bias, deterministic()
-                if cats.tracking:
-                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), buffers["counts"], *rule)
+                if counts is not None:
+                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                 return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
+            if not (grad or cats.merged):  # as below, without the host's time for calling modules
+                gate, up = F.linear(x, w_gate, gate_bias), F.linear(x, w_up, up_bias)
+                h = masked_product(gate, up, threshold, down_threshold, cats.activation, counts)
+                return F.linear(h, w_down, down_bias)
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
         else:
             gate, up = children["gate_proj"](x), children["up_proj"](x)
-        counts = buffers["counts"] if cats.tracking else None
         return down(masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
 
     @torch.inference_mode()  # where the buffers may have been made, and where any tensor may be written to

@@ -56,6 +56,17 @@ def test_the_kernel_never_swallows_a_gradient(needs, called):
     assert called == ["sparse_mlp" if needs == "nothing" else "gated_threshold"]
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "phi3"])
+def test_prompts_give_the_same_with_and_without_gradients(family):
+    model = tiny_model(family)
+    apply_cats(model, config_for(model))
+    with torch.enable_grad():
+        expected = model(input_ids=many()).logits
+    assert expected.requires_grad and torch.equal(logits(model, many()), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=many()).logits, expected)
+
+
 def test_training_with_gradient_checkpointing():
     model = tiny_model().train()
     apply_cats(model, config_for(model))
@@ -74,19 +85,21 @@ def test_training_with_gradient_checkpointing():
     assert layers_of(model)[0].down_proj.weight.t().is_contiguous()
 
 
-def test_hooks_on_a_projection_fire_and_count(called):
-    model = tiny_model()
+@pytest.mark.parametrize("prompt", [few, many])
+def test_hooks_on_a_projection_fire_and_count(prompt, called):
+    model, ids = tiny_model(), prompt()
     apply_cats(model, config_for(model))
-    expected = logits(model, few())
+    dense_layers = 0 if prompt is few else LAYERS - 1
+    expected = logits(model, ids)
     seen = []
     handle = layers_of(model)[1].up_proj.register_forward_hook(lambda m, a, output: seen.append(output) or output * 2)
     called.clear()
-    assert not torch.allclose(logits(model, few()), expected)
-    assert len(seen) == 1 and called.count("gated_threshold") == 1
+    assert not torch.allclose(logits(model, ids), expected)
+    assert len(seen) == 1 and called.count("gated_threshold") == 1 + dense_layers
     handle.remove()
-    assert torch.equal(logits(model, few()), expected)
+    assert torch.equal(logits(model, ids), expected)
     handle = layers_of(model)[1].down_proj.register_forward_pre_hook(lambda m, a: seen.append(a))
-    logits(model, few())
+    logits(model, ids)
     assert len(seen) == 2
     handle.remove()
 
