@@ -5,14 +5,17 @@
 Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "captured",
 cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
 with random tokens and the paper's rule unless --rule names another. A token's time is the difference between generating
---new-tokens and generating one, divided by the tokens in between; both are the median of --repetitions, greedy, past
-any end-of-text token. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut
-short or done in parts; plot_decode.py draws the paper's figure 4 from them.
+--new-tokens and generating one, divided by the tokens in between, greedy, past any end-of-text token; both are the
+median of --repetitions. Eager tokens and the first token depend on the host, whose speed varies from second to second:
+the dense model is kept beside the patched one, both are timed in turns, --turns times, and the ratio is the median of
+the turns'. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut short or done
+in parts; plot_decode.py draws the paper's figure 4 from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gc
 import statistics
@@ -38,6 +41,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
                                 num_attention_heads=4, num_key_value_heads=2),
 }  # fmt: skip
 MODES = ("eager", "compiled", "captured")
+NOT_TAKEN = {"prepare_s": "", "bytes_at_rest": "", "bytes_peak": ""}  # in turns: two models are in memory
 
 
 def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
@@ -123,102 +127,127 @@ class Bench:
         torch.manual_seed(0)
         model = load(name, self.arguments.layers, self.device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
-        self.modes(name, model, 0.0)
+        stepped = [mode for mode in self.arguments.modes if mode != "eager"]
+        self.modes(name, model, stepped, 0.0)
+        twin = copy.deepcopy(model) if "eager" in self.arguments.modes else None
         windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
         config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
         cats_ext.apply_cats(model, config)
-        self.modes(name, model, *self.arguments.sparsity)
-        del model
+        self.modes(name, model, stepped, *self.arguments.sparsity)
+        if twin is not None:
+            self.in_turns(name, twin, model)
+        del model, twin
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
 
-    def modes(self, name: str, model: PreTrainedModel, *sparsities: float) -> None:
-        """All modes at each sparsity; a captured or compiled step is made once and follows the thresholds."""
+    def modes(self, name: str, model: PreTrainedModel, modes: list[str], *sparsities: float) -> None:
+        """Modes at each sparsity; a captured or compiled step is made once and follows the thresholds."""
         arguments = self.arguments
-        for mode in arguments.modes:
+        for mode in modes:
             # The compiled step attends over the whole static cache, which is as short as the prompts allow.
-            first_token = [] if mode == "compiled" else arguments.first_token
-            length = max([*arguments.prompt, *first_token]) + arguments.new_tokens
-            generator = Generator(model, mode, length)
+            generator = Generator(model, mode, max(arguments.prompt) + arguments.new_tokens)
             for sparsity in sparsities:
-                if sparsity:
-                    cats_ext.set_sparsity(model, sparsity)
-                reached = self.reached(model) if sparsity and mode == arguments.modes[0] else ""
+                reached = self.set_sparsity(model, sparsity)
                 for prompt in arguments.prompt:
                     if self.out_of_time():
                         return print("out of time", flush=True)
-                    self.speed(name, model, generator, sparsity, prompt, reached)
-                self.first_tokens(name, model, generator, sparsity, first_token)
+                    self.speed(name, generator, sparsity, prompt, reached)
             del generator
             gc.collect()
 
-    def reached(self, model: PreTrainedModel) -> float:
-        """The share of neurons skipped over a prompt of 64 tokens and 16 generated ones."""
+    def set_sparsity(self, model: PreTrainedModel, sparsity: float) -> float | str:
+        """The share of neurons skipped at it, over a prompt of 64 tokens and 16 generated ones; nothing if dense."""
+        if not sparsity:
+            return ""
+        cats_ext.set_sparsity(model, sparsity)
         with cats_ext.track_sparsity(model):
             Generator(model, "eager", 0)(self.prompt(model, 64), 17)
             report = cats_ext.sparsity_report(model)
         cats_ext.reset_sparsity(model)
         return round(report.up_sparsity, 4)
 
+    def in_turns(self, name: str, dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
+        """Eager tokens and the first token, at each sparsity beside the dense model."""
+        arguments, generators = self.arguments, [Generator(model, "eager", 0) for model in (dense, sparse)]
+        new, dense_times = arguments.eager_tokens, {}
+
+        def times(prompt: int, seconds: Callable[[Generator, Tensor], float]) -> list[list[float]]:
+            ids, found = self.prompt(dense, prompt), [[], []]
+            for generator in generators:
+                seconds(generator, ids)
+            for _ in range(arguments.turns):
+                for generator, of in zip(generators, found, strict=True):
+                    of.append(seconds(generator, ids))
+            return found
+
+        def ratio(above: list[float], below: list[float]) -> float:
+            return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
+
+        for sparsity in arguments.sparsity:
+            reached = self.set_sparsity(sparse, sparsity)
+            for prompt in arguments.prompt:
+                if self.out_of_time():
+                    return print("out of time", flush=True)
+                before, after = times(prompt, lambda g, ids: (g(ids, new) - g(ids, 1)) / (new - 1))
+                dense_times.setdefault(prompt, []).extend(before)
+                row = self.row(name, sparse, "eager", prompt, new, sparsity, reached, statistics.median(after))
+                self.results.add("decode.csv", row | {"speedup": ratio(before, after)} | NOT_TAKEN)
+            for prompt in arguments.first_token:
+                if self.out_of_time():
+                    return print("out of time", flush=True)
+                before, after = times(prompt, lambda g, ids: g(ids, 1))
+                row = {"model": name, "layers": dense.config.num_hidden_layers, "prompt": prompt, "sparsity": sparsity}
+                row |= {"dense_ms": round(statistics.median(before) * 1e3, 3)}
+                row |= {"ms": round(statistics.median(after) * 1e3, 3), "of_dense": ratio(after, before)}
+                self.results.add("first_token.csv", row | {"turns": arguments.turns})
+        for prompt, seconds in dense_times.items():
+            row = self.row(name, dense, "eager", prompt, new, 0.0, "", statistics.median(seconds))
+            self.results.add("decode.csv", row | {"speedup": 1.0} | NOT_TAKEN)
+
     def prompt(self, model: PreTrainedModel, tokens: int) -> Tensor:
         seeded = torch.Generator().manual_seed(tokens)
         return torch.randint(3, model.config.vocab_size, (1, tokens), generator=seeded).to(self.device)
 
-    def speed(
+    def row(
         self,
         name: str,
         model: PreTrainedModel,
-        generator: Generator,
-        sparsity: float,
+        mode: str,
         prompt: int,
+        new: int,
+        sparsity: float,
         reached: float | str,
-    ) -> None:
-        arguments, ids = self.arguments, self.prompt(model, prompt)
-        new = arguments.eager_tokens if generator.mode == "eager" else arguments.new_tokens
+        seconds: float,
+    ) -> dict[str, Any]:
+        return {
+            "model": name,
+            "layers": model.config.num_hidden_layers,
+            "mode": mode,
+            "prompt": prompt,
+            "new_tokens": new,
+            "rule": self.arguments.rule if sparsity else "",
+            "sparsity": sparsity,
+            "reached": reached,
+            "ms_per_token": round(seconds * 1e3, 4),
+            "tokens_per_s": round(1 / seconds, 2),
+        }
+
+    def speed(self, name: str, generator: Generator, sparsity: float, prompt: int, reached: float | str) -> None:
+        arguments, model, new = self.arguments, generator.model, self.arguments.new_tokens
+        ids = self.prompt(model, prompt)
         before = time.perf_counter()
         generator(ids, 4)
         prepared = time.perf_counter() - before
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        rounds = 1 if generator.mode == "eager" else arguments.repetitions
-        whole, one = (statistics.median(generator(ids, n) for _ in range(rounds)) for n in (new, 1))
+        whole, one = (statistics.median(generator(ids, n) for _ in range(arguments.repetitions)) for n in (new, 1))
         seconds = (whole - one) / (new - 1)
         dense = self.dense.setdefault((name, generator.mode, prompt), seconds)
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
-        self.results.add(
-            "decode.csv",
-            {
-                "model": name,
-                "layers": model.config.num_hidden_layers,
-                "mode": generator.mode,
-                "prompt": prompt,
-                "new_tokens": new,
-                "rule": arguments.rule if sparsity else "",
-                "sparsity": sparsity,
-                "reached": reached,
-                "ms_per_token": round(seconds * 1e3, 4),
-                "tokens_per_s": round(1 / seconds, 2),
-                "speedup": round(dense / seconds, 4),
-                "prepare_s": round(prepared, 2),
-                "bytes_at_rest": memory[0],
-                "bytes_peak": memory[1],
-            },
-        )
-
-    def first_tokens(
-        self, name: str, model: PreTrainedModel, generator: Generator, sparsity: float, prompts: list[int]
-    ) -> None:
-        for prompt in prompts:
-            if self.out_of_time():
-                return print("out of time", flush=True)
-            ids = self.prompt(model, prompt)
-            generator(ids, 1)
-            seconds = statistics.median(generator(ids, 1) for _ in range(2 * self.arguments.repetitions + 1))
-            dense = self.dense.setdefault((name, generator.mode, "first", prompt), seconds)
-            row = {"model": name, "layers": model.config.num_hidden_layers, "mode": generator.mode, "prompt": prompt}
-            row |= {"sparsity": sparsity, "ms": round(seconds * 1e3, 3), "of_dense": round(seconds / dense, 4)}
-            self.results.add("first_token.csv", row)
+        row = self.row(name, model, generator.mode, prompt, new, sparsity, reached, seconds)
+        row |= {"speedup": round(dense / seconds, 4), "prepare_s": round(prepared, 2)}
+        self.results.add("decode.csv", row | {"bytes_at_rest": memory[0], "bytes_peak": memory[1]})
 
 
 def main() -> None:
@@ -229,11 +258,12 @@ def main() -> None:
     parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="prompt lengths to decode after")
-    parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths to time")
-    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument(
-        "--eager-tokens", type=int, default=32, help="new tokens in eager mode, which is slow and steady"
+        "--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths, with --modes eager"
     )
+    parser.add_argument("--turns", type=int, default=5, help="of both models, for eager tokens and the first token")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--eager-tokens", type=int, default=16, help="new tokens in eager mode")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing more after so long")
     parser.add_argument("--commit", default=None, help="for the result files; default: git rev-parse HEAD")

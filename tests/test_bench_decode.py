@@ -22,7 +22,7 @@ def bench_on_path(monkeypatch):
 def run(monkeypatch, output: Path, *arguments: str) -> None:
     import bench_decode
 
-    small = "--model tiny --prompt 16 --first-token 8 --new-tokens 6 --eager-tokens 4 --repetitions 1 --commit abc"
+    small = "--model tiny --prompt 16 --first-token 8 --new-tokens 6 --eager-tokens 4 --repetitions 1 --turns 2 --commit abc"
     monkeypatch.setattr(sys, "argv", ["bench_decode.py", *small.split(), "--output", str(output), *arguments])
     bench_decode.main()
 
@@ -40,9 +40,10 @@ def test_rows_and_figure(monkeypatch, tmp_path):
     rows, first = read(tmp_path / "decode.csv"), read(tmp_path / "first_token.csv")
     assert [(row["mode"], float(row["sparsity"])) for row in rows] == [
         *(("captured", s) for s in (0.0, 0.5, 0.7, 0.9)),
-        *(("eager", s) for s in (0.0, 0.7)),
+        *(("eager", s) for s in (0.7, 0.0)),
     ]
-    assert len(first) == len(rows) and {row["commit"] for row in rows} == {"abc"}
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert [(row["prompt"], row["sparsity"]) for row in first] == [("8", "0.7")] and float(first[0]["of_dense"]) > 0
     for row in rows:
         assert float(row["ms_per_token"]) * float(row["tokens_per_s"]) == pytest.approx(1000, rel=1e-2)
     assert all(float(row["speedup"]) == 1 for row in rows if row["sparsity"] == "0.0")
