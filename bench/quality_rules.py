@@ -22,7 +22,8 @@ class Rule:
     down: float = 0.5
     gate_weight: str = "none"  # a name of GATE_WEIGHTS
     gate_power: float = 1.0
-    last_power: float | None = None  # of the last layer
+    last_power: float | None = None  # gate_power of the last layer
+    last: tuple[float, float] | None = None  # its up and down sparsity
     down_weight: str = "norm"  # none, norm, fisher; no second threshold if down == up
     clip: float | None = None  # gate weights no further than this factor from their median
     text: str = "wikitext"  # calibrated on: wikitext, c4, mixed (half of each), short (mixed, windows of 128)
@@ -36,8 +37,11 @@ class Rule:
     sets: list[str] = field(default_factory=lambda: ["wikitext", "c4", "lambada", "words"])
 
     def of_layer(self, index: int, layers: int) -> Rule:
-        last = index == layers - 1 and self.last_power is not None
-        return replace(self, gate_power=self.last_power) if last else self
+        if index < layers - 1:
+            return self
+        up, down = self.last or (self.up, self.down)
+        power = self.gate_power if self.last_power is None else self.last_power
+        return replace(self, gate_power=power, up=up, down=down)
 
     def options(self) -> list[tuple[float, float]]:
         """Up and down sparsities that an allocation chooses from."""

@@ -202,21 +202,23 @@ class Sweep:
 
     def allocate(self, rule: Rule) -> list[tuple[float, float]]:
         """Up and down sparsity of each layer."""
+        count = len(self.layers)
         if rule.allocation == "uniform":
-            return [(rule.up, rule.down)] * len(self.layers)
-        options = rule.options()
+            return [(of.up, of.down) for of in (rule.of_layer(i, count) for i in range(count))]
+        options, free = rule.options(), count - (rule.last is not None)
         facts = (rule.allocation, rule.text, rule.gate_weight, rule.gate_power, rule.down_weight, rule.skip, options)
-        key = repr((*facts, rule.clip, rule.last_power))
+        key = repr((*facts, rule.clip, rule.last_power, rule.last))
         if key not in self.losses:
             if rule.allocation == "kl":
-                rows = [[self.layer_kl(rule, i, option) for option in options] for i in range(len(self.layers))]
+                rows = [[self.layer_kl(rule, i, option) for option in options] for i in range(free)]
             else:
-                samples = self.samples(rule.text)
-                rows = [s.losses(rule.of_layer(i, len(samples)), options) for i, s in enumerate(samples)]
+                samples = self.samples(rule.text)[:free]
+                rows = [sample.losses(rule.of_layer(i, count), options) for i, sample in enumerate(samples)]
             self.losses[key] = torch.tensor(rows)
-        costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(len(self.layers), -1)
-        choice = allocate(self.losses[key], costs, rule.budget * len(self.layers))
-        return [options[c] for c in choice]
+        rest = [] if rule.last is None else [tuple(rule.last)]
+        costs = torch.tensor([(3 - a - b) / 3 for a, b in options]).expand(free, -1)
+        choice = allocate(self.losses[key], costs, rule.budget * count - sum((3 - a - b) / 3 for a, b in rest))
+        return [options[c] for c in choice] + rest
 
     def layer_kl(self, rule: Rule, index: int, option: tuple[float, float]) -> float:
         sample, rule = self.samples(rule.text)[index], rule.of_layer(index, len(self.layers))

@@ -39,8 +39,11 @@ def test_every_gate_weight_reaches_both_targets(sample, down_weight):
         assert 1 - kept.float().mean() == pytest.approx(0.6, abs=0.001), name
 
 
-def test_the_last_layer_has_a_power_of_its_own():
+def test_the_last_layer_has_a_power_and_sparsities_of_its_own():
     from quality_rules import Rule
+
+    last = Rule("a", 0.4, 0.6, last=(0.0, 0.1)).of_layer(2, 3)
+    assert (last.up, last.down) == (0.0, 0.1)
 
     rule = Rule("a", gate_power=0.5, last_power=0.0)
     assert [rule.of_layer(i, 3).gate_power for i in range(3)] == [0.5, 0.5, 0.0]
