@@ -22,7 +22,8 @@ def bench_on_path(monkeypatch):
 def run(monkeypatch, output: Path, *arguments: str) -> None:
     import bench_decode
 
-    small = "--model tiny --prompt 16 --first-token 8 --new-tokens 6 --eager-tokens 4 --repetitions 1 --turns 2 --commit abc"
+    small = "--model tiny --prompt 16 --first-token 8 --new-tokens 6 --eager-tokens 4"
+    small += " --repetitions 1 --turns 2 --commit abc"
     monkeypatch.setattr(sys, "argv", ["bench_decode.py", *small.split(), "--output", str(output), *arguments])
     bench_decode.main()
 
