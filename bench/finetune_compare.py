@@ -6,8 +6,9 @@
     python bench/finetune_plots.py bench/results/finetune
 
 Every variant of bench/finetune.json is a process of its own that calls cats_ext.finetune.finetune with a callback that
-measures: perplexity in float32, tasks with the layers in bfloat16. Training and calibration are on the C4 sample behind
-its beginning, which perplexity is measured on. The CSVs are written anew whenever a process has measured something.
+measures: perplexity in float32, tasks with the layers in bfloat16. Each calibration there is run once, and its variants
+begin after it. Training and calibration are on the C4 sample behind its beginning, which perplexity is measured on. The
+CSVs are written anew whenever a process has measured something.
 Processes are forked: on a GPU set PYTORCH_NVML_BASED_CUDA_CHECK=1, so that a question about CUDA does not start it.
 """
 
@@ -21,6 +22,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +37,30 @@ import cats_ext
 from cats_ext.finetune import FinetuneSettings, finetune
 
 
-def child(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded, log: Path) -> None:
-    """One variant, in a process of its own: calibrate, tune, measure at ``--at``."""
+def logged(log: Path, work: Callable[..., None], *arguments: Any) -> None:
+    """``work``, in a process of its own whose output goes to ``log``."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    cuda = torch.cuda.is_available()
-    model = loaded.model.to("cuda" if cuda else "cpu")
+    work(*arguments)
+
+
+def calibrate(directory: Path, rule: dict[str, Any], loaded: Loaded) -> None:
+    """Once for all variants that name it: thresholds at any sparsity follow from its counts."""
+    length = loaded.settings.get("sequence_length", 512)
+    windows = loaded.tokens["train"].view(-1, length)
+    rule = {"sequence_length": length, "batch_size": 4, "progress": False} | rule
+    cats_ext.calibrate(loaded.model.to(device()), windows, **rule).save_pretrained(directory)
+
+
+def tune(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded) -> None:
+    """One variant: tune, and measure at ``--at``."""
+    model = loaded.model.to(device())
     settings = FinetuneSettings(**loaded.settings | variant["settings"])
     train, config = loaded.tokens["train"].view(-1, settings.sequence_length), None
-    if "calibrate" in variant:
-        rule = variant["calibrate"] | {"sequence_length": settings.sequence_length, "progress": False}
-        config = cats_ext.calibrate(model, train, **rule)
+    if settings.method == "cats":
+        counted = cats_ext.CatsConfig.from_pretrained(args.work / f"calibration {variant['calibration']}")
+        config = counted.at_sparsity(settings.sparsity)
     name = variant["name"]
     at = [step for step in args.at if step in variant.get("at", args.at)]
     measure = Measure(args.work / f"{name}.jsonl", at, loaded.tokens, loaded.tasks, args.batch_tokens)
@@ -66,8 +80,12 @@ def child(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded, log
     )
     measure.write(
         result={key: found[key] for key in ("before", "after", "recalibrated", "loss")},
-        memory=torch.cuda.max_memory_reserved() if cuda else 0,
+        memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
     )
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -102,14 +120,21 @@ def run(args: argparse.Namespace) -> None:
     }
     for name in ("accelerate", "peft", "transformers.trainer"):
         importlib.import_module(name)  # seconds, once for all processes
-    waiting, running, seen = list(variants), {}, {}
+    fork, waiting, running, seen = multiprocessing.get_context("fork"), list(variants), {}, {}
+
+    def start(name: str, work: Callable[..., None], *arguments: Any) -> None:
+        log = args.out / (re.sub(r"\W+", "_", name).strip("_") + ".log")
+        running[name] = fork.Process(target=logged, args=(log, work, *arguments))
+        running[name].start()
+
+    for name in dict.fromkeys(each["calibration"] for each in variants if "calibration" in each):
+        name = f"calibration {name}"
+        start(name, calibrate, args.work / name, document["calibrations"][name.removeprefix("calibration ")], loaded)
     while waiting or running:
-        while waiting and len(running) < args.parallel:
-            variant = waiting.pop(0)
-            name = variant["name"]
-            log = args.out / (re.sub(r"\W+", "_", name).strip("_") + ".log")
-            running[name] = multiprocessing.get_context("fork").Process(target=child, args=(args, variant, loaded, log))
-            running[name].start()
+        for variant in [each for each in waiting if f"calibration {each.get('calibration')}" not in running]:
+            if len(running) < args.parallel:
+                waiting.remove(variant)
+                start(variant["name"], tune, args, variant, loaded)
         time.sleep(1)
         for name in [name for name, process in running.items() if not process.is_alive()]:
             print(

@@ -22,7 +22,7 @@ from cats_ext.evaluation import perplexity
 from cats_ext.patching import sparse_mlps
 from cats_ext.significance import mean_accuracy, paired_accuracy
 
-WINDOW = 1024  # of perplexity
+WINDOW, _BATCH = 1024, 8  # of perplexity
 
 
 def prepare_tokens(args: argparse.Namespace, sequence_length: int) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class Measure(TrainerCallback):
             cats_ext.reset_sparsity(base)
         for text in ("c4", "wikitext"):
             with cats_ext.track_sparsity(base) if patched and text == "c4" else nullcontext():
-                row[text] = perplexity(base, self.tokens[text], window=WINDOW, progress=False).ppl
+                row[text] = perplexity(base, self.tokens[text], window=WINDOW, batch_size=_BATCH, progress=False).ppl
         if patched:
             report = cats_ext.sparsity_report(base)
             layers = [

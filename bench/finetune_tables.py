@@ -6,6 +6,7 @@ python bench/finetune_tables.py
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 from readme_tables import read, source, table
 
@@ -56,7 +57,7 @@ def sparsity() -> str:
         for key in ("up", "down"):
             before, after = ([float(row[key]) for row in mine if int(row["step"]) == step] for step in (0, last))
             furthest = max((b - a for a, b in zip(before, after, strict=True)), key=abs)
-            target = float(mine[0][f"{key}_target"])
+            target = mean(float(row[f"{key}_target"]) for row in mine)
             cells += [f"{target:.1%}" if target else "", f"{sum(before) / len(before):.1%}"]
             cells += [f"{sum(after) / len(after):.1%}", f"{100 * furthest:+.1f}"]
         rows.append([name, *cells])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_ext._run import check_token_ids, evaluation_mode, input_device, progress_bar
+from cats_ext.calibration_passes import batches_of
 from cats_ext.patching import masking_disabled
 
 _POSITIONS = 256  # whose logits are turned to float32 together: 128 MB at a vocabulary of 128k
@@ -33,6 +34,7 @@ def perplexity(
     window: int = 1024,
     max_windows: int | None = None,
     bos_token_id: int | None = None,
+    batch_size: int = 1,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity over non-overlapping windows of ``input_ids``; the first token of a window is not predicted.
@@ -47,18 +49,22 @@ def perplexity(
         max_windows: use only the first so many windows.
         bos_token_id: put before each window, for models that are trained with it (Llama, Gemma); then the first token
             of the text is predicted too.
+        batch_size: windows run together; the logits of all of them are in memory.
         progress: show a bar with the time left on standard error.
 
     Raises:
         TypeError, ValueError: ``input_ids`` is no sequence of the model's token ids or has nothing to predict.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     windows = _windows(model, input_ids, window, max_windows, bos_token_id)
+    batches = batches_of(windows, batch_size)
     device = input_device(model)
     total, tokens = 0.0, 0
-    with evaluation_mode(model), progress_bar("perplexity", len(windows), progress) as advance:
-        for ids in windows:
-            logits = model(input_ids=ids[None].to(device)).logits[0, :-1]
-            targets = ids[1:].to(logits.device)
+    with evaluation_mode(model), progress_bar("perplexity", len(batches), progress) as advance:
+        for ids in batches:
+            logits = model(input_ids=ids.to(device)).logits[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten().to(logits.device)
             for some, wanted in zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
                 total += F.cross_entropy(some.float(), wanted.long(), reduction="sum").double().item()
             tokens += len(targets)

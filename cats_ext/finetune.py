@@ -157,7 +157,7 @@ def finetune(
     elif settings.method == "relufication":
         relufy(model)
     ids = torch.cat(held_out)
-    before = _measure(model, ids, length, progress)
+    before = _measure(model, ids, length, settings, progress)
     tuned = _with_adapters(model, settings)
     with progress_bar(f"tuning, {settings.method}", settings.steps, progress) as advance:
         trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance, callbacks)
@@ -165,10 +165,10 @@ def finetune(
     if settings.lora_rank:
         tuned.merge_and_unload()
     model.requires_grad_(True).eval()
-    after, recalibrated = _measure(model, ids, length, progress), None
+    after, recalibrated = _measure(model, ids, length, settings, progress), None
     if recalibrate:
         _recalibrate(model, train, length, settings, progress)
-        recalibrated = _measure(model, ids, length, progress)
+        recalibrated = _measure(model, ids, length, settings, progress)
     result = {
         "output": str(output),
         "settings": asdict(settings),
@@ -286,10 +286,15 @@ def _thresholds(
     if directory.is_dir() and any(directory.glob("cats_config.json")):
         return CatsConfig.from_pretrained(directory)
     if config is None:
-        sparsity, seed = settings.sparsity, settings.seed
-        config = calibrate(model, train, sparsity=sparsity, sequence_length=length, seed=seed, progress=progress)
+        config = calibrate(
+            model, train, sparsity=settings.sparsity, **_calibration(settings, length), progress=progress
+        )
     config.save_pretrained(directory)
     return config
+
+
+def _calibration(settings: FinetuneSettings, length: int) -> dict[str, int]:
+    return {"sequence_length": length, "batch_size": settings.batch_size, "seed": settings.seed}
 
 
 def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Module:
@@ -307,12 +312,12 @@ def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Mod
     return get_peft_model(model, adapters)
 
 
-def _measure(model: nn.Module, ids: Tensor, length: int, progress: bool) -> dict[str, Any]:
+def _measure(model: nn.Module, ids: Tensor, length: int, settings: FinetuneSettings, progress: bool) -> dict[str, Any]:
     patched = bool(sparse_mlps(model))
     if patched:
         reset_sparsity(model)
     with track_sparsity(model) if patched else nullcontext():
-        found = perplexity(model, ids, window=length, progress=progress)
+        found = perplexity(model, ids, window=length, batch_size=settings.batch_size, progress=progress)
     sparsity = None
     if patched:
         report = sparsity_report(model)
@@ -328,7 +333,7 @@ def _recalibrate(
     old = current_config(model)
     rule = {"rule": old.rule, "gate_power": old.gate_power, "importance": old.importance}
     remove_cats(model)
-    new = calibrate(model, train, **rule, sequence_length=length, seed=settings.seed, progress=progress)
+    new = calibrate(model, train, **rule, **_calibration(settings, length), progress=progress)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
     new = new.with_targets(targets, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))

@@ -146,7 +146,4 @@ def masked_product(
     if counts is not None:
         with torch.no_grad():
             counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return ops.gated_threshold(gate, up, threshold, down_threshold, activation)
-    with torch._C._AutoDispatchBelowAutograd():  # past a kernel in Python, which takes as long as two elementwise ops
-        return ops.gated_threshold(gate, up, threshold, down_threshold, activation)
+    return ops.eager_gated_threshold(gate, up, threshold, down_threshold, activation)

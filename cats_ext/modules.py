@@ -75,7 +75,7 @@ class CatsMLP(nn.Module):
         threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
         fits, grad = kernel_fits(x, cats.hidden_size), torch.is_grad_enabled()
         weights = None
-        if (fits or not (grad or cats.merged)) and (linear := _bare_linear(down)) is not None:
+        if (fits or not cats.merged) and (linear := _bare_linear(down)) is not None:
             if cats.merged:
                 weights = _merged_weights(children["gate_up_proj"])
             else:
@@ -90,7 +90,7 @@ class CatsMLP(nn.Module):
                 if counts is not None:
                     return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                 return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-            if not (grad or cats.merged):  # as below, without the host's time for calling modules
+            if not cats.merged:  # as below, without the host's time for calling modules
                 gate, up = F.linear(x, w_gate, gate_bias), F.linear(x, w_up, up_bias)
                 h = masked_product(gate, up, threshold, down_threshold, cats.activation, counts)
                 return F.linear(h, w_down, down_bias)

@@ -42,6 +42,12 @@ def test_windows_longer_than_a_chunk_of_positions():
     assert got.nll == pytest.approx(nll, rel=1e-5) and got.tokens == count == 698
 
 
+def test_windows_in_batches():
+    model, ids = tiny_model(), tokens(330)
+    one, many = (perplexity(model, ids, window=50, batch_size=size, progress=False) for size in (1, 4))
+    assert many.nll == pytest.approx(one.nll, rel=1e-6) and (many.tokens, many.windows) == (one.tokens, one.windows)
+
+
 def test_bos_before_each_window():
     model, ids = tiny_model(), tokens(90)
     nll, count = by_definition(model, [torch.cat([torch.tensor([1]), w]) for w in ids.split(39)])
@@ -95,6 +101,7 @@ def test_progress(capsys):
         (tokens(10) + VOCABULARY, {}, ValueError, "input_ids has token id"),
         (tokens(10), dict(window=1), ValueError, "window must be at least 2 tokens, got 1"),
         (tokens(10), dict(max_windows=0), ValueError, "max_windows must be at least 1, got 0"),
+        (tokens(10), dict(batch_size=0), ValueError, "batch_size must be a positive integer, got 0"),
     ],
 )
 def test_errors(ids, arguments, error, message):
