@@ -31,7 +31,7 @@ from cats_ext.evaluation import compare
 from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
 from cats_ext.report import SparsityDriftWarning
-from cats_ext.rules import DEFAULT_GATE_POWER, check_weights, sparsity_of, sparsity_split
+from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
 ALLOCATIONS = ("uniform", "search")
 _GRADIENT_TOKENS = 8192  # that the gradient passes use at most
@@ -51,6 +51,7 @@ def calibrate(
     rule: str = "two_threshold",
     down_sparsity: float | None = None,
     gate_power: float | None = None,
+    last_gate_power: float | None = None,
     importance: str = "norm",
     allocation: str | None = None,
     spread: float = 0.1,
@@ -90,6 +91,8 @@ def calibrate(
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
         gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/8
             with "two_threshold", there 0 for mixtures of experts.
+        last_gate_power: the same of the last layer, whose output the logits are made of. By default no larger than
+            gate_power, 1 with "weighted" and 1/8 with "two_threshold".
         importance: "norm" or "gradient".
         allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
             "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
@@ -124,19 +127,22 @@ def calibrate(
     has_experts = any(mlp.experts for mlp in mlps)
     if gate_power is None:
         gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
-    check_weights(rule, gate_power, importance)
+    check_weights(rule, gate_power, last_gate_power or 0, importance)
+    if last_gate_power is None:
+        last_gate_power = min(gate_power, LAST_GATE_POWER[rule])
     if has_experts:
-        _check_for_experts(gate_power, importance, allocation)
+        _check_for_experts(max(gate_power, last_gate_power), importance, allocation)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)
     windows = collect_windows(data, tokenizer, sequence_length, max_tokens, seed)
     check_token_ids("data", torch.cat(windows), model)
 
-    layers = {mlp.name: LayerAccumulator(mlp, gate_power, importance) for mlp in mlps}
+    powers = [gate_power] * (len(mlps) - 1) + [last_gate_power]
+    layers = {mlp.name: LayerAccumulator(mlp, power, importance) for mlp, power in zip(mlps, powers, strict=True)}
     batches = batches_of(windows, batch_size)
-    steps = _steps(layers, rule, gate_power, importance, allocation)
-    arguments = {"rule": rule, "gate_power": gate_power, "importance": importance, "allocation": allocation}
+    steps = _steps(layers, rule, max(powers), importance, allocation)
+    arguments = {"rule": rule, "gate_power": powers, "importance": importance, "allocation": allocation}
     saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
     seconds_a_token = 0.0
     for number in range(saved.step, len(steps)):
@@ -172,6 +178,7 @@ def calibrate(
         sparsity=sparsity,
         rule=rule,
         gate_power=gate_power,
+        last_gate_power=last_gate_power,
         importance=importance,
         calibration={
             "tokens": sum(len(window) for window in windows),

@@ -59,7 +59,7 @@ class CatsConfig:
         down_thresholds: likewise; empty for the plain rule.
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
             fingerprint by which a config for another model is recognised.
-        rule, sparsity, gate_power, importance: as given to :func:`cats_ext.calibrate`.
+        rule, sparsity, gate_power, last_gate_power, importance: as given to :func:`cats_ext.calibrate`.
         sparse_prefill: False computes every input of more than one position a sequence densely: the prompt phase, and
             the verification of drafted tokens. The prompt then costs no quality; what is generated may still differ.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
@@ -76,6 +76,7 @@ class CatsConfig:
     sparsity: float
     rule: str = "plain"
     gate_power: float = 0.0
+    last_gate_power: float = 0.0
     importance: str = "norm"
     sparse_prefill: bool = True
     down_thresholds: dict[str, Tensor] = field(default_factory=dict)
@@ -137,7 +138,7 @@ class CatsConfig:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
         check_sparsity("sparsity", self.sparsity)
         check_rule(self.rule)
-        check_weights(self.rule, self.gate_power, self.importance)
+        check_weights(self.rule, self.gate_power, self.last_gate_power, self.importance)
         if not self.layers:
             raise ValueError("layers must name at least one MLP, got none")
         for name, layer in self.layers.items():
@@ -198,6 +199,7 @@ class CatsConfig:
             "rule": self.rule,
             "sparsity": self.sparsity,
             "gate_power": self.gate_power,
+            "last_gate_power": self.last_gate_power,
             "importance": self.importance,
             "sparse_prefill": self.sparse_prefill,
             "bytes_share": self.bytes_share,
@@ -292,6 +294,7 @@ class CatsConfig:
             layers=layers,
             statistics=statistics,
             losses=losses,
+            last_gate_power=document.get("last_gate_power", document["gate_power"]),  # earlier files had one power
             **{key: document[key] for key in _PLAIN_FIELDS},
         )
         if tensors:

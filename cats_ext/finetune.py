@@ -331,7 +331,7 @@ def _recalibrate(
 ) -> None:
     """New thresholds by the same rule for the same targets, layer by layer."""
     old = current_config(model)
-    rule = {"rule": old.rule, "gate_power": old.gate_power, "importance": old.importance}
+    rule = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
     new = calibrate(model, train, **rule, **_calibration(settings, length), progress=progress)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}

@@ -73,13 +73,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _summary(config: CatsConfig) -> list[str]:
     facts = config.calibration
+    weights = f"{config.importance} to the power {config.gate_power:g}, in the last layer {config.last_gate_power:g}"
     rows = [
         ("rule", config.rule),
         ("target sparsity", f"{config.sparsity:.1%}"),
         ("MLP weights that a token reads", f"{config.bytes_share:.1%}"),
         ("layers", str(len(config.layers))),
         ("model type", str(config.model_type)),
-        ("gate weights", f"{config.importance} to the power {config.gate_power:g}" if config.gate_power else "none"),
+        ("gate weights", weights if config.gate_power else "none"),
         ("allocation", "searched" if config.losses is not None else "uniform"),
         ("prompts", "sparse" if config.sparse_prefill else "dense"),
     ]

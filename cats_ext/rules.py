@@ -7,9 +7,10 @@ IMPORTANCES = ("norm", "gradient")
 
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
-# Exponent of the gate's weights where none is asked for. Larger ones come closer to the dense model's predictions on
-# average, and lose the rare words; both numbers were chosen on bench/results/quality/sweep_choice.csv.
+# Exponents of the gate's weights where none is asked for, in all layers but the last, and in the last: there, weights
+# cost rare words much and win little elsewhere. Chosen on bench/results/quality/sweep_choice.csv.
 DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.125}
+LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.125}
 
 
 def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
@@ -44,14 +45,15 @@ def sparsity_of(budget: float) -> float:
     return 1.5 * (1 - budget)
 
 
-def check_weights(rule: str, gate_power: float, importance: str) -> None:
-    """Raise unless gate_power is in [0, 1], 0 for the plain rule, and the importance is known."""
-    if not isinstance(gate_power, (int, float)) or isinstance(gate_power, bool):
-        raise TypeError(f"gate_power must be a number in [0, 1], got {gate_power!r}")
-    if not 0 <= gate_power <= 1:
-        raise ValueError(f"gate_power must be in [0, 1], got {gate_power}")
-    if rule == "plain" and gate_power:
-        raise ValueError(f"gate_power must be 0 for the rule 'plain', which has no weights, got {gate_power}")
+def check_weights(rule: str, gate_power: float, last_gate_power: float, importance: str) -> None:
+    """Raise unless both powers are in [0, 1], 0 for the plain rule, and the importance is known."""
+    for name, power in (("gate_power", gate_power), ("last_gate_power", last_gate_power)):
+        if not isinstance(power, (int, float)) or isinstance(power, bool):
+            raise TypeError(f"{name} must be a number in [0, 1], got {power!r}")
+        if not 0 <= power <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {power}")
+        if rule == "plain" and power:
+            raise ValueError(f"{name} must be 0 for the rule 'plain', which has no weights, got {power}")
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
 

@@ -74,9 +74,8 @@ def test_plain_threshold_is_the_quantile_of_the_gate(family, sparsity):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_two_thresholds(weighted):
     model, ids = tiny_model(), tokens(600)
-    config = calibrate(
-        model, ids, rule="two_threshold", gate_power=int(weighted), sequence_length=200, batch_size=3, progress=False
-    )
+    powers = dict(gate_power=int(weighted), last_gate_power=int(weighted))
+    config = calibrate(model, ids, rule="two_threshold", **powers, sequence_length=200, batch_size=3, progress=False)
     modules = dict(model.named_modules())
     for name, (v, u) in gate_and_up(model, ids.view(3, 200)).items():
         norm = modules[name].down_proj.weight.detach().norm(dim=0)

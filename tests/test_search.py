@@ -17,6 +17,7 @@ from cats_ext.calibration import _options
 from cats_ext.calibration_passes import batches_of, run_gradient_pass
 from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.evaluation import compare
+from cats_ext.rules import LAST_GATE_POWER
 
 # --- allocate -------------------------------------------------------------------------------------------------------
 
@@ -125,18 +126,24 @@ def test_gradient_pass_leaves_nothing_behind():
     assert all(not module._forward_hooks for module in model.modules())
 
 
-def test_weights_are_root_mean_squares():
+@pytest.mark.parametrize(("last", "last_power"), [(None, LAST_GATE_POWER["two_threshold"]), (0.25, 0.25), (0, None)])
+def test_weights_are_root_mean_squares(last, last_power):
     model, ids = tiny_model(), tokens(300)
-    arguments = dict(rule="two_threshold", gate_power=0.5, importance="gradient", sequence_length=100, progress=False)
-    config = calibrate(model, ids, **arguments)
+    arguments = dict(gate_power=0.5, last_gate_power=last, importance="gradient", sequence_length=100, progress=False)
+    config = calibrate(model, ids, rule="two_threshold", **arguments)
     found = gathered(model, batches_of(ids.split(100), 1))
-    for mlp in find_gated_mlps(model):
+    mlps = find_gated_mlps(model)
+    powers = dict.fromkeys((mlp.name for mlp in mlps), 0.5) | {mlps[-1].name: last_power}
+    for mlp in mlps:
         _, up, gradient = found[mlp.name]
         row = gradient @ mlp.down_weight.detach()
         statistics = config.statistics[mlp.name]
         torch.testing.assert_close(statistics.down_weight, row.square().mean(0).sqrt(), rtol=1e-4, atol=0)
-        c = (row * up).square().mean(0).sqrt()
-        torch.testing.assert_close(statistics.gate_weight, c.sqrt(), rtol=1e-4, atol=0)
+        if powers[mlp.name] is None:
+            assert statistics.gate_weight is None and config.thresholds[mlp.name].shape == ()
+        else:
+            c = (row * up).square().mean(0).sqrt() ** powers[mlp.name]
+            torch.testing.assert_close(statistics.gate_weight, c, rtol=1e-4, atol=0)
 
 
 def test_losses_of_every_option_by_brute_force():
@@ -228,6 +235,8 @@ def test_options_are_sparsities():
         (dict(allocation="best"), ValueError, "allocation must be one of uniform, search, got 'best'"),
         (dict(budget=0.6, rule="two_threshold", down_sparsity=0.7), ValueError, "down_sparsity is for uniform alloc"),
         (dict(rule="plain", gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
+        (dict(last_gate_power=2), ValueError, r"last_gate_power must be in \[0, 1\], got 2"),
+        (dict(rule="plain", last_gate_power=1), ValueError, "last_gate_power must be 0 for the rule 'plain'"),
         (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
         (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
         (dict(budget=0.6, spread=0), ValueError, r"spread must be a number in \(0, 1\], got 0"),

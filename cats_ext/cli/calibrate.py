@@ -59,6 +59,7 @@ def calibrate(
     gate_power: Annotated[
         float | None, typer.Option(help="Exponent of the gate's weights, in [0, 1]. Without it the rule's own.")
     ] = None,
+    last_gate_power: Annotated[float | None, typer.Option(help="The same of the last layer.")] = None,
     importance: Annotated[
         Importance, typer.Option(help="What weighs a neuron: norms, or gradients of the model's predictions.")
     ] = Importance.NORM,
@@ -109,6 +110,7 @@ def calibrate(
         rule=rule.value,
         down_sparsity=down_sparsity,
         gate_power=gate_power,
+        last_gate_power=last_gate_power,
         importance=importance.value,
         allocation=allocation and allocation.value,
         spread=spread,
