@@ -2,9 +2,9 @@
 
     python bench/bench_training.py --out bench/results/h100
 
-A step is forward, backward and a fused AdamW step on random tokens; models have random weights and are made anew for
-each row, dense and patched in turns. ``step_ms`` is the median over steps, between device events, ``peak_bytes`` the
-most that was allocated meanwhile, model and optimizer included.
+A step is forward, backward and a fused AdamW step on random tokens, of models with random weights. ``step_ms`` is the
+median over steps, dense and patched in turns, each until the device is done; ``peak_bytes`` the most that one of them
+allocates in a step, model and optimizer included.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import itertools
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "mistral-7b, 2 layers": (4096, 14336, 2, 32, 8, 32000),
     "tiny": (64, 172, 2, 4, 2, 512),
 }
+KINDS = ("dense", "patched")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -55,13 +56,11 @@ def make(shape: str, tuning: str, patched: bool, device: torch.device) -> nn.Mod
     return get_peft_model(model, LoraConfig(**LORA)) if tuning == "lora" else model
 
 
-def measure(model: nn.Module, tokens: tuple[int, int], steps: int, device: torch.device) -> tuple[list[float], int]:
-    """Milliseconds of each step, and the peak of allocated bytes."""
+def training_step(model: nn.Module, tokens: tuple[int, int], device: torch.device) -> Callable[[], None]:
     vocabulary = model.get_input_embeddings().num_embeddings
     batch = torch.randint(vocabulary, tokens, device=device)
-    cuda = device.type == "cuda"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
     model.train()
 
     def step() -> None:
@@ -69,25 +68,34 @@ def measure(model: nn.Module, tokens: tuple[int, int], steps: int, device: torch
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
-        step()
-    if not cuda:
-        times = []
-        for _ in range(steps):
+    return step
+
+
+def measure(
+    shape: str, tuning: str, tokens: tuple[int, int], steps: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of each step, dense and patched in turns, and the most bytes that each allocates."""
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    work: dict[str, Callable[[], None]] = {}
+    peaks, times = {}, {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        others = torch.cuda.memory_allocated() if cuda else 0
+        work[kind] = training_step(make(shape, tuning, kind == "patched", device), tokens, device)
+        for _ in range(3):
+            work[kind]()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        work[kind]()
+        peaks[kind] = torch.cuda.max_memory_allocated() - others if cuda else 0
+    for _ in range(steps):
+        for kind in KINDS:
+            wait()
             started = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - started))
-        return times, 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
-    return times, torch.cuda.max_memory_allocated()
+            work[kind]()
+            wait()
+            times[kind].append(1e3 * (time.perf_counter() - started))
+    return times, peaks
 
 
 def main() -> None:
@@ -97,8 +105,7 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="*", default=["lora", "full"])
     parser.add_argument("--tokens", type=int, nargs=2, default=(4, 512), help="sequences, and tokens of each")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2, help="of dense and patched")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no shape after so long")
     parser.add_argument("--commit", help="where there is no git")
     args = parser.parse_args()
     started, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,27 +116,21 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for tuning in args.tunings:
         for shape in args.shapes:
-            found: dict[str, list] = {"dense": [[], 0], "patched": [[], 0]}
-            for _ in range(args.rounds):
-                if time.perf_counter() - started > args.seconds:
-                    break
-                for kind, sofar in found.items():
-                    model = make(shape, tuning, kind == "patched", device)
-                    times, peak = measure(model, tuple(args.tokens), args.steps, device)
-                    sofar[0] += times
-                    sofar[1] = max(sofar[1], peak)
-                    del model
-                    gc.collect()
-                    torch.cuda.empty_cache()
-            if not found["dense"][0]:
+            if time.perf_counter() - started > args.seconds:
                 print(f"no time for {shape}, {tuning}")
                 continue
-            dense_ms, dense_peak = statistics.median(found["dense"][0]), found["dense"][1]
-            for kind, (times, peak) in found.items():
+            found, peaks = measure(shape, tuning, tuple(args.tokens), args.steps, device)
+            gc.collect()
+            torch.cuda.empty_cache()
+            dense_ms = statistics.median(found["dense"])
+            for kind, times in found.items():
                 ms = statistics.median(times)
                 row = {"shape": shape, "tuning": tuning, "sequences": args.tokens[0], "length": args.tokens[1]}
-                row |= {"kind": kind, "steps": len(times), "step_ms": f"{ms:.3f}", "peak_bytes": peak}
-                row |= {"step_ratio": f"{ms / dense_ms:.4f}", "peak_ratio": f"{peak / max(dense_peak, 1):.4f}"}
+                row |= {"kind": kind, "steps": len(times), "step_ms": f"{ms:.3f}", "peak_bytes": peaks[kind]}
+                row |= {
+                    "step_ratio": f"{ms / dense_ms:.4f}",
+                    "peak_ratio": f"{peaks[kind] / max(peaks['dense'], 1):.4f}",
+                }
                 rows.append(row | facts)
                 print(row, f"after {time.perf_counter() - started:.1f} s", flush=True)
             with open(args.out / "training.csv", "w", newline="") as file:

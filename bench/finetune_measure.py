@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gzip
 import json
@@ -22,7 +23,7 @@ from cats_ext.evaluation import perplexity
 from cats_ext.patching import sparse_mlps
 from cats_ext.significance import mean_accuracy, paired_accuracy
 
-WINDOW, _BATCH = 1024, 8  # of perplexity
+WINDOW, _BATCH = 1024, 4  # of perplexity
 
 
 def prepare_tokens(args: argparse.Namespace, sequence_length: int) -> dict[str, Tensor]:
@@ -75,27 +76,31 @@ class Measure(TrainerCallback):
             self.measure(model, state.global_step)
 
     def measure(self, model: nn.Module, step: int) -> None:
+        """Of a copy as it would be saved, with merged adapters; perplexity in float32, tasks in bfloat16 on a GPU."""
         began = time.perf_counter()
-        base, training = model.get_base_model(), model.training
-        layers = None
-        patched = bool(sparse_mlps(base))
-        row: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # there are other processes
+        merged = copy.deepcopy(model).merge_and_unload().eval()
+        layers, row = None, {}
+        patched = bool(sparse_mlps(merged))
         if patched:
-            cats_ext.reset_sparsity(base)
+            cats_ext.reset_sparsity(merged)
         for text in ("c4", "wikitext"):
-            with cats_ext.track_sparsity(base) if patched and text == "c4" else nullcontext():
-                row[text] = perplexity(base, self.tokens[text], window=WINDOW, batch_size=_BATCH, progress=False).ppl
+            with cats_ext.track_sparsity(merged) if patched and text == "c4" else nullcontext():
+                row[text] = perplexity(merged, self.tokens[text], window=WINDOW, batch_size=_BATCH, progress=False).ppl
         if patched:
-            report = cats_ext.sparsity_report(base)
+            report = cats_ext.sparsity_report(merged)
             layers = [
                 [layer.up_sparsity, layer.up_target, layer.down_sparsity, layer.down_target] for layer in report.layers
             ]
             row |= {"up": report.up_sparsity, "down": report.down_sparsity, "bytes": report.bytes_share}
-            cats_ext.reset_sparsity(base)
         half = time.perf_counter()
-        base.eval()
-        found = answers(base, self.tasks, self.batch_tokens, bfloat16=torch.cuda.is_available())
-        model.train(training)
+        if torch.cuda.is_available():
+            merged.lm_head.weight = nn.Parameter(merged.lm_head.weight.detach().clone())  # untied, it stays in float32
+            for weight in merged.model.parameters():  # not the buffers, which have the rotary frequencies
+                weight.data = weight.data.bfloat16()
+        found = answers(merged, self.tasks, self.batch_tokens)
+        del merged
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # there are other processes
         right = {name: "".join("01"[value] for value in values) for name, values in found.items()}

@@ -29,7 +29,7 @@ def quality(directory: Path) -> None:
         errors = [100 * float(row["from_dense_se"]) for row in mine]
         tasks.append(Curve(name, steps, [100 * float(row["accuracy"]) for row in mine], errors))
         text.append(Curve(name, steps, [float(row["c4_ppl"]) for row in mine]))
-    labels = {"x_label": "LoRA steps of 1,536 tokens"}
+    labels = {"x_label": "LoRA steps of 3,072 tokens"}
     figure = curves_figure(tasks, y_label="mean accuracy over eight tasks (%)", **labels)
     figure.savefig(directory / "tasks_by_step.png")
     figure = curves_figure(text, y_label="C4 perplexity", log=True, **labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +12,10 @@ _POSITIONS = 2048  # of which logits exist at a time: 400 MB of float32 at a voc
 
 @torch.no_grad()
 def scores(
-    model: nn.Module, requests: list[tuple[list[int], list[int]]], batch_tokens: int, bfloat16: bool = False
+    model: nn.Module, requests: list[tuple[list[int], list[int]]], batch_tokens: int
 ) -> tuple[list[float], list[bool]]:
-    """Log-likelihood of each continuation and whether it is the greedy one; batches sorted by length.
-
-    ``bfloat16`` runs the layers in autocast; the output layer and the softmax keep the weights' dtype.
-    """
+    """Log-likelihood of each continuation and whether it is the greedy one; batches sorted by length."""
     device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
     score, greedy = [0.0] * len(requests), [False] * len(requests)
     start = 0
@@ -37,8 +32,7 @@ def scores(
             rows += [row] * len(continuation)
             positions += range(len(context) - 1, len(whole))
             targets += continuation
-        with autocast:
-            hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
         at, wanted = torch.tensor(rows, device=device), torch.tensor(targets, device=device)
         kept = hidden[at, torch.tensor(positions, device=device)].to(model.lm_head.weight.dtype)
         sums, errors = torch.zeros(2, len(some), device=device)
@@ -52,15 +46,11 @@ def scores(
     return score, greedy
 
 
-def answers(
-    model: nn.Module, tasks: dict[str, list[dict[str, Any]]], batch_tokens: int, bfloat16: bool = False
-) -> dict[str, list[bool]]:
+def answers(model: nn.Module, tasks: dict[str, list[dict[str, Any]]], batch_tokens: int) -> dict[str, list[bool]]:
     """Whether each item of each task is answered right: the likeliest choice, or the greedy continuation."""
     result = {}
     for name, items in tasks.items():
-        score, greedy = scores(
-            model, [request for item in items for request in item["requests"]], batch_tokens, bfloat16
-        )
+        score, greedy = scores(model, [request for item in items for request in item["requests"]], batch_tokens)
         right, at = [], 0
         for item in items:
             mine = range(at, at + len(item["requests"]))
