@@ -232,8 +232,14 @@ class _GatedThreshold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h):
-        grad_gate, grad_up = gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation)
-        return grad_gate, grad_up, None
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_h)
+
+
+def _backward(ctx, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation), None
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)  # with create_graph: an error in the second one
 
 
 # What Function.apply calls after looking for functorch's transforms, which takes as long as all the rest of it.

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from models import VOCABULARY, tiny_model, tokens
+from patched import layers_of
+
+import cats_ext
 
 FACTS = {"device": "a card", "torch": "2", "commit": "abc", "date": "today"}
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def bench(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "bench"), *sys.path])
-    import finetune_measure
+    return importlib.import_module
 
-    return finetune_measure
+
+@pytest.fixture
+def measured(bench):
+    return bench("finetune_measure")
+
+
+@pytest.fixture
+def adapted():
+    """A patched model under adapters that change something."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, tokens(256), sparsity=0.6, progress=False))
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
 
 
 def line(step, ppl, first, second, layers=None, **more):
@@ -58,3 +78,42 @@ def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(measured, 
         ("sparse", "25", "0.3", "0.7"),
     ]
     assert not (out / "tuned.csv").exists()
+
+
+def test_what_is_measured_is_the_model_with_merged_adapters(measured, adapted, tmp_path):
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    requests = [[[1, 2, 3], [token]] for token in range(2, VOCABULARY, 5)]
+    tasks = {"task": [{"answer": 0, "requests": requests[:2]}, {"answer": None, "requests": requests[2:3]}]}
+    ids = {"c4": tokens(300), "wikitext": tokens(200)}
+    measured.Measure(tmp_path / "rows", [0], ids, tasks, 64).measure(adapted, 0)
+    (row,) = measured._lines(tmp_path / "rows")
+    assert adapted.training and all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
+    assert row["bytes"] == pytest.approx(0.6, abs=0.1) and len(row["answers"]["task"]) == 2
+    merged = adapted.merge_and_unload().eval()
+    assert row["c4"] == pytest.approx(cats_ext.evaluation.perplexity(merged, ids["c4"], progress=False).ppl, rel=1e-4)
+
+
+def test_learned_thresholds_change_at_a_budget(bench, adapted):
+    class State:
+        global_step, max_steps = 0, 100
+
+    layers = layers_of(adapted.get_base_model())
+    first = [mlp.threshold.clone() for mlp in layers]
+    learner = bench("learned_thresholds").LearnThresholds(budget=0.9)
+    learner.on_train_begin(None, State, None, model=adapted)
+    try:
+        for State.global_step in range(20):
+            adapted(input_ids=tokens(128)[None], labels=tokens(128)[None]).loss.backward()
+            learner.on_step_end(None, State, None)
+    finally:
+        learner.on_train_end(None, State, None)
+    assert learner.read.mean() > 0.65  # 0.6 before, and its price is for anything else than 0.9
+    assert all((mlp.threshold < old).all() for mlp, old in zip(layers, first, strict=True))
+
+
+def test_training_steps_in_turns(bench):
+    steps = bench("bench_training")
+    for tuning in ("lora", "full"):
+        times, peaks = steps.measure("tiny", tuning, (1, 20), 2, torch.device("cpu"))
+        assert {kind: len(each) for kind, each in times.items()} == dict.fromkeys(steps.KINDS, 2)
+        assert peaks.keys() == times.keys()

@@ -103,6 +103,16 @@ def test_the_op_that_is_for_inference_warns_that_it_has_no_gradient():
     assert x.grad.any()
 
 
+def test_a_second_derivative_is_refused():
+    gate, up = (torch.randn(3, 7, requires_grad=True) for _ in range(2))
+    threshold = torch.tensor(0.1)
+    for h in (ops.gated_threshold(gate, up, threshold), ops.eager_gated_threshold(gate, up, threshold, None, "silu")):
+        first = torch.autograd.grad(h.square().sum(), (gate, up), create_graph=True)
+        assert all(gradient.any() for gradient in first)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            sum(gradient.sum() for gradient in first).backward()
+
+
 def tiny_patched(rule="two_threshold", dtype=torch.float32):
     model = tiny_model(dtype=dtype)
     return apply_cats(model, config_for(model, rule=rule))
