@@ -24,6 +24,8 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # engine of compute capability 9.0 it is slower (bench/results/h100: kernel_experiments.csv, mlp.csv, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
+MOST_KERNEL_TOKENS = max(*MAX_KERNEL_TOKENS.values(), MAX_BATCHED_TOKENS)
+
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
 # 86, 278 and 157 (bench/results/h100/experts.csv).

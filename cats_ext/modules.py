@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cats_ext import ops
 from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP
-from cats_ext.functional import deterministic, kernel_fits, masked_product, needs_grad
+from cats_ext.functional import MOST_KERNEL_TOKENS, deterministic, kernel_fits, masked_product, needs_grad
 from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
 from cats_ext.integrations.wrappers import under_idle_adapter
 
@@ -72,33 +72,41 @@ class CatsMLP(nn.Module):
         cats, buffers, children = self.cats, self._buffers, self._modules
         if cats.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             return cats.original_class.forward(self, x)
-        threshold, down_threshold, down = buffers["threshold"], buffers["down_threshold"], children["down_proj"]
-        fits, grad = kernel_fits(x, cats.hidden_size), torch.is_grad_enabled()
-        weights = None
-        if (fits or not cats.merged) and (linear := _bare_linear(down)) is not None:
-            if cats.merged:
-                weights = _merged_weights(children["gate_up_proj"])
-            else:
-                weights = _separate_weights(children["gate_proj"], children["up_proj"])
+        # For many tokens on CUDA no further question; elsewhere some dtypes take the kernel for any number.
+        most = MOST_KERNEL_TOKENS * cats.hidden_size
+        fits = (x.numel() <= most or not x.is_cuda) and kernel_fits(x, cats.hidden_size)
+        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
         counts = buffers["counts"] if cats.tracking else None
-        if weights is not None:
-            w_gate, w_up, gate_bias, up_bias = weights
-            w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
-            rows = w_down.stride(0) == 1  # one contiguous row a neuron
-            if fits and rows and not (grad and needs_grad(x, w_down, down_bias, *weights)):
-                rule = threshold, down_threshold, cats.activation, gate_bias, up_bias, down_bias, deterministic()
-                if counts is not None:
-                    return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
-                return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-            if not cats.merged:  # as below, without the host's time for calling modules
-                gate, up = F.linear(x, w_gate, gate_bias), F.linear(x, w_up, up_bias)
-                h = masked_product(gate, up, threshold, down_threshold, cats.activation, counts)
-                return F.linear(h, w_down, down_bias)
+        if fits:
+            weights = None
+            if (linear := _bare_linear(children["down_proj"])) is not None:
+                if cats.merged:
+                    weights = _merged_weights(children["gate_up_proj"])
+                else:
+                    weights = _separate_weights(children["gate_proj"], children["up_proj"])
+            if weights is not None:
+                w_gate, w_up, gate_bias, up_bias = weights
+                w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
+                rows = w_down.stride(0) == 1  # one contiguous row a neuron
+                if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
+                    rule = threshold, down_threshold, cats.activation, gate_bias, up_bias, down_bias, deterministic()
+                    if counts is not None:
+                        return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
+                    return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
+        elif not (cats.merged or cats.tracking or torch.is_grad_enabled()):
+            gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
+            if _are_plain(gate, up, down) and not torch.compiler.is_compiling():
+                # As below, without the host's time for calling modules and the op's autograd, which is Python.
+                gate, up, down = gate._parameters, up._parameters, down._parameters
+                g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
+                with torch._C._AutoDispatchBelowAutograd():
+                    h = ops.gated_threshold(g, u, threshold, down_threshold, cats.activation)
+                return F.linear(h, down["weight"], down["bias"])
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
         else:
             gate, up = children["gate_proj"](x), children["up_proj"](x)
-        return down(masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
+        return children["down_proj"](masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
 
     @torch.inference_mode()  # where the buffers may have been made, and where any tensor may be written to
     def set_thresholds(self, config: CatsConfig) -> None:
@@ -135,6 +143,18 @@ def _bare_linear(module: nn.Module) -> nn.Linear | None:
     ):
         return linear
     return None
+
+
+def _are_plain(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
+    """Whether all are Linear and nothing on them: :func:`_bare_linear` of the common case, in one call."""
+    return (
+        type(gate) is nn.Linear
+        and type(up) is nn.Linear
+        and type(down) is nn.Linear
+        and not (gate._forward_hooks or up._forward_hooks or down._forward_hooks)
+        and not (gate._forward_pre_hooks or up._forward_pre_hooks or down._forward_pre_hooks)
+        and not ("forward" in gate.__dict__ or "forward" in up.__dict__ or "forward" in down.__dict__)
+    )
 
 
 def _separate_weights(gate: nn.Module, up: nn.Module) -> tuple[Tensor | None, ...] | None:
