@@ -188,14 +188,14 @@ class Bench:
             reached = self.set_sparsity(sparse, sparsity)
             for prompt in arguments.prompt:
                 if self.out_of_time():
-                    return print("out of time", flush=True)
+                    break
                 before, after = times(prompt, lambda g, ids: (g(ids, new) - g(ids, 1)) / (new - 1))
                 dense_times.setdefault(prompt, []).extend(before)
                 row = self.row(name, sparse, "eager", prompt, new, sparsity, reached, statistics.median(after))
                 self.results.add("decode.csv", row | {"speedup": ratio(before, after)} | NOT_TAKEN)
             for prompt in arguments.first_token:
                 if self.out_of_time():
-                    return print("out of time", flush=True)
+                    break
                 before, after = times(prompt, lambda g, ids: g(ids, 1))
                 row = {"model": name, "layers": dense.config.num_hidden_layers, "prompt": prompt, "sparsity": sparsity}
                 row |= {"dense_ms": round(statistics.median(before) * 1e3, 3)}
@@ -204,6 +204,8 @@ class Bench:
         for prompt, seconds in dense_times.items():
             row = self.row(name, dense, "eager", prompt, new, 0.0, "", statistics.median(seconds))
             self.results.add("decode.csv", row | {"speedup": 1.0} | NOT_TAKEN)
+        if self.out_of_time():
+            print("out of time", flush=True)
 
     def prompt(self, model: PreTrainedModel, tokens: int) -> Tensor:
         seeded = torch.Generator().manual_seed(tokens)
