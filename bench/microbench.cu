@@ -37,7 +37,7 @@ struct Options {
     std::vector<double> sparsity = {0, 50, 70, 90};
     std::vector<int> slots = {0}, prefetch = {0};
     double down_sparsity = -1;
-    bool check = true, pdl = true, deterministic = false;
+    bool check = true, pdl = true, deterministic = false, per_neuron = false;
 };
 
 std::vector<double> parse_list(const char *text) {
@@ -61,6 +61,10 @@ Options parse(int argc, char **argv) {
         }
         if (name == "--deterministic") {
             o.deterministic = true;
+            continue;
+        }
+        if (name == "--per-neuron") {
+            o.per_neuron = true;
             continue;
         }
         if (name == "--no-pdl") {
@@ -183,7 +187,7 @@ template <typename T> class Bench {
         CHECK_CUDA(cudaMalloc(&weights_, layers_ * layer_bytes));
         CHECK_CUDA(cudaMalloc(&x_, sizeof(T) * o.tokens * o.hidden));
         CHECK_CUDA(cudaMalloc(&y_, sizeof(T) * o.tokens * o.hidden * layers_));
-        CHECK_CUDA(cudaMalloc(&thresholds_, sizeof(float) * 2 * layers_));
+        CHECK_CUDA(cudaMalloc(&thresholds_, sizeof(float) * 2 * layers_ * threshold_size()));
         CHECK_CUDA(cudaMalloc(&projection_, sizeof(float) * 2 * o.tokens * o.intermediate));
         fill_random<<<1024, 256, 0, stream_>>>(weights_, 3 * size_ * layers_, 1, 1.f / std::sqrt(float(o.hidden)));
         fill_random<<<64, 256, 0, stream_>>>(x_, int64_t(o.tokens) * o.hidden, 2, 1.f);
@@ -230,17 +234,19 @@ template <typename T> class Bench {
         FILE *csv = fopen(o_.csv.c_str(), "a");
         if (!csv) fprintf(stderr, "cannot write '%s'\n", o_.csv.c_str()), exit(2);
         if (fseek(csv, 0, SEEK_END) == 0 && ftell(csv) == 0)
-            fputs("hidden_size,intermediate_size,dtype,tokens,kernel,deterministic,sparsity,down_sparsity,slots,first_"
-                  "batches,us,"
+            fputs("hidden_size,intermediate_size,dtype,tokens,kernel,deterministic,sparsity,down_sparsity,per_neuron,"
+                  "slots,first_batches,us,"
                   "read_limit_gb_per_s,limit_us,share_of_limit,relative_error,device,driver,commit,date\n",
                   csv);
-        fprintf(csv, "%d,%d,%s,%d,%s,%d,%.3f,%.3f,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
+        fprintf(csv, "%d,%d,%s,%d,%s,%d,%.3f,%.3f,%d,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
                 o_.intermediate, o_.dtype.c_str(), o_.tokens, o_.kernel.c_str(), int(o_.deterministic), sparsity / 100,
-                (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, slots, prefetch, us, read_gbps_, limit,
-                limit / us, error, device_name_.c_str(), o_.driver.c_str(), o_.commit.c_str(), o_.date.c_str());
+                (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, int(o_.per_neuron), slots, prefetch, us,
+                read_gbps_, limit, limit / us, error, device_name_.c_str(), o_.driver.c_str(), o_.commit.c_str(),
+                o_.date.c_str());
         fclose(csv);
     }
 
+    int64_t threshold_size() const { return o_.per_neuron ? o_.intermediate : 1; }
     double tolerance() const { return sizeof(T) == 4 ? 2e-5 : 1e-2; }
     const T *weight(int layer, int which) const { return weights_ + (int64_t(layer) * 3 + which) * size_; }
 
@@ -293,17 +299,19 @@ template <typename T> class Bench {
                 rows += 1 + up + down;
             }
         }
-        CHECK_CUDA(cudaMemcpy(thresholds_, thresholds.data(), thresholds.size() * 4, cudaMemcpyHostToDevice));
+        std::vector<float> spread; // one a layer, or the same for each of its neurons
+        for (float threshold : thresholds) spread.insert(spread.end(), threshold_size(), threshold);
+        CHECK_CUDA(cudaMemcpy(thresholds_, spread.data(), spread.size() * 4, cudaMemcpyHostToDevice));
         host_thresholds_ = thresholds;
-        params_.down_threshold = nullptr;
+        params_.threshold_stride = params_.down_threshold_stride = o_.per_neuron;
         return rows * o_.hidden * int64_t(sizeof(T)) / layers_;
     }
 
     void launch(int layer, const cats::SparseMlpLaunchOptions &options) {
         cats::SparseMlpParams p = params_;
         p.w_gate = weight(layer, 0), p.w_up = weight(layer, 1), p.w_down_t = weight(layer, 2);
-        p.threshold = thresholds_ + layer;
-        p.down_threshold = o_.down_sparsity > 0 ? thresholds_ + layers_ + layer : nullptr;
+        p.threshold = thresholds_ + layer * threshold_size();
+        p.down_threshold = o_.down_sparsity > 0 ? thresholds_ + (layers_ + layer) * threshold_size() : nullptr;
         p.y = y_ + int64_t(layer) * o_.tokens * o_.hidden;
         CHECK_CUDA(cats::sparse_mlp_cuda(p, workspace_, stream_, options));
     }
