@@ -50,7 +50,7 @@ struct alignas(16) BatchState {
 
 // A warp arrives after __syncwarp(), one lane for all. compute-sanitizer's racecheck takes that lane's accesses alone
 // as ordered; compiled for it, every lane arrives.
-#ifdef CATS_EVERY_LANE_ARRIVES
+#ifdef CATS_FOR_RACECHECK
 constexpr int kArrivalsPerWarp = 32;
 #else
 constexpr int kArrivalsPerWarp = 1;

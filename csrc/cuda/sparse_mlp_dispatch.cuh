@@ -14,6 +14,7 @@
 #include "sparse_mlp_dispatch.h"
 #include "sparse_mlp_generic.cuh"
 #include "sparse_mlp_kernel.cuh"
+#include "sparse_mlp_small.cuh"
 
 namespace cats {
 
@@ -77,8 +78,6 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     SparseMlpPlan &plan = args.plan;
     // One CTA a multiprocessor, for the shared memory. Fewer where there are fewer neurons than teams.
     plan.ctas = std::min(device.multiprocessors, ceil_div(params.intermediate_size, kTeams));
-    if (is_small_cta(kTeams, kTeamWarps) && ceil_div(params.intermediate_size, kRows) > plan.ctas * kTeams)
-        return cudaErrorNotSupported;
     // Equal segments, whole 128-byte lines.
     plan.segment_chunks = ceil_div(ceil_div(row_chunks, kTeamWarps), 8) * 8;
     // Two slots of up to 64 KiB a CTA keep enough on its way. With more, up and down rows queue behind more gate rows
@@ -108,8 +107,7 @@ template <class Row, template <int, int> class Pipe, int kTokens, int kWarps, in
           int... kMoreChunks>
 cudaError_t launch_first_fit(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
                              cudaStream_t stream, const SparseMlpLaunchOptions &options) {
-    constexpr bool kSmall = is_small_cta(kWarps / kTeamWarps, kTeamWarps);
-    constexpr int kMaxChunks = kSmall ? 3 : (kWarps == 16 ? 4 / kTokens : 64 / (kTokens * Row::kPerChunk));
+    constexpr int kMaxChunks = kWarps == 16 ? 4 / kTokens : 64 / (kTokens * Row::kPerChunk);
     // Half as many chunks belong to a team of half the warps; more registers only where 16 warps do not do.
     constexpr bool kBigger = kTeamWarps == 1 || 2 * kChunks > kMaxChunks;
     if constexpr (kChunks <= kMaxChunks && kBigger)
@@ -136,15 +134,29 @@ cudaError_t launch_tokens(const SparseMlpParams &params, const DeviceLimits &dev
             error = launch_first_fit<Row, Pipe, kTokens, decltype(warps)::value, decltype(team_warps)::value, 1, 2, 3,
                                      4, 6, 8, 12, 16>(params, device, workspace, stream, options);
     };
-    // Only sm_90 and up start a kernel before the previous one has ended.
-    if constexpr (kTokens == 1 && Pipe<1, 1>::kMinArch >= 900)
-        attempt(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 2>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 4>{});
     attempt(std::integral_constant<int, 16>{}, std::integral_constant<int, 8>{});
     attempt(std::integral_constant<int, 8>{}, std::integral_constant<int, 8>{});
     return error;
+}
+
+// One token and a layer of which every warp gets kRows neurons at most; else cudaErrorNotSupported. With more rows of
+// more chunks the registers would not do for two CTAs a multiprocessor.
+template <class Row, int kChunks, int kRows>
+cudaError_t launch_small(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
+                         cudaStream_t stream, const SparseMlpLaunchOptions &options) {
+    if (params.tokens > 1 || params.hidden_size / Row::kPerChunk > kChunks * 32 ||
+        params.intermediate_size > device.multiprocessors * kSmallWarps * kRows)
+        return cudaErrorNotSupported;
+    const int ctas = int(std::min<int64_t>(device.multiprocessors, params.intermediate_size));
+    const cudaError_t error = launch_kernel(sparse_mlp_small_kernel<Row, kChunks, kRows>, ctas, kSmallWarps * 32,
+                                            int(kSmallWarps * params.hidden_size * sizeof(float)), device, stream,
+                                            options, params, workspace);
+    if (error != cudaSuccess) return error;
+    const OutputOrder<0> order{1, int(params.hidden_size)};
+    return sum_shares<typename Row::Element>(params, device, workspace, ctas, order, stream, options);
 }
 
 // 3 to 8 tokens of 16-bit weights whose y fits the workers' registers; else cudaErrorNotSupported.
@@ -199,6 +211,9 @@ cudaError_t launch_group(const SparseMlpParams &params, const DeviceLimits &devi
         return launch_tokens<Row, AsyncCopyPipe, kTokens>(params, device, workspace, stream, options);
     };
     if (kernel == SparseMlpKernel::kGeneric) return launch_generic<Row>(params, device, workspace, stream, options);
+    cudaError_t error = launch_small<Row, 2, 2>(params, device, workspace, stream, options);
+    if (error == cudaErrorNotSupported) error = launch_small<Row, 3, 2>(params, device, workspace, stream, options);
+    if (error != cudaErrorNotSupported) return error;
     if (params.tokens == 1) return launch(std::integral_constant<int, 1>{});
     if (params.tokens == 2) return launch(std::integral_constant<int, 2>{});
     if constexpr (sizeof(T) == 2) {

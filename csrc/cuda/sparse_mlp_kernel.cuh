@@ -41,8 +41,10 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State), sizeof(Team));
     State &state = reinterpret_cast<State *>(smem + layout.warp_states)[warp];
     Team &team_state = reinterpret_cast<Team *>(smem + layout.team_states)[team];
+#ifdef CATS_FOR_RACECHECK
     if (team_warp == 0 && lane == 0) init_barrier(&team_state.barrier, kTeamWarps * 32);
     __syncthreads();
+#endif
 
     // This warp's columns.
     const int row_chunks = hidden / kPerChunk;
@@ -154,7 +156,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
             auto &exchange = team_state.exchanges[turn];
             if (spokesman) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
             if (leader && !next_known) exchange.next_batch = after_first(drawn);
-            synchronise_team(&team_state.barrier, turn);
+            team_state.synchronise(team, turn);
             turn ^= 1;
             const float *partial = exchange.dots[lane / kLanesPerDot];
             sum = partial[0];
@@ -342,7 +344,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
 // Every architecture gets the code of the instances that the launcher picks on it; the others would trap.
 template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
-__global__ void __launch_bounds__(kTeams * kTeamWarps * 32, is_small_cta(kTeams, kTeamWarps) ? 2 : 1)
+__global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
     sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&

@@ -43,15 +43,22 @@ template <int kDots, int kTeamWarps> struct alignas(16) TeamState {
         float dots[kDots][kTeamWarps];
         uint32_t next_batch;
     } exchanges[2];
+#ifdef CATS_FOR_RACECHECK
     uint64_t barrier; // an mbarrier on which all threads of the team arrive; its phases have parity 0 and 1 in turns
-};
+#endif
 
-// Until all threads of the team have come here in this turn. An mbarrier and not a named barrier: teams synchronise
-// different numbers of times, after which racecheck takes no named barrier or __syncthreads() into account.
-__device__ __forceinline__ void synchronise_team(uint64_t *barrier, int turn) {
-    arrive(barrier);
-    wait(barrier, turn);
-}
+    // Until all threads of the team have come here in this turn. compute-sanitizer's racecheck takes no named barrier or
+    // __syncthreads() into account once teams have synchronised different numbers of times; compiled for it, an mbarrier
+    // does the same, 0.2 to 0.3 us a launch slower at H 4096, I 14336.
+    __device__ __forceinline__ void synchronise(int team, int turn) {
+#ifdef CATS_FOR_RACECHECK
+        arrive(&barrier);
+        wait(&barrier, turn);
+#else
+        asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeamWarps * 32) : "memory");
+#endif
+    }
+};
 
 // Shared memory: rings | barriers | warp states | team states. At the end the teams are summed through the rings'
 // space.
@@ -87,12 +94,6 @@ template <int kValues> __device__ __forceinline__ float warp_sum(float (&values)
     for (int o = 16 / kValues; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
     return sum;
 }
-
-// Layers so small that a team has one gate batch at most are a chain of latencies, and the start of the kernel is part
-// of it. CTAs of 8 one-warp teams leave room for those of the next kernel, which then waits ready: H 576, I 1536 takes
-// 6.6 us instead of 7.7 at 0 %, 6.3 instead of 7.5 at 50 %. With more batches for a team, its 16 warps are faster
-// (bench/results/h100/kernel_experiments.csv).
-__host__ __device__ constexpr bool is_small_cta(int teams, int team_warps) { return teams == 8 && team_warps == 1; }
 
 // A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
 // hidden by the other teams. Where a CTA has less shared memory, single rows.
