@@ -11,8 +11,9 @@ namespace cats {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMaxWidth = 8; // elements a thread treats at once: 16 bytes of a 2-byte type
+constexpr int kMaxThreads = 256;
+constexpr int kBlocks = 4096; // about, of many rows: some for every multiprocessor to choose from
+constexpr int kMaxWidth = 8;  // elements a thread treats at once: 16 bytes of a 2-byte type
 
 template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Pack {
     T v[kWidth];
@@ -29,26 +30,39 @@ template <typename T, typename C> __device__ __forceinline__ T round_to(C v) { r
 template <> __device__ __forceinline__ __nv_bfloat16 round_to(float v) { return __float2bfloat16_rn(v); }
 template <> __device__ __forceinline__ __half round_to(float v) { return __float2half_rn(v); }
 
+// A thread has kWidth neurons, whose thresholds it keeps, and every gridDim.y-th row. The next row is on its way while
+// one is computed.
 template <typename T, int kWidth, bool kBackward>
-__global__ void __launch_bounds__(kThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
+__global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
     using C = typename ComputeType<T>::type;
     using Packed = Pack<T, kWidth>;
-    const int64_t packs_per_row = p.intermediate_size / kWidth, packs = p.rows * packs_per_row;
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
-        const int64_t row = i / packs_per_row, first = i % packs_per_row * kWidth;
-        const auto load = [&](const void *base, int64_t stride) {
-            return *reinterpret_cast<const Packed *>(static_cast<const T *>(base) + row * stride + first);
-        };
-        const Packed gate = load(p.gate, p.gate_stride), up = load(p.up, p.up_stride);
-        Packed grad{}, out{}, grad_up{};
-        if constexpr (kBackward) grad = load(p.grad_h, p.intermediate_size);
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
+    if (first >= p.intermediate_size) return;
+    C threshold[kWidth], down_threshold[kWidth]; // 0 keeps all
+#pragma unroll
+    for (int e = 0; e < kWidth; e++) {
+        threshold[e] = C(p.threshold[(first + e) * p.threshold_stride]);
+        down_threshold[e] = p.down_threshold ? C(p.down_threshold[(first + e) * p.down_threshold_stride]) : C(0);
+    }
+    const auto load = [&](const void *base, int64_t stride, int64_t row) {
+        return *reinterpret_cast<const Packed *>(static_cast<const T *>(base) + row * stride + first);
+    };
+    int64_t row = blockIdx.y;
+    Packed gate = load(p.gate, p.gate_stride, row), up = load(p.up, p.up_stride, row), grad{};
+    if constexpr (kBackward) grad = load(p.grad_h, p.intermediate_size, row);
+    while (true) {
+        const int64_t next = row + gridDim.y;
+        Packed next_gate, next_up, next_grad{};
+        if (next < p.rows) {
+            next_gate = load(p.gate, p.gate_stride, next), next_up = load(p.up, p.up_stride, next);
+            if constexpr (kBackward) next_grad = load(p.grad_h, p.intermediate_size, next);
+        }
+        Packed out{}, grad_up{};
 #pragma unroll
         for (int e = 0; e < kWidth; e++) {
-            const int64_t j = first + e;
             const C g = static_cast<C>(gate.v[e]), u = static_cast<C>(up.v[e]);
             const C v = activate(g, p.activation), h = v * u;
-            bool kept = keep(v, C(p.threshold[j * p.threshold_stride]));
-            if (p.down_threshold) kept = kept && keep(h, C(p.down_threshold[j * p.down_threshold_stride]));
+            const bool kept = keep(v, threshold[e]) && keep(h, down_threshold[e]);
             if constexpr (kBackward) {
                 const C d = static_cast<C>(grad.v[e]);
                 out.v[e] = round_to<T>(kept ? d * u * activate_grad(g, p.activation) : C(0));
@@ -62,15 +76,20 @@ __global__ void __launch_bounds__(kThreads) gated_threshold_kernel(const __grid_
         };
         if constexpr (kBackward) store(p.grad_gate, out), store(p.grad_up, grad_up);
         else store(p.h, out);
+        if (next >= p.rows) break;
+        row = next, gate = next_gate, up = next_up, grad = next_grad;
     }
 }
 
 template <typename T, int kWidth, bool kBackward>
 cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
-    const int64_t packs = p.rows * (p.intermediate_size / kWidth);
-    if (packs == 0) return cudaSuccess;
-    const int64_t blocks = std::min<int64_t>((packs + kThreads - 1) / kThreads, 1 << 20);
-    gated_threshold_kernel<T, kWidth, kBackward><<<unsigned(blocks), kThreads, 0, stream>>>(p);
+    const int64_t packs = p.intermediate_size / kWidth;
+    if (packs == 0 || p.rows == 0) return cudaSuccess;
+    const int64_t threads = std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads),
+                  blocks = (packs + threads - 1) / threads;
+    const int64_t row_blocks = std::clamp<int64_t>(kBlocks / blocks, 1, std::min<int64_t>(p.rows, 65535));
+    gated_threshold_kernel<T, kWidth, kBackward>
+        <<<dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads), 0, stream>>>(p);
     return cudaGetLastError();
 }
 
