@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from cats_ext import decode_ops as ops
 from cats_ext.decode_ops import Attention, Norm, Shares
 from cats_ext.detection import recognise_activation
+from cats_ext.functional import deterministic
 from cats_ext.modules import CatsMLP
+from cats_ext.ops import sparse_mlp_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,19 +60,23 @@ class FusedStep:
         self.embedding = base.embed_tokens.weight
         positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
         cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
+        hidden = self.embedding.shape[1]
+        # What each sparse MLP gives, in float32, which the next product rounds; and behind it the kernel's counter.
+        self.sums = torch.zeros(len(base.layers), -(-(hidden + 1) // 4) * 4, device=self.embedding.device)
         shares = None
         self.blocks: list[Block] = []
         for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
             if self.embedding.is_cuda and shares is None:
                 shares = Shares.create(attention.heads, attention.head_dim, self.embedding.device)
-            mlp, mlp_norm = _mlp_block(layer)
-            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
+            mlp, mlp_norm, gate = _mlp_block(layer, self.sums[len(self.blocks) // 2])
+            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm, gate))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
 
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        self.sums.zero_()
         x, delta = self.embedding.index_select(0, token)[0], None
         for block in self.blocks:
             x, delta = block(x, delta, position)
@@ -144,20 +150,24 @@ def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
     return (module.qkv_proj,) if hasattr(module, "qkv_proj") else (module.q_proj, module.k_proj, module.v_proj)
 
 
-def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
+def _attention_block(
+    layer: nn.Module, attention: Attention, next_norm: Norm | None, next_weight: Tensor | None
+) -> Block:
     norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
     weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
 
     def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
         qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
         heads = ops.attention(qkv, attention, position)
-        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm)
+        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm, next_weight=next_weight)
 
     return block
 
 
-def _mlp_block(layer: nn.Module) -> tuple[Block, Norm | None]:
-    """The block, and the normalisation of its input if the block does not do it."""
+def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None, Tensor | None]:
+    """The block; the normalisation of its input if the block does not do it; and the weight that it reads first, if the
+    kernel before should bring some of it into L2. ``y_sum`` is the block's own.
+    """
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
     dense_weights = _dense_weights(mlp)
     if dense_weights is not None:
@@ -168,12 +178,39 @@ def _mlp_block(layer: nn.Module) -> tuple[Block, Norm | None]:
             h, x = ops.gate_up(x, *weights, activation, norm)
             return ops.add_linear(h, down.weight, down.bias, x)
 
-        return dense, None
+        return dense, None, None
+
+    operands = _sparse_operands(mlp, norm, y_sum)
+    if operands is not None:
+        weights, rule = operands[:3], operands[3:]
+
+        def sparse(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, Tensor]:
+            sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *rule)
+            return x, y_sum[: len(x)]
+
+        return sparse, None, weights[0]
 
     def module(x: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         return x, mlp(row[None, None])[0, 0]
 
-    return module, norm
+    return module, norm, None
+
+
+def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor | str | None, ...] | None:
+    """What ``sparse_mlp_step`` takes for a patched MLP, without its norm and sum; None if it cannot serve."""
+    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.cats.tracking or deterministic():
+        return None
+    operands = mlp.kernel_operands()
+    if operands is None or operands[-1] is not None:  # the sum has no bias
+        return None
+    operands = operands[:-1]
+    try:
+        sparse_mlp_step(torch.zeros_like(norm.weight), norm.weight, norm.eps, *operands[:3], y_sum, *operands[3:])
+    except RuntimeError as error:
+        if "NotSupported" not in str(error):
+            raise
+        return None
+    return operands
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

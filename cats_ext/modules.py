@@ -108,6 +108,23 @@ class CatsMLP(nn.Module):
             gate, up = children["gate_proj"](x), children["up_proj"](x)
         return children["down_proj"](masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
 
+    def kernel_operands(self) -> tuple[Tensor | str | None, ...] | None:
+        """What ``ops.sparse_mlp`` takes for this module after x, but for ``deterministic``.
+
+        None where a projection has to be called as a module or its weight has another layout.
+        """
+        children, down = self._modules, _bare_linear(self.down_proj)
+        if down is None or down.weight.stride(0) != 1:
+            return None
+        if self.cats.merged:
+            weights = _merged_weights(children["gate_up_proj"])
+        else:
+            weights = _separate_weights(children["gate_proj"], children["up_proj"])
+        if weights is None:
+            return None
+        rule = self.threshold, self.down_threshold, self.cats.activation
+        return *weights[:2], down.weight.t(), *rule, *weights[2:], down.bias
+
     @torch.inference_mode()  # where the buffers may have been made, and where any tensor may be written to
     def set_thresholds(self, config: CatsConfig) -> None:
         """Take over the thresholds of ``config``, which have the same shapes, in place."""

@@ -27,6 +27,11 @@ SCHEMAS = {
     "sparse_mlp": f"({_WEIGHTS}, {_RULE}, {_REST}) -> Tensor",
     # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
     "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_REST}) -> Tensor",
+    # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
+    # which is zero before; what is behind H is the kernel's. The kernel before it on the stream must not write weights.
+    # CUDA says of layers that it has no such kernel for, small ones among them, that they are not supported.
+    "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
+    f"Tensor(a!) y_sum, {_RULE}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
     "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_RULE}) -> (Tensor, Tensor)",
 }
@@ -35,6 +40,7 @@ for _name, _schema in SCHEMAS.items():
 
 sparse_mlp = torch.ops.cats.sparse_mlp
 sparse_mlp_counted = torch.ops.cats.sparse_mlp_counted
+sparse_mlp_step = torch.ops.cats.sparse_mlp_step
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_backward = torch.ops.cats.gated_threshold_backward
 
@@ -149,6 +155,20 @@ def _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named):
     return _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
 
 
+def _sparse_mlp_step_fake(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named):
+    op, hidden = "sparse_mlp_step", w_gate.shape[-1]
+    _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
+    _check(x.numel() == hidden, lambda: f"{op}: x must be one contiguous row, got shape {list(x.shape)}")
+    _check_like(op, "norm_weight", norm_weight, "x", x, (hidden,))
+    _check(
+        y_sum.dtype == torch.float32 and y_sum.dim() == 1 and len(y_sum) > hidden and y_sum.device == x.device,
+        lambda: (
+            f"{op}: y_sum must be contiguous float32 of shape [H + 1] on {x.device}, "
+            f"got {y_sum.dtype} of shape {list(y_sum.shape)} on {y_sum.device}"
+        ),
+    )
+
+
 def _gated_threshold_fake(gate, up, threshold, down_threshold=None, activation="silu"):
     _check_gated_threshold(gate, up, threshold, down_threshold, activation)
     return gate.new_empty(gate.shape)
@@ -176,6 +196,13 @@ def _sparse_mlp_counted_fallback(x, w_gate, w_up, w_down_t, counts, *rule, deter
         x, w_gate, w_up, *rule[:5], **{k: v for k, v in named.items() if k != "down_bias"}
     )
     return reference.sparse_mlp_ref(x, w_gate, w_up, w_down_t, *rule, **named)
+
+
+def _sparse_mlp_step_fallback(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named):
+    _sparse_mlp_step_fake(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named)
+    y_sum[: x.numel()] += reference.sparse_mlp_step_ref(
+        x, norm_weight, norm_eps, w_gate, w_up, w_down_t, *rule, **named
+    ).flatten()
 
 
 def _gated_threshold_fallback(*args, **named):
@@ -206,6 +233,11 @@ def _register() -> None:
         "gated_threshold": (_gated_threshold_fake, _gated_threshold_fallback),
         "gated_threshold_backward": (_gated_threshold_backward_fake, _gated_threshold_backward_fallback),
     }
+    # The CPU gains nothing by it, and has no kernel.
+    torch.library.register_fake("cats::sparse_mlp_step", _sparse_mlp_step_fake)
+    torch.library.register_kernel("cats::sparse_mlp_step", "cpu", _sparse_mlp_step_fallback)
+    if not LIBRARIES["_C_cuda"].loaded:
+        torch.library.register_kernel("cats::sparse_mlp_step", "cuda", _sparse_mlp_step_fallback)
     uncompiled = [d for d, lib in (("cpu", "_C"), ("cuda", "_C_cuda")) if not LIBRARIES[lib].loaded]
     for name, (fake, fallback) in implementations.items():
         torch.library.register_fake(f"cats::{name}", fake)

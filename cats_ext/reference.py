@@ -109,6 +109,22 @@ def sparse_mlp_ref(
     return linear(h, w_down_t.t(), down_bias).to(x.dtype)
 
 
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` of ``[..., H]``, rounded to x's dtype before and after the weight, as in transformers."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def sparse_mlp_step_ref(
+    x: Tensor, norm_weight: Tensor, norm_eps: float, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *rule, **named
+) -> Tensor:
+    """:func:`sparse_mlp_ref` of the normalised x, not rounded: float32."""
+    biases = {name: None if b is None else b.float() for name, b in named.items() if name.endswith("_bias")}
+    rule = (*rule[:3], *(None if b is None else b.float() for b in rule[3:]))
+    inner = rms_norm_ref(x, norm_weight, norm_eps).float()
+    return sparse_mlp_ref(inner, w_gate.float(), w_up.float(), w_down_t.float(), *rule, **(named | biases))
+
+
 def sparse_mlp_counts_ref(
     x: Tensor,
     w_gate: Tensor,

@@ -82,6 +82,27 @@ Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t,
                           down_bias, deterministic);
 }
 
+// One token; y_sum is the launch's own memory, so there is no workspace.
+void sparse_mlp_step(Tensor x, Tensor norm_weight, double norm_eps, Tensor w_gate, Tensor w_up, Tensor w_down_t,
+                     Tensor y_sum, Tensor threshold, OptionalTensor down_threshold, std::string activation,
+                     OptionalTensor gate_bias, OptionalTensor up_bias) {
+    constexpr const char *op = "sparse_mlp_step";
+    SparseMlpParams params = check_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold,
+                                              activation, gate_bias, up_bias, std::nullopt);
+    STD_TORCH_CHECK(params.tokens == 1 && x.is_contiguous(), op, ": x must be one contiguous row, got shape ",
+                    describe(x.sizes()));
+    STD_TORCH_CHECK(y_sum.scalar_type() == ScalarType::Float && y_sum.dim() == 1 &&
+                        y_sum.size(0) > params.hidden_size && y_sum.is_contiguous() && same_device(y_sum, x),
+                    op, ": y_sum must be contiguous float32 of shape [H + 1] on ", describe_device(x), ", got ",
+                    torch::headeronly::toString(y_sum.scalar_type()), " of shape ", describe(y_sum.sizes()), " on ",
+                    describe_device(y_sum));
+    params.norm_weight = check_vector(op, "norm_weight", norm_weight, "x", x, params.hidden_size);
+    params.norm_eps = float(norm_eps);
+    params.y_sum = static_cast<float *>(y_sum.mutable_data_ptr());
+    const DeviceGuard guard(x.get_device_index());
+    check_cuda(op, sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
+}
+
 Tensor with_uniform_rows(const Tensor &t) { return collapsed_row_stride(t) < 0 ? torch::stable::contiguous(t) : t; }
 
 void set_inputs(GatedThresholdParams &params, const Tensor &gate, const Tensor &up) {
@@ -124,6 +145,7 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(Tensor grad_h, Tensor gate, 
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp));
     m.impl("sparse_mlp_counted", TORCH_BOX(&sparse_mlp_counted));
+    m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward));
 }

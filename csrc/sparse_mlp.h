@@ -38,7 +38,15 @@ struct SparseMlpParams {
     const void *gate_bias, *up_bias; // [I] or null
     const void *down_bias;           // [H] or null
 
-    void *y;         // [M, H], contiguous; accumulated in fp32, rounded once
+    void *y; // [M, H], contiguous; accumulated in fp32, rounded once
+
+    // The form for a step of decoding, instead of y: one token, no counts, no down_bias. x is normalised first,
+    // x / rms(x) * norm_weight, and y stays an fp32 sum for the next kernel to round: y_sum is [H + 1], zero before;
+    // its last word is the kernel's. Weights and norm_weight are read before the previous kernel has ended.
+    float *y_sum;            // or null
+    const void *norm_weight; // [H]
+    float norm_eps;          // added to the mean square
+
     int64_t *counts; // [kNumCounts], added to; or null
 
     Activation activation;

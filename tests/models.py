@@ -118,11 +118,11 @@ def keeps_experts_together(model: nn.Module) -> bool:
     return any("gate_up_proj" in key for key in model.state_dict())
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> nn.Module:
     """A random model in eval mode. Weights are wide enough for activations of order one, as in real models."""
     torch.manual_seed(seed)
     chosen = (FAMILIES | MIXTURES | REFUSED)[family]
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**(_SIZES | chosen.arguments)))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**(_SIZES | chosen.arguments | sizes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_proj" in name and parameter.dim() > 1:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import FAMILIES, VOCABULARY, installed, tiny_model, tokens
+from models import FAMILIES, INTERMEDIATE, VOCABULARY, installed, tiny_model, tokens
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -401,8 +401,9 @@ def test_captured_batch_on_cuda():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["plain", "two_threshold"])
-def test_captured_patched_model_on_cuda(rule):
-    model, ids = tiny_model().cuda(), tokens(20)[None].cuda()
+@pytest.mark.parametrize("intermediate", [INTERMEDIATE, 2304])  # the second has a kernel for a step
+def test_captured_patched_model_on_cuda(rule, intermediate):
+    model, ids = tiny_model(intermediate_size=intermediate).cuda(), tokens(20)[None].cuda()
     cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.9, rule=rule, progress=False))
     engine = DecodeEngine(model)
     sparse = generated(model, ids, **OPTIONS["greedy"])

@@ -2,7 +2,8 @@
 // order of these additions varies from run to run; for results that do not, every CTA stores its share in a place of
 // its own, and sum_shares_kernel adds them in order.
 //
-// y_sum, next_batch and done_ctas are zero at the start of every launch and left at zero.
+// y_sum, next_batch and done_ctas are zero at the start of every launch and left at zero. Without done_ctas, y_sum is
+// the result and nothing is left at zero.
 #pragma once
 
 #include "mbarrier.cuh"
@@ -13,8 +14,8 @@ namespace cats {
 struct Workspace {
     float *y_sum;         // fp32 y, in an order of the kernel's own
     unsigned *next_batch; // how many gate batches have been drawn
-    unsigned *done_ctas;
-    float *shares; // deterministic: [CTAs][size of y_sum]; otherwise null
+    unsigned *done_ctas;  // or null
+    float *shares;        // deterministic: [CTAs][size of y_sum]; otherwise null
 };
 
 __device__ __forceinline__ void add_to_global(float *to, float4 v) {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void round_to_output(const T *down_bias, T *y, Order 
 // Called by all threads of all CTAs, after their last add_share.
 template <typename T, class Order>
 __device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, Order order) {
-    if (workspace.shares) return;
+    if (workspace.shares || !workspace.done_ctas) return;
     __shared__ bool last_cta;
     __syncthreads();
     if (threadIdx.x == 0) last_cta = count_up(workspace.done_ctas) == gridDim.x - 1;

@@ -142,14 +142,18 @@ cudaError_t launch_tokens(const SparseMlpParams &params, const DeviceLimits &dev
     return error;
 }
 
-// One token and a layer of which every warp gets kRows neurons at most; else cudaErrorNotSupported. With more rows of
-// more chunks the registers would not do for two CTAs a multiprocessor.
+// One token and a layer of which every warp gets kRows neurons at most.
+template <class Row, int kChunks, int kRows>
+bool fits_small(const SparseMlpParams &params, const DeviceLimits &device) {
+    return params.tokens == 1 && params.hidden_size / Row::kPerChunk <= kChunks * 32 &&
+           params.intermediate_size <= device.multiprocessors * kSmallWarps * kRows;
+}
+
+// Else cudaErrorNotSupported. With more rows of more chunks the registers would not do for two CTAs a multiprocessor.
 template <class Row, int kChunks, int kRows>
 cudaError_t launch_small(const SparseMlpParams &params, const DeviceLimits &device, const Workspace &workspace,
                          cudaStream_t stream, const SparseMlpLaunchOptions &options) {
-    if (params.tokens > 1 || params.hidden_size / Row::kPerChunk > kChunks * 32 ||
-        params.intermediate_size > device.multiprocessors * kSmallWarps * kRows)
-        return cudaErrorNotSupported;
+    if (!fits_small<Row, kChunks, kRows>(params, device)) return cudaErrorNotSupported;
     const int ctas = int(std::min<int64_t>(device.multiprocessors, params.intermediate_size));
     const cudaError_t error = launch_kernel(sparse_mlp_small_kernel<Row, kChunks, kRows>, ctas, kSmallWarps * 32,
                                             int(kSmallWarps * params.hidden_size * sizeof(float)), device, stream,
@@ -210,6 +214,10 @@ cudaError_t launch_group(const SparseMlpParams &params, const DeviceLimits &devi
         if (bulk) return launch_tokens<Row, BulkCopyPipe, kTokens>(params, device, workspace, stream, options);
         return launch_tokens<Row, AsyncCopyPipe, kTokens>(params, device, workspace, stream, options);
     };
+    // The form for a step of decoding is the pipelined kernel's. Where another is faster, or the only one, there is
+    // none.
+    if (params.y_sum && (kernel == SparseMlpKernel::kGeneric || fits_small<Row, 3, 2>(params, device)))
+        return cudaErrorNotSupported;
     if (kernel == SparseMlpKernel::kGeneric) return launch_generic<Row>(params, device, workspace, stream, options);
     cudaError_t error = launch_small<Row, 2, 2>(params, device, workspace, stream, options);
     if (error == cudaErrorNotSupported) error = launch_small<Row, 3, 2>(params, device, workspace, stream, options);

@@ -13,7 +13,8 @@
 //
 // Weights do not depend on the previous kernel, x does. With programmatic dependent launch this kernel starts while the
 // previous one still runs, and only prefetches its first rows into L2 before it waits. Everything it computes with is
-// read after the wait, so a kernel that writes weights, x or thresholds just before is always seen.
+// read after the wait, so a kernel that writes weights, x or thresholds just before is always seen. In the form for a
+// step of decoding it asks for its first rows before: its caller says that nobody writes them.
 #pragma once
 
 #include "activation.cuh"
@@ -71,7 +72,8 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
               reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots, plan.slots,
               plan.segment_chunks * 16, chunks * 16);
-    wait_for_previous_kernel();
+    const bool step = kTokens == 1 && p.y_sum; // for which the weights are ready
+    if (!step) wait_for_previous_kernel();
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
@@ -82,7 +84,6 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         if (leader && !deterministic()) draw_ticket(drawn, args.workspace.next_batch);
     };
     const auto after_first = [&](uint32_t ticket) { return teams() * plan.first_batches + ticket; };
-    draw();
 
     // The queues. Slots are filled and emptied in ring order.
     uint32_t up_head = 0, ups = 0, down_head = 0, downs = 0; // rows still to be requested
@@ -129,6 +130,17 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         }
     };
     refill();
+    uint4 norm[kChunks];
+    if (step) {
+#pragma unroll
+        for (int i = 0; i < kChunks; i++) {
+            norm[i] = make_uint4(0, 0, 0, 0);
+            if (i * 32 + lane < chunks)
+                norm[i] = static_cast<const uint4 *>(p.norm_weight)[first_chunk + i * 32 + lane];
+        }
+        wait_for_previous_kernel();
+    }
+    draw();
 
     float x[kTokens][kChunks][kPerChunk], acc[kTokens][kChunks][kPerChunk];
 #pragma unroll
@@ -168,6 +180,27 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         next_known = true;
         return sum;
     };
+
+    if (step) { // while the first rows are on their way; rounded where separate operations round
+        float squares[kDots];
+#pragma unroll
+        for (int d = 0; d < kDots; d++) {
+            squares[d] = 0.f;
+#pragma unroll
+            for (int i = 0; i < kChunks; i++)
+#pragma unroll
+                for (int e = 0; e < kPerChunk; e++) squares[d] = fmaf(x[0][i][e], x[0][i][e], squares[d]);
+        }
+        const float scale = rsqrtf(sum_over_team(squares) / float(hidden) + p.norm_eps);
+#pragma unroll
+        for (int i = 0; i < kChunks; i++) {
+            float w[kPerChunk];
+            Row::decode(norm[i], w);
+#pragma unroll
+            for (int e = 0; e < kPerChunk; e++)
+                x[0][i][e] = to_float(from_float<T>(to_float(from_float<T>(x[0][i][e] * scale)) * w[e]));
+        }
+    }
 
     while (true) {
         if (!in_flight) { // nothing on its way, and perhaps nothing left

@@ -49,8 +49,8 @@ bool fits_pipelined_kernel(const SparseMlpParams &p) {
     const auto fits = [&](const void *base, int64_t stride) {
         return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes % 16 == 0 && stride * bytes < 1ll << 32;
     };
-    return p.intermediate_size < 1 << 24 && fits(p.x, p.hidden_size) && fits(p.w_gate, p.w_gate_stride) &&
-           fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
+    return p.intermediate_size < 1 << 24 && fits(p.norm_weight, 0) && fits(p.y_sum, 0) && fits(p.x, p.hidden_size) &&
+           fits(p.w_gate, p.w_gate_stride) && fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
 }
 
 cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLimits &device, SparseMlpKernel kernel,
@@ -99,6 +99,12 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     parts.done_ctas = parts.next_batch + 1;
     parts.y_sum = static_cast<float *>(workspace) + kCounters;
     parts.shares = static_cast<float *>(options.shares);
+    if (params.y_sum) { // the sum and the counter are the launch's own
+        if (params.tokens != 1 || params.counts || params.down_bias || parts.shares) return cudaErrorInvalidValue;
+        parts.y_sum = params.y_sum, parts.done_ctas = nullptr;
+        parts.next_batch = reinterpret_cast<unsigned *>(params.y_sum + params.hidden_size);
+        return launch_group_of_dtype(params, device, kernel, parts, stream, options);
+    }
 
     const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
     int group = kMaxTokensPerLaunch;
