@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2)
     wait_for_previous_kernel();
 
     uint4 x_packed[kChunks], gate[kRows][kChunks], up[kRows][kChunks], down[kRows][kChunks];
-    const auto load = [&](const uint4 *row, bool exists, uint4 (&chunks)[kChunks]) {
+    const auto load = [&](const uint4 *row, bool exists, uint4(&chunks)[kChunks]) {
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
             chunks[i] = make_uint4(0, 0, 0, 0);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2)
     float x[kChunks][kPerChunk], dots[2 * kRows];
 #pragma unroll
     for (int i = 0; i < kChunks; i++) Row::decode(x_packed[i], x[i]);
-    const auto dot = [&](const uint4 (&chunks)[kChunks]) {
+    const auto dot = [&](const uint4(&chunks)[kChunks]) {
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
