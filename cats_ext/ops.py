@@ -264,14 +264,17 @@ class _GatedThreshold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h):
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_h)
+        if torch.is_grad_enabled():  # create_graph
+            return _backward_once(ctx, grad_h)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, grad_h)
 
 
 def _backward(ctx, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
     return *gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation), None
 
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)  # with create_graph: an error in the second one
+_backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative is an error
 
 
 # What Function.apply calls after looking for functorch's transforms, which takes as long as all the rest of it.
