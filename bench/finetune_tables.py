@@ -65,6 +65,18 @@ def sparsity() -> str:
     return table(["", "steps", *(f"{key} {column}" for key in ("up", "down") for column in columns)], rows)
 
 
+def tuned() -> str:
+    data = read("finetune/tuned.csv")
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in data if row["when"] == "recalibrated"):
+        when = {row["when"]: row for row in data if row["name"] == name}
+        cells = [f"{float(when[w]['held_out_ppl']):.2f}" for w in ("before", "after", "recalibrated")]
+        cells += [f"{float(when[w]['bytes_share']):.1%}" for w in ("before", "after", "recalibrated")]
+        rows.append([name, *cells])
+    columns = ("before", "after", "recalibrated")
+    return table(["", *(f"{what}, {c}" for what in ("perplexity", "weights read") for c in columns)], rows)
+
+
 def training() -> str:
     data = read("h100/training.csv")
     rows = []
@@ -88,7 +100,7 @@ def training() -> str:
 
 def render(page: str) -> str:
     """``page`` with every table between its markers as the result files have it."""
-    for draw in (quality, text, sparsity, training):
+    for draw in (quality, text, sparsity, tuned, training):
         begin, end = (f"<!-- {draw.__name__}: {mark} -->" for mark in ("begin", "end"))
         before, rest = page.split(begin)
         page = f"{before}{begin}\n{draw().replace('(bench/', '(../bench/')}\n{end}{rest.split(end)[1]}"

@@ -44,8 +44,8 @@ def tasks(directory: Path) -> None:
     rows = [row for row in read(directory / "tasks_mixed.csv") if row["task"] == "mean" and row["rule"] == "plain"]
     points = {"plain": [(100 * float(row["sparsity"]), row["difference"], row["difference_se"]) for row in rows]}
     for row in read(directory.parent / "finetune" / "quality.csv"):
-        if (row["task"], row["step"]) == ("mean", "0") and row["bytes"] and "distilled" not in row["name"]:
-            rule = "two thresholds, 40 / 60 %" if row["name"].startswith("CATS") else row["name"]
+        if (row["task"], row["step"]) == ("mean", "0") and row["bytes"] and "," not in row["name"]:
+            rule = "two thresholds, by gradients" if row["name"].startswith("CATS") else row["name"]
             skipped = 150 * (1 - float(row["bytes"]))
             points.setdefault(rule, []).append((skipped, row["from_dense"], row["from_dense_se"]))
     curves = []

@@ -55,8 +55,6 @@ class FinetuneSettings:
         batch_size: windows of a step.
         sequence_length: tokens of a window.
         gradient_checkpointing: recompute activations in the backward pass; less memory, a third more time.
-        distill: weight in the loss, in [0, 1], of the divergence from the dense model's predictions; the text has the
-            rest. For method "cats" with adapters; a step runs the dense model too, on the same weights.
         seed: of the order of windows and of the adapters' initial weights.
     """
 
@@ -70,7 +68,6 @@ class FinetuneSettings:
     batch_size: int = 4
     sequence_length: int = 512
     gradient_checkpointing: bool = False
-    distill: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,11 +82,6 @@ class FinetuneSettings:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill must be in [0, 1], got {self.distill!r}")
-        if self.distill and (self.method != "cats" or not self.lora_rank):
-            other = f"method {self.method!r}" if self.method != "cats" else "lora_rank 0"
-            raise ValueError(f"distill needs method 'cats' with adapters, over the dense model's weights, got {other}")
 
 
 def finetune(

@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cats_ext.distillation import dense_logits, divergence
-
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
@@ -82,16 +80,6 @@ def make_trainer(
             else:
                 self.train(resume_from_checkpoint=last and str(last))
             return last
-
-        def compute_loss(
-            self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **named: Any
-        ) -> Any:
-            if not settings.distill:
-                return super().compute_loss(model, inputs, return_outputs, **named)
-            dense = dense_logits(model, inputs["input_ids"])
-            loss, outputs = super().compute_loss(model, inputs, True, **named)
-            loss = (1 - settings.distill) * loss + settings.distill * divergence(dense, outputs.logits)
-            return (loss, outputs) if return_outputs else loss
 
         def training_step(self, *arguments: Any, **named: Any) -> Tensor:
             loss = super().training_step(*arguments, **named)

@@ -236,12 +236,6 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
         (("--full", "--lora-targets", "q_proj"), "give --full or --lora-targets"),
         (("--sparsity", "1"), "sparsity must be"),
         (("--dataset", "some/set"), "give --text or --dataset, got --text"),
-        (("--distill", "1.5"), "distill must be in [0, 1], got 1.5"),
-        (
-            ("--distill", "0.5", "--full"),
-            "distill needs method 'cats' with adapters, over the dense model's weights, got",
-        ),
-        (("--distill", "0.5", "--method", "dense"), "distill needs method 'cats' with adapters"),
         (("--steps", "0"), "steps must be an integer of at least 1, got 0"),
         (("--learning-rate", "nan"), "learning_rate must be positive and finite, got nan"),
         (("--sequence-length", "400", "--text", "missing.txt"), "text file 'missing.txt' does not exist"),

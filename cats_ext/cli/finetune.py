@@ -68,9 +68,6 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
-    distill: Annotated[
-        float, typer.Option(help="Weight, 0 to 1, of the dense model's predictions in the loss; the text has the rest.")
-    ] = 0.0,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Set the thresholds anew after the tuning.")
     ] = False,
@@ -92,7 +89,7 @@ def finetune(
 
     $ cats finetune smollm2-135m --text notes.txt --sparsity 0.7 -o tuned
 
-    $ cats finetune smollm2-135m --dataset allenai/c4:en --distill 0.5 -o tuned
+    $ cats finetune smollm2-135m --dataset allenai/c4:en -o tuned
 
     $ cats finetune ./mistral-7b --cats thresholds --text a.jsonl.gz --steps 1000 --recalibrate -o tuned
     """
@@ -121,7 +118,6 @@ def finetune(
         batch_size=batch_size,
         sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing,
-        distill=distill,
         seed=seed,
     )
     texts = read_texts(text) if text else dataset_texts(dataset, rows)
