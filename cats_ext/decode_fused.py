@@ -69,8 +69,8 @@ class FusedStep:
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
             if self.embedding.is_cuda and shares is None:
                 shares = Shares.create(attention.heads, attention.head_dim, self.embedding.device)
-            mlp, mlp_norm, gate = _mlp_block(layer, self.sums[len(self.blocks) // 2])
-            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm, gate))
+            mlp, mlp_norm = _mlp_block(layer, self.sums[len(self.blocks) // 2])
+            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
@@ -150,24 +150,20 @@ def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
     return (module.qkv_proj,) if hasattr(module, "qkv_proj") else (module.q_proj, module.k_proj, module.v_proj)
 
 
-def _attention_block(
-    layer: nn.Module, attention: Attention, next_norm: Norm | None, next_weight: Tensor | None
-) -> Block:
+def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
     norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
     weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
 
     def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
         qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
         heads = ops.attention(qkv, attention, position)
-        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm, next_weight=next_weight)
+        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm)
 
     return block
 
 
-def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None, Tensor | None]:
-    """The block; the normalisation of its input if the block does not do it; and the weight that it reads first, if the
-    kernel before should bring some of it into L2. ``y_sum`` is the block's own.
-    """
+def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
+    """The block, and the normalisation of its input if the block does not do it. ``y_sum`` is the block's own."""
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
     dense_weights = _dense_weights(mlp)
     if dense_weights is not None:
@@ -178,7 +174,7 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None, Ten
             h, x = ops.gate_up(x, *weights, activation, norm)
             return ops.add_linear(h, down.weight, down.bias, x)
 
-        return dense, None, None
+        return dense, None
 
     operands = _sparse_operands(mlp, norm, y_sum)
     if operands is not None:
@@ -188,12 +184,12 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None, Ten
             sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *rule)
             return x, y_sum[: len(x)]
 
-        return sparse, None, weights[0]
+        return sparse, None
 
     def module(x: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         return x, mlp(row[None, None])[0, 0]
 
-    return module, norm, None
+    return module, norm
 
 
 def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor | str | None, ...] | None:

@@ -27,14 +27,6 @@ def _wait_for_previous():
 
 
 @triton.jit
-def _prefetch(weight, program, BYTES: tl.constexpr):
-    """Brings the ``program``-th BYTES of a weight into L2, a line a thread at a time."""
-    line = weight.to(tl.int64, bitcast=True) + program.to(tl.int64) * BYTES + tl.arange(0, BYTES // 128) * 128
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [line], dtype=tl.int32, is_pure=False,
-                              pack=1)  # fmt: skip
-
-
-@triton.jit
 def _norm_weight(norm, K: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
     """Asked for before the wait for the previous kernel: it is in no cache, unlike the row."""
     weight = tl.zeros([BLOCK_K], norm.dtype.element_ty)
@@ -129,18 +121,16 @@ def _joined_row(shares, maxima, sums, K: tl.constexpr, BLOCK_K: tl.constexpr, SH
 def linear_kernel(
     x, delta, x_new, norm, eps, shares, maxima, sums,
     weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
-    residual, y, out_norm, out_eps, normed, arrived, next_weight, blocks,
+    residual, y, out_norm, out_eps, normed, arrived, blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = input weight^T + bias + residual for up to three weights of one input, one after the other in y.
 
     A program holds the input row in registers and takes every gridDim-th block of ROWS outputs. STAGES - 1 blocks are
     on their way to shared memory while one is computed, the first of them since before the wait for the previous
-    kernel. When all of its own are on their way, a program brings AHEAD bytes of ``next_weight``, with which the next
-    kernel starts, into L2. The last program to end normalises y ``[OUT]``, unless OUT is 0.
+    kernel. The last program to end normalises y ``[OUT]``, unless OUT is 0.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     k, exists = _columns(K, BLOCK_K, HEADS, PADDED_HEADS)
@@ -163,9 +153,6 @@ def linear_kernel(
                 row = row.to(y.dtype.element_ty).to(tl.float32)
             else:
                 row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
-        if AHEAD > 0:
-            if current == program + programs:
-                _prefetch(next_weight, program, AHEAD)
         inside = rows < n
         before = tl.zeros([ROWS], y.dtype.element_ty)
         if RESIDUAL:  # asked for now, needed after the product

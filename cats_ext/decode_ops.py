@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -101,14 +101,10 @@ def add_linear(
     residual: Tensor,
     *,
     norm: Norm | None = None,
-    next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``residual + weight x``, ``[N]``; and that normalised, if ``norm`` is given, which takes shares on CUDA.
-
-    ``next_weight`` is what the next kernel begins to read.
-    """
+    """``residual + weight x``, ``[N]``; and that normalised, if ``norm`` is given, which takes shares on CUDA."""
     if weight.is_cuda:
-        return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm, next_weight=next_weight)
+        return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm)
     y = residual + F.linear(x, weight, bias)
     return y, None if norm is None else _rms_norm(y, norm)
 
@@ -167,9 +163,10 @@ def _rotate_half(x: Tensor) -> Tensor:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5 and 7.
+# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5 and 8.
 _TILE = 32768  # bytes of weights
-_AHEAD = 32768  # bytes of the next weight that a program brings into L2: 1.2 us a layer less, with twice as many 0.5
+_STAGES = 4
+_STAGES_AFTER_ATTENTION = 3  # its programs then start beside the attention's: 0.7 to 1.7 us a layer, dense or sparse
 _SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
 _KEYS = 16384  # bytes of keys that a program of the attention takes at a time
 _KEY_SHARES = 4  # with more, joining them takes longer than they save, up to some 1,500 tokens
@@ -214,7 +211,7 @@ def _tile(tile_bytes: int, per_sm: int, inputs: int, outputs: int, itemsize: int
     rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
     while rows > 1 and 2 * rows * row_bytes > shared:
         rows //= 2
-    return Tile(rows, 8, per_sm, max(2, min(4, 1 + shared // (rows * row_bytes))))
+    return Tile(rows, 8, per_sm, max(2, min(_STAGES, 1 + shared // (rows * row_bytes))))
 
 
 def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
@@ -235,7 +232,6 @@ def _linear_cuda(
     delta: Tensor | None = None,
     residual: Tensor | None = None,
     out_norm: Norm | None = None,
-    next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     from cats_ext.decode_kernels import linear_kernel
 
@@ -248,17 +244,15 @@ def _linear_cuda(
     padded_heads = _power_of_two(heads)
     padded_inputs = padded_heads * _power_of_two(head_dim)
     tile = linear_tile(padded_inputs, sum(outputs), x.element_size(), x.device)
+    if shares is not None:
+        tile = replace(tile, stages=min(tile.stages, _STAGES_AFTER_ATTENTION))
     blocks = sum(-(-n // tile.rows) for n in outputs)
-    grid = _grid(tile, blocks, x.device)
-    ahead = 0
-    if next_weight is not None and next_weight.is_contiguous() and next_weight.nbytes >= grid[0] * _AHEAD:
-        ahead = _AHEAD
     y = x.new_empty(sum(outputs))
     x_new = x if delta is None else torch.empty_like(x)
     normed = None if out_norm is None else torch.empty_like(y)
     padding = 3 - len(weights)
     none = weights[0]
-    linear_kernel[grid](
+    linear_kernel[_grid(tile, blocks, x.device)](
         x,
         x if delta is None else delta,
         x_new,
@@ -281,7 +275,6 @@ def _linear_cuda(
         0.0 if out_norm is None else out_norm.eps,
         none if normed is None else normed,
         none if normed is None else shares.arrived,
-        none if next_weight is None else next_weight,
         blocks,
         K=inputs,
         BLOCK_K=padded_inputs,
@@ -297,7 +290,6 @@ def _linear_cuda(
         RESIDUAL=residual is not None,
         OUT=0 if out_norm is None else outputs[0],
         BLOCK_OUT=1 if out_norm is None else _power_of_two(outputs[0]),
-        AHEAD=ahead,
         num_warps=tile.warps,
         **_launch_options(x),
     )
