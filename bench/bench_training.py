@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import itertools
 import statistics
 import subprocess
 import time
@@ -103,7 +104,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "mistral-7b, 2 layers"], choices=SHAPES)
     parser.add_argument("--tunings", nargs="*", default=["lora", "full"])
-    parser.add_argument("--tokens", type=int, nargs=2, default=(4, 512), help="sequences, and tokens of each")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[4, 16], help="of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no shape after so long")
     parser.add_argument("--commit", help="where there is no git")
@@ -114,29 +116,26 @@ def main() -> None:
     facts = {"device": name, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
     rows: list[dict[str, Any]] = []
     args.out.mkdir(parents=True, exist_ok=True)
-    for tuning in args.tunings:
-        for shape in args.shapes:
-            if time.perf_counter() - started > args.seconds:
-                print(f"no time for {shape}, {tuning}")
-                continue
-            found, peaks = measure(shape, tuning, tuple(args.tokens), args.steps, device)
-            gc.collect()
-            torch.cuda.empty_cache()
-            dense_ms = statistics.median(found["dense"])
-            for kind, times in found.items():
-                ms = statistics.median(times)
-                row = {"shape": shape, "tuning": tuning, "sequences": args.tokens[0], "length": args.tokens[1]}
-                row |= {"kind": kind, "steps": len(times), "step_ms": f"{ms:.3f}", "peak_bytes": peaks[kind]}
-                row |= {
-                    "step_ratio": f"{ms / dense_ms:.4f}",
-                    "peak_ratio": f"{peaks[kind] / max(peaks['dense'], 1):.4f}",
-                }
-                rows.append(row | facts)
-                print(row, f"after {time.perf_counter() - started:.1f} s", flush=True)
-            with open(args.out / "training.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+    for sequences, tuning, shape in itertools.product(args.sequences, args.tunings, args.shapes):
+        if time.perf_counter() - started > args.seconds:
+            print(f"no time for {shape}, {tuning}, {sequences} sequences")
+            continue
+        found, peaks = measure(shape, tuning, (sequences, args.length), args.steps, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        dense_ms = statistics.median(found["dense"])
+        for kind, times in found.items():
+            ms = statistics.median(times)
+            row = {"shape": shape, "tuning": tuning, "sequences": sequences, "length": args.length}
+            row |= {"kind": kind, "steps": len(times), "step_ms": f"{ms:.3f}", "peak_bytes": peaks[kind]}
+            row |= {"step_ratio": f"{ms / dense_ms:.4f}"}
+            row |= {"peak_ratio": f"{peaks[kind] / max(peaks['dense'], 1):.4f}"}
+            rows.append(row | facts)
+            print(row, f"after {time.perf_counter() - started:.1f} s", flush=True)
+        with open(args.out / "training.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

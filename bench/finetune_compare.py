@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from finetune_measure import Measure, load_tasks, prepare_tokens, write_tables
-from learned_thresholds import LearnThresholds
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -64,18 +63,15 @@ def tune(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded) -> N
     name = variant["name"]
     at = [step for step in args.at if step in variant.get("at", args.at)]
     measure = Measure(args.work / f"{name}.jsonl", at, loaded.tokens, loaded.tasks, args.batch_tokens)
-    callbacks: list[Any] = [measure]
-    if variant.get("learn_thresholds"):
-        callbacks.insert(0, LearnThresholds(config.bytes_share, **variant["learn_thresholds"]))
     found = finetune(
         model,
         train,
         args.work / name,
         settings,
         config=config,
-        recalibrate=config is not None and not variant.get("learn_thresholds"),
+        recalibrate=config is not None,
         save_every=settings.steps,
-        callbacks=callbacks,
+        callbacks=[measure],
         progress=False,
     )
     measure.write(

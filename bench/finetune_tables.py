@@ -80,12 +80,14 @@ def tuned() -> str:
 def training() -> str:
     data = read("h100/training.csv")
     rows = []
-    for shape, tuning in dict.fromkeys((row["shape"], row["tuning"]) for row in data):
-        kinds = {row["kind"]: row for row in data if (row["shape"], row["tuning"]) == (shape, tuning)}
+    for case in dict.fromkeys((row["shape"], row["tuning"], row["sequences"], row["length"]) for row in data):
+        shape, tuning, sequences, length = case
+        same = [row for row in data if (row["shape"], row["tuning"], row["sequences"], row["length"]) == case]
+        kinds = {row["kind"]: row for row in same}
         dense, patched = kinds["dense"], kinds["patched"]
         rows.append(
             [
-                f"{shape}, {'LoRA' if tuning == 'lora' else 'all weights'}",
+                f"{shape}, {'LoRA' if tuning == 'lora' else 'all weights'}, {sequences} x {length} tokens",
                 f"{float(dense['step_ms']):.1f}",
                 f"{float(patched['step_ms']):.1f} ({float(patched['step_ratio']):.3f}x)",
                 f"{int(dense['peak_bytes']) / 1e9:.2f}",
@@ -94,8 +96,7 @@ def training() -> str:
         )
     first = data[0]
     header = ["bf16", "dense, ms", "patched, ms", "dense, GB", "patched, GB"]
-    size = f"{first['sequences']} x {first['length']} tokens a step"
-    return f"{source('h100/training.csv', first)}, {first['device']}, {size}.\n\n{table(header, rows)}"
+    return f"{source('h100/training.csv', first)}, {first['device']}.\n\n{table(header, rows)}"
 
 
 def render(page: str) -> str:
