@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 import cats_ext
-from cats_ext import decode
+from cats_ext import decode, decode_fused
 from cats_ext.decode import DecodeEngine
 
 PADDED = ("mistral", "gemma2")
@@ -127,12 +127,15 @@ def test_fused_steps_of_layers_without_a_rotary_embedding(static_steps):
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "phi3"])
-def test_fused_steps_of_a_patched_model(family, static_steps):
-    model, ids = tiny_model(family), tokens(20)[None]
+def test_fused_steps_of_a_patched_model(family, static_steps, monkeypatch):
+    model, ids, calls = tiny_model(family), tokens(20)[None], []
+    step = decode_fused.sparse_mlp_step
+    monkeypatch.setattr(decode_fused, "sparse_mlp_step", lambda *arguments: calls.append(1) or step(*arguments))
     cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
     out = decoded(statically(DecodeEngine(model, fused=True)), ids, **OPTIONS["greedy"])
     assert torch.equal(out, generated(model, ids, **OPTIONS["greedy"]))
     assert not torch.equal(out, expected(family, "greedy"))
+    assert bool(calls) == (family != "llama-bias")  # a sum has no bias: the module is called
 
 
 def test_fused_steps_after_a_dense_prompt(static_steps):
