@@ -30,6 +30,7 @@ from torch import Tensor
 
 import cats_ext
 from cats_ext.evaluation import compare
+from cats_ext.files import write_together
 from cats_ext.plots import linear_bins
 from cats_ext.significance import mean_accuracy, paired_accuracy
 
@@ -206,8 +207,15 @@ class Bench:
                 )  # fmt: skip
 
     def tasks(self, facts: dict[str, Any]) -> None:
-        if self.dense_answers is None:
-            self.dense_answers = answers(self.model, self.requests, self.args.batch_tokens)
+        if self.dense_answers is None:  # the first variant is the dense model
+            kept = Path(self.args.kept or "") / "dense.json"
+            if self.args.kept and kept.exists():
+                self.dense_answers = json.loads(kept.read_text())
+            else:
+                self.dense_answers = answers(self.model, self.requests, self.args.batch_tokens)
+            if self.args.kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_together({kept: json.dumps(self.dense_answers).encode()})
             sparse = self.dense_answers
         else:
             sparse = answers(self.model, self.requests, self.args.batch_tokens)
@@ -281,7 +289,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--measure", nargs="+", default=MEASURES, choices=MEASURES)
     parser.add_argument("--rules", nargs="+", help="only these (names without sparsity), and the dense model")
-    parser.add_argument("--kept", help="directory of calibrations that processes beside each other share")
+    parser.add_argument("--kept", help="directory of calibrations and dense answers that processes share")
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no variant after so long")
     args = parser.parse_args()

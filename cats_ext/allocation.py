@@ -37,7 +37,10 @@ class LossTable:
     __hash__ = None
 
     def targets(self, budget: float, sizes: Sequence[int], uniform: tuple[float, float]) -> list[tuple[float, float]]:
-        """Up and down sparsity of each layer, with the least loss in all.
+        """Up and down sparsity of each layer, with the least loss in all; the last layer's are the uniform ones.
+
+        What the last layer drops changes the logits at once, for the worse on average and for the better where a rare
+        word is wanted. The losses show only the first (docs/quality.md).
 
         Args:
             budget: share of all MLP bytes that a token may read.
@@ -48,15 +51,17 @@ class LossTable:
             ValueError: the budget is out of what the options allow.
         """
         near = (self.options - torch.tensor(uniform, dtype=torch.float64)).abs().amax(1) <= self.spread + 1e-9
-        options, losses = self.options[near], self.losses[:, near]
+        options, losses = self.options[near], self.losses[:-1, near]
+        if len(sizes) == 1:
+            return [uniform]
         if not len(options):
             raise ValueError(
                 f"no sparsity that was tried is within {self.spread} of {uniform}: a wider spread is needed"
             )
         shares = torch.tensor([bytes_share(up, down) for up, down in options.tolist()], dtype=torch.float64)
         weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        choice = allocate(losses, weight[:, None] * shares, budget)
-        return [tuple(options[option].tolist()) for option in choice]
+        choice = allocate(losses, weight[:-1, None] * shares, budget - float(weight[-1]) * bytes_share(*uniform))
+        return [*(tuple(options[option].tolist()) for option in choice), uniform]
 
 
 def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:

@@ -34,7 +34,7 @@ from cats_ext.report import SparsityDriftWarning
 from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
 ALLOCATIONS = ("uniform", "search")
-_GRADIENT_TOKENS = 8192  # that the gradient passes use at most
+_GRADIENT_TOKENS = 8192  # that the gradient passes use, up to the end of a window
 _UP = tuple(i / 20 for i in range(19))  # sparsities that the search chooses from
 _OFFSETS = (0.0, 0.15, 0.25, 0.35)  # of the down sparsity over the up sparsity
 _FACTOR = 4  # of a pass with gradients and losses, in passes without (measured on two CPU cores: 3.6)
@@ -52,7 +52,7 @@ def calibrate(
     down_sparsity: float | None = None,
     gate_power: float | None = None,
     last_gate_power: float | None = None,
-    importance: str = "norm",
+    importance: str | None = None,
     allocation: str | None = None,
     spread: float = 0.1,
     max_tokens: int = 32768,
@@ -74,7 +74,7 @@ def calibrate(
 
     Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
-    MLP's output; needs memory for the activations of a batch, as training would.
+    MLP's output; needs memory for the activations of a window, as training would.
 
     The experts of a mixture have their thresholds in common, from quantiles over all tokens routed to any of them, and
     ``n_j = c_j = 1``: rules with weights, gradients and the search are for dense MLPs.
@@ -89,14 +89,15 @@ def calibrate(
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``.
         rule: "two_threshold", "plain" or "weighted".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
-        gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/8
+        gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/2
             with "two_threshold", there 0 for mixtures of experts.
         last_gate_power: the same of the last layer, whose output the logits are made of. By default no larger than
-            gate_power, 1 with "weighted" and 1/8 with "two_threshold".
-        importance: "norm" or "gradient".
+            gate_power, 1 with "weighted" and 1/16 with "two_threshold".
+        importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 8,192
+            tokens. By default "gradient" with the two-threshold rule of dense MLPs, else "norm".
         allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
             "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
-            default for a budget); :mod:`cats_ext.allocation`.
+            default for a budget); the last layer stays as it is, :mod:`cats_ext.allocation`.
         spread: of a search: how far a layer's up and down sparsity may be from those of the uniform allocation. Wider
             ones come closer to the dense model's predictions on average, and lose more where a rare word is wanted.
         max_tokens: how many tokens to use at most.
@@ -125,6 +126,8 @@ def calibrate(
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     mlps, model = find_dense_mlps(model), unwrapped(model)
     has_experts = any(mlp.experts for mlp in mlps)
+    if importance is None:
+        importance = "gradient" if rule == "two_threshold" and not has_experts else "norm"
     if gate_power is None:
         gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
     check_weights(rule, gate_power, last_gate_power or 0, importance)
@@ -141,6 +144,7 @@ def calibrate(
     powers = [gate_power] * (len(mlps) - 1) + [last_gate_power]
     layers = {mlp.name: LayerAccumulator(mlp, power, importance) for mlp, power in zip(mlps, powers, strict=True)}
     batches = batches_of(windows, batch_size)
+    with_gradient = _few([window[None] for batch in batches for window in batch])  # one at a time: memory
     steps = _steps(layers, rule, max(powers), importance, allocation)
     arguments = {"rule": rule, "gate_power": powers, "importance": importance, "allocation": allocation}
     saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
@@ -149,10 +153,10 @@ def calibrate(
         step = steps[number]
         if allocation == "search" and number == len(steps) - 1 and progress and seconds_a_token:
             # a backward pass costs about two forward ones, and the check runs two models twice
-            tokens = _FACTOR * sum(batch.numel() for batch in batches[: _few(batches)]) + 4 * _CHECK_TOKENS
+            tokens = _FACTOR * sum(batch.numel() for batch in with_gradient) + 4 * _CHECK_TOKENS
             note(f"search for an allocation: about {max(1, round(seconds_a_token * tokens)):,} s")
         started = time.monotonic()
-        todo = batches[: _few(batches)] if step.gradient else batches
+        todo = with_gradient if step.gradient else batches
         start = saved.batch if number == saved.step else 0
         title = f"calibration, pass {number + 1} of {len(steps)}" if len(steps) > 1 else "calibration"
         run = partial(run_gradient_pass, seed=seed) if step.gradient else run_pass
@@ -276,18 +280,18 @@ def _kl(model: nn.Module, config: CatsConfig, ids: Tensor, window: int) -> float
 def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:
     """Thresholds of experts are one a layer; too few tokens reach each for what needs sums over a neuron's own."""
     for name, value, possible in (
+        ("allocation (by default 'search' with a budget)", allocation, "uniform"),
         ("gate_power (by default 1 with the rule 'weighted')", gate_power, 0),
         ("importance", importance, "norm"),
-        ("allocation (by default 'search' with a budget)", allocation, "uniform"),
     ):
         if value != possible:
             raise ValueError(f"{name} must be {possible!r} for mixtures of experts, got {value!r}")
 
 
-def _few(batches: list[Tensor]) -> int:
-    """How many batches the gradient passes use: as many as hold _GRADIENT_TOKENS, and at least one."""
-    tokens = list(itertools.accumulate(batch.numel() for batch in batches))
-    return 1 + sum(total < _GRADIENT_TOKENS for total in tokens[:-1])
+def _few(windows: list[Tensor]) -> list[Tensor]:
+    """What the gradient passes use: as many as hold _GRADIENT_TOKENS, and at least one."""
+    tokens = list(itertools.accumulate(window.numel() for window in windows))
+    return windows[: 1 + sum(total < _GRADIENT_TOKENS for total in tokens[:-1])]
 
 
 def _target(sparsity: float | None, budget: float | None, allocation: str | None) -> tuple[float, str]:

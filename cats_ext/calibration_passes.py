@@ -186,6 +186,9 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
 
     def keep(_: GatedMLP, gate: Tensor, up: Tensor) -> None:
         caught[:] = gate.detach(), up.detach()
+        bad = sum(int((~values.isfinite()).sum()) for values in caught)  # the gradient of earlier layers would show it
+        if bad:
+            raise ValueError(f"{bad} of {2 * gate.numel()} values are NaN or infinite")
 
     def open_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
         probe = torch.zeros_like(output, requires_grad=True)

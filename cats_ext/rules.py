@@ -9,8 +9,8 @@ IMPORTANCES = ("norm", "gradient")
 TWO_THRESHOLD_OFFSET = 0.125
 # Exponents of the gate's weights where none is asked for, in all layers but the last, and in the last: there, weights
 # cost rare words much and win little elsewhere. Chosen on bench/results/quality/sweep_choice.csv.
-DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.125}
-LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.125}
+DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5}
+LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625}
 
 
 def bytes_share(up_sparsity: float, down_sparsity: float) -> float:

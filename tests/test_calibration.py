@@ -74,7 +74,7 @@ def test_plain_threshold_is_the_quantile_of_the_gate(family, sparsity):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_two_thresholds(weighted):
     model, ids = tiny_model(), tokens(600)
-    powers = dict(gate_power=int(weighted), last_gate_power=int(weighted))
+    powers = dict(gate_power=int(weighted), last_gate_power=int(weighted), importance="norm")
     config = calibrate(model, ids, rule="two_threshold", **powers, sequence_length=200, batch_size=3, progress=False)
     modules = dict(model.named_modules())
     for name, (v, u) in gate_and_up(model, ids.view(3, 200)).items():
@@ -163,9 +163,11 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
-    config = calibrate(tiny_model(dtype=dtype), tokens(300), rule="two_threshold", gate_power=1, progress=False)
+    config = calibrate(
+        tiny_model(dtype=dtype), tokens(300), rule="two_threshold", gate_power=1, importance="norm", progress=False
+    )
     assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in config.thresholds.values())
-    exact = calibrate(tiny_model(), tokens(300), rule="two_threshold", gate_power=1, progress=False)
+    exact = calibrate(tiny_model(), tokens(300), rule="two_threshold", gate_power=1, importance="norm", progress=False)
     for name in config.thresholds:
         torch.testing.assert_close(config.thresholds[name], exact.thresholds[name], rtol=0.05, atol=0)
 
@@ -359,6 +361,15 @@ def test_argument_errors(arguments, error, message):
 def test_data_errors(data, error, message):
     with pytest.raises(error, match=message):
         calibrate(tiny_model(), data, tokenizer=CharacterTokenizer(), progress=False)
+
+
+def test_the_tokenizer_of_another_model_is_refused():
+    class Other(CharacterTokenizer):
+        def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+            return {"input_ids": [VOCABULARY + i for i in super().__call__(text, **options)["input_ids"]]}
+
+    with pytest.raises(ValueError, match=rf"token id \d+, but the model's vocabulary has {VOCABULARY}"):
+        calibrate(tiny_model(), TEXT, tokenizer=Other(), progress=False)
 
 
 def test_text_needs_a_tokenizer():

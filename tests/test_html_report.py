@@ -87,7 +87,7 @@ def test_tasks_and_search_are_shown(tmp_path):
     tasks = {"dense": {"piqa": 0.5}, "variants": [{"name": "two_threshold 60%", "tasks": [task]}]}
     (tmp_path / "eval.json").write_text(json.dumps({"model": "m", "tasks": tasks}))
     page = html_report(tmp_path)
-    for words in ("piqa", "50.0%", "-25.0 ± 12.5", "0.625", "norm to the power 0.5", "weighted"):
+    for words in ("piqa", "50.0%", "-25.0 ± 12.5", "0.625", "gradient to the power 0.5", "weighted"):
         assert words in page, words
     assert "{uniform_kl:.4f} to {searched_kl:.4f} nats".format(**config.calibration["search"]) in page
     (tmp_path / "other.json").write_text('["not of cats eval"]')

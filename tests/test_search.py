@@ -17,7 +17,7 @@ from cats_ext.calibration import _options
 from cats_ext.calibration_passes import batches_of, run_gradient_pass
 from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.evaluation import compare
-from cats_ext.rules import LAST_GATE_POWER
+from cats_ext.rules import LAST_GATE_POWER, sparsity_of
 
 # --- allocate -------------------------------------------------------------------------------------------------------
 
@@ -62,18 +62,19 @@ def test_allocation_errors():
 
 
 def test_a_table_weighs_layers_by_their_size():
-    table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 2))
+    table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 3))
     # 0.6 of the small layer's rows saves 0.4 of a tenth of all bytes; only the large one affords the budget
-    assert table.targets(0.65, [1, 9], (0.5, 0.5)) == [(0.0, 0.0), (0.6, 0.6)]
+    assert table.targets(0.65, [1, 8, 1], (0.5, 0.5)) == [(0.0, 0.0), (0.6, 0.6), (0.5, 0.5)]
 
 
 def test_no_layer_is_further_from_the_uniform_allocation_than_the_spread():
     options = torch.tensor([[i / 10, i / 10] for i in range(9)], dtype=torch.float64)
-    losses = torch.stack([torch.arange(9.0), 100 * torch.arange(9.0)])
-    assert LossTable(options, losses).targets(2 / 3, [1, 1], (0.5, 0.5)) == [(0.8, 0.8), (0.2, 0.2)]
-    assert LossTable(options, losses, 0.2).targets(2 / 3, [1, 1], (0.5, 0.5)) == [(0.7, 0.7), (0.3, 0.3)]
+    losses = torch.stack([torch.arange(9.0), 100 * torch.arange(9.0), torch.zeros(9)])
+    for spread, first in ((1.0, [(0.8, 0.8), (0.2, 0.2)]), (0.2, [(0.7, 0.7), (0.3, 0.3)])):
+        assert LossTable(options, losses, spread).targets(2 / 3, [1] * 3, (0.5, 0.5)) == [*first, (0.5, 0.5)]
+    assert LossTable(options, losses[:1]).targets(2 / 3, [1], (0.5, 0.5)) == [(0.5, 0.5)]
     with pytest.raises(ValueError, match=r"within 0.01 of \(0.55, 0.55\): a wider spread"):
-        LossTable(options, losses, 0.01).targets(0.64, [1, 1], (0.55, 0.55))
+        LossTable(options, losses, 0.01).targets(0.64, [1] * 3, (0.55, 0.55))
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -148,7 +149,9 @@ def test_weights_are_root_mean_squares(last, last_power):
 
 def test_losses_of_every_option_by_brute_force():
     model, ids = tiny_model(), tokens(300)
-    config = calibrate(model, ids, rule="two_threshold", gate_power=0.5, sequence_length=100, progress=False)
+    config = calibrate(
+        model, ids, rule="two_threshold", gate_power=0.5, importance="norm", sequence_length=100, progress=False
+    )
     found = gathered(model, batches_of(ids.split(100), 1))
     options = [(0.0, 0.0), (0.0, 0.3), (0.2, 0.2), (0.2, 0.5), (0.6, 0.9), (0.5, 0.5)]
     for mlp in find_gated_mlps(model):
@@ -203,7 +206,7 @@ def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
     loaded = CatsConfig.from_pretrained(tmp_path)
     assert loaded.losses == config.losses and len(config.losses.losses) == LAYERS
     want = calibrate(uneven, tokens(600), budget=0.8, **arguments)
-    got = loaded.at_sparsity(0.3)
+    got = loaded.at_sparsity(sparsity_of(0.8))
     assert {n: (t.up_sparsity, t.down_sparsity) for n, t in got.layers.items()} == {
         n: (t.up_sparsity, t.down_sparsity) for n, t in want.layers.items()
     }

@@ -61,8 +61,9 @@ def calibrate(
     ] = None,
     last_gate_power: Annotated[float | None, typer.Option(help="The same of the last layer.")] = None,
     importance: Annotated[
-        Importance, typer.Option(help="What weighs a neuron: norms, or gradients of the model's predictions.")
-    ] = Importance.NORM,
+        Importance | None,
+        typer.Option(help="What weighs a neuron: norms, or gradients of the predictions (with a search, gradients)."),
+    ] = None,
     allocation: Annotated[
         Allocation | None, typer.Option(help="All layers alike, or searched (without it, searched for a --budget).")
     ] = None,
@@ -111,7 +112,7 @@ def calibrate(
         down_sparsity=down_sparsity,
         gate_power=gate_power,
         last_gate_power=last_gate_power,
-        importance=importance.value,
+        importance=importance and importance.value,
         allocation=allocation and allocation.value,
         spread=spread,
         checkpoint=checkpoint,
