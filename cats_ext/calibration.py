@@ -24,7 +24,7 @@ from cats_ext.accumulator import LayerAccumulator
 from cats_ext.allocation import LossTable
 from cats_ext.calibration_checkpoint import Checkpoint
 from cats_ext.calibration_data import collect_windows
-from cats_ext.calibration_passes import batches_of, run_gradient_pass, run_pass
+from cats_ext.calibration_passes import batches_of, has_gradients, run_gradient_pass, run_pass
 from cats_ext.config import CatsConfig, LayerConfig, thresholds_of
 from cats_ext.detection import GatedMLP
 from cats_ext.evaluation import compare
@@ -41,6 +41,7 @@ _FACTOR = 4  # of a pass with gradients and losses, in passes without (measured 
 _CHECK_TOKENS = 4096  # on which a search is compared with the uniform allocation
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     data: Any,
@@ -94,7 +95,7 @@ def calibrate(
         last_gate_power: the same of the last layer, whose output the logits are made of. By default no larger than
             gate_power, 1 with "weighted" and 1/16 with "two_threshold".
         importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 8,192
-            tokens. By default "gradient" with the two-threshold rule of dense MLPs, else "norm".
+            tokens. By default "gradient" with the two-threshold rule, dense MLPs and a model with a head, else "norm".
         allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
             "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
             default for a budget); the last layer stays as it is, :mod:`cats_ext.allocation`.
@@ -127,12 +128,18 @@ def calibrate(
     mlps, model = find_dense_mlps(model), unwrapped(model)
     has_experts = any(mlp.experts for mlp in mlps)
     if importance is None:
-        importance = "gradient" if rule == "two_threshold" and not has_experts else "norm"
+        wanted = rule == "two_threshold" and not has_experts
+        importance = "gradient" if wanted and has_gradients(model) else "norm"
     if gate_power is None:
         gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
     check_weights(rule, gate_power, last_gate_power or 0, importance)
     if last_gate_power is None:
         last_gate_power = min(gate_power, LAST_GATE_POWER[rule])
+    if (importance == "gradient" or allocation == "search") and not has_gradients(model):
+        raise ValueError(
+            "importance must be 'norm' and allocation 'uniform' for a model without an output layer or made in "
+            f"inference mode, got {importance!r} and {allocation!r}"
+        )
     if has_experts:
         _check_for_experts(max(gate_power, last_gate_power), importance, allocation)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -58,6 +58,12 @@ def run_pass(
             advance()
 
 
+def has_gradients(model: nn.Module) -> bool:
+    """Whether a gradient pass can run: the model predicts tokens, and autograd takes its weights."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and not any(parameter.is_inference() for parameter in model.parameters())
+
+
 def run_gradient_pass(
     model: nn.Module,
     mlps: list[GatedMLP],

@@ -372,6 +372,20 @@ def test_the_tokenizer_of_another_model_is_refused():
         calibrate(tiny_model(), TEXT, tokenizer=Other(), progress=False)
 
 
+def test_without_gradients_norms_are_the_weights():
+    whole = tiny_model()
+    assert calibrate(whole, tokens(300), progress=False).importance == "gradient"
+    assert calibrate(whole.model, tokens(300), progress=False).importance == "norm"
+    with pytest.raises(ValueError, match=r"without an output layer .* got 'gradient' and 'uniform'"):
+        calibrate(whole.model, tokens(300), importance="gradient", progress=False)
+    with pytest.raises(ValueError, match=r"without an output layer .* got 'norm' and 'search'"):
+        calibrate(whole.model, tokens(300), budget=0.6, progress=False)
+    with torch.inference_mode():
+        inside = calibrate(whole, tokens(300), progress=False)
+        assert inside.importance == "gradient"
+        assert calibrate(tiny_model(), tokens(300), progress=False).importance == "norm"
+
+
 def test_text_needs_a_tokenizer():
     with pytest.raises(TypeError, match="tokenizer must be given when data is text, got None"):
         calibrate(tiny_model(), TEXT, progress=False)

@@ -104,7 +104,7 @@ def test_saved_copied_adapted_and_made_in_inference_mode(tmp_path):
     adapted = get_peft_model(at(0.5), LoraConfig(target_modules=["q_proj"]))  # B is zero: the same function
     torch.testing.assert_close(logits(set_sparsity(adapted, 0.7), few()), expected)
     with torch.inference_mode():
-        model = at(0.5)
+        model, expected = at(0.5), logits(at(0.7), few())
     assert torch.equal(logits(set_sparsity(model, 0.7), few()), expected)
 
 
