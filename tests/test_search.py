@@ -280,7 +280,8 @@ def test_a_model_spread_over_devices_is_calibrated_alike(last):
         (f"model.layers.{LAYERS - 1}", "model.norm", "lm_head"), last
     )
     model = dispatch_model(tiny_model(), device_map, main_device="cuda:0", force_hooks=True)
-    assert {p.device.type for p in model.parameters()} == {"cuda", torch.device(last).type}
+    elsewhere = "meta" if last == "cpu" else "cuda"  # offloaded weights are kept beside the model
+    assert {p.device.type for p in model.parameters()} == {"cuda", elsewhere}
     spread = calibrate(model, tokens(600), **arguments)
     torch.testing.assert_close(spread.losses.losses, whole.losses.losses, rtol=0.05, atol=1e-6)
     assert spread.bytes_share == pytest.approx(0.7, abs=0.01)
