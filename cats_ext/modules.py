@@ -93,14 +93,17 @@ class CatsMLP(nn.Module):
                     if counts is not None:
                         return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                     return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-        elif not (cats.merged or cats.tracking or torch.is_grad_enabled()):
+        elif not (cats.merged or cats.tracking):
             gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
             if _are_plain(gate, up, down) and not torch.compiler.is_compiling():
                 # As below, without the host's time for calling modules and the op's autograd, which is Python.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                with torch._C._AutoDispatchBelowAutograd():
-                    h = ops.gated_threshold(g, u, threshold, down_threshold, cats.activation)
+                if torch.is_grad_enabled():
+                    h = masked_product(g, u, threshold, down_threshold, cats.activation, None)
+                else:
+                    with torch._C._AutoDispatchBelowAutograd():
+                        h = ops.gated_threshold(g, u, threshold, down_threshold, cats.activation)
                 return F.linear(h, down["weight"], down["bias"])
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
