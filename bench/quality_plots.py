@@ -23,12 +23,13 @@ def rule_of(name: str) -> str:
 
 
 def pareto(directory: Path) -> None:
-    rows = [row for name in ("text.csv", "text_cpu.csv") for row in read(directory / name)]
-    rows = [row for row in rows if row["text"] == "wikitext" and row["sparsity"]]
+    rows = [
+        row for row in read(directory / "text.csv") if row["text"] == "wikitext" and ", WikiText" not in row["name"]
+    ]
     curves = []
-    for rule in dict.fromkeys(rule_of(row["name"]) for row in rows):
+    for rule in dict.fromkeys(rule_of(row["name"]) for row in rows if row["sparsity"]):
         points = sorted((float(row["bytes"]), float(row["ppl"])) for row in rows if rule_of(row["name"]) == rule)
-        curves.append(Curve(rule, *zip(*points, strict=True)))
+        curves.append(Curve(rule.replace("_", " "), *zip(*points, strict=True)))
     figure = curves_figure(
         curves,
         x_label="share of the MLP weights read",
@@ -40,31 +41,29 @@ def pareto(directory: Path) -> None:
 
 
 def tasks(directory: Path) -> None:
-    """Accuracy against sparsity, as the difference from the dense model: two runs had items of their own."""
-    rows = [row for row in read(directory / "tasks_mixed.csv") if row["task"] == "mean" and row["rule"] == "plain"]
-    points = {"plain": [(100 * float(row["sparsity"]), row["difference"], row["difference_se"]) for row in rows]}
-    for row in read(directory.parent / "finetune" / "quality.csv"):
-        if (row["task"], row["step"]) == ("mean", "0") and row["bytes"] and "," not in row["name"]:
-            rule = "two thresholds, by gradients" if row["name"].startswith("CATS") else row["name"]
-            skipped = 150 * (1 - float(row["bytes"]))
-            points.setdefault(rule, []).append((skipped, row["from_dense"], row["from_dense_se"]))
-    curves = []
-    for rule, some in points.items():
-        x, y, error = zip(*sorted(some), strict=True)
-        curves.append(Curve(rule, x, [100 * float(v) for v in y], [100 * float(v) for v in error]))
+    """Mean accuracy against the share of neurons skipped, as the difference from the dense model."""
+    read_share = {row["name"]: float(row["bytes"]) for row in read(directory / "text.csv") if row["text"] == "wikitext"}
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for row in read(directory / "tasks.csv"):
+        if row["task"] == "mean" and row["name"] in read_share:
+            rule = rule_of(row["name"]) if row["sparsity"] else row["name"]
+            values = (
+                150 * (1 - read_share[row["name"]]),
+                *(100 * float(row[k]) for k in ("difference", "difference_se")),
+            )
+            points.setdefault(rule.replace("_", " "), []).append(values)
+    curves = [Curve(rule, *zip(*sorted(some), strict=True)) for rule, some in points.items()]
     labels = {"x_label": "neurons skipped, mean of up and down (%)", "y_label": "accuracy, points from dense"}
     curves_figure(curves, dense=0.0, **labels).savefig(directory / "tasks.png")
 
 
 def reached(directory: Path) -> None:
-    rows = [row for row in read(directory / "layers.csv") if row["text"] == "wikitext" and row["sparsity"]]
-    name = "two 50%"
+    name = "two_threshold 50%"
+    rows = [row for row in read(directory / "layers.csv") if row["text"] == "wikitext" and row["name"] == name]
     layers = [
-        {f"{k}_{kind}": float(row[column]) for k in ("up", "down") for kind, column in _columns(k)}
-        for row in rows
-        if row["name"] == name
+        {f"{k}_{kind}": float(row[column]) for k in ("up", "down") for kind, column in _columns(k)} for row in rows
     ]
-    reached_figure(layers, title=f"WikiText-2 test, {name}").savefig(directory / "reached.png")
+    reached_figure(layers, title="WikiText-2 test, the default at 50 %").savefig(directory / "reached.png")
 
 
 def _columns(k: str) -> tuple[tuple[str, str], ...]:

@@ -12,54 +12,94 @@ from readme_tables import BEGIN, END, read, source, table
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 
 
-def rules() -> str:
+def made(*names: str) -> str:
+    """Where the numbers come from: the first file, and the torch, commits and dates of all."""
+    rows = [row for name in names for row in read(name)]
+    facts = [", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("torch", "commit", "date")]
+    files = ", ".join(f"[`{name}`](bench/results/{name})" for name in names)
+    return f"{files}, torch {facts[0]}, commits {facts[1]}, {facts[2]}"
+
+
+def accuracy(row: dict[str, str]) -> str:
+    value, difference, error = (100 * float(row[key]) for key in ("sparse", "difference", "difference_se"))
+    return f"{value:.1f} ({difference:+.1f} ± {error:.1f})"
+
+
+def perplexity(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    value, ratio = float(row["ppl"]), float(row["ppl"]) / float(row["dense_ppl"])
+    return f"{value:.2f} ({ratio:.3f}x)" if ratio < 10 else f"{value:,.0f}"
+
+
+def measured() -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], dict[str, str]]]:
+    """Rows of text.csv by name and text, and of tasks.csv by name and task."""
     text, tasks = read("quality/text.csv"), read("quality/tasks.csv")
-    names = [name for name in dict.fromkeys(row["name"] for row in tasks) if name != "dense"]
-    dense = {row["task"]: float(row["sparse"]) for row in tasks if row["name"] == "dense"}
-    first = {row["text"]: float(row["dense_ppl"]) for row in text}
-    rows = [["dense", "100.0%", f"{first['wikitext']:.2f}", f"{first['c4']:.2f}", "0", *_accuracies(dense)]]
-    for name in names:
-        mine = {row["text"]: row for row in text if row["name"] == name}
-        found = {row["task"]: row for row in tasks if row["name"] == name}
-        wikitext, c4 = mine["wikitext"], mine["c4"]
-        ratio = float(wikitext["ppl"]) / float(wikitext["dense_ppl"])
-        mean = found["mean"]
-        cells = [
-            f"{float(wikitext['bytes']):.1%}",
-            f"{float(wikitext['ppl']):.2f} ({ratio:.3f}x)",
-            f"{float(c4['ppl']):.2f}",
-            f"{float(wikitext['kl']):.3f}",
-            f"{100 * float(mean['sparse']):.1f} ({100 * float(mean['difference']):+.1f} ± "
-            f"{100 * float(mean['difference_se']):.1f})",
-            f"{100 * float(found['lambada']['sparse']):.1f}",
-        ]
-        rows.append([name, *cells])
-    header = [
-        "",
-        "MLP weights read",
-        "WikiText-2 perplexity",
-        "C4 perplexity",
-        "KL, nats",
-        "eight tasks, %",
-        "LAMBADA, %",
-    ]
-    return f"{source('quality/text.csv', text[0])}; `tasks.csv` beside it.\n\n{table(header, rows)}"
+    return {(row["name"], row["text"]): row for row in text}, {(row["name"], row["task"]): row for row in tasks}
 
 
-def _accuracies(dense: dict[str, float]) -> list[str]:
-    return [f"{100 * dense['mean']:.1f}", f"{100 * dense['lambada']:.1f}"]
+def rules() -> str:
+    text, tasks = measured()
+    first = {kind: next(row for (_, t), row in text.items() if t == kind) for kind in ("wikitext", "c4")}
+    cells = [f"{float(first[kind]['dense_ppl']):.2f}" for kind in ("wikitext", "c4")]
+    cells += [f"{100 * float(tasks['dense', task]['sparse']):.1f}" for task in ("mean", "lambada")]
+    rows = [["dense", "100.0%", *cells[:2], "0", *cells[2:]]]
+    for name in (name for name, kind in text if kind == "c4"):
+        wikitext, c4 = (text[name, kind] for kind in ("wikitext", "c4"))
+        cells = [f"{float(c4['bytes']):.1%}", perplexity(wikitext), perplexity(c4), f"{float(c4['kl']):.3f}"]
+        cells += [accuracy(tasks[name, task]) if (name, task) in tasks else "" for task in ("mean", "lambada")]
+        rows.append([NAMES.get(name, name), *cells])
+    header = ["", "MLP weights read", "WikiText-2 perplexity", "C4 perplexity", "C4 KL, nats", "eight tasks, %"]
+    return f"{made('quality/text.csv', 'quality/tasks.csv')}.\n\n{table([*header, 'LAMBADA, %'], rows)}"
 
 
 def budgets() -> str:
-    data = read("quality/text_cpu.csv")
+    text, tasks = measured()
     rows = []
-    for row in data:
-        ratio = float(row["ppl"]) / float(row["dense_ppl"])
-        rows.append([row["name"], f"{float(row['bytes']):.1%}", f"{float(row['ppl']):.2f} ({ratio:.3f}x)"])
-        rows[-1].append(f"{float(row['kl']):.3f}")
-    header = ["", "MLP weights read", "WikiText-2 perplexity", "KL, nats"]
-    return f"{source('quality/text_cpu.csv', data[0])}, on two CPU cores.\n\n{table(header, rows)}"
+    for name in (name for name, kind in text if kind == "wikitext" and ("67.5%" in name or ", WikiText" in name)):
+        row = text[name, "wikitext"]
+        cells = ["WikiText-2" if ", WikiText" in name else "mixed", f"{float(row['bytes']):.1%}"]
+        cells += [perplexity(row), f"{float(row['kl']):.3f}"]
+        rows.append([NAMES.get(name.replace(", WikiText", ""), name), *cells])
+        rows[-1].append(accuracy(tasks[name, "mean"]) if (name, "mean") in tasks else "")
+    header = ["", "calibrated on", "MLP weights read", "WikiText-2 perplexity", "KL, nats", "eight tasks, %"]
+    return table(header, rows)
 
+
+def reached() -> str:
+    layers: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read("quality/layers.csv"):
+        if row["rule"] and ", WikiText" not in row["name"]:
+            layers.setdefault((row["name"], row["text"]), []).append(row)
+    rows = []
+    for name in (name for name, kind in layers if kind == "c4"):
+        cells = []
+        for kind in ("wikitext", "c4"):
+            for k in ("up", "down"):
+                gaps = [100 * (float(row[k]) - float(row[f"{k}_target"])) for row in layers[name, kind]]
+                cells.append(f"{sum(gaps) / len(gaps):+.1f} ({max(map(abs, gaps)):.1f})")
+        rows.append([NAMES.get(name, name), *cells])
+    header = ["points from the target", *(f"{text}, {k}" for text in ("WikiText-2", "C4") for k in ("up", "down"))]
+    return table(header, rows)
+
+
+NAMES = {
+    "plain 50%": "plain, 50 / 50 %: the paper's",
+    "weighted 50%": "weighted, 50 / 50 %",
+    "two_threshold weighted 50%": "two thresholds weighted by norms, power 1 in all layers, 40 / 60 %",
+    "two_threshold norms 50%": "two thresholds by norms",
+    "two_threshold 50%": "two thresholds: the default",
+    "two_threshold search 50%": "two thresholds, searched: the default for a budget",
+    "two_threshold unweighted 50%": "two thresholds without gate weights, 40 / 60 %",
+    "gradient search 50%": "weights by gradients, power 0.5, searched freely",
+    "ReLUfication": "ReLUfication, not tuned",
+    "plain 67.5%": "plain",
+    "weighted 67.5%": "weighted",
+    "two_threshold 67.5%": "two thresholds: the default",
+    "two_threshold search 67.5%": "two thresholds, searched: the default for a budget",
+    "two_threshold unweighted 67.5%": "two thresholds without gate weights",
+    "gradient search 67.5%": "weights by gradients, power 0.5, searched freely",
+}
 
 SWEEP = {
     "plain": "plain, 50 / 50 %",
@@ -96,66 +136,70 @@ def sweep() -> str:
 
 
 CHOICE = {
+    ("plain", "mixed"): "plain, 50 / 50 %",
     ("two", "wikitext"): "no gate weights, 40 / 60 %",
     ("two", "mixed"): "no gate weights, 40 / 60 %",
+    ("two 37.5/62.5", "mixed"): "no gate weights, 37.5 / 62.5 %",
+    ("two 35/65", "mixed"): "no gate weights, 35 / 65 %",
     ("two rms1", "wikitext"): "power 1, 40 / 60 %",
     ("two rms1", "mixed"): "power 1, 40 / 60 %",
-    ("rms.125", "wikitext"): "power 1/8, 40 / 60 %",
     ("rms.125", "mixed"): "power 1/8, 40 / 60 %",
-    ("rms.1 37.5/62.5", "wikitext"): "power 0.1, 37.5 / 62.5 %",
-    ("rms.1 37.5/62.5", "mixed"): "power 0.1, 37.5 / 62.5 %",
-    ("rms.125 37.5/62.5", "mixed"): "power 1/8, 37.5 / 62.5 %: the default",
-    ("rms.15 37.5/62.5", "wikitext"): "power 0.15, 37.5 / 62.5 %",
-    ("rms.15 37.5/62.5", "mixed"): "power 0.15, 37.5 / 62.5 %",
+    ("rms.125 37.5/62.5", "mixed"): "power 1/8, 37.5 / 62.5 %",
     ("rms.125 35/65", "mixed"): "power 1/8, 35 / 65 %",
+    ("rms.1 37.5/62.5", "mixed"): "power 0.1, 37.5 / 62.5 %",
+    ("rms.15 37.5/62.5", "mixed"): "power 0.15, 37.5 / 62.5 %",
+    ("rms.125 37.5/62.5 skip4", "mixed"): "power 1/8, without the first four positions",
+    ("rms.125 37.5/62.5 first 4 dense", "mixed"): "power 1/8, the first four positions dense",
     ("u.125 37.5/62.5", "mixed"): "by rms(u) alone, power 1/8, 37.5 / 62.5 %",
     ("norm.25 37.5/62.5", "mixed"): "by norm(Wd) alone, power 1/4, 37.5 / 62.5 %",
     ("fisher.125", "mixed"): "by gradients, power 1/8, 40 / 60 %",
-    ("search within .05", "mixed"): "no gate weights, searched within 0.05 of 40 / 60 %",
-    ("search within .1", "mixed"): "no gate weights, searched within 0.1 of 40 / 60 %",
+    ("search within .1", "mixed"): "no gate weights, searched within 0.1",
+    ("rms.125 search within .1", "mixed"): "power 1/8, searched within 0.1",
     ("fisher.125 search within .1", "mixed"): "by gradients, power 1/8, searched within 0.1",
+}
+LAST = {
+    "rms.125 37.5/62.5": "by norms, power 1/8 in all layers",
+    "rms.125 last dense": "by norms, power 1/8, last layer dense",
+    "two rms1": "by norms, power 1 in all layers, 40 / 60 %",
+    "rms1 last dense": "by norms, power 1, last layer dense",
+    "rms1 last 20/40": "by norms, power 1, last layer 20 / 40 %",
+    "rms1 last0": "by norms, power 1, in the last layer 0",
+    "rms.5 last dense": "by norms, power 1/2, last layer dense",
+    "fisher.5 last dense": "by gradients, power 1/2, last layer dense",
+    "fisher.5 last dense search within .1": "the same, searched within 0.1",
 }
 
 
-def choice() -> str:
-    data = {(row["name"], row["text"]): row for row in read("quality/sweep_choice.csv")}
+def last_words(name: str, rules: dict[tuple[str, str], str]) -> str:
+    data = {(row["name"], row.get("text", "")): row for row in read(name)}
     dense = data["dense", ""]
-    rows = [["dense", "", "", f"{float(dense['c4_ppl']):.2f}"]]
-    rows[0] += [f"{float(dense[name]):.1f}" for name in ("lambada", "words")]
-    for (name, text), words in CHOICE.items():
+    rows = [["dense", "", f"{float(dense['c4_ppl']):.2f}", "0"]]
+    rows[0] += [f"{float(dense[task]):.1f}" for task in ("lambada", "words")]
+    for (name, text), words in rules.items():
         row = data[name, text]
         ratio = float(row["wikitext_ppl"]) / float(dense["wikitext_ppl"])
-        cells = ["WikiText-2" if text == "wikitext" else "mixed", f"{ratio:.3f}x", f"{float(row['c4_ppl']):.2f}"]
+        where = " (WikiText-2)" if text == "wikitext" else ""
+        cells = [f"{ratio:.3f}x", f"{float(row['c4_ppl']):.2f}", f"{float(row['c4_kl']):.3f}"]
         for task in ("lambada", "words"):
             cells.append(f"{float(row[task]):.1f} ({float(row[f'{task}_difference']):+.1f} ± ")
             cells[-1] += f"{float(row[f'{task}_se']):.1f})"
-        rows.append([words, *cells])
-    header = ["two thresholds, gate weighted", "calibrated on", "WikiText-2 perplexity", "C4 perplexity"]
+        rows.append([words + where, *cells])
+    header = ["two thresholds, gate weighted", "WikiText-2 perplexity", "C4 perplexity", "C4 KL, nats"]
     return table([*header, "LAMBADA, %", "repeated words, %"], rows)
 
 
-def mixed() -> str:
-    text, tasks = read("quality/text_mixed.csv"), read("quality/tasks_mixed.csv")
-    accuracy = {(row["name"], row["task"]): row for row in tasks}
-    ppl = {(row["name"], row["text"]): row for row in text}
-    rows = []
-    for name in (name for name in dict.fromkeys(row["name"] for row in tasks) if name != "dense"):
-        cells = []
-        for kind in ("wikitext", "c4"):
-            row = ppl.get((name, kind))
-            cells.append(f"{float(row['ppl']):.2f} ({float(row['ppl']) / float(row['dense_ppl']):.3f}x)" if row else "")
-        mean = accuracy[name, "mean"]
-        cells.append(f"{100 * float(mean['sparse']):.1f} ({100 * float(mean['difference']):+.1f} ± ")
-        cells[-1] += f"{100 * float(mean['difference_se']):.1f})"
-        rows.append([name, *cells, f"{100 * float(accuracy[name, 'lambada']['sparse']):.1f}"])
-    header = ["", "WikiText-2 perplexity", "C4 perplexity", "eight tasks, %", "LAMBADA, %"]
-    return f"{source('quality/tasks_mixed.csv', tasks[0])}; `text_mixed.csv` beside it.\n\n{table(header, rows)}"
+def choice() -> str:
+    return last_words("quality/sweep_choice.csv", CHOICE)
+
+
+def last() -> str:
+    return last_words("quality/sweep_last.csv", {(name, ""): words for name, words in LAST.items()})
 
 
 def generation() -> str:
     rows = [
         [
-            row["name"],
+            NAMES.get(row["name"], row["name"]),
             f"{float(row['agreed_prefix_mean']):.1f}",
             f"{float(row['agreed_prefix_median']):.0f}",
             f"{float(row['first_16_identical']):.0%}",
@@ -171,7 +215,7 @@ def prefill() -> str:
     data = read("quality/prefill.csv")
     names = list(dict.fromkeys(row["name"] for row in data))
     ppl = {(row["name"], row["prompt"]): float(row["ppl"]) for row in data}
-    rows = [[name, f"{ppl[name, 'sparse']:.2f}", f"{ppl[name, 'dense']:.2f}"] for name in names]
+    rows = [[NAMES.get(name, name), f"{ppl[name, 'sparse']:.2f}", f"{ppl[name, 'dense']:.2f}"] for name in names]
     return table(["perplexity of what follows", "prompt sparse", "prompt dense"], rows)
 
 
@@ -190,7 +234,8 @@ def render(page: str) -> str:
         ("budgets", budgets),
         ("sweep", sweep),
         ("choice", choice),
-        ("mixed", mixed),
+        ("last", last),
+        ("reached", reached),
         ("generation", generation),
         ("prefill", prefill),
         ("telemetry", telemetry),
