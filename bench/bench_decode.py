@@ -4,9 +4,9 @@
 
 Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "captured",
 cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
-with random tokens and the paper's rule unless --rule names another. A token's time is the difference between generating
---new-tokens and generating one, divided by the tokens in between, greedy, past any end-of-text token; both are the
-median of --repetitions. Eager tokens and the first token depend on the host, whose speed varies from second to second:
+with random tokens and the paper's rule unless --rule names another. A token's time is the mean from the first of
+--new-tokens to the last as they arrive on the host, greedy, past any end-of-text token, and of that the median of
+--repetitions. Eager tokens and the first token depend on the host, whose speed varies from second to second:
 the dense model is kept beside the patched one, both are timed in turns, --turns times, and the ratio is the median of
 the turns'. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut short or done
 in parts; plot_decode.py draws the paper's figure 4 from them.
@@ -73,10 +73,11 @@ class Generator:
         if mode == "compiled":
             self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
 
-    def __call__(self, ids: Tensor, new_tokens: int) -> float:
-        """Seconds to generate ``new_tokens`` greedily."""
+    def __call__(self, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and from each of ``new_tokens`` to the next, greedily."""
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         options["eos_token_id"] = self.model.config.vocab_size  # no token
+        options["streamer"] = arrivals = Arrivals()
         synchronise()
         start = time.perf_counter()
         if self.engine is not None:
@@ -86,8 +87,21 @@ class Generator:
                 self.cache.reset()
                 options["past_key_values"] = self.cache
             self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        synchronise()
-        return time.perf_counter() - start
+        _, first, *later = arrivals.times  # before them the prompt
+        return first - start, (later[-1] - first) / len(later) if later else float("nan")
+
+
+class Arrivals:
+    """A streamer that remembers when tokens arrived."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class Results:
@@ -189,14 +203,14 @@ class Bench:
             for prompt in arguments.prompt:
                 if self.out_of_time():
                     break
-                before, after = times(prompt, lambda g, ids: (g(ids, new) - g(ids, 1)) / (new - 1))
+                before, after = times(prompt, lambda g, ids: g(ids, new)[1])
                 dense_times.setdefault(prompt, []).extend(before)
                 row = self.row(name, sparse, "eager", prompt, new, sparsity, reached, statistics.median(after))
                 self.results.add("decode.csv", row | {"speedup": ratio(before, after)} | NOT_TAKEN)
             for prompt in arguments.first_token:
                 if self.out_of_time():
                     break
-                before, after = times(prompt, lambda g, ids: g(ids, 1))
+                before, after = times(prompt, lambda g, ids: g(ids, 1)[0])
                 row = {"model": name, "layers": dense.config.num_hidden_layers, "prompt": prompt, "sparsity": sparsity}
                 row |= {"dense_ms": round(statistics.median(before) * 1e3, 3)}
                 row |= {"ms": round(statistics.median(after) * 1e3, 3), "of_dense": ratio(after, before)}
@@ -243,8 +257,7 @@ class Bench:
         prepared = time.perf_counter() - before
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        whole, one = (statistics.median(generator(ids, n) for _ in range(arguments.repetitions)) for n in (new, 1))
-        seconds = (whole - one) / (new - 1)
+        seconds = statistics.median(generator(ids, new)[1] for _ in range(arguments.repetitions))
         dense = self.dense.setdefault((name, generator.mode, prompt), seconds)
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
         row = self.row(name, model, generator.mode, prompt, new, sparsity, reached, seconds)
