@@ -79,12 +79,12 @@ def tuned() -> str:
 
 def training() -> str:
     data = read("h100/training.csv")
+    keys = ("shape", "tuning", "sequences", "length", "commit")
     rows = []
-    for case in dict.fromkeys((row["shape"], row["tuning"], row["sequences"], row["length"]) for row in data):
-        shape, tuning, sequences, length = case
-        same = [row for row in data if (row["shape"], row["tuning"], row["sequences"], row["length"]) == case]
-        kinds = {row["kind"]: row for row in same}
+    for case in dict.fromkeys(tuple(row[key] for key in keys) for row in data):
+        kinds = {row["kind"]: row for row in data if tuple(row[key] for key in keys) == case}
         dense, patched = kinds["dense"], kinds["patched"]
+        shape, tuning, sequences, length, commit = case
         rows.append(
             [
                 f"{shape}, {'LoRA' if tuning == 'lora' else 'all weights'}, {sequences} x {length} tokens",
@@ -92,11 +92,12 @@ def training() -> str:
                 f"{float(patched['step_ms']):.1f} ({float(patched['step_ratio']):.3f}x)",
                 f"{int(dense['peak_bytes']) / 1e9:.2f}",
                 f"{int(patched['peak_bytes']) / 1e9:.2f} ({float(patched['peak_ratio']):.3f}x)",
+                commit,
             ]
         )
-    first = data[0]
-    header = ["bf16", "dense, ms", "patched, ms", "dense, GB", "patched, GB"]
-    return f"{source('h100/training.csv', first)}, {first['device']}.\n\n{table(header, rows)}"
+    header = ["bf16", "dense, ms", "patched, ms", "dense, GB", "patched, GB", "commit"]
+    facts = ", ".join((f"torch {data[0]['torch']}", data[0]["date"], data[0]["device"]))
+    return f"[`h100/training.csv`](bench/results/h100/training.csv), {facts}.\n\n{table(header, rows)}"
 
 
 def render(page: str) -> str:
