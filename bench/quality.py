@@ -91,7 +91,7 @@ class Bench:
         facts = {"device": device, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        self.tables = {name: Table(out / f"{name}.csv", facts) for name in ("layers", *MEASURES)}
+        self.tables = {name: Table(out / f"{name}.csv", facts) for name in ("calibration", "layers", *MEASURES)}
 
     def windows(self, text: str, count: int) -> Tensor:
         size = count * self.args.window
@@ -100,7 +100,7 @@ class Bench:
 
     # --- variants ----------------------------------------------------------------------------------------------------
 
-    def config(self, calibrate: dict[str, Any]) -> cats_ext.CatsConfig:
+    def config(self, name: str, calibrate: dict[str, Any]) -> cats_ext.CatsConfig:
         """Calibrated once for each rule; other sparsities and budgets follow from the stored counts."""
         arguments = dict(calibrate)
         target = {key: arguments.pop(key) for key in ("sparsity", "budget", "down_sparsity") if key in arguments}
@@ -122,7 +122,10 @@ class Bench:
                 progress=False,
                 **arguments,
             )
-            print(f"  calibrated in {time.perf_counter() - started:.1f} s: {found.calibration.get('search', '')}")
+            seconds, bought = time.perf_counter() - started, found.calibration.get("search", {})
+            tokens = found.calibration["tokens"]
+            self.tables["calibration"].add(name=name, rule=found.rule, tokens=tokens, seconds=seconds, **bought)
+            print(f"  calibrated in {seconds:.1f} s: {bought}")
             self.configs[key] = found
             if self.args.kept:
                 found.save_pretrained(kept.with_suffix(f".{os.getpid()}"))
@@ -135,7 +138,7 @@ class Bench:
         what = [kind for kind in variant.get("measure", ["text"]) if kind in self.args.measure]
         config = None
         if "calibrate" in variant:
-            config = self.config(variant["calibrate"])
+            config = self.config(name, variant["calibrate"])
             cats_ext.apply_cats(self.model, config, sparse_prefill=variant.get("sparse_prefill"))
         elif variant.get("relufication"):
             cats_ext.apply_relufication(self.model)
