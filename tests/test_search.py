@@ -266,22 +266,30 @@ def test_counts_of_a_7b_model_take_less_than_200_mb():
     assert 32 * sum(t.numel() * t.element_size() for t in accumulator.state().values()) < 200e6
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("last", ["cpu", "cuda:1"])
-def test_a_model_spread_over_devices_is_calibrated_alike(last):
+def spread_model(last):
+    """On the first GPU, but for the last layer, which is on ``last``."""
     from accelerate import dispatch_model
 
-    if last == "cuda:1" and torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
-    arguments = dict(budget=0.7, importance="gradient", gate_power=0.5, sequence_length=128, progress=False)
-    whole = calibrate(tiny_model(), tokens(600), **arguments)
     places = ("model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i in range(LAYERS - 1)))
     device_map = dict.fromkeys(places, "cuda:0") | dict.fromkeys(
         (f"model.layers.{LAYERS - 1}", "model.norm", "lm_head"), last
     )
-    model = dispatch_model(tiny_model(), device_map, main_device="cuda:0", force_hooks=True)
-    elsewhere = "meta" if last == "cpu" else "cuda"  # offloaded weights are kept beside the model
-    assert {p.device.type for p in model.parameters()} == {"cuda", elsewhere}
+    return dispatch_model(tiny_model(), device_map, main_device="cuda:0", force_hooks=True)
+
+
+@pytest.mark.gpu
+def test_a_model_with_an_offloaded_layer_is_not_calibrated():
+    with pytest.raises(ValueError, match=f"model.layers.{LAYERS - 1}.mlp.* on the meta device"):
+        calibrate(spread_model("cpu"), tokens(600), budget=0.7, sequence_length=128, progress=False)
+
+
+@pytest.mark.gpu
+def test_a_model_spread_over_devices_is_calibrated_alike():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    arguments = dict(budget=0.7, importance="gradient", gate_power=0.5, sequence_length=128, progress=False)
+    whole = calibrate(tiny_model(), tokens(600), **arguments)
+    model = spread_model("cuda:1")
     spread = calibrate(model, tokens(600), **arguments)
     torch.testing.assert_close(spread.losses.losses, whole.losses.losses, rtol=0.05, atol=1e-6)
     assert spread.bytes_share == pytest.approx(0.7, abs=0.01)

@@ -2,8 +2,8 @@
 // order of these additions varies from run to run; for results that do not, every CTA stores its share in a place of
 // its own, and sum_shares_kernel adds them in order.
 //
-// y_sum, next_batch and done_ctas are zero at the start of every launch and left at zero. Without done_ctas, y_sum is
-// the result and nothing is left at zero.
+// y_sum, next_batch and done_ctas are zero at the start of every launch and left at zero; but in the form for a step of
+// decoding y_sum is the result, done_ctas is null, and nothing is left at zero.
 #pragma once
 
 #include "mbarrier.cuh"
@@ -71,7 +71,7 @@ __device__ __forceinline__ void round_to_output(const T *down_bias, T *y, Order 
 // Called by all threads of all CTAs, after their last add_share.
 template <typename T, class Order>
 __device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, Order order) {
-    if (workspace.shares || !workspace.done_ctas) return;
+    if (workspace.shares) return;
     __shared__ bool last_cta;
     __syncthreads();
     if (threadIdx.x == 0) last_cta = count_up(workspace.done_ctas) == gridDim.x - 1;

@@ -89,8 +89,14 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     const int smem = int(shared_bytes(plan));
     if (smem > device.shared_bytes) return cudaErrorNotSupported;
 
-    const cudaError_t error = launch_kernel(sparse_mlp_kernel<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows>,
-                                            plan.ctas, kWarps * 32, smem, device, stream, options, args);
+    const auto launch = [&](auto step) {
+        constexpr bool kStep = decltype(step)::value;
+        return launch_kernel(sparse_mlp_kernel<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kStep>,
+                             plan.ctas, kWarps * 32, smem, device, stream, options, args);
+    };
+    if constexpr (kTokens == 1)
+        if (params.y_sum) return launch(std::true_type{});
+    const cudaError_t error = launch(std::false_type{});
     if (error != cudaSuccess) return error;
     const OutputOrder<0> order{int(params.tokens), int(params.hidden_size)};
     return sum_shares<typename Row::Element>(params, device, workspace, plan.ctas, order, stream, options);

@@ -22,7 +22,7 @@
 
 namespace cats {
 
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
+template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows, bool kStep>
 __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     using T = typename Row::Element;
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
@@ -72,8 +72,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
               reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots, plan.slots,
               plan.segment_chunks * 16, chunks * 16);
-    const bool step = kTokens == 1 && p.y_sum; // for which the weights are ready
-    if (!step) wait_for_previous_kernel();
+    if constexpr (!kStep) wait_for_previous_kernel();
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
@@ -84,6 +83,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         if (leader && !deterministic()) draw_ticket(drawn, args.workspace.next_batch);
     };
     const auto after_first = [&](uint32_t ticket) { return teams() * plan.first_batches + ticket; };
+    if constexpr (!kStep) draw();
 
     // The queues. Slots are filled and emptied in ring order.
     uint32_t up_head = 0, ups = 0, down_head = 0, downs = 0; // rows still to be requested
@@ -131,7 +131,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     };
     refill();
     uint4 norm[kChunks];
-    if (step) {
+    if constexpr (kStep) {
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
             norm[i] = make_uint4(0, 0, 0, 0);
@@ -139,8 +139,8 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 norm[i] = static_cast<const uint4 *>(p.norm_weight)[first_chunk + i * 32 + lane];
         }
         wait_for_previous_kernel();
+        draw();
     }
-    draw();
 
     float x[kTokens][kChunks][kPerChunk], acc[kTokens][kChunks][kPerChunk];
 #pragma unroll
@@ -181,7 +181,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         return sum;
     };
 
-    if (step) { // while the first rows are on their way; rounded where separate operations round
+    if constexpr (kStep) { // while the first rows are on their way; rounded where separate operations round
         float squares[kDots];
 #pragma unroll
         for (int d = 0; d < kDots; d++) {
@@ -372,17 +372,19 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
             add_share(args.workspace, order.size(), m * hidden + c, sum);
         }
     }
-    finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+    if constexpr (!kStep)
+        finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// Every architecture gets the code of the instances that the launcher picks on it; the others would trap.
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows>
+// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. kStep: the
+// form for a step of decoding. As a choice at run time, it made the ordinary form 1 us slower at every size.
+template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows, bool kStep>
 __global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
     sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&
                   kRows == rows_per_batch(kTokens, kChunks, has_large_shared_memory(__CUDA_ARCH__)))
-        sparse_mlp_body<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows>(args);
+        sparse_mlp_body<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kStep>(args);
     else __trap();
 #endif
 }
