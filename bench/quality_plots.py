@@ -29,7 +29,8 @@ def pareto(directory: Path) -> None:
     curves = []
     for rule in dict.fromkeys(rule_of(row["name"]) for row in rows if row["sparsity"]):
         points = sorted((float(row["bytes"]), float(row["ppl"])) for row in rows if rule_of(row["name"]) == rule)
-        curves.append(Curve(rule.replace("_", " "), *zip(*points, strict=True)))
+        if len(points) > 1:
+            curves.append(Curve(rule.replace("_", " "), *zip(*points, strict=True)))
     figure = curves_figure(
         curves,
         x_label="share of the MLP weights read",

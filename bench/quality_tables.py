@@ -89,16 +89,16 @@ NAMES = {
     "two_threshold weighted 50%": "two thresholds weighted by norms, power 1 in all layers, 40 / 60 %",
     "two_threshold norms 50%": "two thresholds by norms",
     "two_threshold 50%": "two thresholds: the default",
-    "two_threshold search 50%": "two thresholds, searched: the default for a budget",
     "two_threshold unweighted 50%": "two thresholds without gate weights, 40 / 60 %",
-    "gradient search 50%": "weights by gradients, power 0.5, searched freely",
+    "gradient search 50%": "by gradients, power 1/2 in all layers, searched freely but for the last layer",
+    "gradient search and last layer 50%": "by gradients, power 1/2 in all layers, all searched freely",
     "ReLUfication": "ReLUfication, not tuned",
     "plain 67.5%": "plain",
     "weighted 67.5%": "weighted",
     "two_threshold 67.5%": "two thresholds: the default",
-    "two_threshold search 67.5%": "two thresholds, searched: the default for a budget",
     "two_threshold unweighted 67.5%": "two thresholds without gate weights",
-    "gradient search 67.5%": "weights by gradients, power 0.5, searched freely",
+    "gradient search 67.5%": "by gradients, power 1/2 in all layers, searched freely but for the last layer",
+    "gradient search and last layer 67.5%": "by gradients, power 1/2 in all layers, all searched freely",
 }
 
 SWEEP = {

@@ -78,14 +78,14 @@ def test_parts_are_joined_in_order_and_once(tmp_path, monkeypatch):
 
 
 def test_unseen_text_reaches_the_target_sparsity():
-    """Mean over the layers, of every rule on each text: within 1.5 points."""
+    """Mean over the layers, of every rule on each text: within 1.5 points, and within 2 where three quarters go."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with (RESULTS / "layers.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             for k in ("up", "down"):
                 if row["rule"]:
                     gap = float(row[k]) - float(row[f"{k}_target"])
-                    found.setdefault((row["name"], row["text"], k), []).append(gap)
-    assert {"wikitext", "c4"} <= {text for _, text, _ in found}
+                    found.setdefault((row["name"], row["text"], float(row["sparsity"]), k), []).append(gap)
+    assert {"wikitext", "c4"} <= {text for _, text, _, _ in found}
     for what, gaps in found.items():
-        assert abs(sum(gaps) / len(gaps)) < 0.015, what
+        assert abs(sum(gaps) / len(gaps)) < (0.015 if what[2] <= 0.675 else 0.02), what
