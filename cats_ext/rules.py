@@ -8,7 +8,7 @@ IMPORTANCES = ("norm", "gradient")
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
 # Exponents of the gate's weights where none is asked for, in all layers but the last, and in the last: there, weights
-# cost rare words much and win little elsewhere (docs/quality.md). Chosen on bench/results/quality: sweep_last, text, tasks.
+# cost rare words much and win little elsewhere (docs/quality.md; sweep_last, text and tasks.csv of its results).
 DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5}
 LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625}
 
