@@ -19,9 +19,9 @@ from cats_ext import ops, reference
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
-# independent from token to token, it takes 82 to 129 us for 4 tokens and 107 to 138 for 8; dense takes 130 for 2, and
-# was not measured for more. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy
-# engine of compute capability 9.0 it is slower (bench/results/h100: kernel_experiments.csv, mlp.csv, mlp_small.csv).
+# independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
+# to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
+# capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
 MOST_KERNEL_TOKENS = max(*MAX_KERNEL_TOKENS.values(), MAX_BATCHED_TOKENS)

@@ -54,8 +54,8 @@ class CatsMLP(nn.Module):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
     Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
-    of the dense layer, with the mask applied between them. With gradients, and whenever a projection is not a bare
-    ``nn.Linear`` (an adapter at work, a hook), the children are called as modules.
+    of the dense layer, with the mask applied between them. Whenever a projection is not a bare ``nn.Linear`` (an
+    adapter at work, a hook), the children are called as modules.
 
     ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
     the state dict. They follow the module from device to device and keep their dtype when the model is cast.
@@ -96,14 +96,10 @@ class CatsMLP(nn.Module):
         elif not (cats.merged or cats.tracking):
             gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
             if _are_plain(gate, up, down) and not torch.compiler.is_compiling():
-                # As below, without the host's time for calling modules and the op's autograd, which is Python.
+                # As below, without the host's time for calling modules.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                if torch.is_grad_enabled():
-                    h = masked_product(g, u, threshold, down_threshold, cats.activation, None)
-                else:
-                    with torch._C._AutoDispatchBelowAutograd():
-                        h = ops.gated_threshold(g, u, threshold, down_threshold, cats.activation)
+                h = masked_product(g, u, threshold, down_threshold, cats.activation, None)
                 return F.linear(h, down["weight"], down["bias"])
         if cats.merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
@@ -166,13 +162,15 @@ def _bare_linear(module: nn.Module) -> nn.Linear | None:
 
 
 def _are_plain(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
-    """Whether all are Linear and nothing on them: :func:`_bare_linear` of the common case, in one call."""
+    """Whether all are Linear and nothing is on them, for gradients either."""
     return (
         type(gate) is nn.Linear
         and type(up) is nn.Linear
         and type(down) is nn.Linear
         and not (gate._forward_hooks or up._forward_hooks or down._forward_hooks)
         and not (gate._forward_pre_hooks or up._forward_pre_hooks or down._forward_pre_hooks)
+        and not (gate._backward_hooks or up._backward_hooks or down._backward_hooks)
+        and not (gate._backward_pre_hooks or up._backward_pre_hooks or down._backward_pre_hooks)
         and not ("forward" in gate.__dict__ or "forward" in up.__dict__ or "forward" in down.__dict__)
     )
 

@@ -104,6 +104,17 @@ def test_hooks_on_a_projection_fire_and_count(prompt, called):
     handle.remove()
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_backward_hooks_on_a_projection_fire(projection, register):
+    model, ids, seen = tiny_model().train(), many(), []
+    apply_cats(model, config_for(model))
+    handle = getattr(getattr(layers_of(model)[1], projection), register)(lambda *a: seen.append(1))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(seen) == 1
+    handle.remove()
+
+
 def test_hooks_on_the_mlp_survive_patching_and_removal():
     model, seen = tiny_model(), []
     handle = layers_of(model)[0].register_forward_hook(lambda *a: seen.append(1))

@@ -377,7 +377,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 }
 
 // Every architecture gets the code of the instances that the launcher picks on it; the others would trap. kStep: the
-// form for a step of decoding. As a choice at run time, it made the ordinary form 1 us slower at every size.
+// form for a step of decoding. As a choice at run time, it made the ordinary form 0.3 to 1 us slower.
 template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows, bool kStep>
 __global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
     sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
