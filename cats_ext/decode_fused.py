@@ -194,7 +194,7 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
 
 def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor | str | None, ...] | None:
     """What ``sparse_mlp_step`` takes for a patched MLP, without its norm and sum; None if it cannot serve."""
-    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.cats.tracking or deterministic():
+    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.cats_form.tracking or deterministic():
         return None
     operands = mlp.kernel_operands()
     if operands is None or operands[-1] is not None:  # the sum has no bias

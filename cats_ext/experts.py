@@ -29,13 +29,13 @@ class CatsExperts(CatsMLP):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H]`` and, of each token, its experts and their weights ``[T, K]``; returns ``[T, H]``."""
-        cats, x = self.cats, hidden_states
-        cats.masking = not (cats.dense_prefill and len(x) > 1)
+        cats, form, x = self.cats, self.cats_form, hidden_states
+        cats.masking = not (form.dense_prefill and len(x) > 1)
         if not cats.masking:
             return cats.original_class.forward(self, x, top_k_index, top_k_weights)
         if top_k_weights.shape != top_k_index.shape:  # of all experts, in early versions of transformers
             top_k_weights = top_k_weights.gather(-1, top_k_index)
-        if not cats.tracking and _kernel_fits(self, x, top_k_weights):
+        if not form.tracking and _kernel_fits(self, x, top_k_weights):
             return expert_ops.sparse_experts(
                 x,
                 top_k_index,
@@ -44,9 +44,9 @@ class CatsExperts(CatsMLP):
                 self.down_proj.mT,
                 self.threshold,
                 self.down_threshold,
-                cats.activation,
+                form.activation,
             )
-        if cats.tracking:
+        if form.tracking:
             cats.experts_per_token = top_k_index.shape[-1]
         return self._masked(x, top_k_index, top_k_weights)
 
@@ -73,8 +73,8 @@ class CatsExperts(CatsMLP):
         if not self.cats.masking:
             return self.cats.original_class._apply_gate(self, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        counts = self.counts if self.cats.tracking else None
-        return masked_product(gate, up, self.threshold, self.down_threshold, self.cats.activation, counts)
+        counts = self.counts if self.cats_form.tracking else None
+        return masked_product(gate, up, self.threshold, self.down_threshold, self.cats_form.activation, counts)
 
 
 def _kernel_fits(module: CatsExperts, x: Tensor, routing: Tensor) -> bool:

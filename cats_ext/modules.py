@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +24,29 @@ from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
 from cats_ext.integrations.wrappers import under_idle_adapter
 
 
+class CatsForm(NamedTuple):
+    """What ``forward`` asks of a patched module at each call.
+
+    A tuple of constants on the module itself: torch.compile's guards then see that the module's dictionary has not
+    changed and look no further. An object that can change would have them look at everything in every layer above it.
+    """
+
+    hidden_size: int
+    activation: str
+    merged: bool
+    dense_prefill: bool
+    tracking: bool = False
+
+
 @dataclass
 class CatsState:
-    """What a patched module knows besides its children: how to compute, and how to become what it was."""
+    """What a patched module knows besides its children and form: where it belongs, how to become what it was."""
 
     original_class: type[nn.Module]
     down_owner: nn.Module  # of the weight that was laid out, also if an adapter has been put in its place
     down_strides: tuple[int, ...]  # of its weight before
-    hidden_size: int
-    activation: str
-    merged: bool
     config: CatsConfig  # one for all modules of a model
     name: str  # of this module in the config
-    dense_prefill: bool = False
-    tracking: bool = False
     experts_per_token: int = 1  # as last seen while tracking
     masking: bool = True  # in the call of experts under way
 
@@ -62,6 +72,7 @@ class CatsMLP(nn.Module):
     """
 
     cats: CatsState
+    cats_form: CatsForm
     threshold: Tensor
     down_threshold: Tensor | None
     counts: Tensor
@@ -69,18 +80,18 @@ class CatsMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
         # lookup costs more than the checks themselves.
-        cats, buffers, children = self.cats, self._buffers, self._modules
-        if cats.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
-            return cats.original_class.forward(self, x)
+        buffers, children = self._buffers, self._modules
+        hidden_size, activation, merged, dense_prefill, tracking = self.cats_form
+        if dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
+            return self.cats.original_class.forward(self, x)
         # For many tokens on CUDA no further question; elsewhere some dtypes take the kernel for any number.
-        most = MOST_KERNEL_TOKENS * cats.hidden_size
-        fits = (x.numel() <= most or not x.is_cuda) and kernel_fits(x, cats.hidden_size)
+        fits = (x.numel() <= MOST_KERNEL_TOKENS * hidden_size or not x.is_cuda) and kernel_fits(x, hidden_size)
         threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
-        counts = buffers["counts"] if cats.tracking else None
+        counts = buffers["counts"] if tracking else None
         if fits:
             weights = None
             if (linear := _bare_linear(children["down_proj"])) is not None:
-                if cats.merged:
+                if merged:
                     weights = _merged_weights(children["gate_up_proj"])
                 else:
                     weights = _separate_weights(children["gate_proj"], children["up_proj"])
@@ -89,23 +100,23 @@ class CatsMLP(nn.Module):
                 w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
                 rows = w_down.stride(0) == 1  # one contiguous row a neuron
                 if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
-                    rule = threshold, down_threshold, cats.activation, gate_bias, up_bias, down_bias, deterministic()
+                    rule = threshold, down_threshold, activation, gate_bias, up_bias, down_bias, deterministic()
                     if counts is not None:
                         return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                     return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-        elif not (cats.merged or cats.tracking):
+        elif not (merged or tracking):
             gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
             if _are_plain(gate, up, down) and not torch.compiler.is_compiling():
                 # As below, without the host's time for calling modules.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                h = masked_product(g, u, threshold, down_threshold, cats.activation, None)
+                h = masked_product(g, u, threshold, down_threshold, activation, None)
                 return F.linear(h, down["weight"], down["bias"])
-        if cats.merged:
+        if merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
         else:
             gate, up = children["gate_proj"](x), children["up_proj"](x)
-        return children["down_proj"](masked_product(gate, up, threshold, down_threshold, cats.activation, counts))
+        return children["down_proj"](masked_product(gate, up, threshold, down_threshold, activation, counts))
 
     def kernel_operands(self) -> tuple[Tensor | str | None, ...] | None:
         """What ``ops.sparse_mlp`` takes for this module after x, but for ``deterministic``.
@@ -115,14 +126,18 @@ class CatsMLP(nn.Module):
         children, down = self._modules, _bare_linear(self.down_proj)
         if down is None or down.weight.stride(0) != 1:
             return None
-        if self.cats.merged:
+        if self.cats_form.merged:
             weights = _merged_weights(children["gate_up_proj"])
         else:
             weights = _separate_weights(children["gate_proj"], children["up_proj"])
         if weights is None:
             return None
-        rule = self.threshold, self.down_threshold, self.cats.activation
+        rule = self.threshold, self.down_threshold, self.cats_form.activation
         return *weights[:2], down.weight.t(), *rule, *weights[2:], down.bias
+
+    def track(self, enabled: bool) -> None:
+        """Count neurons from the next call on, or stop."""
+        self.cats_form = self.cats_form._replace(tracking=enabled)
 
     @torch.inference_mode()  # where the buffers may have been made, and where any tensor may be written to
     def set_thresholds(self, config: CatsConfig) -> None:
@@ -203,13 +218,10 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> 
         type(module),
         mlp.down_owner,
         weight.stride(),
-        mlp.hidden_size,
-        mlp.activation,
-        mlp.merged,
         config,
         mlp.name,
-        dense_prefill=not config.sparse_prefill,
     )
+    module.cats_form = CatsForm(mlp.hidden_size, mlp.activation, mlp.merged, dense_prefill=not config.sparse_prefill)
     if neuron_rows:
         weight.data = weight.data.mT.contiguous().mT
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
@@ -232,6 +244,7 @@ def sparse_class(module: nn.Module) -> type[CatsMLP]:
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Let ``module`` compute as ``kind`` does, under a hook too; its state stays."""
     module.__class__ = kind
+    module.cats_form = module.cats_form._replace()  # another object: compiled models look at the module again
     rebind_forward(module)
 
 
@@ -240,7 +253,9 @@ def make_dense(module: nn.Module) -> None:
     state: CatsState | None = vars(module).get("cats")
     if state is None:
         return
-    set_class(module, state.original_class)
+    if "cats_form" in vars(module):
+        set_class(module, state.original_class)
+        del module.cats_form
     for name in ("threshold", "down_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)

@@ -129,7 +129,7 @@ class _Tracking:
     def __exit__(self, *exception: object) -> None:
         for module, tracking in self._before.items():
             if isinstance(module, CatsMLP):  # not removed meanwhile
-                module.cats.tracking = tracking
+                module.track(tracking)
 
 
 def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
@@ -142,9 +142,9 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
         ValueError: the model is not patched.
     """
     modules = _patched(model)
-    before = {module: module.cats.tracking for module in modules.values()}
+    before = {module: module.cats_form.tracking for module in modules.values()}
     for module in modules.values():
-        module.cats.tracking = enabled
+        module.track(enabled)
     return _Tracking(before)
 
 

@@ -11,7 +11,7 @@ from patched import config_for, few, layers_of, logits, many
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cats_ext import apply_cats, remove_cats, sparsity_report, track_sparsity
+from cats_ext import apply_cats, masking_disabled, remove_cats, sparsity_report, track_sparsity
 
 
 @pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"], ["q_proj"]])
@@ -93,6 +93,36 @@ def test_a_model_compiled_before_patching_notices(called):
     assert not torch.allclose(logits(compiled, few()), dense, atol=1e-2)
     remove_cats(model)
     torch.testing.assert_close(logits(compiled, few()), dense)
+
+
+def test_guards_stop_at_unchanged_modules():
+    """A compiled step looks at the layers of a patched model as little as at those of a dense one."""
+    mlp = layers_of(apply_cats(tiny_model(), config_for(tiny_model())))[0]
+    block, x = nn.Sequential(mlp), torch.randn(1, HIDDEN)
+
+    def step(x):
+        return block(x)
+
+    torch._dynamo.reset()
+    # What PyTorch does by itself in 2.9 to 2.11.
+    with torch.no_grad(), torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        expected = mlp(x)
+        torch.testing.assert_close(compiled(x), expected)
+        (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(step.__code__)
+        module = [line for line in str(entry.guard_manager).splitlines() if "Sequential'>, tag_safe=" in line]
+        assert len(module) == 1 and module[0].endswith("tag_safe=(True, True)")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), expected)
+            mlp.track(True)
+            torch.testing.assert_close(compiled(x), expected)
+            assert mlp.counts[0] > 0
+            mlp.counts.zero_()
+            mlp.track(False)
+            with masking_disabled(block):
+                torch.testing.assert_close(compiled(x), mlp(x))
+                assert not torch.allclose(compiled(x), expected)
+        assert not mlp.counts.any()
 
 
 def test_inference_mode():

@@ -25,7 +25,7 @@ def plain_forward(mlp, x):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    v = reference.ACTIVATIONS[mlp.cats.activation](gate)
+    v = reference.ACTIVATIONS[mlp.cats_form.activation](gate)
     h = v * up
     keep = v.detach().abs() >= mlp.threshold
     if mlp.down_threshold is not None:
