@@ -6,10 +6,10 @@ Modes: "eager", transformers' generate; "compiled", generate with a static cache
 cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
 with random tokens and the paper's rule unless --rule names another. A token's time is the mean from the first of
 --new-tokens to the last as they arrive on the host, greedy, past any end-of-text token, and of that the median of
---repetitions. Eager tokens and the first token depend on the host, whose speed varies from second to second:
-the dense model is kept beside the patched one, both are timed in turns, --turns times, and the ratio is the median of
-the turns'. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut short or done
-in parts; plot_decode.py draws the paper's figure 4 from them.
+--repetitions. What generate takes for a token, and the first token, depend on the host, whose speed varies from second
+to second: the dense model is kept beside the patched one, both are timed in turns, --turns times, and the ratio is the
+median of the turns'. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut
+short or done in parts; plot_decode.py draws the paper's figure 4 from them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": lambda: LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                                 num_attention_heads=4, num_key_value_heads=2),
 }  # fmt: skip
-MODES = ("eager", "compiled", "captured")
-NOT_TAKEN = {"prepare_s": "", "bytes_at_rest": "", "bytes_peak": ""}  # in turns: two models are in memory
+IN_TURNS = ("eager", "compiled")
+MODES = (*IN_TURNS, "captured")
+NOT_TAKEN = {"bytes_at_rest": "", "bytes_peak": ""}  # in turns: two models are in memory
 
 
 def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
@@ -141,34 +142,32 @@ class Bench:
         torch.manual_seed(0)
         model = load(name, self.arguments.layers, self.device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
-        stepped = [mode for mode in self.arguments.modes if mode != "eager"]
-        self.modes(name, model, stepped, 0.0)
-        twin = copy.deepcopy(model) if "eager" in self.arguments.modes else None
+        in_turns = [mode for mode in self.arguments.modes if mode in IN_TURNS]
+        if "captured" in self.arguments.modes:
+            self.captured(name, model, 0.0)
+        twin = copy.deepcopy(model) if in_turns else None
         windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
         config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
         cats_ext.apply_cats(model, config)
-        self.modes(name, model, stepped, *self.arguments.sparsity)
-        if twin is not None:
-            self.in_turns(name, twin, model)
+        if "captured" in self.arguments.modes:
+            self.captured(name, model, *self.arguments.sparsity)
+        for mode in in_turns:
+            self.in_turns(name, mode, twin, model)
         del model, twin
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
 
-    def modes(self, name: str, model: PreTrainedModel, modes: list[str], *sparsities: float) -> None:
-        """Modes at each sparsity; a captured or compiled step is made once and follows the thresholds."""
+    def captured(self, name: str, model: PreTrainedModel, *sparsities: float) -> None:
+        """The captured step at each sparsity; it is made once and follows the thresholds."""
         arguments = self.arguments
-        for mode in modes:
-            # The compiled step attends over the whole static cache, which is as short as the prompts allow.
-            generator = Generator(model, mode, max(arguments.prompt) + arguments.new_tokens)
-            for sparsity in sparsities:
-                reached = self.set_sparsity(model, sparsity)
-                for prompt in arguments.prompt:
-                    if self.out_of_time():
-                        return print("out of time", flush=True)
-                    self.speed(name, generator, sparsity, prompt, reached)
-            del generator
-            gc.collect()
+        generator = Generator(model, "captured", max(arguments.prompt) + arguments.new_tokens)
+        for sparsity in sparsities:
+            reached = self.set_sparsity(model, sparsity)
+            for prompt in arguments.prompt:
+                if self.out_of_time():
+                    return print("out of time", flush=True)
+                self.speed(name, generator, sparsity, prompt, reached)
 
     def set_sparsity(self, model: PreTrainedModel, sparsity: float) -> float | str:
         """The share of neurons skipped at it, over a prompt of 64 tokens and 16 generated ones; nothing if dense."""
@@ -181,10 +180,13 @@ class Bench:
         cats_ext.reset_sparsity(model)
         return round(report.up_sparsity, 4)
 
-    def in_turns(self, name: str, dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
-        """Eager tokens and the first token, at each sparsity beside the dense model."""
-        arguments, generators = self.arguments, [Generator(model, "eager", 0) for model in (dense, sparse)]
-        new, dense_times = arguments.eager_tokens, {}
+    def in_turns(self, name: str, mode: str, dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
+        """Tokens of generate, at each sparsity beside the dense model, and with "eager" the first token."""
+        arguments, eager = self.arguments, mode == "eager"
+        new, dense_times = arguments.eager_tokens if eager else arguments.new_tokens, {}
+        # The compiled step attends over the whole static cache, which is as short as the prompts allow.
+        generators = [Generator(model, mode, max(arguments.prompt) + new) for model in (dense, sparse)]
+        prepared = [self.prepare(generator, self.prompt(dense, arguments.prompt[0])) for generator in generators]
 
         def times(prompt: int, seconds: Callable[[Generator, Tensor], float]) -> list[list[float]]:
             ids, found = self.prompt(dense, prompt), [[], []]
@@ -205,9 +207,10 @@ class Bench:
                     break
                 before, after = times(prompt, lambda g, ids: g(ids, new)[1])
                 dense_times.setdefault(prompt, []).extend(before)
-                row = self.row(name, sparse, "eager", prompt, new, sparsity, reached, statistics.median(after))
-                self.results.add("decode.csv", row | {"speedup": ratio(before, after)} | NOT_TAKEN)
-            for prompt in arguments.first_token:
+                row = self.row(name, sparse, mode, prompt, new, sparsity, reached, statistics.median(after))
+                row |= {"speedup": ratio(before, after), "prepare_s": prepared[1]}
+                self.results.add("decode.csv", row | NOT_TAKEN)
+            for prompt in arguments.first_token if eager else ():
                 if self.out_of_time():
                     break
                 before, after = times(prompt, lambda g, ids: g(ids, 1)[0])
@@ -216,10 +219,16 @@ class Bench:
                 row |= {"ms": round(statistics.median(after) * 1e3, 3), "of_dense": ratio(after, before)}
                 self.results.add("first_token.csv", row | {"turns": arguments.turns})
         for prompt, seconds in dense_times.items():
-            row = self.row(name, dense, "eager", prompt, new, 0.0, "", statistics.median(seconds))
-            self.results.add("decode.csv", row | {"speedup": 1.0} | NOT_TAKEN)
+            row = self.row(name, dense, mode, prompt, new, 0.0, "", statistics.median(seconds))
+            self.results.add("decode.csv", row | {"speedup": 1.0, "prepare_s": prepared[0]} | NOT_TAKEN)
         if self.out_of_time():
             print("out of time", flush=True)
+
+    def prepare(self, generator: Generator, ids: Tensor) -> float:
+        """Seconds of a short run; the first one compiles or captures."""
+        before = time.perf_counter()
+        generator(ids, 4)
+        return round(time.perf_counter() - before, 2)
 
     def prompt(self, model: PreTrainedModel, tokens: int) -> Tensor:
         seeded = torch.Generator().manual_seed(tokens)
@@ -252,16 +261,14 @@ class Bench:
     def speed(self, name: str, generator: Generator, sparsity: float, prompt: int, reached: float | str) -> None:
         arguments, model, new = self.arguments, generator.model, self.arguments.new_tokens
         ids = self.prompt(model, prompt)
-        before = time.perf_counter()
-        generator(ids, 4)
-        prepared = time.perf_counter() - before
+        prepared = self.prepare(generator, ids)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(generator(ids, new)[1] for _ in range(arguments.repetitions))
         dense = self.dense.setdefault((name, generator.mode, prompt), seconds)
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
         row = self.row(name, model, generator.mode, prompt, new, sparsity, reached, seconds)
-        row |= {"speedup": round(dense / seconds, 4), "prepare_s": round(prepared, 2)}
+        row |= {"speedup": round(dense / seconds, 4), "prepare_s": prepared}
         self.results.add("decode.csv", row | {"bytes_at_rest": memory[0], "bytes_peak": memory[1]})
 
 
@@ -276,7 +283,7 @@ def main() -> None:
     parser.add_argument(
         "--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths, with --modes eager"
     )
-    parser.add_argument("--turns", type=int, default=5, help="of both models, for eager tokens and the first token")
+    parser.add_argument("--turns", type=int, default=5, help="of both models, with generate")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--eager-tokens", type=int, default=16, help="new tokens in eager mode")
     parser.add_argument("--repetitions", type=int, default=3)
