@@ -37,7 +37,7 @@ struct Options {
     std::vector<double> sparsity = {0, 50, 70, 90};
     std::vector<int> slots = {0}, prefetch = {0};
     double down_sparsity = -1;
-    bool check = true, pdl = true, deterministic = false, per_neuron = false;
+    bool check = true, pdl = true, deterministic = false, per_neuron = false, step = false;
 };
 
 std::vector<double> parse_list(const char *text) {
@@ -65,6 +65,10 @@ Options parse(int argc, char **argv) {
         }
         if (name == "--per-neuron") {
             o.per_neuron = true;
+            continue;
+        }
+        if (name == "--step") {
+            o.step = true;
             continue;
         }
         if (name == "--no-pdl") {
@@ -95,6 +99,8 @@ Options parse(int argc, char **argv) {
         else if (name == "--prefetch") o.prefetch = ints();
         else fprintf(stderr, "unknown option %s\n", name.c_str()), exit(2);
     }
+    if (o.step && (o.tokens != 1 || o.deterministic))
+        fprintf(stderr, "--step takes one token, and is not deterministic\n"), exit(2);
     return o;
 }
 
@@ -187,6 +193,8 @@ template <typename T> class Bench {
         CHECK_CUDA(cudaMalloc(&weights_, layers_ * layer_bytes));
         CHECK_CUDA(cudaMalloc(&x_, sizeof(T) * o.tokens * o.hidden));
         CHECK_CUDA(cudaMalloc(&y_, sizeof(T) * o.tokens * o.hidden * layers_));
+        CHECK_CUDA(cudaMalloc(&raw_x_, sizeof(T) * 2 * o.hidden));
+        CHECK_CUDA(cudaMalloc(&sums_, sums_bytes()));
         CHECK_CUDA(cudaMalloc(&thresholds_, sizeof(float) * 2 * layers_ * threshold_size()));
         CHECK_CUDA(cudaMalloc(&projection_, sizeof(float) * 2 * o.tokens * o.intermediate));
         fill_random<<<1024, 256, 0, stream_>>>(weights_, 3 * size_ * layers_, 1, 1.f / std::sqrt(float(o.hidden)));
@@ -194,7 +202,8 @@ template <typename T> class Bench {
         CHECK_CUDA(cudaGetLastError());
         params_.tokens = o.tokens, params_.hidden_size = o.hidden, params_.intermediate_size = o.intermediate;
         params_.w_gate_stride = params_.w_up_stride = params_.w_down_t_stride = o.hidden;
-        params_.x = x_, params_.dtype = dtype, params_.activation = cats::Activation::kSilu;
+        if (o.step) normalise_x();
+        params_.x = o.step ? raw_x_ : x_, params_.dtype = dtype, params_.activation = cats::Activation::kSilu;
         const size_t workspace_bytes = cats::sparse_mlp_workspace_bytes(params_);
         if (o.deterministic) {
             size_t bytes;
@@ -235,17 +244,35 @@ template <typename T> class Bench {
         if (!csv) fprintf(stderr, "cannot write '%s'\n", o_.csv.c_str()), exit(2);
         if (fseek(csv, 0, SEEK_END) == 0 && ftell(csv) == 0)
             fputs("hidden_size,intermediate_size,dtype,tokens,kernel,deterministic,sparsity,down_sparsity,per_neuron,"
-                  "slots,first_batches,us,"
+                  "step,slots,first_batches,us,"
                   "read_limit_gb_per_s,limit_us,share_of_limit,relative_error,device,driver,commit,date\n",
                   csv);
-        fprintf(csv, "%d,%d,%s,%d,%s,%d,%.3f,%.3f,%d,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
+        fprintf(csv, "%d,%d,%s,%d,%s,%d,%.3f,%.3f,%d,%d,%d,%d,%.2f,%.0f,%.2f,%.3f,%.1e,%s,%s,%s,%s\n", o_.hidden,
                 o_.intermediate, o_.dtype.c_str(), o_.tokens, o_.kernel.c_str(), int(o_.deterministic), sparsity / 100,
-                (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, int(o_.per_neuron), slots, prefetch, us,
-                read_gbps_, limit, limit / us, error, device_name_.c_str(), o_.driver.c_str(), o_.commit.c_str(),
-                o_.date.c_str());
+                (o_.down_sparsity > 0 ? o_.down_sparsity : sparsity) / 100, int(o_.per_neuron), int(o_.step), slots,
+                prefetch, us, read_gbps_, limit, limit / us, error, device_name_.c_str(), o_.driver.c_str(),
+                o_.commit.c_str(), o_.date.c_str());
         fclose(csv);
     }
 
+    // In the form for a step the kernel normalises: x_ becomes what it has to compute with, raw_x_ and the norm's
+    // weight behind it what it gets.
+    void normalise_x() {
+        std::vector<T> raw(o_.hidden), norm(o_.hidden), x(o_.hidden);
+        fill_random<<<64, 256, 0, stream_>>>(raw_x_, 2 * o_.hidden, 3, 1.f);
+        CHECK_CUDA(cudaStreamSynchronize(stream_));
+        CHECK_CUDA(cudaMemcpy(raw.data(), raw_x_, sizeof(T) * o_.hidden, cudaMemcpyDeviceToHost));
+        CHECK_CUDA(cudaMemcpy(norm.data(), raw_x_ + o_.hidden, sizeof(T) * o_.hidden, cudaMemcpyDeviceToHost));
+        double squares = 0;
+        for (T v : raw) squares += double(as_float(v)) * as_float(v);
+        params_.norm_weight = raw_x_ + o_.hidden, params_.norm_eps = 1e-5f;
+        const float scale = float(1 / std::sqrt(squares / o_.hidden + params_.norm_eps));
+        for (int c = 0; c < o_.hidden; c++) x[c] = T(as_float(T(as_float(raw[c]) * scale)) * as_float(norm[c]));
+        CHECK_CUDA(cudaMemcpy(x_, x.data(), sizeof(T) * o_.hidden, cudaMemcpyHostToDevice));
+    }
+
+    int64_t sums_stride() const { return (o_.hidden + 4) / 4 * 4; } // [H + 1], and every layer's at 16 bytes
+    int64_t sums_bytes() const { return layers_ * sums_stride() * int64_t(sizeof(float)); }
     int64_t threshold_size() const { return o_.per_neuron ? o_.intermediate : 1; }
     double tolerance() const { return sizeof(T) == 4 ? 2e-5 : 1e-2; }
     const T *weight(int layer, int which) const { return weights_ + (int64_t(layer) * 3 + which) * size_; }
@@ -313,6 +340,7 @@ template <typename T> class Bench {
         p.threshold = thresholds_ + layer * threshold_size();
         p.down_threshold = o_.down_sparsity > 0 ? thresholds_ + (layers_ + layer) * threshold_size() : nullptr;
         p.y = y_ + int64_t(layer) * o_.tokens * o_.hidden;
+        if (o_.step) p.y_sum = sums_ + layer * sums_stride();
         CHECK_CUDA(cats::sparse_mlp_cuda(p, workspace_, stream_, options));
     }
 
@@ -331,12 +359,15 @@ template <typename T> class Bench {
     double check() {
         const int l = layers_ - 1;
         std::vector<T> w(3 * size_), x(size_t(o_.tokens) * o_.hidden), y(x.size());
+        std::vector<float> sums(o_.hidden);
         CHECK_CUDA(cudaMemset(y_, 0xff, sizeof(T) * x.size() * layers_));
+        CHECK_CUDA(cudaMemset(sums_, 0, sums_bytes()));
         launch(l, options(0, -1));
         CHECK_CUDA(cudaStreamSynchronize(stream_));
         CHECK_CUDA(cudaMemcpy(w.data(), weight(l, 0), sizeof(T) * w.size(), cudaMemcpyDeviceToHost));
         CHECK_CUDA(cudaMemcpy(x.data(), x_, sizeof(T) * x.size(), cudaMemcpyDeviceToHost));
         CHECK_CUDA(cudaMemcpy(y.data(), y_ + l * x.size(), sizeof(T) * y.size(), cudaMemcpyDeviceToHost));
+        CHECK_CUDA(cudaMemcpy(sums.data(), sums_ + l * sums_stride(), sums.size() * 4, cudaMemcpyDeviceToHost));
         double difference = 0, norm = 0;
         for (int m = 0; m < o_.tokens; m++) {
             const T *xm = x.data() + size_t(m) * o_.hidden;
@@ -352,7 +383,7 @@ template <typename T> class Bench {
                 for (int c = 0; c < o_.hidden; c++) reference[c] += v * u * as_float(down[c]);
             }
             for (int c = 0; c < o_.hidden; c++) {
-                const double d = as_float(y[size_t(m) * o_.hidden + c]) - reference[c];
+                const double got = o_.step ? sums[c] : as_float(y[size_t(m) * o_.hidden + c]), d = got - reference[c];
                 difference += d * d, norm += reference[c] * reference[c];
             }
         }
@@ -363,6 +394,7 @@ template <typename T> class Bench {
         cudaGraph_t graph;
         cudaGraphExec_t executable;
         CHECK_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+        if (o_.step) CHECK_CUDA(cudaMemsetAsync(sums_, 0, sums_bytes(), stream_)); // of all layers at once
         for (int l = 0; l < layers_; l++) launch(l, options(slots, prefetch));
         CHECK_CUDA(cudaStreamEndCapture(stream_, &graph));
         CHECK_CUDA(cudaGraphInstantiate(&executable, graph, 0));
@@ -377,8 +409,8 @@ template <typename T> class Bench {
     int64_t size_;
     int layers_;
     cudaStream_t stream_;
-    T *weights_, *x_, *y_;
-    float *thresholds_, *projection_;
+    T *weights_, *x_, *raw_x_, *y_;
+    float *thresholds_, *projection_, *sums_;
     void *workspace_, *shares_ = nullptr;
     cats::SparseMlpParams params_{};
     std::vector<std::vector<double>> act_, product_; // per layer: |act(g)| and |act(g) u|, [tokens][I]
