@@ -68,7 +68,8 @@ class FusedStep:
         for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
             if self.embedding.is_cuda and shares is None:
-                shares = Shares.create(attention.heads, attention.head_dim, self.embedding.device)
+                count = ops.attention_shares(attention.kv_heads, self.embedding.device)
+                shares = Shares.create(count, attention.heads, attention.head_dim, self.embedding.device)
             mlp, mlp_norm = _mlp_block(layer, self.sums[len(self.blocks) // 2])
             self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
             self.blocks.append(mlp)

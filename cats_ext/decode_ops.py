@@ -50,8 +50,8 @@ class Shares:
     arrived: Tensor  # int32 [1], zero between launches
 
     @classmethod
-    def create(cls, heads: int, head_dim: int, device: torch.device) -> Shares:
-        floats, count = {"dtype": torch.float32, "device": device}, 1 + _KEY_SHARES
+    def create(cls, count: int, heads: int, head_dim: int, device: torch.device) -> Shares:
+        floats = {"dtype": torch.float32, "device": device}
         return cls(
             torch.empty(count, heads, head_dim, **floats),
             torch.empty(count, heads, **floats),
@@ -169,11 +169,16 @@ _STAGES = 4
 _STAGES_AFTER_ATTENTION = 3  # its programs then start beside the attention's: 0.7 to 1.7 us a layer, dense or sparse
 _SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
 _KEYS = 16384  # bytes of keys that a program of the attention takes at a time
-_KEY_SHARES = 4  # with more, joining them takes longer than they save, up to some 1,500 tokens
+_KEY_SHARES = 4  # at most: with more, joining them takes longer than they save, up to some 1,500 tokens
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def attention_shares(kv_heads: int, device: torch.device) -> int:
+    """The token's own key and as many shares of the others as have a multiprocessor each, for all heads at once."""
+    return 1 + max(1, min(_KEY_SHARES, _multiprocessors(device) // kv_heads - 1))
 
 
 def _block_of_group(group: int) -> int:

@@ -103,8 +103,8 @@ def test_add_linear(device, inputs, outputs, bias, dtype):
 )
 def test_joining_shares(device, heads, head_dim, outputs, dtype):
     """The output projection of an attention in shares, some of them without keys, and its normalisation."""
-    shares = Shares.create(heads, head_dim, torch.device(device))
-    count = len(shares.weighted)
+    count = 4
+    shares = Shares.create(count, heads, head_dim, torch.device(device))
     shares.weighted.copy_(random(count, heads, head_dim))
     shares.largest.copy_(random(count, heads, seed=1) * 5)
     shares.total.copy_(random(count, heads, seed=2).abs() + 1)
@@ -153,6 +153,7 @@ def test_gate_up(device, hidden, intermediate, bias, activation, dtype):
         (2, 2, 16, True, F32),
         (8, 4, 128, False, BF16),
         (3, 3, 64, False, F32),
+        (48, 1, 32, False, BF16),
         (4, 1, 80, True, BF16),
         (1, 7, 32, False, F16),
     ],
@@ -165,7 +166,9 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
     q_norm, k_norm = (rounded(random(head_dim, seed=s).abs() + 0.5, dtype) for s in (5, 6))
     shares = None
     if device == "cuda":
-        shares = Shares.create(heads, head_dim, torch.device(device))
+        shares = Shares.create(
+            ops.attention_shares(kv_heads, torch.device(device)), heads, head_dim, torch.device(device)
+        )
     for position, window in (
         (0, None),
         (1, None),
