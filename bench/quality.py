@@ -112,7 +112,8 @@ class Bench:
             self.configs[key] = cats_ext.CatsConfig.from_pretrained(kept)
         if key not in self.configs:
             texts = arguments.pop("texts", ["wikitext_valid"])
-            parts = [self.windows(text, self.args.windows // len(texts)) for text in texts]
+            count = arguments.pop("windows", self.args.windows)
+            parts = [self.windows(text, count // len(texts)) for text in texts]
             started = time.perf_counter()
             found = cats_ext.calibrate(
                 self.model,
