@@ -28,6 +28,7 @@ class Rule:
     clip: float | None = None  # gate weights no further than this factor from their median
     text: str = "wikitext"  # calibrated on: wikitext, c4, mixed (half of each), short (mixed, windows of 128)
     correct: bool = False  # add the mean of what is dropped to the MLP's output
+    correct_last: bool = True  # also in the last layer
     skip: int = 0  # first tokens of a window left out of calibration
     dense_first: int = 0  # first positions computed densely in evaluation
     rounds: int = 1  # 2: thresholds again on the inputs that the sparse model makes
@@ -69,6 +70,7 @@ GATE_WEIGHTS = {
     "largest": lambda v, u, r, norm: u.abs().amax((0, 1)) * norm,
     "active": lambda v, u, r, norm: moment(v * u) / moment(v) * norm,  # rms of u where the gate is large
     "fisher": lambda v, u, r, norm: moment(u * r),
+    "fisher_mean": lambda v, u, r, norm: moment(u * r, 1),
     "fisher_fourth": lambda v, u, r, norm: moment(u * r, 4),
     "fisher_active": lambda v, u, r, norm: moment(v * u * r) / moment(v),
     "fisher_apart": lambda v, u, r, norm: moment(u) * moment(r),

@@ -198,6 +198,8 @@ class Sweep:
             ]
         if rule.correct:
             self.corrections = [s.mean_dropped(*found) for s, found in zip(samples, self.rules, strict=True)]
+            if not rule.correct_last:
+                self.corrections[-1] = torch.zeros_like(self.corrections[-1])
         return split
 
     def allocate(self, rule: Rule) -> list[tuple[float, float]]:

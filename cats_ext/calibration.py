@@ -6,7 +6,7 @@ counted serves any sparsity: thresholds for another one follow from the stored c
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 import time
 import warnings
@@ -34,8 +34,8 @@ from cats_ext.report import SparsityDriftWarning
 from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, check_weights, sparsity_of, sparsity_split
 
 ALLOCATIONS = ("uniform", "search")
-_GRADIENT_TOKENS = 8192  # that the gradient passes use, up to the end of a window
-_UP = tuple(i / 20 for i in range(19))  # sparsities that the search chooses from
+_GRADIENT_TOKENS = 16384  # that the gradient passes use, in whole windows from all over the data
+_UP = (*(i / 20 for i in range(20)), 0.99)  # sparsities that the search chooses from
 _OFFSETS = (0.0, 0.15, 0.25, 0.35)  # of the down sparsity over the up sparsity
 _FACTOR = 4  # of a pass with gradients and losses, in passes without (measured on two CPU cores: 3.6)
 _CHECK_TOKENS = 4096  # on which a search is compared with the uniform allocation
@@ -55,7 +55,7 @@ def calibrate(
     last_gate_power: float | None = None,
     importance: str | None = None,
     allocation: str | None = None,
-    spread: float = 0.1,
+    spread: float = 1.0,
     max_tokens: int = 32768,
     sequence_length: int = 1024,
     batch_size: int = 1,
@@ -86,21 +86,22 @@ def calibrate(
             mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out). See
             :func:`cats_ext.calibration_data.collect_windows` for how windows are made and chosen.
         tokenizer: needed for texts.
-        sparsity: share of neurons to skip, in [0, 1); 0 sets thresholds of 0, which is the dense model. Default 0.5.
-        budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``.
+        sparsity: share of neurons to skip in every layer, in [0, 1); 0 sets thresholds of 0, which is the dense model.
+        budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``. Without
+            either it is 2/3, or a sparsity of 0.5 where there can be no search and with the other rules.
         rule: "two_threshold", "plain" or "weighted".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
         gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/2
             with "two_threshold", there 0 for mixtures of experts.
         last_gate_power: the same of the last layer, whose output the logits are made of. By default no larger than
             gate_power, 1 with "weighted" and 1/16 with "two_threshold".
-        importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 8,192
+        importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 16,384
             tokens. By default "gradient" with the two-threshold rule, dense MLPs and a model with a head, else "norm".
         allocation: "uniform" gives every layer the same sparsity (the paper's way, and the default for a sparsity).
             "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
-            default for a budget); the last layer stays as it is, :mod:`cats_ext.allocation`.
-        spread: of a search: how far a layer's up and down sparsity may be from those of the uniform allocation. Wider
-            ones come closer to the dense model's predictions on average, and lose more where a rare word is wanted.
+            default for a budget, and for neither with importance "gradient"); the last layer stays as it is,
+            :mod:`cats_ext.allocation`. Takes another backward pass.
+        spread: of a search: how far a layer's up and down sparsity may be from those of the uniform allocation.
         max_tokens: how many tokens to use at most.
         sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
@@ -116,6 +117,7 @@ def calibrate(
         TypeError, ValueError: an argument is out of its range, there is too little data, the model has no gated MLP, is
             patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
     """
+    unasked = sparsity is None and budget is None and down_sparsity is None and allocation is None
     sparsity, allocation = _target(sparsity, budget, allocation)
     if allocation == "search" and down_sparsity is not None:
         raise ValueError(f"down_sparsity is for uniform allocation, got {down_sparsity} with a search")
@@ -133,6 +135,8 @@ def calibrate(
     if gate_power is None:
         gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
     check_weights(rule, gate_power, last_gate_power or 0, importance)
+    if unasked and rule == "two_threshold" and importance == "gradient" and not has_experts:
+        allocation = "search"
     if last_gate_power is None:
         last_gate_power = min(gate_power, LAST_GATE_POWER[rule])
     if (importance == "gradient" or allocation == "search") and not has_gradients(model):
@@ -151,7 +155,7 @@ def calibrate(
     powers = [gate_power] * (len(mlps) - 1) + [last_gate_power]
     layers = {mlp.name: LayerAccumulator(mlp, power, importance) for mlp, power in zip(mlps, powers, strict=True)}
     batches = batches_of(windows, batch_size)
-    with_gradient = _few([window[None] for batch in batches for window in batch])  # one at a time: memory
+    with_gradient = [window[None] for window in _few(windows, _GRADIENT_TOKENS)]  # one at a time: memory
     steps = _steps(layers, rule, max(powers), importance, allocation)
     arguments = {"rule": rule, "gate_power": powers, "importance": importance, "allocation": allocation}
     saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
@@ -203,7 +207,7 @@ def calibrate(
     if allocation == "search":
         losses = torch.stack([layer.mean_losses() for layer in layers.values()])
         table = LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses, spread)
-        config = _searched(model, config, table, batches)
+        config = _searched(model, config, table, windows)
     saved.remove()
     _warn_of_ties(config)
     return config
@@ -262,15 +266,15 @@ def _steps(
 def _options(rule: str) -> list[tuple[float, float]]:
     """Up and down sparsities that the search chooses from."""
     if rule != "two_threshold":
-        return [(i / 20, i / 20) for i in range(20)]
-    return [(up, round(up + more, 2)) for up in _UP for more in _OFFSETS if up + more < 0.96]
+        return [(up, up) for up in _UP]
+    return sorted({(up, min(round(up + more, 2), _UP[-1])) for up in _UP for more in _OFFSETS})
 
 
-def _searched(model: nn.Module, config: CatsConfig, table: LossTable, batches: list[Tensor]) -> CatsConfig:
+def _searched(model: nn.Module, config: CatsConfig, table: LossTable, windows: list[Tensor]) -> CatsConfig:
     """``config`` with the allocation that the table finds, if the model's predictions confirm that it loses less."""
     searched = replace(config, losses=table).at_sparsity(config.sparsity)
-    ids = torch.cat([row for batch in batches[:2] for row in batch])[:_CHECK_TOKENS]
-    window = batches[0].shape[1]
+    window = max(map(len, windows))
+    ids = torch.cat(_few(windows, _CHECK_TOKENS))
     bought = {"uniform_kl": _kl(model, config, ids, window), "searched_kl": _kl(model, searched, ids, window)}
     chosen = searched if bought["searched_kl"] < bought["uniform_kl"] else config
     return replace(chosen, calibration=config.calibration | {"search": bought})
@@ -295,10 +299,10 @@ def _check_for_experts(gate_power: float, importance: str, allocation: str) -> N
             raise ValueError(f"{name} must be {possible!r} for mixtures of experts, got {value!r}")
 
 
-def _few(windows: list[Tensor]) -> list[Tensor]:
-    """What the gradient passes use: as many as hold _GRADIENT_TOKENS, and at least one."""
-    tokens = list(itertools.accumulate(window.numel() for window in windows))
-    return windows[: 1 + sum(total < _GRADIENT_TOKENS for total in tokens[:-1])]
+def _few(windows: list[Tensor], tokens: int) -> list[Tensor]:
+    """As many windows as hold about so many tokens, from all over the data, and at least one."""
+    count = min(len(windows), math.ceil(tokens * len(windows) / sum(map(len, windows))))
+    return [windows[i * len(windows) // count] for i in range(count)]
 
 
 def _target(sparsity: float | None, budget: float | None, allocation: str | None) -> tuple[float, str]:

@@ -325,7 +325,7 @@ def _recalibrate(
     old = current_config(model)
     rule = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
-    new = calibrate(model, train, **rule, **_calibration(settings, length), progress=progress)
+    new = calibrate(model, train, allocation="uniform", **rule, **_calibration(settings, length), progress=progress)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
     new = new.with_targets(targets, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))

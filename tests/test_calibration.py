@@ -173,10 +173,10 @@ def test_other_dtypes(dtype):
 
 
 def test_progress_has_a_bar_for_each_pass_on_standard_error(capsys):
-    calibrate(tiny_model(), tokens(200), rule="two_threshold", progress=True)
+    calibrate(tiny_model(), tokens(200), progress=True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert all(f"pass {number} of 3" in err for number in (1, 2, 3))
+    assert all(f"pass {number} of 4" in err for number in (1, 2, 3, 4))
     calibrate(tiny_model(), tokens(200), progress=False)
     assert capsys.readouterr().err == ""
 
@@ -375,9 +375,10 @@ def test_the_tokenizer_of_another_model_is_refused():
 def test_without_gradients_norms_are_the_weights():
     whole = tiny_model()
     assert calibrate(whole, tokens(300), progress=False).importance == "gradient"
-    assert calibrate(whole.model, tokens(300), progress=False).importance == "norm"
+    without = calibrate(whole.model, tokens(300), progress=False)
+    assert without.importance == "norm" and "search" not in without.calibration and without.sparsity == 0.5
     with pytest.raises(ValueError, match=r"without an output layer .* got 'gradient' and 'uniform'"):
-        calibrate(whole.model, tokens(300), importance="gradient", progress=False)
+        calibrate(whole.model, tokens(300), importance="gradient", sparsity=0.5, progress=False)
     with pytest.raises(ValueError, match=r"without an output layer .* got 'norm' and 'search'"):
         calibrate(whole.model, tokens(300), budget=0.6, progress=False)
     with torch.inference_mode():

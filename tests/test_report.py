@@ -15,7 +15,7 @@ from cats_ext import apply_cats, calibrate, remove_cats, reset_sparsity, sparsit
 @pytest.fixture(params=["llama", "phi3"])
 def model(request):
     model = tiny_model(request.param)
-    config = calibrate(model, tokens(300), rule="two_threshold", progress=False)
+    config = calibrate(model, tokens(300), rule="two_threshold", sparsity=0.5, progress=False)
     return apply_cats(model, config)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats
 from cats_ext.accumulator import LayerAccumulator
 from cats_ext.allocation import LossTable, allocate
-from cats_ext.calibration import _options
+from cats_ext.calibration import _few, _options
 from cats_ext.calibration_passes import batches_of, run_gradient_pass
 from cats_ext.detection import GatedMLP, find_gated_mlps
 from cats_ext.evaluation import compare
@@ -221,6 +221,28 @@ def test_the_search_says_beforehand_how_long_it_takes(uneven, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_without_a_target_the_same_bytes_as_at_one_half_are_searched(uneven):
+    arguments = dict(sequence_length=150, progress=False)
+    config = calibrate(uneven, tokens(600), **arguments)
+    assert config.sparsity == 0.5 and config.losses is not None
+    same = calibrate(uneven, tokens(600), budget=2 / 3, **arguments)
+    for name, layer in same.layers.items():
+        assert config.layers[name].up_sparsity == pytest.approx(layer.up_sparsity)
+        assert config.layers[name].down_sparsity == pytest.approx(layer.down_sparsity)
+    for other in (dict(sparsity=0.5), dict(down_sparsity=0.6), dict(rule="plain"), dict(importance="norm")):
+        assert "search" not in calibrate(uneven, tokens(600), **other, **arguments).calibration
+    assert config.at_sparsity(0.98).bytes_share == pytest.approx(1 - 0.98 * 2 / 3, abs=0.01)
+
+
+def test_the_gradient_passes_take_windows_from_all_over_the_data(monkeypatch):
+    windows = [torch.full((length,), i) for i, length in enumerate([10] * 9 + [4])]
+
+    def taken(budget):
+        return [int(window[0]) for window in _few(windows, budget)]
+
+    assert taken(1) == [0] and taken(30) == [0, 2, 5, 7] and taken(94) == taken(1000) == list(range(10))
+
+
 def test_options_are_sparsities():
     for rule in ("plain", "weighted", "two_threshold"):
         assert all(0 <= up <= down < 1 for up, down in _options(rule))
@@ -286,10 +308,11 @@ def test_a_model_with_an_offloaded_layer_is_not_calibrated():
 @pytest.mark.gpu
 def test_a_model_spread_over_devices_is_calibrated_alike():
     if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
     arguments = dict(budget=0.7, importance="gradient", gate_power=0.5, sequence_length=128, progress=False)
     whole = calibrate(tiny_model(), tokens(600), **arguments)
     model = spread_model("cuda:1")
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0", "cuda:1"}
     spread = calibrate(model, tokens(600), **arguments)
     torch.testing.assert_close(spread.losses.losses, whole.losses.losses, rtol=0.05, atol=1e-6)
     assert spread.bytes_share == pytest.approx(0.7, abs=0.01)

@@ -83,7 +83,7 @@ def test_not_finite_is_an_error():
 @pytest.mark.parametrize(("rule", "weighted"), [("plain", False), ("two_threshold", False), ("two_threshold", True)])
 def test_another_sparsity_needs_no_second_calibration(rule, weighted, tmp_path):
     arguments = dict(rule=rule, gate_power=int(weighted), sequence_length=100, progress=False)
-    config = calibrate(tiny_model(), tokens(300), **arguments)
+    config = calibrate(tiny_model(), tokens(300), sparsity=0.5, **arguments)
     config.save_pretrained(tmp_path)
     for sparsity in (0.0, 0.3, 0.7):
         want = calibrate(tiny_model(), tokens(300), sparsity=sparsity, **arguments)

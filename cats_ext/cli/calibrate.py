@@ -46,11 +46,10 @@ def calibrate(
     model: Model,
     text: TextFiles,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the thresholds; made if missing.")],
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of neurons to skip, in [0, 1); 0.5 without it and --budget.")
-    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of neurons to skip in every layer, in [0, 1).")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead: share of the MLP weights that a token may read, in (1/3, 1].")
+        float | None,
+        typer.Option(help="Instead: share of the MLP weights that a token may read, in (1/3, 1]; 2/3 without either."),
     ] = None,
     rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.TWO_THRESHOLD,
     down_sparsity: Annotated[
@@ -65,11 +64,11 @@ def calibrate(
         typer.Option(help="What weighs a neuron: norms, or gradients of the predictions (with a search, gradients)."),
     ] = None,
     allocation: Annotated[
-        Allocation | None, typer.Option(help="All layers alike, or searched (without it, searched for a --budget).")
+        Allocation | None, typer.Option(help="All layers alike, or searched (without it, alike for a --sparsity).")
     ] = None,
     spread: Annotated[
         float, typer.Option(help="Of a search: how far a layer's sparsity may be from that of all layers alike.")
-    ] = 0.1,
+    ] = 1.0,
     dense_prefill: Annotated[bool, typer.Option("--dense-prefill", help="Compute prompts densely.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that an interrupted calibration goes on from, called again.")
@@ -84,7 +83,7 @@ def calibrate(
 ) -> None:
     """Find the thresholds at which a model skips a share of its neurons, on text of yours.
 
-    Choose text like the one the model will work on; ten thousand tokens are enough.
+    Choose text like the one the model will work on; thirty thousand tokens are enough.
 
     Examples:
 
