@@ -35,7 +35,8 @@ import cats_ext
 from cats_ext.decode import DecodeEngine
 
 SHAPES: dict[str, Callable[[], Any]] = {
-    "mistral-7b": MistralConfig,
+    # Without a window, as from version 0.2 on: with one, generate compiles the step twice and passes a number a layer.
+    "mistral-7b": lambda: MistralConfig(sliding_window=None),
     "llama-2-7b": lambda: LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
     "tiny": lambda: LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                                 num_attention_heads=4, num_key_value_heads=2),
