@@ -84,9 +84,12 @@ cudaError_t launch_instance(const SparseMlpParams &params, const DeviceLimits &d
     // and the end of the launch gets longer: bench/results/h100/microbench_plan.csv. A step asks for its first rows
     // before the previous kernel has ended, and fills a third slot meanwhile, where there is room for it.
     plan.slots = options.slots ? std::min(options.slots, kMaxValues / kRows) : (params.y_sum ? 3 : 2);
-    // The more is in L2 when the previous kernel ends, the less the start costs: 1 / 2 / 4 / 6 / 8 batches a team take
-    // 83.0 / 82.2 / 81.4 / 81.0 / 81.1 us (same file). What a team starts with is not drawn, so no more than a few.
-    plan.first_batches = std::clamp(options.first_batches ? options.first_batches : 6, 1, 32 / kRows);
+    // The more is in L2 when the previous kernel ends, the less the start costs: 1 / 2 / 4 batches a team take 83.0 /
+    // 82.2 / 81.4 us (same file), 6 / 8 / 10 / 12 take 80.3 / 80.3 / 80.4 / 81.8 at 50 % sparsity and 51.4 / 51.1
+    // / 51.0 / 52.0 at 90 % (kernel_experiments.csv). What a team starts with is not drawn. A step has been tuned
+    // with 6.
+    plan.first_batches = options.first_batches ? options.first_batches : (params.y_sum ? 6 : 8);
+    plan.first_batches = std::clamp(plan.first_batches, 1, 32 / kRows);
     if (params.y_sum && !options.slots && int(shared_bytes(plan)) > device.shared_bytes) plan.slots = 2;
     const int smem = int(shared_bytes(plan));
     if (smem > device.shared_bytes) return cudaErrorNotSupported;
