@@ -274,10 +274,10 @@ def attention_kernel(
 ):  # fmt: skip
     """Attention of one query token over the first ``position`` cached ones and itself, which it adds to the cache.
 
-    qkv is ``[(KV_HEADS * GROUP + 2 * KV_HEADS) * D]`` before the rotary embedding. Program (h, 0) has the token's own
-    key, (h, s) the s-th share of KV head h's cached keys. Each leaves the largest score, the sum and the weighted
-    values of its query heads, which linear_kernel joins: to join them here costs a wait for all programs. How many keys
-    there are is read from memory, so that one captured launch serves every length.
+    qkv is ``[(KV_HEADS * GROUP + 2 * KV_HEADS) * D]`` before the rotary embedding. Program (h, s) has the s-th share of
+    KV head h's cached keys, the last one the token's own key too. Each leaves the largest score, the sum and the
+    weighted values of its query heads, which linear_kernel joins: to join them here costs a wait for all programs. How
+    many keys there are is read from memory, so that one captured launch serves every length.
 
     The position and the cached keys were written by earlier steps, so they are read before the previous kernel ends.
     """
@@ -297,40 +297,37 @@ def attention_kernel(
     largest = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    if share == 0:
-        if PDL:
-            _wait_for_previous()
+    start = tl.maximum(length - window + 1, 0)
+    first, end = start // BLOCK, tl.cdiv(length, BLOCK)
+    each = tl.cdiv(end - first, tl.num_programs(1))
+    first += share * each
+    end = tl.minimum(end, first + each)
+    q = tl.zeros([BLOCK_G, BLOCK_D], qkv.dtype.element_ty)
+    for block in tl.range(first, tl.maximum(end, first + 1), num_stages=STAGES):  # a share may have no keys
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        seen = (row >= start) & (row < length) & (block < end)
+        k = _cached(keys, row, key_row_stride, seen, d, D)
+        v = _cached(values, row, value_row_stride, seen, d, D)
+        if block == first:
+            if PDL:
+                _wait_for_previous()
+            q, q_swapped = _head_pair(qkv, query_heads, g < GROUP, D, BLOCK_D)
+            q = _rotate(q, q_swapped, q_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
+        largest, total, acc = _attend(q, k, v, seen, largest, total, acc, scaling)
+    if share == tl.num_programs(1) - 1:  # the least cached keys
         k_offset: tl.constexpr = KV_HEADS * GROUP * D
         v_offset: tl.constexpr = k_offset + KV_HEADS * D
         one = tl.arange(0, 1)
-        q, q_swapped = _head_pair(qkv, query_heads, g < GROUP, D, BLOCK_D)
         k_new, k_swapped = _head_pair(qkv + k_offset, head + one, one == 0, D, BLOCK_D)
         v_new = tl.load(qkv + v_offset + head * D + d[None, :], mask=in_head, other=0.0)
-        q = _rotate(q, q_swapped, q_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
         k_new = _rotate(k_new, k_swapped, k_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
         tl.store(keys + length * key_row_stride + d[None, :], k_new, mask=in_head)
         tl.store(values + length * value_row_stride + d[None, :], v_new, mask=in_head)
-        largest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scaling
-        total += 1
-        acc += v_new.to(tl.float32)
-    else:
-        start = tl.maximum(length - window + 1, 0)
-        first, end = start // BLOCK, tl.cdiv(length, BLOCK)
-        each = tl.cdiv(end - first, tl.num_programs(1) - 1)
-        first += (share - 1) * each
-        end = tl.minimum(end, first + each)
-        q = tl.zeros([BLOCK_G, BLOCK_D], qkv.dtype.element_ty)
-        for block in tl.range(first, tl.maximum(end, first + 1), num_stages=STAGES):  # a share may have no keys
-            row = block * BLOCK + tl.arange(0, BLOCK)
-            seen = (row >= start) & (row < length) & (block < end)
-            k = _cached(keys, row, key_row_stride, seen, d, D)
-            v = _cached(values, row, value_row_stride, seen, d, D)
-            if block == first:
-                if PDL:
-                    _wait_for_previous()
-                q, q_swapped = _head_pair(qkv, query_heads, g < GROUP, D, BLOCK_D)
-                q = _rotate(q, q_swapped, q_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
-            largest, total, acc = _attend(q, k, v, seen, largest, total, acc, scaling)
+        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scaling
+        larger = tl.maximum(largest, score)
+        shrink, weight = tl.exp(largest - larger), tl.exp(score - larger)
+        largest, total = larger, total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)
     tl.store(maxima + at, largest, mask=g < GROUP)
     tl.store(sums + at, total, mask=g < GROUP)
     tl.store(shares + at[:, None] * D + d[None, :], acc, mask=inside)

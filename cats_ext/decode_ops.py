@@ -44,7 +44,7 @@ class Tile:
 class Shares:
     """An attention in shares of the keys, joined by the product that takes it; one serves all layers of a step."""
 
-    weighted: Tensor  # [shares, heads, D] in float32: values, weighted by exp(score - largest); the token's own first
+    weighted: Tensor  # [shares, heads, D] in float32: values, weighted by exp(score - largest)
     largest: Tensor  # [shares, heads]: the largest score
     total: Tensor  # [shares, heads]: the sum of the weights
     arrived: Tensor  # int32 [1], zero between launches
@@ -163,13 +163,13 @@ def _rotate_half(x: Tensor) -> Tensor:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5 and 8.
+# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5, 8 and 10.
 _TILE = 32768  # bytes of weights
 _STAGES = 4
 _STAGES_AFTER_ATTENTION = 3  # its programs then start beside the attention's: 0.7 to 1.7 us a layer, dense or sparse
 _SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
 _KEYS = 16384  # bytes of keys that a program of the attention takes at a time
-_KEY_SHARES = 4  # at most: with more, joining them takes longer than they save, up to some 1,500 tokens
+_KEY_SHARES = 4  # at most: with more, joining them takes longer than they save, up to some 1,000 tokens
 
 
 def _power_of_two(n: int) -> int:
@@ -177,8 +177,8 @@ def _power_of_two(n: int) -> int:
 
 
 def attention_shares(kv_heads: int, device: torch.device) -> int:
-    """The token's own key and as many shares of the others as have a multiprocessor each, for all heads at once."""
-    return 1 + max(1, min(_KEY_SHARES, _multiprocessors(device) // kv_heads - 1))
+    """Shares of the keys, of which a quarter of the multiprocessors is left to the product that starts beside them."""
+    return max(1, min(_KEY_SHARES, _multiprocessors(device) * 3 // 4 // kv_heads))
 
 
 def _block_of_group(group: int) -> int:
