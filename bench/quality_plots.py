@@ -12,6 +12,17 @@ from pathlib import Path
 from cats_ext.plots import Curve, curves_figure, reached_figure
 
 
+LABELS = {
+    "two_threshold": "two thresholds by gradients, all layers alike",
+    "two_threshold search": "the same, searched: the default",
+    "two_threshold unweighted": "two thresholds without gate weights",
+    "two_threshold norms": "two thresholds by norms, power 1/3",
+    "two_threshold weighted": "two thresholds by norms, power 1 in all layers",
+    "gradient search": "by gradients, power 1/2 in all layers, searched",
+    "gradient search and last layer": "by gradients, power 1/2 and searched in all layers",
+}
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -23,14 +34,12 @@ def rule_of(name: str) -> str:
 
 
 def pareto(directory: Path) -> None:
-    rows = [
-        row for row in read(directory / "text.csv") if row["text"] == "wikitext" and ", WikiText" not in row["name"]
-    ]
+    rows = [row for row in read(directory / "text.csv") if row["text"] == "wikitext" and "," not in row["name"]]
     curves = []
     for rule in dict.fromkeys(rule_of(row["name"]) for row in rows if row["sparsity"]):
         points = sorted((float(row["bytes"]), float(row["ppl"])) for row in rows if rule_of(row["name"]) == rule)
         if len(points) > 1:
-            curves.append(Curve(rule.replace("_", " "), *zip(*points, strict=True)))
+            curves.append(Curve(LABELS.get(rule, rule), *zip(*points, strict=True)))
     figure = curves_figure(
         curves,
         x_label="share of the MLP weights read",
@@ -46,25 +55,25 @@ def tasks(directory: Path) -> None:
     read_share = {row["name"]: float(row["bytes"]) for row in read(directory / "text.csv") if row["text"] == "wikitext"}
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in read(directory / "tasks.csv"):
-        if row["task"] == "mean" and row["name"] in read_share:
+        if row["task"] == "mean" and row["name"] in read_share and "," not in row["name"]:
             rule = rule_of(row["name"]) if row["sparsity"] else row["name"]
             values = (
                 150 * (1 - read_share[row["name"]]),
                 *(100 * float(row[k]) for k in ("difference", "difference_se")),
             )
-            points.setdefault(rule.replace("_", " "), []).append(values)
+            points.setdefault(LABELS.get(rule, rule), []).append(values)
     curves = [Curve(rule, *zip(*sorted(some), strict=True)) for rule, some in points.items()]
     labels = {"x_label": "neurons skipped, mean of up and down (%)", "y_label": "accuracy, points from dense"}
     curves_figure(curves, dense=0.0, **labels).savefig(directory / "tasks.png")
 
 
 def reached(directory: Path) -> None:
-    name = "two_threshold 50%"
+    name = "two_threshold search 50%"
     rows = [row for row in read(directory / "layers.csv") if row["text"] == "wikitext" and row["name"] == name]
     layers = [
         {f"{k}_{kind}": float(row[column]) for k in ("up", "down") for kind, column in _columns(k)} for row in rows
     ]
-    reached_figure(layers, title="WikiText-2 test, the default at 50 %").savefig(directory / "reached.png")
+    reached_figure(layers, title="WikiText-2 test, the default at two thirds of the weights").savefig(directory / "reached.png")
 
 
 def _columns(k: str) -> tuple[tuple[str, str], ...]:

@@ -61,9 +61,9 @@ def budgets() -> str:
         cells = ["WikiText-2" if ", WikiText" in name else "mixed", f"{float(row['bytes']):.1%}"]
         cells += [perplexity(row), f"{float(row['kl']):.3f}"]
         rows.append([NAMES.get(name.replace(", WikiText", ""), name), *cells])
-        rows[-1].append(accuracy(tasks[name, "mean"]) if (name, "mean") in tasks else "")
+        rows[-1] += [accuracy(tasks[name, task]) if (name, task) in tasks else "" for task in ("mean", "lambada")]
     header = ["", "calibrated on", "MLP weights read", "WikiText-2 perplexity", "KL, nats", "eight tasks, %"]
-    return table(header, rows)
+    return table([*header, "LAMBADA, %"], rows)
 
 
 def reached() -> str:
@@ -86,16 +86,22 @@ def reached() -> str:
 NAMES = {
     "plain 50%": "plain, 50 / 50 %: the paper's",
     "weighted 50%": "weighted, 50 / 50 %",
+    "plain, 32 windows 50%": "plain, on 32 windows",
     "two_threshold weighted 50%": "two thresholds weighted by norms, power 1 in all layers, 40 / 60 %",
+    "two_threshold weighted, 32 windows 50%": "the same on 32 windows",
     "two_threshold norms 50%": "two thresholds by norms",
-    "two_threshold 50%": "two thresholds by gradients, all layers alike",
+    "two_threshold, 8 windows 50%": "by gradients, all layers alike",
+    "two_threshold search, 8 windows 50%": "by gradients, searched",
+    "two_threshold 50%": "by gradients, all layers alike, on 32 windows: `sparsity=0.5`",
+    "two_threshold search 50%": "by gradients, searched, on 32 windows: **the default**",
     "two_threshold unweighted 50%": "two thresholds without gate weights, 40 / 60 %",
     "gradient search 50%": "by gradients, power 1/2 in all layers, searched freely but for the last layer",
     "gradient search and last layer 50%": "by gradients, power 1/2 in all layers, all searched freely",
     "ReLUfication": "ReLUfication, not tuned",
     "plain 67.5%": "plain",
     "weighted 67.5%": "weighted",
-    "two_threshold 67.5%": "two thresholds by gradients, all layers alike",
+    "two_threshold 67.5%": "by gradients, all layers alike, on 32 windows",
+    "two_threshold search 67.5%": "by gradients, searched, on 32 windows: the default",
     "two_threshold unweighted 67.5%": "two thresholds without gate weights",
     "gradient search 67.5%": "by gradients, power 1/2 in all layers, searched freely but for the last layer",
     "gradient search and last layer 67.5%": "by gradients, power 1/2 in all layers, all searched freely",
@@ -168,6 +174,18 @@ LAST = {
     "fisher.5 last dense": "by gradients, power 1/2, last layer dense",
     "fisher.5 last dense search within .1": "the same, searched within 0.1",
 }
+TEXT_USED = {
+    "8w 50%": "all alike, 8 windows",
+    "8w free 50%": "searched, 8 windows",
+    "32w 50%": "all alike, 32 windows, gradients of the first 8",
+    "32wg 50%": "all alike, 32 windows, gradients of all",
+    "32wg free 50%": "searched, 32 windows, gradients of all",
+}
+SEARCH = {
+    "default": "all layers alike",
+    "searched": "searched",
+    "means but last": "all alike, means of what is dropped added, but in the last layer",
+}
 
 
 def last_words(name: str, rules: dict[tuple[str, str], str]) -> str:
@@ -194,6 +212,14 @@ def choice() -> str:
 
 def last() -> str:
     return last_words("quality/sweep_last.csv", {(name, ""): words for name, words in LAST.items()})
+
+
+def last_layer_alone() -> str:
+    return last_words("quality/sweep_search.csv", {(name, ""): words for name, words in SEARCH.items()})
+
+
+def text_used() -> str:
+    return last_words("quality/selection.csv", {(name, ""): words for name, words in TEXT_USED.items()})
 
 
 def generation() -> str:
@@ -235,6 +261,8 @@ def render(page: str) -> str:
         ("sweep", sweep),
         ("choice", choice),
         ("last", last),
+        ("text_used", text_used),
+        ("search", last_layer_alone),
         ("reached", reached),
         ("generation", generation),
         ("prefill", prefill),
