@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cats_ext.plots import Curve, curves_figure, reached_figure
 
-
 LABELS = {
     "two_threshold": "two thresholds by gradients, all layers alike",
     "two_threshold search": "the same, searched: the default",
@@ -73,7 +72,8 @@ def reached(directory: Path) -> None:
     layers = [
         {f"{k}_{kind}": float(row[column]) for k in ("up", "down") for kind, column in _columns(k)} for row in rows
     ]
-    reached_figure(layers, title="WikiText-2 test, the default at two thirds of the weights").savefig(directory / "reached.png")
+    title = "WikiText-2 test, the default at two thirds of the weights"
+    reached_figure(layers, title=title).savefig(directory / "reached.png")
 
 
 def _columns(k: str) -> tuple[tuple[str, str], ...]:
