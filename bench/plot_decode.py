@@ -45,8 +45,8 @@ def draw(source: Path, target: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False, loc="best")
-    first = rows[0]
-    figure.suptitle(f"{first['device']}, torch {first['torch']}, commit {first['commit']}", fontsize=9)
+    first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    figure.suptitle(f"{first['device']}, torch {first['torch']}, commits {commits}", fontsize=9)
     figure.savefig(target)
 
 
