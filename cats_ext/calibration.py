@@ -135,8 +135,6 @@ def calibrate(
     if gate_power is None:
         gate_power = 0.0 if has_experts and rule == "two_threshold" else DEFAULT_GATE_POWER[rule]
     check_weights(rule, gate_power, last_gate_power or 0, importance)
-    if unasked and rule == "two_threshold" and importance == "gradient" and not has_experts:
-        allocation = "search"
     if last_gate_power is None:
         last_gate_power = min(gate_power, LAST_GATE_POWER[rule])
     if (importance == "gradient" or allocation == "search") and not has_gradients(model):
@@ -146,6 +144,8 @@ def calibrate(
         )
     if has_experts:
         _check_for_experts(max(gate_power, last_gate_power), importance, allocation)
+    if unasked and rule == "two_threshold" and importance == "gradient":
+        allocation = "search"
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)
@@ -158,7 +158,8 @@ def calibrate(
     with_gradient = [window[None] for window in _few(windows, _GRADIENT_TOKENS)]  # one at a time: memory
     steps = _steps(layers, rule, max(powers), importance, allocation)
     arguments = {"rule": rule, "gate_power": powers, "importance": importance, "allocation": allocation}
-    saved = Checkpoint(checkpoint, arguments | {"seed": seed, "batch_size": batch_size}, windows, layers)
+    arguments |= {"seed": seed, "batch_size": batch_size, "cats_ext_version": __version__}
+    saved = Checkpoint(checkpoint, arguments, windows, layers)
     seconds_a_token = 0.0
     for number in range(saved.step, len(steps)):
         step = steps[number]
@@ -273,19 +274,20 @@ def _options(rule: str) -> list[tuple[float, float]]:
 def _searched(model: nn.Module, config: CatsConfig, table: LossTable, windows: list[Tensor]) -> CatsConfig:
     """``config`` with the allocation that the table finds, if the model's predictions confirm that it loses less."""
     searched = replace(config, losses=table).at_sparsity(config.sparsity)
-    window = max(map(len, windows))
-    ids = torch.cat(_few(windows, _CHECK_TOKENS))
-    bought = {"uniform_kl": _kl(model, config, ids, window), "searched_kl": _kl(model, searched, ids, window)}
+    text = [ids for ids in _few(windows, _CHECK_TOKENS) if len(ids) > 1]
+    bought = {"uniform_kl": _kl(model, config, text), "searched_kl": _kl(model, searched, text)}
     chosen = searched if bought["searched_kl"] < bought["uniform_kl"] else config
     return replace(chosen, calibration=config.calibration | {"search": bought})
 
 
-def _kl(model: nn.Module, config: CatsConfig, ids: Tensor, window: int) -> float:
+def _kl(model: nn.Module, config: CatsConfig, windows: list[Tensor]) -> float:
+    """Mean over all positions of the divergence from the dense model, in nats; 0 without windows."""
     apply_cats(model, config)
     try:
-        return compare(model, ids, window=window, progress=False).kl
+        sums = [len(ids) * compare(model, ids, window=len(ids), progress=False).kl for ids in windows]
     finally:
         remove_cats(model)
+    return sum(sums) / max(1, sum(map(len, windows)))
 
 
 def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:

@@ -27,7 +27,7 @@ class Checkpoint:
         step, batch: pass and batch to go on with.
 
     Raises:
-        ValueError: the file is of a calibration with other arguments, other text or another model, or is damaged.
+        ValueError: the file is of a calibration with other arguments, text, model or version, or is damaged.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Checkpoint:
                 place = file.metadata() or {}
                 if place.get("run") != self.run:
                     raise ValueError(
-                        f"checkpoint {self.path} is of a calibration with other arguments, text or model: "
+                        f"checkpoint {self.path} is of a calibration with other arguments, text, model or version: "
                         "remove it, or call with those arguments"
                     )
                 for key in file.keys():

@@ -98,8 +98,8 @@ class CatsConfig:
         """This calibration at another sparsity: the model is not run again, and this config stays as it is.
 
         Every threshold follows from the stored statistics, exactly as ``calibrate(..., sparsity=sparsity)`` on the same
-        text would set it. Shapes of thresholds do not depend on the sparsity, so that those of a patched model can be
-        overwritten in place.
+        text would set it, or where an allocation was searched, as with the ``budget`` of the same bytes. Shapes of
+        thresholds do not depend on the sparsity, so that those of a patched model can be overwritten in place.
 
         Args:
             sparsity: as in :func:`cats_ext.calibrate`, in [0, 1).
@@ -107,7 +107,8 @@ class CatsConfig:
                 layers that calibration found.
 
         Raises:
-            TypeError, ValueError: an argument is out of its range, or the config has no statistics.
+            TypeError, ValueError: an argument is out of its range, which ends at 0.99 for a searched allocation, or the
+                config has no statistics.
         """
         split = sparsity_split(sparsity, self.rule, down_sparsity)
         if self.losses is None or down_sparsity is not None:

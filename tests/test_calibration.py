@@ -378,7 +378,7 @@ def test_without_gradients_norms_are_the_weights():
     without = calibrate(whole.model, tokens(300), progress=False)
     assert without.importance == "norm" and "search" not in without.calibration and without.sparsity == 0.5
     with pytest.raises(ValueError, match=r"without an output layer .* got 'gradient' and 'uniform'"):
-        calibrate(whole.model, tokens(300), importance="gradient", sparsity=0.5, progress=False)
+        calibrate(whole.model, tokens(300), importance="gradient", progress=False)
     with pytest.raises(ValueError, match=r"without an output layer .* got 'norm' and 'search'"):
         calibrate(whole.model, tokens(300), budget=0.6, progress=False)
     with torch.inference_mode():

@@ -77,13 +77,19 @@ def checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [dict(gate_power=0.25), dict(seed=1), dict(rule="weighted"), dict(batch_size=2)])
 def test_a_checkpoint_of_other_arguments_is_refused(checkpoint, change):
-    with pytest.raises(ValueError, match="is of a calibration with other arguments, text or model: remove it"):
+    with pytest.raises(ValueError, match="is of a calibration with other arguments, text, model or version: remove it"):
         calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS | change)
 
 
 def test_a_checkpoint_of_other_text_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="other arguments, text or model"):
+    with pytest.raises(ValueError, match="other arguments, text, model or version"):
         calibrate(tiny_model(), tokens(400, seed=1), checkpoint=checkpoint, **ARGUMENTS)
+
+
+def test_a_checkpoint_of_another_version_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr("cats_ext.calibration.__version__", "0")
+    with pytest.raises(ValueError, match="other arguments, text, model or version"):
+        calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint):

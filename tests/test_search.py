@@ -243,6 +243,22 @@ def test_the_gradient_passes_take_windows_from_all_over_the_data(monkeypatch):
     assert taken(1) == [0] and taken(30) == [0, 2, 5, 7] and taken(94) == taken(1000) == list(range(10))
 
 
+def test_a_search_is_checked_window_by_window(uneven):
+    """Windows of other lengths are not run together, and text of single tokens buys nothing."""
+    lengths = []
+
+    def count(_, args, named):
+        lengths.append(named["input_ids"].shape[1])
+
+    hook = uneven.register_forward_pre_hook(count, with_kwargs=True)
+    ragged = calibrate(uneven, [tokens(150), *tokens(60).view(-1, 20), tokens(1)], progress=False)
+    hook.remove()
+    assert lengths[-16:] == 2 * [150, 150, 20, 20, 20, 20, 20, 20]  # dense and sparse, uniform and searched
+    assert ragged.calibration["search"]["uniform_kl"] > 0
+    single = calibrate(uneven, list(tokens(200).view(-1, 1)), progress=False)
+    assert single.losses is None and single.calibration["search"] == {"uniform_kl": 0, "searched_kl": 0}
+
+
 def test_options_are_sparsities():
     for rule in ("plain", "weighted", "two_threshold"):
         assert all(0 <= up <= down < 1 for up, down in _options(rule))
