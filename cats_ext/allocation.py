@@ -60,6 +60,8 @@ class LossTable:
             )
         shares = torch.tensor([bytes_share(up, down) for up, down in options.tolist()], dtype=torch.float64)
         weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+        if budget < (1 - 1e-6) * float(shares.min()):
+            raise ValueError(f"budget must be at least {float(shares.min()):.4g} for a search, got {budget:.4g}")
         choice = allocate(losses, weight[:-1, None] * shares, budget - float(weight[-1]) * bytes_share(*uniform))
         return [*(tuple(options[option].tolist()) for option in choice), uniform]
 

@@ -31,7 +31,7 @@ from cats_ext.evaluation import compare
 from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
 from cats_ext.report import SparsityDriftWarning
-from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, check_weights, sparsity_of, sparsity_split
+from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, budget_of, check_weights, sparsity_of, sparsity_split
 
 ALLOCATIONS = ("uniform", "search")
 _GRADIENT_TOKENS = 16384  # that the gradient passes use, in whole windows from all over the data
@@ -146,6 +146,10 @@ def calibrate(
         _check_for_experts(max(gate_power, last_gate_power), importance, allocation)
     if unasked and rule == "two_threshold" and importance == "gradient":
         allocation = "search"
+    if allocation == "search":  # what cannot be allocated is refused now, not after all passes
+        _table(rule, torch.zeros(len(mlps), len(_options(rule))), spread).targets(
+            budget_of(sparsity), [mlp.hidden_size * mlp.intermediate_size for mlp in mlps], split
+        )
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None:
         sequence_length = min(sequence_length, longest)
@@ -207,8 +211,7 @@ def calibrate(
     )
     if allocation == "search":
         losses = torch.stack([layer.mean_losses() for layer in layers.values()])
-        table = LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses, spread)
-        config = _searched(model, config, table, windows)
+        config = _searched(model, config, _table(rule, losses, spread), windows)
     saved.remove()
     _warn_of_ties(config)
     return config
@@ -269,6 +272,10 @@ def _options(rule: str) -> list[tuple[float, float]]:
     if rule != "two_threshold":
         return [(up, up) for up in _UP]
     return sorted({(up, min(round(up + more, 2), _UP[-1])) for up in _UP for more in _OFFSETS})
+
+
+def _table(rule: str, losses: Tensor, spread: float) -> LossTable:
+    return LossTable(torch.tensor(_options(rule), dtype=torch.float64), losses, spread)
 
 
 def _searched(model: nn.Module, config: CatsConfig, table: LossTable, windows: list[Tensor]) -> CatsConfig:

@@ -232,6 +232,8 @@ def test_without_a_target_the_same_bytes_as_at_one_half_are_searched(uneven):
     for other in (dict(sparsity=0.5), dict(down_sparsity=0.6), dict(rule="plain"), dict(importance="norm")):
         assert "search" not in calibrate(uneven, tokens(600), **other, **arguments).calibration
     assert config.at_sparsity(0.98).bytes_share == pytest.approx(1 - 0.98 * 2 / 3, abs=0.01)
+    with pytest.raises(ValueError, match=r"budget must be at least 0.34 for a search, got 0.3367"):
+        config.at_sparsity(0.995)
 
 
 def test_the_gradient_passes_take_windows_from_all_over_the_data(monkeypatch):
@@ -281,6 +283,8 @@ def test_options_are_sparsities():
         (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
         (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
         (dict(budget=0.6, spread=0), ValueError, r"spread must be a number in \(0, 1\], got 0"),
+        (dict(spread=0.01), ValueError, r"no sparsity that was tried is within 0.01 of \(0.375, 0.625\)"),
+        (dict(budget=0.335), ValueError, r"budget must be at least 0.34 for a search, got 0.335"),
         (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
     ],
 )
