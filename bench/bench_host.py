@@ -35,7 +35,7 @@ def build(name: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to("cuda", torch.bfloat16).eval()
     ids = torch.randint(64, (1, 256), device="cuda")
-    config = cats_ext.calibrate(model, [ids], rule="two_threshold", progress=False)
+    config = cats_ext.calibrate(model, [ids], rule="two_threshold", sparsity=0.5, progress=False)
     twin = AutoModelForCausalLM.from_config(CONFIGS[name]).to("cuda", torch.bfloat16).eval()
     twin.load_state_dict(model.state_dict())
     return model.model.layers[0].mlp, cats_ext.apply_cats(twin, config).model.layers[0].mlp

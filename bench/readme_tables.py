@@ -102,7 +102,8 @@ def decode() -> str:
     header = ["tokens a second, whole models, bf16", "dense", *(f"sparsity {s} %" for s in (50, 70, 90))]
     sources = "; ".join(dict.fromkeys(source(name, row) for row in data))
     about = "Random weights of these shapes, the paper's rule."
-    about += " `generate` [waits for the host](docs/transformers.md#one-graph-a-token), whose time varies."
+    about += " `generate` [waits for the host](docs/transformers.md#one-graph-a-token), whose time varies:"
+    about += " its ratios are to the dense model in turns."
     picture = image("h100/decode.png", "tokens a second against sparsity")
     return f"{data[0]['device']}: {sources}. {about}\n\n{table(header, rows)}\n\n{picture}"
 
