@@ -8,6 +8,7 @@ the host only launches a graph, one token ahead of the one it reads.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -152,8 +153,9 @@ class DecodeEngine:
         length = -(-(max(plan.max_length, self.max_length) + _SPARE) // _LENGTH_STEP) * _LENGTH_STEP
         session, state = self._session, fingerprint(self.model)
         if session is None or not session.serves(len(ids), length, mask is not None, state):
-            self._session = None  # its memory is freed before the new cache is allocated
-            del session
+            if session is not None:  # its memory is freed before the new cache is allocated
+                self._session = session = None
+                gc.collect()  # a cache and its layers, a session and its step refer to each other
             with uncounted(self.model):
                 session = _Session(self, len(ids), length, mask is not None, state)
             self._session = session

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -253,6 +255,22 @@ def test_cache_grows_with_the_call(llama):
     small = engine.cache_bytes()
     engine.generate(tokens(300)[None], max_new_tokens=10)
     assert engine.cache_bytes() == 2 * small == 2 * 3 * 2 * 512 * 2 * 16 * 2  # K and V, layers, heads, length, D, fp32
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_cache_is_freed_before_another_is_made(fused, static_steps, monkeypatch):
+    model, ids, before = tiny_model(), tokens(20)[None], []
+    engine = statically(DecodeEngine(model, fused=fused))
+    decoded(engine, ids, **OPTIONS["greedy"])
+    cache, make = weakref.ref(engine._session.cache), decode.DecodeCache
+    monkeypatch.setattr(decode, "DecodeCache", lambda *shape: before.append(cache()) or make(*shape))
+    cats_ext.apply_relufication(model)
+    gc.disable()  # what refers to each other would wait for it
+    try:
+        decoded(engine, ids, **OPTIONS["greedy"])
+    finally:
+        gc.enable()
+    assert before == [None]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
