@@ -88,7 +88,7 @@ NAMES = {
     "weighted 50%": "weighted, 50 / 50 %",
     "plain, 32 windows 50%": "plain, on 32 windows",
     "two_threshold weighted 50%": "two thresholds weighted by norms, power 1 in all layers, 40 / 60 %",
-    "two_threshold weighted, 32 windows 50%": "the same on 32 windows",
+    "two_threshold weighted, 32 windows 50%": "the same, on 32 windows",
     "two_threshold norms 50%": "two thresholds by norms",
     "two_threshold, 8 windows 50%": "by gradients, all layers alike",
     "two_threshold search, 8 windows 50%": "by gradients, searched",
