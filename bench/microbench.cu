@@ -14,8 +14,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/sparse_mlp_launch.h"
@@ -53,26 +54,15 @@ std::vector<double> parse_list(const char *text) {
 
 Options parse(int argc, char **argv) {
     Options o;
+    const std::map<std::string, std::pair<bool *, bool>> flags = {{"--no-check", {&o.check, false}},
+                                                                  {"--no-pdl", {&o.pdl, false}},
+                                                                  {"--deterministic", {&o.deterministic, true}},
+                                                                  {"--per-neuron", {&o.per_neuron, true}},
+                                                                  {"--step", {&o.step, true}}};
     for (int i = 1; i < argc; i++) {
         const std::string name = argv[i];
-        if (name == "--no-check") {
-            o.check = false;
-            continue;
-        }
-        if (name == "--deterministic") {
-            o.deterministic = true;
-            continue;
-        }
-        if (name == "--per-neuron") {
-            o.per_neuron = true;
-            continue;
-        }
-        if (name == "--step") {
-            o.step = true;
-            continue;
-        }
-        if (name == "--no-pdl") {
-            o.pdl = false;
+        if (const auto flag = flags.find(name); flag != flags.end()) {
+            *flag->second.first = flag->second.second;
             continue;
         }
         if (i + 1 >= argc) fprintf(stderr, "%s needs a value\n", name.c_str()), exit(2);
