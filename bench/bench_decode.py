@@ -1,21 +1,23 @@
-"""Tokens per second and time to first token of whole models, dense and with CATS, in three ways of generating.
+"""Tokens per second and time to first token of whole models, dense and with CATS, in four ways of generating.
 
     python bench/bench_decode.py --model mistral-7b --output bench/results/h100
 
-Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "captured",
-cats_ext's DecodeEngine. Shapes get random weights, a directory its own; thresholds are calibrated on the model at hand,
-with random tokens and the paper's rule unless --rule names another. A token's time is the mean from the first of
---new-tokens to the last as they arrive on the host, greedy, past any end-of-text token, and of that the median of
---repetitions. What generate takes for a token, and the first token, depend on the host, whose speed varies from second
-to second: the dense model is kept beside the patched one, both are timed in turns, --turns times, and the ratio is the
-median of the turns'. The host can only make the first token later: its ratio is that of the least times, beside the
-median of the turns'. Results are appended to decode.csv and first_token.csv as they come, so that a run can be cut
-short or done in parts; plot_decode.py draws the paper's figure 4 from them.
+Modes: "eager", transformers' generate; "compiled", generate with a static cache and its own torch.compile; "deferred",
+that inside cats_ext.deferred_stop(); "captured", cats_ext's DecodeEngine. Shapes get random weights, a directory its
+own; thresholds are calibrated on the model at hand, with random tokens and the paper's rule unless --rule names
+another. A token's time is the mean from the first of --new-tokens to the last as they arrive on the host, greedy, past
+any end-of-text token, and of that the median of --repetitions. What generate takes for a token, and the first token,
+depend on the host, whose speed varies from second to second: the dense model is kept beside the patched one, both are
+timed in turns, --turns times, and the ratio is the median of the turns'. The host can only make the first token later:
+its ratio is that of the least times, beside the median of the turns'. Results are appended to decode.csv and
+first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws the paper's figure 4
+from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import gc
@@ -42,8 +44,8 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": lambda: LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                                 num_attention_heads=4, num_key_value_heads=2),
 }  # fmt: skip
-IN_TURNS = ("eager", "compiled")
-MODES = (*IN_TURNS, "captured")
+COMPILED = ("compiled", "deferred")
+MODES = ("eager", *COMPILED, "captured")
 NOT_TAKEN = {"bytes_at_rest": "", "bytes_peak": ""}  # in turns: two models are in memory
 
 
@@ -73,7 +75,7 @@ class Generator:
         self.model, self.mode = model, mode
         self.engine = DecodeEngine(model, max_length=length) if mode == "captured" else None
         self.cache = None
-        if mode == "compiled":
+        if mode in COMPILED:
             self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
 
     def __call__(self, ids: Tensor, new_tokens: int) -> tuple[float, float]:
@@ -89,7 +91,8 @@ class Generator:
             if self.cache is not None:
                 self.cache.reset()
                 options["past_key_values"] = self.cache
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            with cats_ext.deferred_stop() if self.mode == "deferred" else contextlib.nullcontext():
+                self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         _, first, *later = arrivals.times  # before them the prompt
         return first - start, (later[-1] - first) / len(later) if later else float("nan")
 
@@ -144,22 +147,24 @@ class Bench:
         torch.manual_seed(0)
         model = load(name, self.arguments.layers, self.device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
-        in_turns = [mode for mode in self.arguments.modes if mode in IN_TURNS]
-        if "captured" in self.arguments.modes:
+        modes, prompts = self.arguments.modes, self.arguments.prompt
+        compiled = [mode for mode in modes if mode in COMPILED]
+        if "captured" in modes:
             self.captured(name, model, 0.0)
             gc.collect()  # the engine's graph and cache, which the sparse rows' memory would count
-        twin = copy.deepcopy(model) if in_turns else None
+        twin = copy.deepcopy(model) if compiled or "eager" in modes else None
         windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
         config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
         cats_ext.apply_cats(model, config)
-        if "captured" in self.arguments.modes:
+        if "captured" in modes:
             self.captured(name, model, *self.arguments.sparsity)
-        prompts = self.arguments.prompt
-        for mode in in_turns:
-            # The compiled step attends over the whole static cache: each prompt gets one of its length.
-            for together in [[prompt] for prompt in prompts] if mode == "compiled" else [prompts]:
-                self.in_turns(name, mode, together, twin, model)
-                torch.compiler.reset()
+        if "eager" in modes:
+            self.in_turns(name, "eager", prompts, twin, model)
+        # The compiled step attends over the whole static cache: each prompt gets one of its length.
+        for prompt in prompts if compiled else ():
+            for mode in compiled:
+                self.in_turns(name, mode, [prompt], twin, model)
+            torch.compiler.reset()
         del model, twin
         gc.collect()
         torch.cuda.empty_cache()

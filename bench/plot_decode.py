@@ -11,9 +11,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLOURS = {"captured": "#2f6db5", "compiled": "#3a9a5b", "eager": "#8a8f98"}
+COLOURS = {"captured": "#2f6db5", "deferred": "#c2712b", "compiled": "#3a9a5b", "eager": "#8a8f98"}
 TITLES = {
     "captured": "captured step (DecodeEngine)",
+    "deferred": "generate, compiled, stop check deferred",
     "compiled": "generate, static cache, compiled",
     "eager": "generate",
 }

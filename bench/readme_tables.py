@@ -87,7 +87,12 @@ def host() -> str:
 def decode() -> str:
     name = "h100/decode.csv"
     data = read(name)
-    ways = {"captured": "captured step (`DecodeEngine`)", "compiled": "`generate`, compiled", "eager": "`generate`"}
+    ways = {
+        "captured": "captured step (`DecodeEngine`)",
+        "deferred": "`generate`, compiled, `deferred_stop()`",
+        "compiled": "`generate`, compiled",
+        "eager": "`generate`",
+    }
     rows = []
     for mode, way in ways.items():
         for model, prompt in dict.fromkeys((row["model"], row["prompt"]) for row in data if row["mode"] == mode):

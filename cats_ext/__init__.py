@@ -7,6 +7,7 @@ from cats_ext._version import __version__
 from cats_ext.calibration import calibrate
 from cats_ext.config import CatsConfig
 from cats_ext.integrations import register_with_transformers
+from cats_ext.integrations.stopping import deferred_stop
 from cats_ext.modules import CatsMLP
 from cats_ext.patching import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
 from cats_ext.report import SparsityDriftWarning, SparsityReport, reset_sparsity, sparsity_report, track_sparsity
@@ -24,6 +25,7 @@ __all__ = [
     "apply_cats",
     "apply_relufication",
     "calibrate",
+    "deferred_stop",
     "evaluation",
     "expert_ops",
     "functional",

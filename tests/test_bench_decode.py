@@ -37,12 +37,12 @@ def test_rows_and_figure(monkeypatch, tmp_path):
     import plot_decode
 
     run(monkeypatch, tmp_path, "--modes", "captured")
-    run(monkeypatch, tmp_path, "--modes", "eager", "compiled", "--sparsity", "0.7", "--prompt", "16", "24")
+    run(monkeypatch, tmp_path, "--modes", "eager", "compiled", "deferred", "--sparsity", "0.7", "--prompt", "16", "24")
     rows, first = read(tmp_path / "decode.csv"), read(tmp_path / "first_token.csv")
     assert [(row["mode"], row["prompt"], float(row["sparsity"])) for row in rows] == [
         *(("captured", "16", s) for s in (0.0, 0.5, 0.7, 0.9)),
         *(("eager", prompt, s) for s in (0.7, 0.0) for prompt in ("16", "24")),
-        *(("compiled", prompt, s) for prompt in ("16", "24") for s in (0.7, 0.0)),
+        *((mode, prompt, s) for prompt in ("16", "24") for mode in ("compiled", "deferred") for s in (0.7, 0.0)),
     ]
     assert {row["commit"] for row in rows} == {"abc"}
     assert [(row["prompt"], row["sparsity"]) for row in first] == [("8", "0.7")] and float(first[0]["of_dense"]) > 0
