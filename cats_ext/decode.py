@@ -13,13 +13,22 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cats_ext.decode_cache import DecodeCache
-from cats_ext.decode_checks import check_decodable, check_inputs, common_prefix, fingerprint, nothing_skipped, uncounted
+from cats_ext.decode_checks import (
+    check_ids,
+    check_ready,
+    common_prefix,
+    fingerprint,
+    nothing_skipped,
+    uncounted,
+    unwrapped_decodable,
+)
 from cats_ext.decode_fused import FusedStep, NotFusableError
 from cats_ext.decode_sampling import Plan, Selection, plan
 from cats_ext.patching import sparse_mlps
@@ -38,7 +47,8 @@ class DecodeEngine:
     """Generates tokens with ``model``, patched by ``apply_cats`` or not, one batch at a time.
 
     Args:
-        model: a decoder-only language model of transformers, in eval mode, on one device.
+        model: a decoder-only language model of transformers, in eval mode, on one device; also inside torch.compile,
+            DistributedDataParallel or PEFT, whose wrappers are left out.
         max_length: tokens of prompt and answer to allocate the cache for at least; without it, what a call needs. A
             longer call allocates again.
         capture: whether to replay a CUDA graph; by default on CUDA. Otherwise each step calls the model.
@@ -59,18 +69,22 @@ class DecodeEngine:
         fused: bool | None = None,
         compile: bool = False,
     ) -> None:
-        check_decodable(model)
-        on_cuda = model.device.type == "cuda"
-        if capture and not on_cuda:
+        model = unwrapped_decodable(model)
+        if capture and model.device.type != "cuda":
             raise ValueError(f"capture=True needs a model on a CUDA device, got {model.device}")
-        if max_length is not None and max_length < 1:
+        if max_length is not None and not (isinstance(max_length, Integral) and max_length >= 1):
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.model = model
         self.max_length = max_length or 0
-        self.capture = on_cuda if capture is None else capture
+        self.capture = capture
         self.fused = fused
         self.compile = compile
         self._session: _Session | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether a call now replays a graph, if the step can be captured."""
+        return self.model.device.type == "cuda" if self.capture is None else self.capture
 
     @property
     def fused_active(self) -> bool:
@@ -127,13 +141,14 @@ class DecodeEngine:
     def _generate(
         self, input_ids: Tensor, attention_mask: Tensor | None, how: tuple, streamer: BaseStreamer | None, reuse: bool
     ) -> Tensor:
-        mask = check_inputs(input_ids, attention_mask, self.model)
-        prepared = plan(self.model, input_ids, *how)
+        check_ready(self.model)
+        check_ids(input_ids, self.model)
+        prepared = plan(self.model, input_ids, attention_mask, *how)
         device = self.model.device
         ids = input_ids.cpu()
         running = torch.ones(len(ids), dtype=torch.bool)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            session = self._prepare(input_ids.to(device), mask, prepared, reuse)
+            session = self._prepare(input_ids.to(device), prepared, reuse)
             if streamer is not None:
                 streamer.put(ids)
             for token in session.tokens(prepared):
@@ -149,9 +164,10 @@ class DecodeEngine:
             streamer.end()
         return ids.to(input_ids.device)
 
-    def _prepare(self, ids: Tensor, mask: Tensor | None, plan: Plan, reuse: bool) -> _Session:
+    def _prepare(self, ids: Tensor, plan: Plan, reuse: bool) -> _Session:
+        mask = None if plan.mask is None else plan.mask.to(ids.device)
         length = -(-(max(plan.max_length, self.max_length) + _SPARE) // _LENGTH_STEP) * _LENGTH_STEP
-        session, state = self._session, fingerprint(self.model)
+        session, (state, contents) = self._session, fingerprint(self.model)
         if session is None or not session.serves(len(ids), length, mask is not None, state):
             if session is not None:  # its memory is freed before the new cache is allocated
                 self._session = session = None
@@ -159,10 +175,11 @@ class DecodeEngine:
             with uncounted(self.model):
                 session = _Session(self, len(ids), length, mask is not None, state)
             self._session = session
-        if self.capture:
+            _, contents = fingerprint(self.model)  # its check has set thresholds to 0 and back
+        if self.captures:
             with uncounted(self.model):
                 session.capture(plan.selection)
-        session.start(ids, mask, reuse and len(ids) == 1 and mask is None)
+        session.start(ids, mask, contents, reuse and len(ids) == 1 and mask is None)
         return session
 
 
@@ -182,12 +199,13 @@ class _Session:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
         self.known: list[int] = []  # the tokens whose keys and values are in the cache, of one sequence
+        self.contents: tuple[int, ...] = ()  # of the model, with which they were computed
         self.prompt_length = 0
         self._graphs: dict[tuple | None, torch.cuda.CUDAGraph] | None = {}  # None: it cannot be captured
         self._parameters = inspect.signature(self.model.forward).parameters
         self._step = torch.compile(self._model_step, dynamic=False) if engine.compile else self._model_step
-        self.fused = False
-        wanted = engine.fused if engine.fused is not None else engine.capture and not engine.compile
+        self._fused_step: FusedStep | None = None
+        wanted = engine.fused if engine.fused is not None else engine.captures and not engine.compile
         if wanted:
             self._try_fused(required=engine.fused is True)
 
@@ -208,8 +226,12 @@ class _Session:
                 warnings.warn(f"the fused step failed, and the model's own forward serves: {error}", stacklevel=4)
             self.cache.length = 0
             return
-        self.fused = True
+        self._fused_step = fused
         self._step = lambda: fused(self.token, self.position)[None]
+
+    @property
+    def fused(self) -> bool:
+        return self._fused_step is not None
 
     def _check_against_model(self, fused: FusedStep) -> None:
         """Compare both on one token after few and after many, in places of the cache that are overwritten later.
@@ -233,9 +255,10 @@ class _Session:
                 raise RuntimeError(f"its logits after {count} tokens differ from the model's by {error:.1e}")
 
     def serves(self, batch: int, length: int, padded: bool, state: tuple) -> bool:
-        return (self.batch, self.padded, self.state) == (batch, padded, state) and self.length >= length
+        same = (self.batch, self.padded, self.state) == (batch, padded, state)
+        return same and self.length >= length and not (self._fused_step is not None and self._fused_step.outdated)
 
-    def start(self, ids: Tensor, mask: Tensor | None, reuse: bool) -> None:
+    def start(self, ids: Tensor, mask: Tensor | None, contents: tuple[int, ...], reuse: bool) -> None:
         count = ids.shape[1]
         self.prompt = ids
         self.prompt_length = count
@@ -244,7 +267,8 @@ class _Session:
         if mask is not None:
             self.mask[:, :count] = mask
             self.padding[:, 0] = (mask == 0).sum(1)
-        kept = common_prefix(self.known, ids[0].tolist()) if reuse else 0
+        kept = common_prefix(self.known, ids[0].tolist()) if reuse and contents == self.contents else 0
+        self.contents = contents
         self.cache.length = min(kept, count - 1)
         self.known = self.known[: self.cache.length]
 

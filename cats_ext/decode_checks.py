@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cats_ext._run import check_token_ids
+from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.patching import sparse_mlps
 
-_ATTENTION = ("full_attention", "sliding_attention")
-
-
-def check_decodable(model: nn.Module) -> None:
-    """Raise unless ``model`` is a language model that the engine can decode."""
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_ATTENTION = ("full_attention", "sliding_attention")
+_BASE = frozenset(vars(nn.Module()))  # what every module has; settings are what it has besides
+_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
+
+
+def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
+    """The language model in ``model``; raise unless the engine can decode it."""
+    from transformers import PreTrainedModel
+
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(f"the adapter {adapter.peft_type} puts tokens before the prompt: use model.generate")
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"model must be a transformers model that can generate, got {type(model).__name__}")
     name, config = type(model).__name__, model.config.get_text_config()
@@ -29,19 +40,35 @@ def check_decodable(model: nn.Module) -> None:
             f"layers of the types {', '.join(other)}" if other else "a cache that is not one of keys and values a layer"
         )
         raise ValueError(f"{name} has {what}: the decode engine takes attention over all tokens or a window of them")
+    check_ready(model)
+    return model
+
+
+def check_ready(model: nn.Module) -> None:
+    """Raise unless ``model`` can run now, with all its weights where they are."""
     if model.training:
-        raise ValueError(f"model of class {name} is in training mode: call model.eval() first")
+        raise ValueError(f"model of class {type(model).__name__} is in training mode: call model.eval() first")
+    away = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away} is on the meta device (offloaded?), and the decode engine takes no weights that come and go: use "
+            "model.generate"
+        )
 
 
-def check_inputs(ids: Tensor, mask: Tensor | None, model: nn.Module) -> Tensor | None:
-    """The mask on the model's device, or None if nothing is masked."""
+def check_ids(ids: Tensor, model: nn.Module) -> None:
+    """Raise unless ``ids`` are tokens of the model, ``[B, T]``."""
     check_token_ids("input_ids", ids, model)
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {list(ids.shape)}")
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
+
+
+def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, int64, or None if nothing is masked."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have input_ids' shape {list(ids.shape)}, got {list(mask.shape)}")
     kept = mask != 0
@@ -49,20 +76,51 @@ def check_inputs(ids: Tensor, mask: Tensor | None, model: nn.Module) -> Tensor |
         return None
     if bool((kept[:, :-1] & ~kept[:, 1:]).any()) or not bool(kept[:, -1].all()):
         raise ValueError("attention_mask must have its zeros on the left of each sequence, and a 1 at its end")
-    return mask.to(model.device, torch.int64)
+    return kept.long()
 
 
-def fingerprint(model: nn.Module) -> tuple:
-    """What a captured step has fixed: where weights are and which code runs on them."""
-    modules = tuple(
-        (
-            type(m),
-            len(m._forward_hooks) + len(m._forward_pre_hooks),
-            getattr(getattr(m, "cats", None), "tracking", None),
-        )
-        for m in model.modules()
-    )
-    return modules, tuple((p.data_ptr(), p.stride()) for p in model.parameters())
+def fingerprint(model: nn.Module) -> tuple[tuple, tuple[int, ...]]:
+    """What a captured step has fixed, and what a filled cache depends on besides.
+
+    The first: which code runs, the settings it reads from Python, and where tensors are. The second: how often weights
+    and thresholds have been written to in place (through ``.data`` it does not show).
+    """
+    parts, written = [], []
+    for m in model.modules():
+        settings = [_setting(vars(m)[name]) for name in sorted(vars(m).keys() - _BASE)]
+        tensors = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        parts.append((type(m), *m._forward_pre_hooks, *m._forward_hooks, settings, [_place(t) for t in tensors]))
+        written += [version(t) for t in tensors if isinstance(t, nn.Parameter)]
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modes = autocast, torch.are_deterministic_algorithms_enabled()
+    state = parts, _setting(vars(model.config.get_text_config())), modes
+    return state, (*written, *map(version, _thresholds(model)))
+
+
+def version(t: Tensor) -> int:
+    """Counts what has been written to ``t`` in place; 0 of a tensor made in inference mode, which has no count."""
+    return 0 if t.is_inference() else t._version
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _setting(value: object) -> object:
+    """A module's attribute as it is compared: adapters at work, factors and replaced forwards are in captured steps."""
+    kind = type(value)
+    if kind in _PLAIN or callable(value):
+        return value
+    if issubclass(kind, list | tuple):
+        return [_setting(v) for v in value]
+    if issubclass(kind, dict):
+        return [(key, _setting(v)) for key, v in value.items()]
+    return _place(value) if issubclass(kind, Tensor) else kind
+
+
+def _thresholds(model: nn.Module) -> list[Tensor]:
+    return [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
 
 
 @contextmanager
@@ -72,22 +130,27 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for now, before in counts:
-            now.copy_(before)
+        with torch.inference_mode():  # where tensors made in inference mode can be written to, and all others
+            for now, before in counts:
+                now.copy_(before)
 
 
 @contextmanager
 def nothing_skipped(model: nn.Module) -> Iterator[None]:
     """Thresholds are 0 inside, in place: rounding then changes no neuron from kept to skipped."""
-    buffers = [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
+    buffers = _thresholds(model)
     thresholds = [t.clone() for t in buffers]
+
+    @torch.inference_mode()
+    def write(values: list[Tensor]) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
+
     try:
-        for buffer in buffers:
-            buffer.zero_()
+        write([torch.zeros_like(t) for t in thresholds])
         yield
     finally:
-        for buffer, before in zip(buffers, thresholds, strict=True):
-            buffer.copy_(before)
+        write(thresholds)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

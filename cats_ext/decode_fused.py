@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext import decode_ops as ops
+from cats_ext.decode_checks import version
 from cats_ext.decode_ops import Attention, Norm, Shares
 from cats_ext.detection import recognise_activation
 from cats_ext.functional import deterministic
@@ -58,6 +59,8 @@ class FusedStep:
         check_fusable(model)
         base = model.model
         self.embedding = base.embed_tokens.weight
+        self._frequencies = base.rotary_emb.inv_freq
+        self._frequencies_version = version(self._frequencies)
         positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
         cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
         hidden = self.embedding.shape[1]
@@ -75,6 +78,11 @@ class FusedStep:
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the frequencies that the rotary tables were made from have been written to since."""
+        return version(self._frequencies) != self._frequencies_version
 
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         self.sums.zero_()

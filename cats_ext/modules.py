@@ -225,10 +225,11 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> 
     if neuron_rows:
         weight.data = weight.data.mT.contiguous().mT
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
-    for name, value in thresholds.items():
-        copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
-        module.register_buffer(name, copy, persistent=False)
-    module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
+    with torch.inference_mode(False):  # they are written to later, also outside of it
+        for name, value in thresholds.items():
+            copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
+            module.register_buffer(name, copy, persistent=False)
+        module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
     set_class(module, sparse_class(module))
 
 

@@ -10,7 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 from models import FAMILIES, INTERMEDIATE, VOCABULARY, installed, tiny_model, tokens
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import cats_ext
@@ -151,7 +157,8 @@ def test_fused_steps_after_a_dense_prompt(static_steps):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", PADDED)
-def test_batch_with_left_padding(family, static, request):
+@pytest.mark.parametrize("way", ["greedy", "repetition penalty", "without a mask"])
+def test_batch_with_left_padding(way, family, static, request):
     ids = tokens(60).view(3, 20).clone()
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :3] = 0, 0
@@ -161,7 +168,11 @@ def test_batch_with_left_padding(family, static, request):
     if static:
         request.getfixturevalue("static_steps")
         statically(engine)
-    options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ENDS}
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ENDS, **WAYS.get(way, {})}
+    if way == "without a mask":  # then generate takes tokens 0 for padding
+        options["attention_mask"] = None
+    elif way == "repetition penalty":  # which is for what a mask leaves
+        ids[mask == 0] = generated(model, ids, **options | {"repetition_penalty": 1.0})[0, 20]
     assert torch.equal(decoded(engine, ids, **options), generated(model, ids, **options))
 
 
@@ -188,6 +199,9 @@ def test_own_processors_and_criteria(llama):
     options |= {"stopping_criteria": StoppingCriteriaList([Five()])}
     out = decoded(engine, ids, **options)
     assert torch.equal(out, generated(llama, ids, **options)) and out.shape[1] == 25 and forbidden not in out[0, 20:]
+    options["stopping_criteria"] = StoppingCriteriaList([MaxLengthCriteria(64)])  # goes before max_new_tokens
+    out = decoded(engine, ids, **options)
+    assert torch.equal(out, generated(llama, ids, **options)) and out.shape[1] == 64
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -315,16 +329,25 @@ def test_a_fused_step_that_fails_gives_way_with_a_warning(monkeypatch, static_st
     [
         ({"num_beams": 2}, "does not support num_beams=2"),
         ({"return_dict_in_generate": True}, "does not support return_dict_in_generate=True"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "does not support penalty_alpha=0.6"),
+        ({"dola_layers": "high"}, "does not support dola_layers='high'"),
+        ({"constraints": [1]}, r"does not support constraints=\[1\]"),
+        ({"force_words_ids": [[4]]}, r"does not support force_words_ids=\[\[4\]\]"),
+        ({"assistant_early_exit": 1}, "does not support assistant_early_exit=1"),
+        ({"assistant_model": torch.nn.Linear(1, 1)}, "does not know assistant_model=.{,40}$"),
+        ({"cache_implementation": "quantized"}, "does not support cache_implementation='quantized'"),
+        ({"input_ids": tokens(20)[None] % 7}, "padding token 0 elsewhere than on the left: pass attention_mask"),
         ({"max_new_tokens": 0}, "max_new_tokens.* must be greater than 0, but is 0"),
         ({"max_length": 5}, "max_length must exceed the prompt's 20 tokens, got 5"),
         ({"max_new_token": 3}, "max_new_token"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0 to sample, got 0.0"),
+        ({"do_sample": True, "temperature": "x"}, "temperature must be above 0 to sample, got 'x'"),
         ({"stop_strings": ["a"]}, "tokenizer"),
     ],
 )
 def test_refused_options_are_named(llama, arguments, message):
     with pytest.raises(ValueError, match=message):
-        DecodeEngine(llama).generate(tokens(20)[None], **arguments)
+        DecodeEngine(llama).generate(**{"input_ids": tokens(20)[None], **arguments})
 
 
 def test_bad_input_is_named(llama):
@@ -337,6 +360,10 @@ def test_bad_input_is_named(llama):
         engine.generate(torch.full((1, 3), VOCABULARY))
     with pytest.raises(TypeError, match="integer tensor"):
         engine.generate(ids.float())
+    with pytest.raises(TypeError, match=r"max_new_tokens must be an integer, got 2\.5"):
+        engine.generate(ids, max_new_tokens=2.5)
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+        engine.generate(ids, [[1] * 20])
     with pytest.raises(ValueError, match=r"shape \[1, 20\], got \[1, 3\]"):
         engine.generate(ids, torch.ones(1, 3))
     with pytest.raises(ValueError, match="zeros on the left"):
@@ -345,8 +372,9 @@ def test_bad_input_is_named(llama):
         DecodeEngine(tiny_model().train())
     with pytest.raises(TypeError, match="got Linear"):
         DecodeEngine(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="max_length must be at least 1, got -3"):
-        DecodeEngine(llama, max_length=-3)
+    for wrong in (-3, 2.5):
+        with pytest.raises(ValueError, match=f"max_length must be at least 1, got {wrong}"):
+            DecodeEngine(llama, max_length=wrong)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="capture=True needs a model on a CUDA device, got cpu"):
             DecodeEngine(llama, capture=True)
