@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import tiny_model
-from patched import config_for, few, layers_of, logits, many
+from patched import assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -221,21 +221,39 @@ def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):
     assert set(uploaded) == FILES
 
 
-def test_from_the_hub(cats_directory, tmp_path, monkeypatch):
-    """Weights come with the model, the thresholds' files are asked for by name, at the same revision."""
+@pytest.mark.parametrize("subfolder", ["", "sparse/half"])
+def test_from_the_hub(subfolder, cats_directory, tmp_path, monkeypatch):
+    """Weights come with the model, the thresholds' files are asked for by name: at the same revision and place."""
     from cats_ext.integrations import transformers
 
-    snapshot, asked = tmp_path / "snapshot", []
-    shutil.copytree(cats_directory, snapshot, ignore=shutil.ignore_patterns("cats_*"))
+    commit, asked = "0123456789abcdef0123456789abcdef01234567", []
+    repository = tmp_path / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text(commit)
+    place_of_weights = repository / "snapshots" / commit / subfolder
+    shutil.copytree(cats_directory, place_of_weights, ignore=shutil.ignore_patterns("cats_*"))
 
-    def download(repository, name, revision):
-        asked.append((repository, name, revision))
-        return shutil.copy(cats_directory / name, snapshot / name)
+    def download(repository, name, **place):
+        asked.append((repository, name, place))
+        return shutil.copy(cats_directory / name, place_of_weights / name)
 
     monkeypatch.setattr(transformers, "cached_file", download)
-    assert type(layers_of(load(snapshot))[0]) is CatsMLP
-    assert asked == [(str(snapshot), name, None) for name in ("cats_config.json", "cats_thresholds.safetensors")]
-    assert type(layers_of(load(snapshot))[0]) is CatsMLP and len(asked) == 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = {"revision": "v2", "subfolder": subfolder, "cache_dir": tmp_path}
+    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP
+    place = {"cache_dir": str(tmp_path), "revision": commit, "subfolder": subfolder}
+    assert asked == [("someone/model", name, place) for name in ("cats_config.json", "cats_thresholds.safetensors")]
+    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP and len(asked) == 2
+
+
+def test_saving_that_fails_leaves_the_model_as_it_was(tmp_path, config):
+    model = apply_cats(tiny_model(), config)
+    before = snapshot(model)
+    layers_of(model)[1].threshold.fill_(-1)
+    with pytest.raises(ValueError, match=r"thresholds\['model.layers.1.mlp'\] must be >= 0, got -1.0"):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    assert model.hf_quantizer.saving == (None, None) and not list(tmp_path.iterdir())
+    assert_unchanged(model, before)
 
 
 def test_an_adapter_of_transformers_own_is_saved_by_itself(tmp_path, config):
@@ -266,6 +284,11 @@ def test_damaged_checkpoints(cats_directory, tmp_path):
         OSError, match=r"thresholds are not to be had; without that entry .* dense model.*cats_config.json"
     ):
         load(broken)
+    around = tmp_path / "around"  # whose thresholds are another checkpoint's
+    shutil.copytree(cats_directory, around)
+    shutil.copytree(broken, around / "inside")
+    with pytest.raises(OSError, match=r"around/inside does not appear to have a file named cats_config.json"):
+        load(around, subfolder="inside")
 
 
 def test_thresholds_of_another_model_or_a_second_config(dense_directory, cats_directory, config, tmp_path):

@@ -136,27 +136,44 @@ def _save_pretrained(
     one's, whose checkpoints have no thresholds.
     """
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
-    quantizer = model.hf_quantizer
-    quantizer.saving = save_directory if is_main_process and not adapter_only else None, state_dict
-    model.config.quantization_config = _entry(current_config(model))
+    quantizer, entry = model.hf_quantizer, _entry(current_config(model))
     try:
+        quantizer.saving = save_directory if is_main_process and not adapter_only else None, state_dict
+        model.config.quantization_config = entry
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *arguments, **named)
     finally:
         quantizer.saving = (None, None)
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
 
 
 def _checkpoint_directory(config: PreTrainedConfig, checkpoint_files: list[str] | None) -> Path:
     """Where a checkpoint's threshold files are: beside its weights, fetched from the hub if need be."""
     names = (CONFIG_FILE, THRESHOLDS_FILE)
-    if checkpoint_files and all(Path(checkpoint_files[0]).with_name(name).is_file() for name in names):
-        return Path(checkpoint_files[0]).parent
-    revision = getattr(config, "_commit_hash", None)
+    source, place = config._name_or_path, {}
+    if checkpoint_files:
+        beside = Path(checkpoint_files[0]).parent
+        if all((beside / name).is_file() for name in names):
+            return beside
+        place = _place_in_cache(beside)
+        source = source if place else str(beside)
     try:
-        paths = [cached_file(config._name_or_path, name, revision=revision) for name in names]
+        paths = [cached_file(source, name, **place) for name in names]
     except OSError as error:
         raise OSError(
             f"the checkpoint's config.json has a quantization_config of method {METHOD}, but its thresholds are not to "
             f"be had; without that entry it loads as the dense model. {error}"
         ) from error
     return Path(paths[0]).parent
+
+
+def _place_in_cache(directory: Path) -> dict[str, str]:
+    """What ``cached_file`` needs to put a file into ``directory``: CACHE/models--NAME/snapshots/REVISION[/SUBFOLDER].
+
+    transformers does not tell a quantizer where it was asked to load from, and newer ones not which commit it took.
+    """
+    for snapshots in (directory, *directory.parents):
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            revision, *folders = directory.relative_to(snapshots).parts
+            return {"cache_dir": str(repository.parent), "revision": revision, "subfolder": "/".join(folders)}
+    return {}
