@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from cats_ext.allocation import LossTable
 from cats_ext.detection import GatedMLP
 from cats_ext.files import write_together
-from cats_ext.rules import budget_of, bytes_share, check_rule, check_sparsity, check_weights, sparsity_split
+from cats_ext.rules import (
+    budget_of,
+    bytes_share,
+    check_bool,
+    check_rule,
+    check_sparsity,
+    check_weights,
+    sparsity_split,
+)
 from cats_ext.statistics import LayerStatistics
 
 CONFIG_FILE = "cats_config.json"
@@ -140,6 +148,7 @@ class CatsConfig:
         check_sparsity("sparsity", self.sparsity)
         check_rule(self.rule)
         check_weights(self.rule, self.gate_power, self.last_gate_power, self.importance)
+        check_bool("sparse_prefill", self.sparse_prefill)
         if not self.layers:
             raise ValueError("layers must name at least one MLP, got none")
         for name, layer in self.layers.items():

@@ -8,6 +8,7 @@ each one is also run on a few vectors and compared with ``down(act(gate) * up)``
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,8 +70,7 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: there is none, or one of them cannot run sparsely; the message names the module and the reason.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     named = model.named_modules(remove_duplicate=False)
     candidates = [(name, module) for name, module in named if _projections(module) is not None]
     if not candidates:
@@ -89,6 +89,11 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}) cannot run sparsely: {error}") from error
     return mlps
+
+
+def check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
@@ -227,7 +232,8 @@ def _check_shapes(module: nn.Module, names: tuple[str, ...], merged: bool) -> No
 def _check_formula(mlp: GatedMLP) -> None:
     """Run the module on four vectors: two of unit variance, two that drive the gate far out, where clamps act.
 
-    In training mode, so that dropout shows too: the masked path would leave it out.
+    In training mode, so that dropout shows too: the masked path would leave it out. It is a shallow copy's, since an
+    interrupt would leave the module itself in it.
     """
     module, weight = mlp.module, mlp.down_weight
     act = ACTIVATIONS[mlp.activation]
@@ -240,14 +246,13 @@ def _check_formula(mlp: GatedMLP) -> None:
         chosen = torch.tensor(_PROBED_EXPERTS, device=weight.device)[:, None] % mlp.experts
         routing = chosen, torch.full_like(chosen, 0.5, dtype=x.dtype)
         expected = expected / 2
-    was_training, module.training = module.training, True
+    probe = copy.copy(module)
+    probe.training = True
     try:
-        got = module.forward(x, *routing)
+        got = type(module).forward(probe, x, *routing)  # not a hook's, which is bound to the module itself
     except Exception as error:
         kind = "tokens, experts and their weights" if routing else "one tensor [tokens, hidden_size]"
         raise ValueError(f"its forward fails on {kind}: {error}") from error
-    finally:
-        module.training = was_training
     tolerance = _PROBE_TOLERANCE.get(weight.dtype, 1e-4)
     for want, have in zip(expected.float(), got.float(), strict=True):
         # Where float16 overflows far out, it does so in both.

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.config import CatsConfig, LayerConfig
-from cats_ext.detection import GatedMLP, find_gated_mlps
+from cats_ext.detection import GatedMLP, check_module, find_gated_mlps
 from cats_ext.integrations.wrappers import unwrapped
 from cats_ext.modules import CatsMLP, make_dense, make_sparse, set_class, sparse_class
+from cats_ext.rules import check_bool
 from cats_ext.statistics import SMALLEST
 
 
 def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
-    """The patched MLPs of ``model`` by name; empty if it is dense."""
+    """The patched MLPs of ``model`` by name; empty if it is dense.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
 
 
@@ -54,6 +60,7 @@ def apply_cats(
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+    check_bool("neuron_rows", neuron_rows)
     mlps, inner = find_dense_mlps(model), unwrapped(model)
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
@@ -109,6 +116,7 @@ def remove_cats(model: nn.Module) -> nn.Module:
     is passed on.
 
     Raises:
+        TypeError: ``model`` is no ``nn.Module``.
         ValueError: the model is not patched.
     """
     patched = sparse_mlps(model)
@@ -194,7 +202,7 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     """As :func:`find_gated_mlps`, in what ``model`` may be wrapped in; refuses one that is patched already."""
     model = unwrapped(model)
-    if isinstance(model, nn.Module) and sparse_mlps(model):
+    if sparse_mlps(model):
         raise ValueError(f"model of class {type(model).__name__} is patched already: call remove_cats first")
     if _is_transformers(model):
         _checkpoints().check_not_quantised(model)

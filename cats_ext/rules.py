@@ -26,6 +26,12 @@ def check_sparsity(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def check_bool(name: str, value: bool) -> None:
+    """Raise unless ``value`` is True or False: any text, "false" too, counts as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_rule(rule: str) -> None:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")

@@ -41,6 +41,7 @@ def snapshot(model) -> dict:
         "buffers": [name for name, _ in model.named_buffers()],
         "modules": [(name, id(m), type(m)) for name, m in model.named_modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
+        "training": [m.training for m in model.modules()],
         "config": vars(model).get("config") and model.config.to_dict(),
         "non-persistent": [sorted(m._non_persistent_buffers_set) for m in model.modules()],
     }

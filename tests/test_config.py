@@ -201,6 +201,7 @@ def test_wrong_format_version(config, tmp_path, version):
         (dict(rule=...), "missing entry 'rule'"),
         (dict(sparsity=1.5), r"sparsity must be in \[0, 1\), got 1.5"),
         (dict(sparsity="much"), "sparsity must be a number"),
+        (dict(sparse_prefill="false"), "sparse_prefill must be True or False, got 'false'"),
         (dict(layers={}), "no layer|at least one MLP"),
         (dict(layers={NAME: {"hidden_size": 64}}), "missing 4 required positional arguments"),
         (dict(layers=[1]), "object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from patched import InterruptAt, assert_unchanged, config_for, few, layers_of, l
 from torch import nn
 
 from cats_ext import CatsMLP, apply_cats, remove_cats
+from cats_ext.detection import _check_formula
 from cats_ext.integrations.transformers import attach, detach
 from cats_ext.modules import make_dense, make_sparse
 
@@ -84,9 +86,12 @@ def test_weights_load_into_a_patched_model():
 def test_patching_interrupted_at_any_line_leaves_nothing(error, family):
     model = tiny_model(family)
     config, before = config_for(model), snapshot(model)
+    functions = [apply_cats, make_sparse, attach]
+    if error is KeyboardInterrupt:  # other errors are taken for the probed module's own
+        functions.append(inspect.unwrap(_check_formula))
     for line in itertools.count():
         try:
-            with InterruptAt(line, [apply_cats, make_sparse, attach], error):
+            with InterruptAt(line, functions, error):
                 apply_cats(model, config)
             break
         except error:

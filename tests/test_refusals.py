@@ -11,7 +11,7 @@ from models import HIDDEN, INTERMEDIATE, VOCABULARY, tiny_model
 from patched import assert_unchanged, config_for, layers_of, snapshot
 from torch import nn
 
-from cats_ext import CatsMLP, apply_cats, remove_cats
+from cats_ext import CatsMLP, apply_cats, remove_cats, set_sparsity
 
 
 def refuse(model, config, match, error=ValueError):
@@ -43,6 +43,18 @@ def test_models_without_a_gated_mlp():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         apply_cats("model", config)
     refuse(tiny_model(), {"threshold": 1}, "config must be a CatsConfig, got dict", TypeError)
+
+
+def test_arguments_of_the_wrong_kind():
+    model, config = tiny_model(), config_for(tiny_model())
+    before = snapshot(model)
+    for name in ("sparse_prefill", "neuron_rows"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            apply_cats(model, config, **{name: "no"})
+    assert_unchanged(model, before)
+    for function in (remove_cats, lambda model: set_sparsity(model, 0.5)):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+            function("model")
 
 
 def test_config_for_another_model():
