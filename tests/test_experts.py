@@ -159,6 +159,8 @@ def test_checkpoints(name, tmp_path):
         assert len(experts_of_patched(loaded)) == len(experts_of_patched(model))
         for ids, want in zip((few(), many()), expected, strict=True):
             assert torch.equal(logits(loaded, ids), want)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "cats", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(remove_cats(again), few()), dense)
     assert CatsConfig.from_pretrained(tmp_path / "cats").layers == config.layers
 

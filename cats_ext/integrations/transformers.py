@@ -54,6 +54,8 @@ class CatsQuantizer(HfQuantizer):
         self.thresholds = quantization_config if isinstance(quantization_config, CatsConfig) else None
         self.saving: tuple[str | os.PathLike | None, dict[str, Tensor] | None] = (None, None)
         super().__init__(_entry(quantization_config), **kwargs)
+        # Early versions would leave weights that they rename while loading, such as experts, in the file's dtype.
+        self.pre_quantized = self.pre_quantized and hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
