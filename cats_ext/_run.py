@@ -1,4 +1,4 @@
-"""What calibration and evaluation share: evaluation mode, where inputs go, and a progress bar with the time left."""
+"""What calibration and evaluation share: evaluation mode and its undoing, where inputs go, a bar with the time left."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from torch import Tensor, nn
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode and no gradients; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        complete(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+
+
+def complete(action: Callable[[], object]) -> None:
+    """Run ``action``. If it is interrupted, run it again, to its end, before the exception is passed on."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 @contextmanager

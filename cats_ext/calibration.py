@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_ext._run import check_token_ids, note
+from cats_ext._run import check_token_ids, complete, note
 from cats_ext._version import __version__
 from cats_ext.accumulator import LayerAccumulator
 from cats_ext.allocation import LossTable
@@ -29,7 +29,7 @@ from cats_ext.config import CatsConfig, LayerConfig, thresholds_of
 from cats_ext.detection import GatedMLP
 from cats_ext.evaluation import compare
 from cats_ext.integrations.wrappers import unwrapped
-from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats
+from cats_ext.patching import apply_cats, find_dense_mlps, remove_cats, sparse_mlps
 from cats_ext.report import SparsityDriftWarning
 from cats_ext.rules import DEFAULT_GATE_POWER, LAST_GATE_POWER, budget_of, check_weights, sparsity_of, sparsity_split
 
@@ -289,11 +289,11 @@ def _searched(model: nn.Module, config: CatsConfig, table: LossTable, windows: l
 
 def _kl(model: nn.Module, config: CatsConfig, windows: list[Tensor]) -> float:
     """Mean over all positions of the divergence from the dense model, in nats; 0 without windows."""
-    apply_cats(model, config)
     try:
+        apply_cats(model, config)
         sums = [len(ids) * compare(model, ids, window=len(ids), progress=False).kl for ids in windows]
     finally:
-        remove_cats(model)
+        complete(lambda: sparse_mlps(model) and remove_cats(model))
     return sum(sums) / max(1, sum(map(len, windows)))
 
 

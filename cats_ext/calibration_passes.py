@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_ext._run import evaluation_mode, input_device, progress_bar
+from cats_ext._run import complete, evaluation_mode, input_device, progress_bar
 from cats_ext.detection import MERGED, SEPARATE, GatedMLP
 
 _CHUNK = 1 << 20  # activations looked at together: temporaries of about 60 MB, and no slower than larger pieces
@@ -135,8 +135,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        complete(lambda: [parameter.requires_grad_(True) for parameter in trained])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from cats_ext._run import complete
 from cats_ext.config import CatsConfig, LayerConfig
 from cats_ext.detection import GatedMLP, check_module, find_gated_mlps
 from cats_ext.integrations.wrappers import unwrapped
@@ -122,11 +123,7 @@ def remove_cats(model: nn.Module) -> nn.Module:
     patched = sparse_mlps(model)
     if not patched:
         raise ValueError(f"model of class {type(model).__name__} is not patched: there is nothing to remove")
-    try:
-        _make_dense(model, list(patched.values()))
-    except BaseException:
-        _make_dense(model, list(patched.values()))
-        raise
+    complete(lambda: _make_dense(model, list(patched.values())))
     return model
 
 
@@ -195,8 +192,7 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
             set_class(module, module.cats.original_class)
         yield
     finally:
-        for module in patched.values():
-            set_class(module, sparse_class(module))
+        complete(lambda: [set_class(module, sparse_class(module)) for module in patched.values()])
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:

@@ -11,10 +11,11 @@ from models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
 from patched import InterruptAt, assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from torch import nn
 
-from cats_ext import CatsMLP, apply_cats, remove_cats
+from cats_ext import CatsMLP, apply_cats, masking_disabled, remove_cats
+from cats_ext._run import evaluation_mode
 from cats_ext.detection import _check_formula
 from cats_ext.integrations.transformers import attach, detach
-from cats_ext.modules import make_dense, make_sparse
+from cats_ext.modules import make_dense, make_sparse, set_class
 
 
 def test_unusual_strides_come_back():
@@ -114,6 +115,41 @@ def test_removal_interrupted_at_any_line_is_completed(error):
             assert_unchanged(model, before)
     assert line > 8 * LAYERS
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("call", range(2 * LAYERS))
+def test_masking_interrupted_comes_back_everywhere(call, monkeypatch):
+    model, calls = tiny_model(), itertools.count()
+    apply_cats(model, config_for(model))
+    before = snapshot(model)
+
+    def interrupted(module, kind):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        set_class(module, kind)
+
+    monkeypatch.setattr("cats_ext.patching.set_class", interrupted)
+    with pytest.raises(KeyboardInterrupt), masking_disabled(model):
+        pass
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["going there", "coming back"])
+def test_evaluation_mode_interrupted_leaves_every_module_its_own(mode):
+    class Interrupted(nn.Linear):
+        armed = False
+
+        def __setattr__(self, name, value):
+            if name == "training" and value is mode and self.armed:
+                self.__dict__["armed"] = False
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.Linear(2, 2), Interrupted(2, 2), nn.Linear(2, 2))
+    model[1].armed = True
+    with pytest.raises(KeyboardInterrupt), evaluation_mode(model):
+        pass
+    assert all(module.training for module in model.modules())
 
 
 def test_a_model_in_training_mode_stays_in_it():
