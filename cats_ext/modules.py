@@ -110,7 +110,7 @@ class CatsMLP(nn.Module):
                 # As below, without the host's time for calling modules.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                h = masked_product(g, u, threshold, down_threshold, activation, None)
+                h = ops.eager_gated_threshold(g, u, threshold, down_threshold, activation)
                 return F.linear(h, down["weight"], down["bias"])
         if merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)

@@ -2,11 +2,13 @@
 // Every message is a sentence that names the argument and the value; cats_ext/ops.py says the same for tracing.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -31,8 +33,14 @@ inline std::string describe_device(const Tensor &t) {
     return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
 }
 
+inline int32_t device_type(const Tensor &t) {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    return type;
+}
+
 inline bool same_device(const Tensor &a, const Tensor &b) {
-    return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+    return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
 }
 
 inline Activation check_activation(const char *op, const std::string &name) {
@@ -69,10 +77,9 @@ inline void check_like(const char *op, const char *name, const Tensor &t, const 
 inline void check_same_shape(const char *op, const char *name, const Tensor &t, const char *like_name,
                              const Tensor &like) {
     check_like(op, name, t, like_name, like);
-    bool same = t.dim() == like.dim();
-    for (int64_t d = 0; same && d < t.dim(); d++) same = t.size(d) == like.size(d);
-    STD_TORCH_CHECK(same, op, ": ", name, " must have ", like_name, "'s shape ", describe(like.sizes()), ", got ",
-                    describe(t.sizes()));
+    const auto sizes = t.sizes(), expected = like.sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": ", name,
+                    " must have ", like_name, "'s shape ", describe(expected), ", got ", describe(sizes));
 }
 
 inline void check_weight(const char *op, const char *name, const Tensor &w, const Tensor &x, int64_t rows,
@@ -163,9 +170,10 @@ inline GatedThresholdParams check_gated_threshold(const Tensor &gate, const Tens
     constexpr const char *op = "gated_threshold";
     GatedThresholdParams p{};
     p.dtype = check_dtype(op, "gate", gate, /*allow_double=*/true);
-    STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate must have at least one dimension, got shape []");
+    const auto sizes = gate.sizes();
+    STD_TORCH_CHECK(sizes.size() >= 1, op, ": gate must have at least one dimension, got shape []");
     check_same_shape(op, "up", up, "gate", gate);
-    p.intermediate_size = gate.size(gate.dim() - 1);
+    p.intermediate_size = sizes[sizes.size() - 1];
     p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;
     p.gate = gate.const_data_ptr();
     p.up = up.const_data_ptr();
@@ -179,14 +187,15 @@ inline GatedThresholdParams check_gated_threshold(const Tensor &gate, const Tens
 
 // Row stride of [..., I] if its last dimension has unit stride and the leading ones collapse to one; else -1.
 inline int64_t collapsed_row_stride(const Tensor &t) {
-    const int64_t last = t.dim() - 1;
-    if (t.size(last) > 1 && t.stride(last) != 1) return -1;
-    int64_t row_stride = t.size(last), expected = -1;
+    const auto sizes = t.sizes(), strides = t.strides();
+    const int64_t last = int64_t(sizes.size()) - 1;
+    if (sizes[last] > 1 && strides[last] != 1) return -1;
+    int64_t row_stride = sizes[last], expected = -1;
     for (int64_t d = last - 1; d >= 0; d--) {
-        if (t.size(d) == 1) continue;
-        if (expected < 0) row_stride = t.stride(d);
-        else if (t.stride(d) != expected) return -1;
-        expected = t.stride(d) * t.size(d);
+        if (sizes[d] == 1) continue;
+        if (expected < 0) row_stride = strides[d];
+        else if (strides[d] != expected) return -1;
+        expected = strides[d] * sizes[d];
     }
     return row_stride;
 }

@@ -104,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(cats, CPU, m) {
     m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp));
     m.impl("sparse_mlp_counted", TORCH_BOX(&sparse_mlp_counted));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold));
+    m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward));
 }
 

@@ -103,22 +103,24 @@ void sparse_mlp_step(Tensor x, Tensor norm_weight, double norm_eps, Tensor w_gat
     check_cuda(op, sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
 }
 
-Tensor with_uniform_rows(const Tensor &t) { return collapsed_row_stride(t) < 0 ? torch::stable::contiguous(t) : t; }
-
-void set_inputs(GatedThresholdParams &params, const Tensor &gate, const Tensor &up) {
-    params.gate = gate.const_data_ptr();
-    params.up = up.const_data_ptr();
-    params.gate_stride = collapsed_row_stride(gate);
-    params.up_stride = collapsed_row_stride(up);
+// The same values in rows of one stride, which is set: t itself, or a copy.
+Tensor with_uniform_rows(const Tensor &t, int64_t *stride) {
+    *stride = collapsed_row_stride(t);
+    if (*stride >= 0) return t;
+    Tensor copy = torch::stable::contiguous(t);
+    *stride = collapsed_row_stride(copy);
+    return copy;
 }
 
 Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold,
                        std::string activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     const DeviceGuard guard(gate.get_device_index());
-    const Tensor gate_rows = with_uniform_rows(gate), up_rows = with_uniform_rows(up);
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up_stride);
     Tensor h = empty_contiguous_like(gate);
-    set_inputs(params, gate_rows, up_rows);
+    params.gate = gate_rows.const_data_ptr();
+    params.up = up_rows.const_data_ptr();
     params.h = h.mutable_data_ptr();
     check_cuda("gated_threshold", gated_threshold_cuda(params, current_stream(gate.get_device_index())));
     return h;
@@ -129,10 +131,12 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(Tensor grad_h, Tensor gate, 
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     check_same_shape("gated_threshold", "grad_h", grad_h, "gate", gate);
     const DeviceGuard guard(gate.get_device_index());
-    const Tensor gate_rows = with_uniform_rows(gate), up_rows = with_uniform_rows(up);
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up_stride);
     const Tensor grad = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);
     Tensor grad_gate = empty_contiguous_like(gate), grad_up = empty_contiguous_like(gate);
-    set_inputs(params, gate_rows, up_rows);
+    params.gate = gate_rows.const_data_ptr();
+    params.up = up_rows.const_data_ptr();
     params.grad_h = grad.const_data_ptr();
     params.grad_gate = grad_gate.mutable_data_ptr();
     params.grad_up = grad_up.mutable_data_ptr();
@@ -147,6 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     m.impl("sparse_mlp_counted", TORCH_BOX(&sparse_mlp_counted));
     m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold));
+    m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward));
 }
 

@@ -49,9 +49,10 @@ def called(monkeypatch):
 
     def spy(module, name):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments: (ways.append(name), real(*arguments))[1])
+        way = name.removesuffix("_forward")
+        monkeypatch.setattr(module, name, lambda *arguments: (ways.append(way), real(*arguments))[1])
 
-    for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold"):
+    for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold", "gated_threshold_forward"):
         spy(ops, name)
     spy(expert_ops, "sparse_experts")
     return ways
