@@ -104,13 +104,17 @@ class CatsMLP(nn.Module):
                     if counts is not None:
                         return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                     return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-        elif not (merged or tracking):
+        elif not (merged or tracking or torch.compiler.is_compiling()):
             gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
-            if _are_plain(gate, up, down) and not torch.compiler.is_compiling():
-                # As below, without the host's time for calling modules.
+            grad = torch.is_grad_enabled()
+            if _are_plain(gate, up, down) and not (grad and _have_backward_hooks(gate, up, down)):
+                # As below, without the host's time for calling modules, which prompts of a few hundred tokens wait for.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                h = ops.eager_gated_threshold(g, u, threshold, down_threshold, activation)
+                if grad or torch._C._are_functorch_transforms_active():
+                    h = ops.eager_gated_threshold(g, u, threshold, down_threshold, activation)
+                else:
+                    h = ops.gated_threshold_forward(g, u, threshold, down_threshold, activation)
                 return F.linear(h, down["weight"], down["bias"])
         if merged:
             gate, up = children["gate_up_proj"](x).chunk(2, dim=-1)
@@ -177,17 +181,19 @@ def _bare_linear(module: nn.Module) -> nn.Linear | None:
 
 
 def _are_plain(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
-    """Whether all are Linear and nothing is on them, for gradients either."""
+    """Whether all are Linear and nothing is on them but what waits for gradients."""
     return (
         type(gate) is nn.Linear
         and type(up) is nn.Linear
         and type(down) is nn.Linear
         and not (gate._forward_hooks or up._forward_hooks or down._forward_hooks)
         and not (gate._forward_pre_hooks or up._forward_pre_hooks or down._forward_pre_hooks)
-        and not (gate._backward_hooks or up._backward_hooks or down._backward_hooks)
-        and not (gate._backward_pre_hooks or up._backward_pre_hooks or down._backward_pre_hooks)
         and not ("forward" in gate.__dict__ or "forward" in up.__dict__ or "forward" in down.__dict__)
     )
+
+
+def _have_backward_hooks(*modules: nn.Module) -> bool:
+    return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
 def _separate_weights(gate: nn.Module, up: nn.Module) -> tuple[Tensor | None, ...] | None:

@@ -54,6 +54,9 @@ def test_opcheck_gated_threshold(dtype, activation, device):
     threshold = torch.tensor(0.1, device=device)
     torch.library.opcheck(ops.gated_threshold, (gate, up, threshold, threshold.expand(10), activation))
     torch.library.opcheck(ops.gated_threshold, (gate.detach().contiguous(), up.detach(), threshold))
+    forward = (gate.detach(), up.detach(), threshold, threshold.expand(10), activation)
+    torch.library.opcheck(ops.gated_threshold_forward, forward)
+    assert torch.equal(ops.gated_threshold_forward(*forward), ops.gated_threshold(*forward))
     arguments = (torch.ones_like(gate), gate.detach(), up.detach(), threshold, None, activation)
     torch.library.opcheck(ops.gated_threshold_backward, arguments)
 

@@ -127,6 +127,7 @@ def test_gated_threshold(name, change, message, where):
     if name != "grad_h":
         del arguments["grad_h"]
         fails(ops.gated_threshold, arguments, "gated_threshold: " + message)
+        fails(ops.gated_threshold_forward, arguments, "gated_threshold: " + message)
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
