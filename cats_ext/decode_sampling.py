@@ -127,7 +127,14 @@ def plan(
     length = input_ids.shape[1]
     if config.max_new_tokens is not None:
         config.max_length = length + config.max_new_tokens
-    elif options.get("max_length") is None and getattr(generation_config, "max_length", None) is None:
+    elif all(
+        value is None
+        for value in (
+            options.get("max_length"),
+            getattr(generation_config, "max_length", None),
+            model.generation_config.max_length,  # transformers 5.0 adds the prompt's length to this one
+        )
+    ):
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         config.max_length = length + (20 if config.max_length is None else config.max_length)  # as generate does
         config.max_length = config.max_length if longest is None else min(config.max_length, longest)

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from models import FAMILIES, INTERMEDIATE, VOCABULARY, installed, tiny_model, tokens
+from packaging.version import Version
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -202,6 +204,18 @@ def test_own_processors_and_criteria(llama):
     options["stopping_criteria"] = StoppingCriteriaList([MaxLengthCriteria(64)])  # goes before max_new_tokens
     out = decoded(engine, ids, **options)
     assert torch.equal(out, generated(llama, ids, **options)) and out.shape[1] == 64
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="5.0 takes max_length as new tokens")
+def test_defaults_of_the_model():
+    model, ids = tiny_model(), tokens(20)[None]
+    engine = DecodeEngine(model)
+    plain = decoded(engine, ids)
+    assert torch.equal(plain, generated(model, ids)) and plain.shape[1] > 30
+    model.generation_config.update(max_length=30, repetition_penalty=1.5, do_sample=True, temperature=0.5)
+    for options in ({}, {"max_length": 36}, {"max_new_tokens": 4}, {"do_sample": False, "repetition_penalty": 1.0}):
+        out = decoded(engine, ids, **options)
+        assert torch.equal(out, generated(model, ids, **options)) and not torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -96,7 +96,7 @@ def continue_prompt(
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
+    if not temperature >= 0:  # nor NaN
         raise ValueError(f"--temperature must be at least 0, got {temperature}")
     prompt_tokens = input_ids.shape[1]
     longest = getattr(model.config, "max_position_embeddings", None)
