@@ -34,6 +34,7 @@ FUSED_MODELS = (
 )
 _WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")  # the others say it layer by layer
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # others choose their frequencies by the length of the text
+_NOTING_HOOKS = "transformers.utils.output_capturing"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # From the residual row, what has not been added to it yet and the position, to the first two after the block.
@@ -122,7 +123,9 @@ def check_fusable(model: nn.Module) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    # Once hidden states have been asked for, transformers leaves hooks that note them where they are asked for again.
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _NOTING_HOOKS]
+    return not (hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _check_plain(path: str, module: nn.Module) -> None:

@@ -189,6 +189,13 @@ def test_fused_steps_follow_the_rotary_embedding(alter, called_steps):
     assert torch.equal(engine.generate(IDS, **OPTIONS), expected) and engine.fused_active
 
 
+def test_fused_steps_after_hidden_states_were_asked_for(called_steps):
+    model = patched()
+    model(IDS, output_hidden_states=True)
+    engine = engine_of(model, fused=True)
+    assert torch.equal(engine.generate(IDS, **OPTIONS), model.generate(IDS, **OPTIONS)) and engine.fused_active
+
+
 def test_tracking_that_starts_and_stops(called_steps):
     model = patched()
     engine = engine_of(model, fused=True)
