@@ -25,7 +25,8 @@ def draw(source: Path, target: Path) -> None:
         rows = list(csv.DictReader(file))
     models = list(dict.fromkeys(row["model"] for row in rows))
     prompts = sorted({int(row["prompt"]) for row in rows})
-    figure = Figure(figsize=(5.2 * len(models), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(models), 5), dpi=150, layout="constrained")
+    lines = {}
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for mode in COLOURS:
             for prompt, style in zip(prompts, ("-o", "--s", ":^", "-.v"), strict=False):
@@ -35,7 +36,7 @@ def draw(source: Path, target: Path) -> None:
                     continue
                 label = f"{TITLES[mode]}, prompt {prompt:,}"
                 x, y = zip(*points, strict=True)
-                axis.plot([100 * s for s in x], y, style, color=COLOURS[mode], markersize=4, label=label)
+                (lines[label],) = axis.plot([100 * s for s in x], y, style, color=COLOURS[mode], markersize=4)
                 for s, value in points if prompt == prompts[0] else ():
                     axis.annotate(
                         f"{value:.0f}", (100 * s, value), (0, 5), textcoords="offset points", ha="center", fontsize=7
@@ -45,9 +46,9 @@ def draw(source: Path, target: Path) -> None:
         axis.set_ylabel("tokens per second, batch 1")
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False, loc="best")
     first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
     figure.suptitle(f"{first['device']}, torch {first['torch']}, commits {commits}", fontsize=9)
+    figure.legend(lines.values(), lines, fontsize=7, frameon=False, ncols=2, loc="outside lower center")
     figure.savefig(target)
 
 
