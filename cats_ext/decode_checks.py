@@ -87,7 +87,7 @@ def fingerprint(model: nn.Module) -> tuple[tuple, tuple[int, ...]]:
     """
     parts, written = [], []
     for m in model.modules():
-        settings = [_setting(vars(m)[name]) for name in sorted(vars(m).keys() - _BASE)]
+        settings = [_setting(value) for name, value in vars(m).items() if name not in _BASE]
         tensors = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         parts.append((type(m), *m._forward_pre_hooks, *m._forward_hooks, settings, [_place(t) for t in tensors]))
         written += [version(t) for t in tensors if isinstance(t, nn.Parameter)]
