@@ -113,7 +113,8 @@ class DecodeEngine:
         Args:
             generation_config, options: as for ``model.generate``, with the model's own defaults: ``max_new_tokens``,
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``eos_token_id``, ...
-                Sampling draws from torch's global generator of the device.
+                Sampling draws from torch's global generator of the device, in a graph once more than needed where a
+                text ends before its maximum.
             streamer: gets the prompt, then each token ``[B]`` on the CPU.
             logits_processor: further processors; one that transformers does not know itself is called outside the
                 graph, after each step.

@@ -123,9 +123,11 @@ def check_fusable(model: nn.Module) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # Once hidden states have been asked for, transformers leaves hooks that note them where they are asked for again.
+    # Once hidden states have been asked for, transformers leaves hooks that note them where they are asked for again;
+    # version 5.0 leaves the class's own forward on the module.
     hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _NOTING_HOOKS]
-    return not (hooks or module._forward_pre_hooks or "forward" in vars(module))
+    forward = getattr(vars(module).get("forward", module.forward), "__func__", None)
+    return not (hooks or module._forward_pre_hooks) and forward is type(module).forward
 
 
 def _check_plain(path: str, module: nn.Module) -> None:
