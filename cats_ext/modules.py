@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from cats_ext import ops
 from cats_ext.config import CatsConfig, LayerConfig
@@ -22,6 +23,9 @@ from cats_ext.detection import GatedMLP
 from cats_ext.functional import MOST_KERNEL_TOKENS, deterministic, kernel_fits, masked_product, needs_grad
 from cats_ext.integrations.accelerate import only_aligns_devices, rebind_forward
 from cats_ext.integrations.wrappers import under_idle_adapter
+
+# Looked up once: between two calls the processor forgets where things are in torch's large modules.
+_transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 class CatsForm(NamedTuple):
@@ -99,19 +103,19 @@ class CatsMLP(nn.Module):
                 w_gate, w_up, gate_bias, up_bias = weights
                 w_down, down_bias = linear._parameters["weight"], linear._parameters["bias"]
                 rows = w_down.stride(0) == 1  # one contiguous row a neuron
-                if rows and not (torch.is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
+                if rows and not (is_grad_enabled() and needs_grad(x, w_down, down_bias, *weights)):
                     rule = threshold, down_threshold, activation, gate_bias, up_bias, down_bias, deterministic()
                     if counts is not None:
                         return ops.sparse_mlp_counted(x, w_gate, w_up, w_down.t(), counts, *rule)
                     return ops.sparse_mlp(x, w_gate, w_up, w_down.t(), *rule)
-        elif not (merged or tracking or torch.compiler.is_compiling()):
+        elif not (merged or tracking or is_compiling()):
             gate, up, down = children["gate_proj"], children["up_proj"], children["down_proj"]
-            grad = torch.is_grad_enabled()
+            grad = is_grad_enabled()
             if _are_plain(gate, up, down) and not (grad and _have_backward_hooks(gate, up, down)):
                 # As below, without the host's time for calling modules, which prompts of a few hundred tokens wait for.
                 gate, up, down = gate._parameters, up._parameters, down._parameters
                 g, u = F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"])
-                if grad or torch._C._are_functorch_transforms_active():
+                if grad or _transforms_are_active():
                     h = ops.eager_gated_threshold(g, u, threshold, down_threshold, activation)
                 else:
                     h = ops.gated_threshold_forward(g, u, threshold, down_threshold, activation)
@@ -182,13 +186,13 @@ def _bare_linear(module: nn.Module) -> nn.Linear | None:
 
 def _are_plain(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
     """Whether all are Linear and nothing is on them but what waits for gradients."""
-    return (
-        type(gate) is nn.Linear
-        and type(up) is nn.Linear
-        and type(down) is nn.Linear
-        and not (gate._forward_hooks or up._forward_hooks or down._forward_hooks)
-        and not (gate._forward_pre_hooks or up._forward_pre_hooks or down._forward_pre_hooks)
-        and not ("forward" in gate.__dict__ or "forward" in up.__dict__ or "forward" in down.__dict__)
+    if not (type(gate) is nn.Linear and type(up) is nn.Linear and type(down) is nn.Linear):
+        return False
+    g, u, d = gate.__dict__, up.__dict__, down.__dict__
+    return not (
+        (g["_forward_hooks"] or u["_forward_hooks"] or d["_forward_hooks"])
+        or (g["_forward_pre_hooks"] or u["_forward_pre_hooks"] or d["_forward_pre_hooks"])
+        or ("forward" in g or "forward" in u or "forward" in d)
     )
 
 
