@@ -105,7 +105,7 @@ def decode() -> str:
                 cells.append(f"{float(row['tokens_per_s']):.0f}, {float(row['speedup']):.2f}x" if row else "not run")
             rows.append([f"{model}, {way}, after {int(prompt):,} tokens", *cells])
     header = ["tokens a second, whole models, bf16", "dense", *(f"sparsity {s} %" for s in (50, 70, 90))]
-    sources = "; ".join(dict.fromkeys(source(name, row) for row in data))
+    sources = source(name, data[0] | {"commit": ", ".join(dict.fromkeys(row["commit"] for row in data))})
     about = "Random weights of these shapes, the paper's rule."
     about += " `generate` [waits for the host](docs/transformers.md#one-graph-a-token), whose time varies:"
     about += " its ratios are to the dense model in turns."

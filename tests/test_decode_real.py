@@ -27,8 +27,11 @@ pytestmark = [
 def real(request):
     from cats_ext.models import load_model
 
-    # float32: in bfloat16 two kernels may round two equally likely tokens apart
-    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device=DEVICE, dtype=torch.float32, progress=False)
+    # Not bfloat16, where two kernels may round two equally likely tokens apart. In a sparse model rounding also carries
+    # a neuron over its threshold now and then, and the text may go another way. CUDA's kernels add in different orders,
+    # so there only float64 keeps the ways together: with the mask on the dense path, without the sparse kernel.
+    dtype = torch.float64 if request.param and DEVICE == "cuda" else torch.float32
+    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device=DEVICE, dtype=dtype, progress=False)
     if request.param:
         text = "A cat is a small animal that people keep in their homes. It sleeps most of the day. " * 60
         config = cats_ext.calibrate(model, text, tokenizer=tokenizer, sparsity=request.param, progress=False)
@@ -46,7 +49,7 @@ def test_same_text_in_every_way(real, prompt):
     engine = DecodeEngine(model)
     assert tokenizer.decode(engine.generate(**inputs, **options)[0]) == expected
     if DEVICE == "cuda":
-        assert engine.fused_active
+        assert engine.fused_active == (model.dtype == torch.float32)
         model_step = DecodeEngine(model, fused=False)
         assert tokenizer.decode(model_step.generate(**inputs, **options)[0]) == expected
         compiled = model.generate(**inputs, **options, cache_implementation="static")  # transformers compiles it
