@@ -21,6 +21,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// An op's argument of type str. Not std::string itself: torch 2.10 to 2.13 convert to it with a leak, one a call.
+struct StringArgument {
+    std::string value;
+    operator const std::string &() const { return value; }
+};
+
 inline std::string describe(torch::headeronly::IntHeaderOnlyArrayRef values) {
     std::ostringstream out;
     out << '[';
@@ -201,3 +207,16 @@ inline int64_t collapsed_row_stride(const Tensor &t) {
 }
 
 } // namespace cats
+
+template <> struct torch::stable::detail::ToImpl<cats::StringArgument> {
+    static cats::StringArgument call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
+        const auto handle = to<StringHandle>(value);
+        size_t length;
+        const char *data;
+        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+        cats::StringArgument argument{{data, length}};
+        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        return argument;
+    }
+};

@@ -35,14 +35,14 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
 }
 
 Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold,
-                  OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
+                  OptionalTensor down_threshold, StringArgument activation, OptionalTensor gate_bias,
                   OptionalTensor up_bias, OptionalTensor down_bias, bool /*deterministic: always*/) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold, activation, gate_bias,
                           up_bias, down_bias);
 }
 
 Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor counts, Tensor threshold,
-                          OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
+                          OptionalTensor down_threshold, StringArgument activation, OptionalTensor gate_bias,
                           OptionalTensor up_bias, OptionalTensor down_bias, bool /*deterministic*/) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation, gate_bias, up_bias,
                           down_bias);
@@ -70,7 +70,7 @@ struct GatedThresholdInputs {
 };
 
 Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold,
-                       std::string activation) {
+                       StringArgument activation) {
     GatedThresholdInputs inputs(gate, up, threshold, down_threshold, activation);
     GatedThresholdParams &params = inputs.params;
     Tensor h = empty_contiguous_like(gate);
@@ -82,7 +82,7 @@ Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor 
 }
 
 std::tuple<Tensor, Tensor> gated_threshold_backward(Tensor grad_h, Tensor gate, Tensor up, Tensor threshold,
-                                                    OptionalTensor down_threshold, std::string activation) {
+                                                    OptionalTensor down_threshold, StringArgument activation) {
     GatedThresholdInputs inputs(gate, up, threshold, down_threshold, activation);
     GatedThresholdParams &params = inputs.params;
     check_same_shape("gated_threshold", "grad_h", grad_h, "gate", gate);

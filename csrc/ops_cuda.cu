@@ -69,14 +69,14 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
 }
 
 Tensor sparse_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold,
-                  OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
+                  OptionalTensor down_threshold, StringArgument activation, OptionalTensor gate_bias,
                   OptionalTensor up_bias, OptionalTensor down_bias, bool deterministic) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold, activation, gate_bias,
                           up_bias, down_bias, deterministic);
 }
 
 Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor counts, Tensor threshold,
-                          OptionalTensor down_threshold, std::string activation, OptionalTensor gate_bias,
+                          OptionalTensor down_threshold, StringArgument activation, OptionalTensor gate_bias,
                           OptionalTensor up_bias, OptionalTensor down_bias, bool deterministic) {
     return run_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation, gate_bias, up_bias,
                           down_bias, deterministic);
@@ -84,7 +84,7 @@ Tensor sparse_mlp_counted(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t,
 
 // One token; y_sum is the launch's own memory, so there is no workspace.
 void sparse_mlp_step(Tensor x, Tensor norm_weight, double norm_eps, Tensor w_gate, Tensor w_up, Tensor w_down_t,
-                     Tensor y_sum, Tensor threshold, OptionalTensor down_threshold, std::string activation,
+                     Tensor y_sum, Tensor threshold, OptionalTensor down_threshold, StringArgument activation,
                      OptionalTensor gate_bias, OptionalTensor up_bias) {
     constexpr const char *op = "sparse_mlp_step";
     SparseMlpParams params = check_sparse_mlp(x, w_gate, w_up, w_down_t, std::nullopt, threshold, down_threshold,
@@ -113,7 +113,7 @@ Tensor with_uniform_rows(const Tensor &t, int64_t *stride) {
 }
 
 Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold,
-                       std::string activation) {
+                       StringArgument activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     const DeviceGuard guard(gate.get_device_index());
     const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
@@ -127,7 +127,7 @@ Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor 
 }
 
 std::tuple<Tensor, Tensor> gated_threshold_backward(Tensor grad_h, Tensor gate, Tensor up, Tensor threshold,
-                                                    OptionalTensor down_threshold, std::string activation) {
+                                                    OptionalTensor down_threshold, StringArgument activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     check_same_shape("gated_threshold", "grad_h", grad_h, "gate", gate);
     const DeviceGuard guard(gate.get_device_index());
