@@ -9,7 +9,8 @@ another. A token's time is the mean from the first of --new-tokens to the last a
 any end-of-text token, and of that the median of --repetitions. What generate takes for a token, and the first token,
 depend on the host, whose speed varies from second to second: the dense model is kept beside the patched one, both are
 timed in turns, --turns times, and the ratio is the median of the turns'. The host can only make the first token later:
-its ratio is that of the least times, beside the median of the turns'. Results are appended to decode.csv and
+its ratio is that of the least times, beside the median of the turns'. Memory is what torch has allocated: at rest the
+weights and what the mode keeps between calls, and the most during a call. Results are appended to decode.csv and
 first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws the paper's figure 4
 from them.
 """
@@ -46,7 +47,6 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 COMPILED = ("compiled", "deferred")
 MODES = ("eager", *COMPILED, "captured")
-NOT_TAKEN = {"bytes_at_rest": "", "bytes_peak": ""}  # in turns: two models are in memory
 
 
 def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
@@ -66,6 +66,24 @@ def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def allocated_by(act: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What ``act`` returns, the bytes that torch has allocated on the GPU since, and the most there were meanwhile."""
+    if not torch.cuda.is_available():
+        return act(), 0, 0
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = act()
+    synchronise()
+    gc.collect()
+    return result, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
 
 
 class Generator:
@@ -198,9 +216,22 @@ class Bench:
         if self.out_of_time():
             return print("out of time", flush=True)
         arguments, eager = self.arguments, mode == "eager"
-        new, dense_times = arguments.eager_tokens if eager else arguments.new_tokens, {}
-        generators = [Generator(model, mode, max(prompts) + new) for model in (dense, sparse)]
-        prepared = [self.prepare(generator, self.prompt(dense, prompts[0])) for generator in generators]
+        new, dense_times, dense_memory = arguments.eager_tokens if eager else arguments.new_tokens, {}, {}
+        first_prompt = self.prompt(dense, prompts[0])
+        Generator(dense, "eager", 0)(first_prompt, 2)  # allocates what a process needs once
+
+        def make(model: PreTrainedModel) -> tuple[Generator, float]:
+            generator = Generator(model, mode, max(prompts) + new)
+            return generator, self.prepare(generator, first_prompt)
+
+        made = [allocated_by(lambda model=model: make(model)) for model in (dense, sparse)]
+        generators, prepared = zip(*(result for result, _, _ in made), strict=True)
+        at_rest = [weight_bytes(g.model) + kept for g, (_, kept, _) in zip(generators, made, strict=True)]
+
+        def memory(prompt: int) -> list[dict[str, int]]:
+            ids = self.prompt(dense, prompt)
+            most = [allocated_by(lambda g=generator: g(ids, new))[2] for generator in generators]
+            return [{"bytes_at_rest": r, "bytes_peak": r + above} for r, above in zip(at_rest, most, strict=True)]
 
         def times(prompt: int, turns: int, seconds: Callable[[Generator, Tensor], float]) -> list[list[float]]:
             ids, found = self.prompt(dense, prompt), [[], []]
@@ -222,11 +253,13 @@ class Bench:
             for prompt in prompts:
                 if self.out_of_time():
                     break
+                taken = memory(prompt)
                 before, after = times(prompt, arguments.turns, lambda g, ids: g(ids, new)[1])
                 dense_times.setdefault(prompt, []).extend(before)
+                dense_memory[prompt] = taken[0]
                 row = self.row(name, sparse, mode, prompt, new, sparsity, reached, statistics.median(after))
                 row |= {"speedup": ratio(before, after), "prepare_s": prepared[1]}
-                self.results.add("decode.csv", row | NOT_TAKEN)
+                self.results.add("decode.csv", row | taken[1])
             for prompt in arguments.first_token if eager else ():
                 if self.out_of_time():
                     break
@@ -237,7 +270,7 @@ class Bench:
                 self.results.add("first_token.csv", row | {"turns": arguments.first_token_turns})
         for prompt, seconds in dense_times.items():
             row = self.row(name, dense, mode, prompt, new, 0.0, "", statistics.median(seconds))
-            self.results.add("decode.csv", row | {"speedup": 1.0, "prepare_s": prepared[0]} | NOT_TAKEN)
+            self.results.add("decode.csv", row | {"speedup": 1.0, "prepare_s": prepared[0]} | dense_memory[prompt])
         if self.out_of_time():
             print("out of time", flush=True)
 
