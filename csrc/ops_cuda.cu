@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -17,7 +18,21 @@ namespace cats {
 
 namespace {
 
-using torch::stable::accelerator::DeviceGuard;
+// A device is the current one while this lives. With one device there is nothing to ask: a prompt's layers wait for the
+// host, which has forgotten the guard's code since the layer before.
+class OnDevice {
+  public:
+    explicit OnDevice(int device_index) {
+        static const int devices = [] {
+            int count = 0;
+            return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+        }();
+        if (devices != 1) guard_.emplace(device_index);
+    }
+
+  private:
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
 
 cudaStream_t current_stream(int device_index) {
     void *stream = nullptr;
@@ -49,7 +64,7 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
                       const OptionalTensor &down_bias, bool deterministic) {
     SparseMlpParams params = check_sparse_mlp(x, w_gate, w_up, w_down_t, counts, threshold, down_threshold, activation,
                                               gate_bias, up_bias, down_bias);
-    const DeviceGuard guard(x.get_device_index());
+    const OnDevice on_device(x.get_device_index());
     Tensor y = empty_contiguous_like(x);
     if (params.tokens == 0) return y;
     const Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
@@ -99,7 +114,7 @@ void sparse_mlp_step(Tensor x, Tensor norm_weight, double norm_eps, Tensor w_gat
     params.norm_weight = check_vector(op, "norm_weight", norm_weight, "x", x, params.hidden_size);
     params.norm_eps = float(norm_eps);
     params.y_sum = static_cast<float *>(y_sum.mutable_data_ptr());
-    const DeviceGuard guard(x.get_device_index());
+    const OnDevice on_device(x.get_device_index());
     check_cuda(op, sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
 }
 
@@ -115,7 +130,7 @@ Tensor with_uniform_rows(const Tensor &t, int64_t *stride) {
 Tensor gated_threshold(Tensor gate, Tensor up, Tensor threshold, OptionalTensor down_threshold,
                        StringArgument activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
-    const DeviceGuard guard(gate.get_device_index());
+    const OnDevice on_device(gate.get_device_index());
     const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
                  up_rows = with_uniform_rows(up, &params.up_stride);
     Tensor h = empty_contiguous_like(gate);
@@ -130,7 +145,7 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(Tensor grad_h, Tensor gate, 
                                                     OptionalTensor down_threshold, StringArgument activation) {
     GatedThresholdParams params = check_gated_threshold(gate, up, threshold, down_threshold, activation);
     check_same_shape("gated_threshold", "grad_h", grad_h, "gate", gate);
-    const DeviceGuard guard(gate.get_device_index());
+    const OnDevice on_device(gate.get_device_index());
     const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
                  up_rows = with_uniform_rows(up, &params.up_stride);
     const Tensor grad = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);

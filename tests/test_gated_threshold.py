@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,3 +209,12 @@ def test_gradient_for_one_input_only(device):
 def test_any_case_equals_the_formula(rows, intermediate, dtype, rule, activation, layout, seed, device):
     tensors, thresholds = make_inputs((rows, intermediate), dtype, device, rule, activation, seed)
     check([layout(t) for t in tensors], thresholds, activation)
+
+
+@pytest.mark.gpu
+def test_in_a_thread_that_has_not_used_cuda():
+    (_, gate, up), thresholds = make_inputs((3, 42), torch.float32, "cuda")
+    here = ops.gated_threshold_forward(gate, up, *thresholds)
+    with ThreadPoolExecutor(1) as thread:
+        there = thread.submit(ops.gated_threshold_forward, gate, up, *thresholds).result()
+    assert torch.equal(there, here)

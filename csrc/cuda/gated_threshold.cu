@@ -1,4 +1,5 @@
 // h = mask * act(gate) * up and its gradients, elementwise: the dense masked path of prefill and training.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -81,6 +82,34 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
     }
 }
 
+// By the driver where it can be: this library's runtime is nobody else's, so between a prompt's layers the processor
+// forgets its code, and the host takes twice as long for a launch (bench/results/h100/decode_host.log).
+template <void (*kernel)(GatedThresholdParams)>
+cudaError_t launch_kernel(dim3 grid, unsigned threads, cudaStream_t stream, const GatedThresholdParams &p) {
+#if CUDART_VERSION >= 12050
+    static const auto launch = [] {
+        void *found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        if (cudaGetDriverEntryPointByVersion("cuLaunchKernel", &found, 12000, cudaEnableDefault, &result) !=
+            cudaSuccess)
+            cudaGetLastError();
+        return reinterpret_cast<decltype(&cuLaunchKernel)>(found);
+    }();
+    static const auto function = [] { // of any device
+        cudaKernel_t found = nullptr;
+        if (cudaGetKernel(&found, reinterpret_cast<const void *>(kernel)) != cudaSuccess) cudaGetLastError();
+        return reinterpret_cast<CUfunction>(found);
+    }();
+    void *arguments[] = {const_cast<GatedThresholdParams *>(&p)};
+    if (launch && function &&
+        launch(function, grid.x, grid.y, 1, threads, 1, 1, 0, stream, arguments, nullptr) == CUDA_SUCCESS)
+        return cudaSuccess;
+#endif
+    // In a thread that has no context yet, too.
+    kernel<<<grid, threads, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
 template <typename T, int kWidth, bool kBackward>
 cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
     const int64_t packs = p.intermediate_size / kWidth;
@@ -88,9 +117,8 @@ cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
     const int64_t threads = std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads),
                   blocks = (packs + threads - 1) / threads;
     const int64_t row_blocks = std::clamp<int64_t>(kBlocks / blocks, 1, std::min<int64_t>(p.rows, 65535));
-    gated_threshold_kernel<T, kWidth, kBackward>
-        <<<dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads), 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_kernel<gated_threshold_kernel<T, kWidth, kBackward>>(dim3(unsigned(blocks), unsigned(row_blocks)),
+                                                                       unsigned(threads), stream, p);
 }
 
 template <typename T, bool kBackward> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {
