@@ -82,6 +82,9 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
     }
 }
 
+// A thread's first launch goes through the runtime, which gives the thread its context.
+thread_local bool launched_before = false;
+
 // By the driver where it can be: this library's runtime is nobody else's, so between a prompt's layers the processor
 // forgets its code, and the host takes twice as long for a launch (bench/results/h100/decode_host.log).
 template <void (*kernel)(GatedThresholdParams)>
@@ -101,11 +104,11 @@ cudaError_t launch_kernel(dim3 grid, unsigned threads, cudaStream_t stream, cons
         return reinterpret_cast<CUfunction>(found);
     }();
     void *arguments[] = {const_cast<GatedThresholdParams *>(&p)};
-    if (launch && function &&
+    if (launched_before && launch && function &&
         launch(function, grid.x, grid.y, 1, threads, 1, 1, 0, stream, arguments, nullptr) == CUDA_SUCCESS)
         return cudaSuccess;
 #endif
-    // In a thread that has no context yet, too.
+    launched_before = true;
     kernel<<<grid, threads, 0, stream>>>(p);
     return cudaGetLastError();
 }
