@@ -8,11 +8,11 @@ own; thresholds are calibrated on the model at hand, with random tokens and the 
 another. A token's time is the mean from the first of --new-tokens to the last as they arrive on the host, greedy, past
 any end-of-text token, and of that the median of --repetitions. What generate takes for a token, and the first token,
 depend on the host, whose speed varies from second to second: the dense model is kept beside the patched one, both are
-timed in turns, --turns times, and the ratio is the median of the turns'. The host can only make the first token later:
-its ratio is that of the least times, beside the median of the turns'. Memory is what torch has allocated: at rest the
-weights and what the mode keeps between calls, and the most during a call. Results are appended to decode.csv and
-first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws the paper's figure 4
-from them.
+timed in turns, --turns times, and the ratio is the median of the turns'. For the first token there is the ratio of the
+least times too, which the host can only make later, but which one lucky turn decides. Memory is what torch has
+allocated: at rest the weights and what the mode keeps between calls, and the most during a call. Results are appended
+to decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; plot_decode.py draws
+the paper's figure 4 from them.
 """
 
 from __future__ import annotations
