@@ -17,6 +17,9 @@ enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
+// How a weight row is stored. kDense: elements of the params' dtype, one after the other.
+enum class RowFormat : int32_t { kDense = 0 };
+
 // Number of entries of `counts`: token-neuron pairs evaluated, kept by `threshold`, kept by `down_threshold` too.
 constexpr int kNumCounts = 3;
 
@@ -29,7 +32,7 @@ struct SparseMlpParams {
     const void *w_gate;   // [I, H], unit column stride
     const void *w_up;     // [I, H], unit column stride
     const void *w_down_t; // [I, H], unit column stride: row j is neuron j's column of down_proj.weight
-    int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons
+    int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons, in units of the row format's storage type
 
     const float *threshold;      // fp32, one value (stride 0) or one per neuron (stride 1)
     const float *down_threshold; // likewise, or null: no second test
@@ -50,7 +53,8 @@ struct SparseMlpParams {
     int64_t *counts; // [kNumCounts], added to; or null
 
     Activation activation;
-    DType dtype; // of x, the weights, the biases and y: fp32, fp16 or bf16
+    DType dtype;      // of x, the biases, norm_weight and y: fp32, fp16 or bf16
+    RowFormat format; // of the weights
 };
 
 // h = mask * act(gate) * up, elementwise: the dense masked path used for many tokens and for training.
