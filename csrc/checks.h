@@ -1,5 +1,5 @@
 // Argument checks shared by ops_cpu.cpp and ops_cuda.cu: tensors in, checked plain-old-data parameters out.
-// Every message is a sentence that names the argument and the value; cats_ext/ops.py says the same for tracing.
+// Every message is a sentence that names the argument and the value; cats_ext/ops/definitions.py says the same for tracing.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
