@@ -76,8 +76,8 @@ Tensor run_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
     SparseMlpLaunchOptions options;
     if (deterministic) {
         size_t bytes;
-        check_cuda("sparse_mlp", sparse_mlp_shares_bytes(params, &bytes));
-        check_cuda("sparse_mlp", get_workspace(stream, bytes, Contents::kAnything, &options.shares));
+        check_cuda("sparse_mlp", sparse_mlp_partial_sums_bytes(params, &bytes));
+        check_cuda("sparse_mlp", get_workspace(stream, bytes, Contents::kAnything, &options.partial_sums));
     }
     check_cuda("sparse_mlp", sparse_mlp_cuda(params, workspace, stream, options));
     return y;

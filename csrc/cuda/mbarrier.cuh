@@ -6,11 +6,6 @@
 
 namespace cats {
 
-// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
-__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
-    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
-}
-
 __device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void init_barrier(uint64_t *barrier, uint32_t arrivals) {
@@ -102,14 +97,14 @@ __device__ __forceinline__ void prefetch_l2(const void *from, uint32_t bytes) {
 #endif
 }
 
-// The next ticket of a counter in global memory. As assembly, because the compiler would have the warp wait for what
-// atomicAdd() returns, and that is far away.
+// The next ticket of a counter in global memory. In assembly, because with atomicAdd() the compiler makes the warp wait
+// for the result at once, long before it is needed.
 __device__ __forceinline__ void draw_ticket(uint32_t &ticket, uint32_t *counter) {
     asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may start, as far as it has room; and all that the kernels before have
-// written is seen from here on.
+// Programmatic dependent launch. After launch_dependents() the next kernel may start, as far as it has room. After
+// wait_for_previous_kernel() all that the previous kernels have written is seen.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
