@@ -95,9 +95,9 @@ __device__ __forceinline__ void copy_threshold(const SparseMlpParams &p, BatchSt
     const uint32_t j = state.rows[r].neuron;
     if (j == kNoNeuron) return;
     if (state.kind == RowKind::kGate && p.threshold_stride)
-        copy_async<4>(&state.thresholds[r], p.threshold + j);
+        copy_async<4>(&state.thresholds[r], p.threshold + j * p.threshold_stride);
     if (state.kind == RowKind::kUp && p.down_threshold_stride)
-        copy_async<4>(&state.thresholds[r], p.down_threshold + j);
+        copy_async<4>(&state.thresholds[r], p.down_threshold + j * p.down_threshold_stride);
 }
 
 } // namespace cats
