@@ -29,7 +29,7 @@ SCHEMAS = {
     "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_REST}) -> Tensor",
     # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
     # which is zero before; what is behind H is the kernel's. The kernel before it on the stream must not write weights.
-    # CUDA says of layers that it has no such kernel for, small ones among them, that they are not supported.
+    # CUDA raises cudaErrorNotSupported for layers without such a kernel: plan.step_supported tells.
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"Tensor(a!) y_sum, {_RULE}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
