@@ -53,11 +53,9 @@ class Bench:
         self.arguments, self.started = arguments, time.perf_counter()
         self.device = str(machine.default_device())
         facts = machine.facts(self.device, arguments.commit) | {"transformers": transformers.__version__}
-        self.files = {
-            name: ResultFile(arguments.output and arguments.output / name, facts, append=True)
-            for name in ("decode.csv", "first_token.csv")
-        }
-        self.dense: dict[tuple, float] = {}
+        paths = {name: arguments.output and arguments.output / name for name in ("decode.csv", "first_token.csv")}
+        self.files = {name: ResultFile(path, facts, append=True) for name, path in paths.items()}
+        self.dense: dict[tuple, float] = {}  # seconds a captured token, by model and prompt
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         print(name, *(f"{key}={value}" for key, value in row.items()), flush=True)
@@ -67,32 +65,31 @@ class Bench:
         return time.perf_counter() - self.started > self.arguments.seconds
 
     def model(self, name: str) -> None:
-        torch.manual_seed(0)
-        model = load(name, self.arguments.layers, self.device)
+        self.name, model = name, load(name, self.arguments.layers, self.device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters", flush=True)
         modes, prompts = self.arguments.modes, self.arguments.prompt
         compiled = [mode for mode in modes if mode in COMPILED]
         if "captured" in modes:
-            self.captured(name, model, 0.0)
+            self.captured(model, 0.0)
             gc.collect()  # the engine's graph and cache, which the sparse rows' memory would count
         twin = copy.deepcopy(model) if compiled or "eager" in modes else None
         windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
         config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
         cats_ext.apply_cats(model, config)
         if "captured" in modes:
-            self.captured(name, model, *self.arguments.sparsity)
+            self.captured(model, *self.arguments.sparsity)
         if "eager" in modes:
-            self.in_turns(name, "eager", prompts, twin, model)
+            self.in_turns("eager", prompts, twin, model)
         # The compiled step attends over the whole static cache: each prompt gets one of its length.
         for prompt in prompts if compiled else ():
             for mode in compiled:
-                self.in_turns(name, mode, [prompt], twin, model)
+                self.in_turns(mode, [prompt], twin, model)
             torch.compiler.reset()
         del model, twin
         gc.collect()
         torch.cuda.empty_cache()
 
-    def captured(self, name: str, model: PreTrainedModel, *sparsities: float) -> None:
+    def captured(self, model: PreTrainedModel, *sparsities: float) -> None:
         """The captured step at each sparsity; it is made once and follows the thresholds."""
         arguments = self.arguments
         generator = Generator(model, "captured", max(arguments.prompt) + arguments.new_tokens)
@@ -101,7 +98,7 @@ class Bench:
             for prompt in arguments.prompt:
                 if self.out_of_time():
                     return print("out of time", flush=True)
-                self.speed(name, generator, sparsity, prompt, reached)
+                self.speed(generator, sparsity, prompt, reached)
 
     def set_sparsity(self, model: PreTrainedModel, sparsity: float) -> float | str:
         """The share of neurons skipped at it, over a prompt of 64 tokens and 16 generated ones; nothing if dense."""
@@ -114,9 +111,7 @@ class Bench:
         cats_ext.reset_sparsity(model)
         return round(report.up_sparsity, 4)
 
-    def in_turns(
-        self, name: str, mode: str, prompts: list[int], dense: PreTrainedModel, sparse: PreTrainedModel
-    ) -> None:
+    def in_turns(self, mode: str, prompts: list[int], dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
         """Tokens of generate, at each sparsity beside the dense model, and with "eager" the first token."""
         if self.out_of_time():
             return print("out of time", flush=True)
@@ -159,19 +154,20 @@ class Bench:
                 before, after = times(prompt, arguments.turns, lambda g, ids: g(ids, new)[1])
                 dense_times.setdefault(prompt, []).extend(before)
                 dense_memory[prompt] = taken[0]
-                row = self.row(name, sparse, mode, prompt, new, sparsity, reached, statistics.median(after))
+                row = self.row(generators[1], prompt, new, sparsity, reached, statistics.median(after))
                 row |= {"speedup": ratio(before, after), "prepare_s": prepared[1]}
                 self.add("decode.csv", row | taken[1])
             for prompt in arguments.first_token if eager else ():
                 if self.out_of_time():
                     break
                 before, after = times(prompt, arguments.first_token_turns, lambda g, ids: g(ids, 1)[0])
-                row = {"model": name, "layers": dense.config.num_hidden_layers, "prompt": prompt, "sparsity": sparsity}
+                row = {"model": self.name, "layers": dense.config.num_hidden_layers}
+                row |= {"prompt": prompt, "sparsity": sparsity}
                 row |= {"dense_ms": round(min(before) * 1e3, 3), "ms": round(min(after) * 1e3, 3)}
                 row |= {"of_dense": round(min(after) / min(before), 4), "of_dense_median": ratio(after, before)}
                 self.add("first_token.csv", row | {"turns": arguments.first_token_turns})
         for prompt, seconds in dense_times.items():
-            row = self.row(name, dense, mode, prompt, new, 0.0, "", statistics.median(seconds))
+            row = self.row(generators[0], prompt, new, 0.0, "", statistics.median(seconds))
             self.add("decode.csv", row | {"speedup": 1.0, "prepare_s": prepared[0]} | dense_memory[prompt])
         if self.out_of_time():
             print("out of time", flush=True)
@@ -187,56 +183,37 @@ class Bench:
         return torch.randint(3, model.config.vocab_size, (1, tokens), generator=seeded).to(self.device)
 
     def row(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        mode: str,
-        prompt: int,
-        new: int,
-        sparsity: float,
-        reached: float | str,
-        seconds: float,
+        self, generator: Generator, prompt: int, new: int, sparsity: float, reached: float | str, seconds: float
     ) -> dict[str, Any]:
-        return {
-            "model": name,
-            "layers": model.config.num_hidden_layers,
-            "mode": mode,
-            "prompt": prompt,
-            "new_tokens": new,
-            "rule": self.arguments.rule if sparsity else "",
-            "sparsity": sparsity,
-            "reached": reached,
-            "ms_per_token": round(seconds * 1e3, 4),
-            "tokens_per_s": round(1 / seconds, 2),
-        }
+        row = {"model": self.name, "layers": generator.model.config.num_hidden_layers, "mode": generator.mode}
+        row |= {"prompt": prompt, "new_tokens": new, "rule": self.arguments.rule if sparsity else ""}
+        row |= {"sparsity": sparsity, "reached": reached}
+        return row | {"ms_per_token": round(seconds * 1e3, 4), "tokens_per_s": round(1 / seconds, 2)}
 
-    def speed(self, name: str, generator: Generator, sparsity: float, prompt: int, reached: float | str) -> None:
+    def speed(self, generator: Generator, sparsity: float, prompt: int, reached: float | str) -> None:
         arguments, model, new = self.arguments, generator.model, self.arguments.new_tokens
         ids = self.prompt(model, prompt)
         prepared = self.prepare(generator, ids)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(generator(ids, new)[1] for _ in range(arguments.repetitions))
-        dense = self.dense.setdefault((name, generator.mode, prompt), seconds)
+        dense = self.dense.setdefault((self.name, prompt), seconds)
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
-        row = self.row(name, model, generator.mode, prompt, new, sparsity, reached, seconds)
+        row = self.row(generator, prompt, new, sparsity, reached, seconds)
         row |= {"speedup": round(dense / seconds, 4), "prepare_s": prepared}
         self.add("decode.csv", row | {"bytes_at_rest": memory[0], "bytes_peak": memory[1]})
 
 
 def main() -> None:
     parser = command(__spec__, __doc__, output="directory for decode.csv and first_token.csv")
-    parser.add_argument(
-        "--model", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"{', '.join(CONFIGS)}, a path"
-    )
+    known = ", ".join(CONFIGS)
+    parser.add_argument("--model", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"{known}, a path")
     parser.add_argument("--layers", type=int, help="of random weights: only so many of the model's layers")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="lengths to decode after")
-    parser.add_argument(
-        "--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompt lengths, with --modes eager"
-    )
+    parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompts, in eager mode")
     parser.add_argument("--turns", type=int, default=5, help="of both models, with generate")
     parser.add_argument("--first-token-turns", type=int, default=20, help="of both models, up to the first token")
     parser.add_argument("--new-tokens", type=int, default=128)

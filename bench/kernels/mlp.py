@@ -13,9 +13,10 @@ selecting them; once with the gate projection whole, as CATS needs it, and once 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +153,8 @@ def peer_variants(peer: Peer, layers: list[Layer], x: Tensor, sparsities: list[f
     return variants
 
 
-def bench(shape: str, dtype: str, tokens: int, peers: list[Peer], arguments: argparse.Namespace) -> list[dict]:
+@torch.inference_mode()
+def bench(shape: str, dtype: str, tokens: int, peers: list[Peer], arguments: argparse.Namespace) -> Iterator[dict]:
     hidden, intermediate = parse_shape(shape)
     layer_bytes = 3 * hidden * intermediate * DTYPES[dtype].itemsize
     count = max(3, -(-arguments.working_set // layer_bytes))
@@ -177,30 +179,26 @@ def bench(shape: str, dtype: str, tokens: int, peers: list[Peer], arguments: arg
     seconds = replay_seconds([v.replay for v in variants], arguments.repetitions)
 
     best_dense = min(t for v, t in zip(variants, seconds, strict=True) if v.path == "dense")
-    rows = []
     for v, total in zip(variants, seconds, strict=True):
         us = total / count * 1e6
         gb_per_s = layer_bytes * v.share_read / us / 1e3
-        rows.append(
-            {
-                "shape": shape,
-                "hidden_size": hidden,
-                "intermediate_size": intermediate,
-                "dtype": v.dtype or dtype,
-                "tokens": tokens,
-                "path": v.path,
-                "variant": v.name,
-                "sparsity": v.sparsity,
-                "us": round(us, 2),
-                "share_read": round(v.share_read, 4),
-                "gb_per_s": round(gb_per_s),
-                "read_limit_gb_per_s": round(limit),
-                "share_of_limit": round(gb_per_s / limit, 3),
-                "speedup": round(best_dense / total, 3),
-                "layers": count,
-            }
-        )
-    return rows
+        yield {
+            "shape": shape,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "dtype": v.dtype or dtype,
+            "tokens": tokens,
+            "path": v.path,
+            "variant": v.name,
+            "sparsity": v.sparsity,
+            "us": round(us, 2),
+            "share_read": round(v.share_read, 4),
+            "gb_per_s": round(gb_per_s),
+            "read_limit_gb_per_s": round(limit),
+            "share_of_limit": round(gb_per_s / limit, 3),
+            "speedup": round(best_dense / total, 3),
+            "layers": count,
+        }
 
 
 def main() -> None:
@@ -211,19 +209,11 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITY, help="for one token")
     parser.add_argument("--batched-sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9], help="for more")
     parser.add_argument("--peer-path", nargs="+", type=Path, default=[], help="checkouts of CATS, TEAL (peers.py)")
-    parser.add_argument(
-        "--peer-tokens", nargs="+", type=int, default=[1], help="tokens to time peers for; 10 to 20 s each to compile"
-    )
+    parser.add_argument("--peer-tokens", nargs="+", type=int, default=[1], help="to time peers for; 10 to 20 s each")
     parser.add_argument("--working-set", type=int, default=1 << 30, help="bytes of weights to rotate through, at least")
     parser.add_argument("--repetitions", type=int, default=50)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
-    parser.add_argument(
-        "--max-autotune-tokens",
-        nargs="*",
-        type=int,
-        default=[1],
-        help="in max-autotune mode, 10 s each; else default",
-    )
+    parser.add_argument("--max-autotune-tokens", nargs="*", type=int, default=[1], help="10 s each; else default mode")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     facts = machine.facts("cuda", arguments.commit)
@@ -233,22 +223,18 @@ def main() -> None:
     peer_tokens = [m for m in arguments.peer_tokens if m in arguments.tokens]
     compile_in_parallel(peers, shapes, peer_tokens, [DTYPES[dtype] for dtype in arguments.dtype])
     results = ResultFile(arguments.output, facts)
-    for shape in arguments.shape:
-        for dtype in arguments.dtype:
-            for tokens in arguments.tokens:
-                started = time.perf_counter()
-                with torch.inference_mode():
-                    rows = bench(shape, dtype, tokens, peers, arguments)
-                for row in rows:
-                    results.add(row)
-                    print(
-                        f"{shape:14} {row['dtype']} {tokens:3} tokens  {row['variant']:46} {row['us']:9.2f} us "
-                        f"{row['gb_per_s']:6} GB/s {row['share_of_limit']:6.3f} of limit {row['speedup']:6.3f}x",
-                        flush=True,
-                    )
-                print(f"{time.perf_counter() - started:.1f} s", flush=True)
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
+    for shape, dtype, tokens in itertools.product(arguments.shape, arguments.dtype, arguments.tokens):
+        started = time.perf_counter()
+        for row in bench(shape, dtype, tokens, peers, arguments):
+            results.add(row)
+            print(
+                f"{shape:14} {row['dtype']} {tokens:3} tokens  {row['variant']:46} {row['us']:9.2f} us "
+                f"{row['gb_per_s']:6} GB/s {row['share_of_limit']:6.3f} of limit {row['speedup']:6.3f}x",
+                flush=True,
+            )
+        print(f"{time.perf_counter() - started:.1f} s", flush=True)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from bench.quality.texts import load_requests, load_texts, token_ids
 from cats_ext.evaluation.comparison import compare
 from cats_ext.evaluation.plots import linear_bins
 from cats_ext.evaluation.significance import mean_accuracy, paired_accuracy
+from cats_ext.patching.apply import sparse_mlps
 from cats_ext.thresholds.files import write_together
 
 MEASURES = ("text", "tasks", "generation", "prefill", "activations")
@@ -76,18 +77,12 @@ class Bench:
             texts = arguments.pop("texts", ["wikitext_valid"])
             count = arguments.pop("windows", self.args.windows)
             parts = [self.windows(text, count // len(texts)) for text in texts]
-            started = time.perf_counter()
-            found = cats_ext.calibrate(
-                self.model,
-                torch.cat(parts).view(-1, self.args.window),
-                sparsity=sparsity,
-                sequence_length=self.args.window,
-                progress=False,
-                **arguments,
-            )
+            windows, started = torch.cat(parts).view(-1, self.args.window), time.perf_counter()
+            arguments |= {"sparsity": sparsity, "sequence_length": self.args.window}
+            found = cats_ext.calibrate(self.model, windows, progress=False, **arguments)
             seconds, kl_by_allocation = time.perf_counter() - started, found.calibration.get("search", {})
-            facts = {"name": name, "rule": found.rule, "tokens": found.calibration["tokens"], "seconds": seconds}
-            self.tables["calibration"].add(facts | kl_by_allocation)
+            row = {"name": name, "rule": found.rule, "tokens": found.calibration["tokens"], "seconds": seconds}
+            self.tables["calibration"].add(row | kl_by_allocation)
             print(f"  calibrated in {seconds:.1f} s: {kl_by_allocation}")
             self.configs[key] = found
             if self.args.kept:
@@ -121,7 +116,7 @@ class Bench:
                 self.prefill(facts)
         finally:
             self.tf32(False)
-            if cats_ext.patching.sparse_mlps(self.model):
+            if sparse_mlps(self.model):
                 cats_ext.remove_cats(self.model)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
 

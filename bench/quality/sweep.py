@@ -15,6 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from bench.lib import machine
 from bench.lib.command import command
 from bench.lib.results import ResultFile
 from bench.quality.sweep_variants import Sample, Variant
+from bench.quality.task_scores import continuations
 from bench.quality.texts import c4_documents, load_texts, read_jsonl, token_ids
 from cats_ext.thresholds.allocation import allocate
 
@@ -222,16 +224,13 @@ class Sweep:
 
     def layer_kl(self, variant: Variant, index: int, option: tuple[float, float]) -> float:
         sample, variant = self.samples(variant.text)[index], variant.of_layer(index, len(self.layers))
+        key, windows = f"{variant.text} calibration", self.texts[variant.text][:4]
         self.thresholds = [None] * len(self.layers)
-        if variant.text + " calibration" not in self.dense_logits:
-            self.dense_logits[variant.text + " calibration"] = self.logits(self.texts[variant.text][:4])
+        if key not in self.dense_logits:
+            self.dense_logits[key] = self.logits(windows)
         self.thresholds[index] = sample.thresholds(variant, *option, sample.v, sample.u, self.stride)
-        total = 0.0
-        for ids, dense in zip(
-            self.texts[variant.text][:4], self.dense_logits[variant.text + " calibration"], strict=True
-        ):
-            total += float(kl(dense, self.model(input_ids=ids[None]).logits[0]).mean())
-        return total / len(self.dense_logits[variant.text + " calibration"])
+        pairs = zip(windows, self.dense_logits[key], strict=True)
+        return mean(float(kl(dense, self.model(input_ids=ids[None]).logits[0]).mean()) for ids, dense in pairs)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -256,28 +255,13 @@ class Sweep:
     def last_words(self, name: str, tokens: int = 32768) -> dict[str, float]:
         """Accuracy on the last word; of its first token also the log-probability and the KL from the dense model."""
         pairs = self.last[name]
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        right, first = torch.zeros(len(order), dtype=torch.bool, device=self.device), {}
-        while order:
-            longest = sum(map(len, pairs[order[0]]))
-            some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
-            ids = torch.zeros(len(some), longest, dtype=torch.long)
-            rows, positions, targets, items = [], [], [], []
-            for row, i in enumerate(some):
-                context, word = pairs[i]
-                ids[row, : len(context) + len(word)] = torch.tensor(context + word)
-                for k, token in enumerate(word):
-                    rows.append(row), positions.append(len(context) + k - 1), targets.append(token), items.append(i)
-            hidden = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-            log_p = self.model.lm_head(hidden[rows, positions]).log_softmax(-1)
-            wanted = torch.tensor(targets, device=self.device)
-            wrong = torch.tensor(items, device=self.device)[log_p.argmax(-1) != wanted]
-            right[torch.tensor(some, device=self.device)] = True
-            right[wrong] = False
-            for k, i in enumerate(items):
-                first.setdefault(i, (log_p[k], targets[k]))
-        log_p = torch.stack([first[i][0] for i in range(len(pairs))])
-        wanted = torch.tensor([first[i][1] for i in range(len(pairs))], device=self.device)
+        right, first = torch.ones(len(pairs), dtype=torch.bool, device=self.device), {}
+        for items, wanted, states in continuations(self.model, pairs, tokens):
+            log_p = self.model.lm_head(states).log_softmax(-1)
+            right[items[log_p.argmax(-1) != wanted]] = False
+            for k, i in enumerate(items.tolist()):
+                first.setdefault(i, (log_p[k], wanted[k]))
+        log_p, wanted = (torch.stack(found) for found in zip(*(first[i] for i in range(len(pairs))), strict=True))
         dense, dense_right = self.dense_last.setdefault(name, (log_p, right))
         return {
             name: 100 * float(right.float().mean()),

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _POSITIONS = 2048  # of which logits exist at a time: 400 MB of float32 at a vocabulary of 49k
+Request = tuple[list[int], list[int]]  # context, continuation
 
 
 @torch.no_grad()
-def scores(
-    model: nn.Module, requests: list[tuple[list[int], list[int]]], batch_tokens: int
-) -> tuple[list[float], list[bool]]:
-    """Log-likelihood of each continuation and whether it is the greedy one; batches sorted by length."""
+def continuations(
+    model: nn.Module, requests: list[Request], batch_tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of requests of like length; for each token of a continuation: its request, itself, the state before it.
+
+    States are ``[N, H]``, what the model's ``lm_head`` takes.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
-    score, greedy = [0.0] * len(requests), [False] * len(requests)
-    start = 0
-    while start < len(order):
-        longest = sum(map(len, requests[order[start]])) - 1
-        some = order[start : start + max(1, batch_tokens // longest)]
-        start += len(some)
+    while order:
+        longest = sum(map(len, requests[order[0]])) - 1
+        count = max(1, batch_tokens // longest)
+        some, order = order[:count], order[count:]
         ids = torch.zeros(len(some), longest, dtype=torch.long)
         rows, positions, targets = [], [], []
         for row, i in enumerate(some):
@@ -32,18 +35,21 @@ def scores(
             rows += [row] * len(continuation)
             positions += range(len(context) - 1, len(whole))
             targets += continuation
-        hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        at, wanted = torch.tensor(rows, device=device), torch.tensor(targets, device=device)
-        kept = hidden[at, torch.tensor(positions, device=device)].to(model.lm_head.weight.dtype)
-        sums, errors = torch.zeros(2, len(some), device=device)
-        pieces = (kept.split(_POSITIONS), wanted.split(_POSITIONS), at.split(_POSITIONS))
-        for states, tokens, row in zip(*pieces, strict=True):
-            log_p = model.lm_head(states).float().log_softmax(-1)
-            sums.index_add_(0, row, log_p.gather(1, tokens[:, None])[:, 0])
-            errors.index_add_(0, row, (log_p.argmax(-1) != tokens).float())
-        for i, value, wrong in zip(some, sums.tolist(), errors.tolist(), strict=True):
-            score[i], greedy[i] = value, wrong == 0
-    return score, greedy
+        states = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        at = torch.tensor(rows)
+        yield torch.tensor(some)[at].to(device), torch.tensor(targets, device=device), states[rows, positions]
+
+
+@torch.no_grad()
+def scores(model: nn.Module, requests: list[Request], batch_tokens: int) -> tuple[list[float], list[bool]]:
+    """Log-likelihood of each continuation and whether it is the greedy one."""
+    score, errors = torch.zeros(2, len(requests), device=next(model.parameters()).device)
+    for batch in continuations(model, requests, batch_tokens):
+        for items, wanted, states in zip(*(tensor.split(_POSITIONS) for tensor in batch), strict=True):
+            log_p = model.lm_head(states.to(model.lm_head.weight.dtype)).float().log_softmax(-1)
+            score.index_add_(0, items, log_p.gather(1, wanted[:, None])[:, 0])
+            errors.index_add_(0, items, (log_p.argmax(-1) != wanted).float())
+    return score.tolist(), (errors == 0).tolist()
 
 
 def answers(model: nn.Module, tasks: dict[str, list[dict[str, Any]]], batch_tokens: int) -> dict[str, list[bool]]:

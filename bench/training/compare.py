@@ -64,17 +64,8 @@ def tune(args: argparse.Namespace, variant: dict[str, Any], loaded: Loaded) -> N
     name = variant["name"]
     at = [step for step in args.at if step in variant.get("at", args.at)]
     measure = Measure(args.work / f"{name}.jsonl", at, loaded.tokens, loaded.tasks, args.batch_tokens)
-    found = finetune(
-        model,
-        train,
-        args.work / name,
-        settings,
-        config=config,
-        recalibrate=config is not None,
-        save_every=settings.steps,
-        callbacks=[measure],
-        progress=False,
-    )
+    options = {"recalibrate": config is not None, "save_every": settings.steps, "callbacks": [measure]}
+    found = finetune(model, train, args.work / name, settings, config=config, progress=False, **options)
     measure.write(
         result={key: found[key] for key in ("before", "after", "recalibrated", "loss")},
         memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
@@ -126,10 +117,8 @@ def run(args: argparse.Namespace) -> None:
                 start(variant["name"], tune, args, variant, loaded)
         time.sleep(1)
         for name in [name for name, process in running.items() if not process.is_alive()]:
-            print(
-                f"{name}: exit status {running.pop(name).exitcode} after {time.perf_counter() - started:.1f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - started
+            print(f"{name}: exit status {running.pop(name).exitcode} after {seconds:.1f} s", flush=True)
         new = {path.name: path.stat().st_size for path in args.work.glob("*.jsonl")}
         if new != seen:
             seen = new
@@ -152,13 +141,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--settings", default="{}", help="JSON: fields of FinetuneSettings instead of the file's")
     parser.add_argument("--work", type=Path, default=Path("/tmp/finetune_compare"), help="an empty directory")
-    parser.add_argument(
-        "--at",
-        type=int,
-        nargs="*",
-        default=[0, 25, 50, 100, 200, 400],
-        help="steps to measure at, of those that a variant has",
-    )
+    parser.add_argument("--at", type=int, nargs="*", default=[0, 25, 50, 100, 200, 400], help="steps to measure at")
     parser.add_argument("--items", type=int, help="of each task at most")
     parser.add_argument("--c4-windows", type=int, default=48, help="of 1,024 tokens, to measure on")
     parser.add_argument("--wikitext-windows", type=int, default=8)
