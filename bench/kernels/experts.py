@@ -1,4 +1,4 @@
-"""Routed experts for a few tokens: a patched block of experts against transformers' own ways of running it.
+"""Routed experts for a few tokens: a patched block of experts against transformers' own implementations.
 
     python bench kernels.experts --shape small qwen3-30b-a3b --experts 16 --output bench/results/cpu-NAME/experts.csv
     python bench kernels.experts --device cuda --implementations grouped_mm batched_mm --blocks 3 --repetitions 15 \

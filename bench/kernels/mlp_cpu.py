@@ -43,7 +43,7 @@ def measure(layers: list[Layer], paths: dict[str, RunLayer], repetitions: int, r
             limit = max(limit, reader(layers[next(turns)].up, streams))
         for name, path in paths.items():
             if repetition > 0 and seconds[name][0] > 1:
-                continue  # hopeless, and the run should end today
+                continue  # too slow to be worth the repetitions
             taken = host_seconds(lambda path=path: path(next(turns)))
             if repetition >= 0:
                 seconds[name].append(taken)
@@ -62,9 +62,12 @@ def sparse(layers: list[Layer], sparsity: float) -> RunLayer:
 
 def dense_path(layers: list[Layer], mlp: Callable[..., Tensor], transposed: bool = False) -> RunLayer:
     """``transposed``: on the storage that the op leaves to the dense path, one copy of the weights."""
-    return lambda i: mlp(
-        layers[i].x, layers[i].gate, layers[i].up, layers[i].down_t.t() if transposed else layers[i].down
-    )
+
+    def run(i: int) -> Tensor:
+        w = layers[i]
+        return mlp(w.x, w.gate, w.up, w.down_t.t() if transposed else w.down)
+
+    return run
 
 
 def bench(dtype_name: str, tokens: int, arguments: argparse.Namespace, reader: CpuReader) -> Iterator[dict]:
