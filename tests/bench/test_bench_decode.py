@@ -32,8 +32,6 @@ def test_rows_and_figure(monkeypatch, tmp_path):
     ]
     assert {row["commit"] for row in rows} == {"abc"}
     assert [(row["prompt"], row["sparsity"]) for row in first] == [("8", "0.7")] and float(first[0]["of_dense"]) > 0
-    for row in rows:
-        assert float(row["ms_per_token"]) * float(row["tokens_per_s"]) == pytest.approx(1000, rel=1e-2)
     assert all(float(row["speedup"]) == 1 for row in rows if row["sparsity"] == "0.0")
     assert all(abs(float(row["reached"]) - float(row["sparsity"])) < 0.1 for row in rows if row["reached"])
     decode_figure.draw(tmp_path / "decode.csv", tmp_path / "figure.png")
