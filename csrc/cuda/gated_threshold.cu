@@ -25,8 +25,8 @@ template <> struct ComputeType<double> {
     using type = double;
 };
 
-// A thread has kWidth neurons, whose thresholds it keeps, and every gridDim.y-th row. The next row is on its way while
-// one is computed.
+// Each thread keeps the thresholds of kWidth neurons in registers and computes every gridDim.y-th row. The next row is
+// loaded while one is computed.
 template <typename T, int kWidth, bool kBackward>
 __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
     using C = typename ComputeType<T>::type;

@@ -83,11 +83,21 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
     return choice;
 }
 
+// team_shapes(), computed once.
+const TeamShapes &known_team_shapes(int tokens, int columns_per_chunk) {
+    static constexpr TeamShapes kKnown[][2] = {{team_shapes(1, 4), team_shapes(2, 4)},
+                                               {team_shapes(1, 8), team_shapes(2, 8)},
+                                               {team_shapes(1, 16), team_shapes(2, 16)},
+                                               {team_shapes(1, 32), team_shapes(2, 32)}};
+    return kKnown[columns_per_chunk <= 4 ? 0 : (columns_per_chunk <= 8 ? 1 : (columns_per_chunk <= 16 ? 2 : 3))]
+                 [tokens - 1];
+}
+
 // The first team that covers the row and fits the shared memory; or kNone.
 Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
                  int tokens) {
     const int64_t row_chunks = shape.hidden_size / shape.row.columns_per_chunk;
-    const TeamShapes shapes = team_shapes(tokens, shape.row.columns_per_chunk);
+    const TeamShapes &shapes = known_team_shapes(tokens, shape.row.columns_per_chunk);
     TeamShape tried{};
     for (int i = 0; i < shapes.count; i++) {
         const TeamShape &team = shapes.list[i];

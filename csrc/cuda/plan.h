@@ -37,10 +37,10 @@ CATS_HOST_DEVICE constexpr bool has_large_shared_memory(int arch) {
 
 // What matters here of a row format (rows/row.cuh). A row is stored in chunks of 16 bytes.
 struct RowLayout {
-    int columns_per_chunk;
-    int storage_bytes; // the unit of row strides
-    int scale_bytes;   // before every tile of 32 chunks, a multiple of 16; 0: the format has no scales
-    bool mma_operand;  // the tensor cores can multiply the stored bytes with x as they are
+    int columns_per_chunk; // 4, 8, 16 or 32; 0: no such format
+    int storage_bytes;     // the unit of row strides
+    int scale_bytes;       // before every tile of 32 chunks, a multiple of 16; 0: the format has no scales
+    bool mma_operand;      // the tensor cores can multiply the stored bytes with x as they are
 };
 
 constexpr int kChunkBytes = 16, kTileChunks = 32; // a tile is what a warp reads at a time
