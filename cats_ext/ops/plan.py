@@ -1,6 +1,6 @@
 """Which CUDA kernel serves a shape, with what sizes and why: csrc/cuda/plan.h asked from Python, without a GPU.
 
-The launchers ask the same function before every launch. It is compiled into ``_C``, too.
+The launchers ask the same function before every launch. Both compiled libraries have it.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ class _Answer(ctypes.Structure):  # CatsPlanAnswer
 
 @cache
 def _cats_plan() -> ctypes._CFuncPtr:
-    library = LIBRARIES["_C"]
-    if not library.loaded:
-        raise RuntimeError(f"plan() needs the compiled library _C, which did not load: {library.reason}")
-    function = ctypes.CDLL(library.path).cats_plan
+    loaded = [library.path for library in LIBRARIES.values() if library.loaded]
+    if not loaded:
+        reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
+        raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
+    function = ctypes.CDLL(loaded[0]).cats_plan
     function.argtypes, function.restype = (ctypes.POINTER(_Query), ctypes.POINTER(_Answer)), None
     return function
 
@@ -102,7 +103,7 @@ def plan(
         deterministic: the same bits in every run.
 
     Raises:
-        RuntimeError: the library ``_C`` is missing.
+        RuntimeError: no compiled library is loaded.
         ValueError: the op has no such dtype.
     """
     if dtype not in _DTYPES:

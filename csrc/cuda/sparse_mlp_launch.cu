@@ -45,6 +45,16 @@ bool is_aligned(const SparseMlpParams &p, const RowLayout &row) {
            fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
 }
 
+// plan() and the kernels must agree on a format.
+template <class Row> constexpr bool has_layout(RowLayout b) {
+    constexpr RowLayout a = layout_of<Row>();
+    return a.columns_per_chunk == b.columns_per_chunk && a.storage_bytes == b.storage_bytes &&
+           a.scale_bytes == b.scale_bytes && a.mma_operand == b.mma_operand;
+}
+static_assert(has_layout<DenseRow<float>>(row_layout(RowFormat::kDense, DType::kFloat32)));
+static_assert(has_layout<DenseRow<__half>>(row_layout(RowFormat::kDense, DType::kFloat16)));
+static_assert(has_layout<DenseRow<__nv_bfloat16>>(row_layout(RowFormat::kDense, DType::kBFloat16)));
+
 cudaError_t launch_format(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                           const LaunchTarget &target) {
     switch (params.format) {

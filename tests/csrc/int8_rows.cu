@@ -1,5 +1,5 @@
 // A row format of the tests' own: the kernels serve it as they are. int8 columns with an fp32 scale for 128 of them.
-// Compiled by .ci/run; on a GPU tests/ops/test_row_formats.py compares it with a CPU reference. By hand:
+// Compiled by .ci/run; on a GPU tests/ops/test_launchers.py compares it with a CPU reference. By hand:
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/csrc/int8_rows.cu csrc/cuda/plan.cpp
 //         -o int8_rows && ./int8_rows
