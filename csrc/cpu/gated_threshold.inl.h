@@ -7,9 +7,18 @@
 
 namespace cats::CATS_ISA {
 
-// |value| < threshold in all lanes. The thresholds of kLanes neurons are one value (stride 0) or `n` of a vector.
+// The thresholds of the neurons from `column` on, of which n are left.
+CATS_INLINE VecF load_thresholds(const float *threshold, int64_t stride, int64_t column, int64_t n) {
+    if (stride == 0) return broadcast(*threshold);
+    if (stride == 1) return load(threshold + column, n);
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < min(n, kLanes); i++) values[i] = threshold[(column + i) * stride];
+    return load(values);
+}
+
+// |value| < threshold, lane by lane.
 CATS_INLINE VecI below(VecF value, const float *threshold, int64_t stride, int64_t column, int64_t n) {
-    return abs(value) < (stride ? load(threshold + column, n) : broadcast(*threshold));
+    return abs(value) < load_thresholds(threshold, stride, column, n);
 }
 
 CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n) {
