@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 import cats_ext
-from cats_ext.decode import DecodeEngine
+from cats_ext.decode.engine import DecodeEngine
 
 SHAPES: dict[str, Callable[[], Any]] = {
     # Without a window, as from version 0.2 on: with one, generate compiles the step twice and passes a number a layer.

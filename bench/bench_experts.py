@@ -30,7 +30,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from cats_ext import CatsConfig, apply_cats, functional
-from cats_ext.config import LayerConfig
+from cats_ext.thresholds.config import LayerConfig
 
 # hidden size, intermediate size, experts, experts a token
 SHAPES = {

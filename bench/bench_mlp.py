@@ -28,7 +28,7 @@ from peers import Peer, compile_in_parallel, kth_threshold, load_peers
 from torch import Tensor
 
 from cats_ext import functional
-from cats_ext.benchmark import SHAPES, parse_shape
+from cats_ext.cli.op_benchmark import SHAPES, parse_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

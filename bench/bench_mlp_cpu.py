@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_ext import ops
-from cats_ext._library import LIBRARIES
+from cats_ext.ops.library import LIBRARIES
 
 HERE = Path(__file__).parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

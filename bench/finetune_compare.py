@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import cats_ext
-from cats_ext.finetune import FinetuneSettings, finetune
+from cats_ext.finetune.run import FinetuneSettings, finetune
 
 
 def logged(log: Path, work: Callable[..., None], *arguments: Any) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import cats_ext
-from cats_ext.evaluation import perplexity
-from cats_ext.patching import sparse_mlps
-from cats_ext.significance import mean_accuracy, paired_accuracy
+from cats_ext.evaluation.comparison import perplexity
+from cats_ext.evaluation.significance import mean_accuracy, paired_accuracy
+from cats_ext.patching.apply import sparse_mlps
 
 WINDOW, _BATCH = 1024, 4  # of perplexity
 

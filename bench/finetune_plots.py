@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from cats_ext.plots import Curve, curves_figure
+from cats_ext.evaluation.plots import Curve, curves_figure
 
 MAIN = ("dense", "CATS 50%", "CATS 70%", "CATS 90%", "ReLUfication")
 

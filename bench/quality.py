@@ -29,10 +29,10 @@ from task_scores import answers
 from torch import Tensor
 
 import cats_ext
-from cats_ext.evaluation import compare
-from cats_ext.files import write_together
-from cats_ext.plots import linear_bins
-from cats_ext.significance import mean_accuracy, paired_accuracy
+from cats_ext.evaluation.comparison import compare
+from cats_ext.evaluation.plots import linear_bins
+from cats_ext.evaluation.significance import mean_accuracy, paired_accuracy
+from cats_ext.thresholds.files import write_together
 
 MEASURES = ("text", "tasks", "generation", "prefill", "activations")
 

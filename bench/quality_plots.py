@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from cats_ext.plots import Curve, curves_figure, reached_figure
+from cats_ext.evaluation.plots import Curve, curves_figure, reached_figure
 
 LABELS = {
     "two_threshold": "two thresholds by gradients, all layers alike",

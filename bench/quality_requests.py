@@ -13,7 +13,7 @@ import gzip
 import json
 from pathlib import Path
 
-from cats_ext.integrations.lm_eval import LOCAL_TASKS, local_task
+from cats_ext.evaluation.tasks import LOCAL_TASKS, local_task
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from quality_rules import Rule, Sample
 from torch import Tensor
 
-from cats_ext.allocation import allocate
+from cats_ext.thresholds.allocation import allocate
 
 
 def read(path: Path) -> str:

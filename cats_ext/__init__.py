@@ -2,18 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cats_ext import evaluation, expert_ops, functional, ops
+from cats_ext import evaluation, functional, ops
 from cats_ext._version import __version__
-from cats_ext.calibration import calibrate
-from cats_ext.config import CatsConfig
+from cats_ext.calibration.run import calibrate
 from cats_ext.integrations import register_with_transformers
-from cats_ext.integrations.stopping import deferred_stop
-from cats_ext.modules import CatsMLP
-from cats_ext.patching import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
-from cats_ext.report import SparsityDriftWarning, SparsityReport, reset_sparsity, sparsity_report, track_sparsity
+from cats_ext.integrations.deferred_stop import deferred_stop
+from cats_ext.ops import experts as expert_ops
+from cats_ext.patching.apply import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
+from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.tracking import (
+    SparsityDriftWarning,
+    SparsityReport,
+    reset_sparsity,
+    sparsity_report,
+    track_sparsity,
+)
+from cats_ext.thresholds.config import CatsConfig
 
 if TYPE_CHECKING:
-    from cats_ext.decode import DecodeEngine
+    from cats_ext.decode.engine import DecodeEngine
 
 __all__ = [
     "CatsConfig",
@@ -43,7 +50,7 @@ register_with_transformers()
 
 def __getattr__(name: str) -> Any:
     if name == "DecodeEngine":  # on demand: it imports most of transformers
-        from cats_ext.decode import DecodeEngine
+        from cats_ext.decode.engine import DecodeEngine
 
         return DecodeEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

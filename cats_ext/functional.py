@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cats_ext import ops, reference
+from cats_ext.ops import definitions as ops
+from cats_ext.ops import reference
 
 # Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
 # skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity, on

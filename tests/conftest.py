@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from cats_ext._library import LIBRARIES
+from cats_ext.ops.library import LIBRARIES
 
 hypothesis.settings.register_profile("cats", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("cats")
@@ -43,7 +43,8 @@ def one_thread():
 @pytest.fixture
 def called(monkeypatch):
     """Which of the two ways the patched MLPs took."""
-    from cats_ext import expert_ops, ops
+    from cats_ext.ops import definitions as ops
+    from cats_ext.ops import experts as expert_ops
 
     ways = []
 
@@ -61,7 +62,7 @@ def called(monkeypatch):
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     """A tiny Llama with its tokenizer, as from_pretrained loads it."""
-    from saved_model import save_tiny_model
+    from support.saved_model import save_tiny_model
 
     directory = tmp_path_factory.mktemp("model")
     save_tiny_model(directory)
@@ -79,7 +80,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def thresholds(model_dir, text_file, tmp_path_factory) -> Path:
     """Of ``model_dir``, by the plain rule at 50 %."""
-    from cli_runner import cats
+    from support.cli_runner import cats
 
     directory = tmp_path_factory.mktemp("thresholds")
     arguments = ("--rule", "plain", "--sequence-length", 128)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
-from cats_ext.cli import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
+from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
 
 app = typer.Typer(
     name="cats",

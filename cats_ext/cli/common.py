@@ -21,14 +21,14 @@ import torch
 import typer
 from rich.console import Console
 
-from cats_ext import models
-from cats_ext._library import LIBRARIES
+from cats_ext.cli import models
+from cats_ext.ops.library import LIBRARIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cats_ext.config import CatsConfig
-    from cats_ext.report import SparsityReport
+    from cats_ext.patching.tracking import SparsityReport
+    from cats_ext.thresholds.config import CatsConfig
 
 notes = Console(stderr=True, highlight=False)
 """Where progress and remarks go, whatever the result's form."""
@@ -171,7 +171,7 @@ def load(
     name: str, device: torch.device, precision: Precision | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model and its tokenizer; thresholds that a checkpoint carries are left out."""
-    from cats_ext.patching import remove_cats, sparse_mlps
+    from cats_ext.patching.apply import remove_cats, sparse_mlps
 
     network, tokenizer = _load(name, device, precision)
     return (remove_cats(network) if sparse_mlps(network) else network), tokenizer
@@ -184,8 +184,8 @@ def load_patched(
 
     ``sparsity`` is another one than the thresholds were saved with.
     """
-    from cats_ext.config import CatsConfig
-    from cats_ext.patching import apply_cats, current_config, remove_cats, set_sparsity, sparse_mlps
+    from cats_ext.patching.apply import apply_cats, current_config, remove_cats, set_sparsity, sparse_mlps
+    from cats_ext.thresholds.config import CatsConfig
 
     config = None if cats is None else CatsConfig.from_pretrained(cats)
     network, tokenizer = _load(name, device, precision)

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from cats_ext.decode import DecodeEngine
+from cats_ext.decode.engine import DecodeEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

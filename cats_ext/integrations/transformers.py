@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cats_ext.config import CONFIG_FILE, THRESHOLDS_FILE, CatsConfig
-from cats_ext.patching import apply_cats, current_config, remove_cats
+from cats_ext.patching.apply import apply_cats, current_config, remove_cats
+from cats_ext.thresholds.config import CONFIG_FILE, THRESHOLDS_FILE, CatsConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

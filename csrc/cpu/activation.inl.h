@@ -1,5 +1,5 @@
 // The activations and their derivatives on a vector of fp32, accurate to a few units in the last place, because the
-// threshold is compared with the result. cats_ext/reference.py has the formulas as they are usually written.
+// threshold is compared with the result. cats_ext/ops/reference.py has the formulas as they are usually written.
 #pragma once
 
 #include "vec.inl.h"

@@ -1,0 +1,59 @@
+"""Token ids on their way into a model: checks, the device they go to, batches of equal length, evaluation mode."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext._progress import finish_despite_interrupt
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and no gradients; afterwards each module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        finish_despite_interrupt(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+
+
+def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:
+    """Windows of equal length stacked to [B, T], so that nothing has to be padded."""
+
+    def stacked() -> Iterator[Tensor]:
+        for _, group in itertools.groupby(sorted(windows, key=len, reverse=True), key=len):
+            same_length = list(group)
+            for i in range(0, len(same_length), batch_size):
+                yield torch.stack(same_length[i : i + batch_size])
+
+    return list(stacked())
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which ``model`` takes its token ids."""
+    return next(_embedding(model).parameters()).device
+
+
+def check_token_ids(name: str, ids: Tensor, model: nn.Module | None = None) -> None:
+    """Raise unless ``ids`` is an integer tensor whose values are in the model's vocabulary."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor of token ids, got {kind}")
+    size = getattr(_embedding(model), "num_embeddings", None) if model is not None else None
+    if ids.numel() and size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        wrong = int(ids.max()) if int(ids.max()) >= size else int(ids.min())
+        raise ValueError(
+            f"{name} has token id {wrong}, but the model's vocabulary has {size} entries: is this its tokenizer?"
+        )
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    """The input embedding of a transformers model, else the model itself."""
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model

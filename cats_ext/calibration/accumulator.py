@@ -1,0 +1,151 @@
+"""What calibration counts of one MLP, pass by pass, and the statistics that come of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cats_ext.ops.reference import ACTIVATIONS
+from cats_ext.patching.detection import GatedMLP
+from cats_ext.thresholds.histogram import Histogram
+from cats_ext.thresholds.statistics import JointHistogram, LayerStatistics
+
+_UNREACHED = "no token of the data reached {}; of a multimodal model, calibrate and patch the language model alone"
+
+
+class LayerAccumulator:
+    """Sums and histograms over the tokens seen, of a fixed size however many there are.
+
+    The weight of neuron j in the gate's score is ``c_j ** gate_power``, and ``n_j`` weighs its contribution:
+
+    - importance "norm": ``n_j = norm(Wd_j)``, ``c_j = rms(u_j) n_j``.
+    - importance "gradient": with the gradient g of log p(y) at the MLP's output, ``n_j = rms(Wd_j . g)`` and
+      ``c_j = rms(u_j Wd_j . g)``: what dropping the neuron does to the model's predictions, to second order.
+
+    Experts of a mixture are counted together, over the tokens routed to each, and without weights.
+    """
+
+    def __init__(self, mlp: GatedMLP, gate_power: float, importance: str) -> None:
+        self.mlp, self.gate_power = mlp, gate_power
+        self.act = ACTIVATIONS[mlp.activation]
+        weight = mlp.down_weight.detach()
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        if mlp.experts is None:
+            self.down_weight = torch.linalg.vector_norm(weight, dim=0, dtype=self.wide).float()
+        else:
+            self.down_weight = torch.ones((), device=weight.device)
+        self.gate_weight: Tensor | None = None
+        self.tokens = torch.zeros((), dtype=torch.int64)
+        self.up_squares = torch.zeros(mlp.intermediate_size, dtype=torch.float64, device=weight.device)
+        self.row_squares = torch.zeros_like(self.up_squares) if importance == "gradient" else None
+        self.gate = Histogram(device=weight.device)
+        self.joint: JointHistogram | None = None
+        self.losses: Tensor | None = None  # float64 [P], sums over the tokens of loss_tokens
+        self.loss_tokens = torch.zeros((), dtype=torch.int64)
+
+    # --- observers, one a pass ---------------------------------------------------------------------------------------
+
+    def add_up(self, gate: Tensor, up: Tensor) -> None:
+        self.tokens += len(up)
+        self.up_squares += up.double().square().sum(0)
+
+    def add_gradient(self, gate: Tensor, up: Tensor, gradient: Tensor) -> None:
+        row = self._row_gradient(gradient)
+        self.tokens += len(up)
+        self.row_squares += row.double().square().sum(0)
+        self.up_squares += (row * up.float()).double().square().sum(0)
+
+    def add_gate(self, gate: Tensor, up: Tensor) -> None:
+        self.gate.add(self._score(self.act(gate.float())))
+
+    def add_joint(self, gate: Tensor, up: Tensor) -> None:
+        if self.joint is None:
+            self.joint = JointHistogram.over(self.gate)
+        v = self.act(gate.float())
+        self.joint.add(self._score(v), v * up.float() * self.down_weight)
+
+    def add_losses(self, gate: Tensor, up: Tensor, gradient: Tensor, cuts: list[tuple[float, float]]) -> None:
+        """Half the square of ``g . (what is dropped)``, for every option of cuts at once.
+
+        Each product ``h_j Wd_j . g`` goes into a cell by how many of the gate's and of the contribution's cuts it
+        reaches; what an option keeps is then a sum over the cells beyond its two cuts.
+        """
+        v = self.act(gate.float())
+        h = v * up.float()
+        product = h * self._row_gradient(gradient)
+        device = v.device
+        gate_cuts = torch.tensor(sorted({cut for cut, _ in cuts}), device=device)
+        down_cuts = torch.tensor(sorted({cut for _, cut in cuts}), device=device)
+        columns = len(down_cuts) + 1
+        cell = torch.bucketize(self._score(v).abs(), gate_cuts, right=True) * columns
+        cell += torch.bucketize((h * self.down_weight).abs(), down_cuts, right=True)
+        table = torch.zeros(len(h), (len(gate_cuts) + 1) * columns, dtype=torch.float32, device=device)
+        table = table.scatter_add_(1, cell, product).view(len(h), -1, columns)
+        kept = table.flip(1, 2).cumsum(1).cumsum(2).flip(1, 2)  # [T, reached i gate cuts or more, j down cuts or more]
+        rows = torch.bucketize(torch.tensor([cut for cut, _ in cuts], device=device), gate_cuts, right=True)
+        places = torch.bucketize(torch.tensor([cut for _, cut in cuts], device=device), down_cuts, right=True)
+        dropped = product.sum(1, keepdim=True) - kept[:, rows, places]
+        sums = dropped.double().square().sum(0) / 2
+        self.losses = sums if self.losses is None else self.losses + sums
+        self.loss_tokens += len(h)
+
+    def _score(self, v: Tensor) -> Tensor:
+        return v if self.gate_weight is None else v * self.gate_weight
+
+    def _row_gradient(self, gradient: Tensor) -> Tensor:
+        """``Wd_j . g`` of every neuron, ``[T, I]``."""
+        return gradient.to(self.wide) @ self.mlp.down_weight.detach().to(self.wide)
+
+    # --- between the passes ------------------------------------------------------------------------------------------
+
+    def finish_weights(self) -> None:
+        if int(self.tokens) == 0:
+            raise ValueError(_UNREACHED.format(self.mlp.name))
+        squares = self.up_squares / int(self.tokens)
+        if self.row_squares is not None:
+            self.down_weight = (self.row_squares / int(self.tokens)).sqrt().float()
+            importance = squares.sqrt().float()
+        else:
+            importance = squares.sqrt().float() * self.down_weight
+        if not bool(importance.isfinite().all()):
+            raise ValueError(f"activations of {self.mlp.name}: the mean square of up is NaN or infinite")
+        if self.gate_power:
+            self.gate_weight = importance**self.gate_power
+
+    def finish_gate(self) -> None:
+        if self.gate.total == 0:
+            raise ValueError(_UNREACHED.format(self.mlp.name))
+        if self.gate.zeros == self.gate.total:
+            raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
+
+    def mean_losses(self) -> Tensor:
+        return self.losses.cpu() / int(self.loss_tokens)
+
+    def statistics(self) -> LayerStatistics:
+        gate = Histogram(self.gate.mantissa_bits)
+        gate.counts = self.gate.counts.cpu()
+        weights = None if self.gate_weight is None else self.gate_weight.cpu()
+        if self.joint is None:
+            return LayerStatistics(gate, None, weights)
+        down_weight = None if self.mlp.experts else self.down_weight.cpu()
+        return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight)
+
+    # --- what an interrupted calibration goes on from ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "up_squares": self.up_squares}
+        tensors |= {"down_weight": self.down_weight, "gate_counts": self.gate.counts}
+        optional = {"gate_weight": self.gate_weight, "row_squares": self.row_squares, "losses": self.losses}
+        if self.joint is not None:
+            optional |= {"joint_edges": self.joint.edges, "joint_counts": self.joint.counts}
+        return tensors | {key: tensor for key, tensor in optional.items() if tensor is not None}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        device = self.down_weight.device
+        moved = {key: tensor.to(device) for key, tensor in tensors.items() if not key.endswith("tokens")}
+        self.tokens, self.loss_tokens = tensors["tokens"], tensors["loss_tokens"]
+        self.up_squares, self.down_weight = moved["up_squares"], moved["down_weight"]
+        self.gate.counts, self.gate_weight = moved["gate_counts"], moved.get("gate_weight")
+        self.row_squares, self.losses = moved.get("row_squares"), moved.get("losses")
+        if "joint_edges" in moved:
+            self.joint = JointHistogram(moved["joint_edges"], moved["joint_counts"])

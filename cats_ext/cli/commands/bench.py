@@ -1,0 +1,96 @@
+"""``cats bench``: the op against the dense PyTorch MLP on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.table import Table
+
+from cats_ext.cli import op_benchmark as benchmark
+from cats_ext.cli.common import (
+    Device,
+    DType,
+    Json,
+    escape,
+    note_uncompiled,
+    one_sentence_errors,
+    output,
+    pick_device,
+    print_json,
+    status,
+)
+
+
+@one_sentence_errors
+def bench(
+    shape: Annotated[str, typer.Option(help=f"HxI, or one of {', '.join(benchmark.SHAPES)}.")] = "mistral-7b",
+    sparsity: Annotated[str, typer.Option(help="Shares of neurons to skip, comma-separated.")] = "0,0.5,0.7,0.9",
+    tokens: Annotated[int, typer.Option(help="Tokens in one call.")] = 1,
+    dtype: DType = None,
+    device: Device = None,
+    passes: Annotated[int, typer.Option(help="Passes over all layers; the median counts.")] = 20,
+    json: Json = False,
+) -> None:
+    """Time the sparse op against the dense PyTorch MLP on this machine.
+
+    Both run in turns over layers of distinct random weights, larger together than
+    any cache; on a GPU inside a CUDA graph, timed by device events. Each time is set
+    against the bytes that had to be read and this machine's own read rate, measured
+    in the same run.
+
+    Examples:
+
+    $ cats bench
+
+    $ cats bench --shape llama-2-7b --dtype bfloat16 --sparsity 0.5,0.7
+
+    $ cats bench --shape 2048x8192 --tokens 4 --json
+    """
+    hidden, intermediate = benchmark.parse_shape(shape)
+    try:
+        sparsities = [float(part) for part in sparsity.split(",")]
+    except ValueError:
+        raise ValueError(f"--sparsity must be numbers separated by commas, got '{sparsity}'") from None
+    where = pick_device(device)
+    note_uncompiled(where)
+    default = torch.float32 if where.type == "cpu" else torch.bfloat16
+    with status("Timing ...") as report:
+        result = benchmark.run(
+            hidden,
+            intermediate,
+            sparsities=sparsities,
+            tokens=tokens,
+            dtype=dtype.dtype if dtype else default,
+            device=where,
+            passes=passes,
+            report=report,
+        )
+    if json:
+        print_json(result.to_dict())
+        return
+    console = output(json)
+    threads = f", {result.threads} thread{'s' * (result.threads != 1)}" if result.threads else ""
+    console.print(
+        f"{escape(shape)}: H {hidden}, I {intermediate}, {tokens} token{'s' * (tokens > 1)}, {result.dtype}, "
+        f"{result.device}{threads}; {result.layers} layers, median of {result.passes} passes"
+    )
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"limit: plain reading of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s",
+    )
+    for title in ("", "skipped", "us/layer", "MB read", "GB/s", "of limit", "speed-up"):
+        table.add_column(title, justify="right" if title else "left")
+    for row in result.rows:
+        table.add_row(
+            row.variant,
+            f"{row.sparsity:.1%}",
+            f"{row.microseconds:,.1f}",
+            f"{row.bytes_read / 1e6:,.1f}",
+            f"{row.gb_per_s:,.1f}",
+            f"{row.share_of_read_limit:.0%}",
+            f"{row.speedup:.2f}x",
+        )
+    console.print(table)

@@ -1,0 +1,360 @@
+"""``cats demo``: a real model calibrated, made sparse, and compared with itself, in a few minutes on any machine."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+
+from cats_ext.cli import models
+from cats_ext.cli.common import (
+    Device,
+    Json,
+    escape,
+    load,
+    notes,
+    one_sentence_errors,
+    output,
+    pick_device,
+    print_json,
+    status,
+)
+from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize, window_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cats_ext import CatsConfig, SparsityReport
+
+DENSE, PLAIN, TWO = "dense", "CATS, one threshold", "CATS, two thresholds"
+_ROUNDS = 3  # of timing, dense and sparse in turns
+
+
+@dataclass
+class Variant:
+    """The model in one of its three forms, and what was measured of it."""
+
+    name: str
+    config: CatsConfig | None
+    perplexity: float = 0.0
+    report: SparsityReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        reached = None if self.report is None else self.report.to_dict()
+        return {"name": self.name, "perplexity": self.perplexity, "reached": reached}
+
+
+@contextmanager
+def patched(network: PreTrainedModel, variant: Variant) -> Iterator[None]:
+    """The model as ``variant`` inside, dense again after."""
+    from cats_ext import apply_cats, remove_cats
+
+    if variant.config is None:
+        yield
+        return
+    apply_cats(network, variant.config)
+    try:
+        yield
+    finally:
+        remove_cats(network)
+
+
+@one_sentence_errors
+def demo(
+    model: Annotated[
+        str, typer.Option(help="Directory, hub name or .gguf file. The demo model is downloaded once (98 MB).")
+    ] = models.DEMO_MODEL.name,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file of yours (.txt, .jsonl, .gz), instead of Python's own documentation. Repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--output", "-o", help="The figure: a .png, or a directory for it.")] = Path(),
+    sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue?",
+    new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to write, and to time.")] = 48,
+    calibration_tokens: Annotated[int, typer.Option(min=128, help="Tokens to calibrate on.")] = 8192,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure perplexity on.")] = 4096,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Watch a real language model become sparse: thresholds, perplexity, text, speed and a figure.
+
+    Everything is measured on this machine while you watch.
+
+    Examples:
+
+    $ cats demo
+
+    $ cats demo --sparsity 0.7 --text my-notes.txt
+
+    $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
+    """
+    from cats_ext.cli.generation import encode_prompt
+    from cats_ext.thresholds.rules import sparsity_split
+
+    started, load_at_start = time.perf_counter(), os.getloadavg()[0]
+    sparsity_split(sparsity, "plain")
+    figure_path = _figure_path(out)
+    where = pick_device(device)
+    calibration_text, held_out_text, source = _texts(text)
+
+    console = output(json)
+    network, tokenizer = load(model, where)
+    question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
+    held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
+    document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
+    document["load_at_start"] = load_at_start
+    document |= show_model(console, model, network)
+    variants = calibrate_variants(network, tokenizer, calibration_text, sparsity, calibration_tokens)
+    evaluate_variants(network, tokenizer, variants, held_out)
+    document |= show_thresholds(console, variants[PLAIN], source)
+    document["variants"] = show_quality(console, variants, held_out.numel())
+    _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
+    document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
+    document["tokens_per_second"] = show_speed(
+        console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
+    )
+    document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
+    document["seconds"] = time.perf_counter() - started
+    console.print(f"\n[dim]{document['seconds']:.0f} s in all. On a model of yours:[/]")
+    console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
+    console.print("  cats generate MODEL --cats thresholds --prompt TEXT")
+    if json:
+        print_json(document)
+
+
+def _figure_path(out: Path) -> Path:
+    """Where the figure goes; found out before the work, so that nothing is lost for a wrong path."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ImportError("the demo's figure needs matplotlib: pip install 'cats_ext[demo]'")
+    path = out if out.suffix == ".png" else out / "cats_demo.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"--output '{path}' is a directory")
+    return path
+
+
+def _texts(files: list[Path] | None) -> tuple[str, str, str]:
+    """Text to calibrate on, other text to measure on, and what they are."""
+    if not files:
+        source = "docstrings of Python's standard library"
+        return docstrings(CALIBRATION_MODULES), docstrings(HELD_OUT_MODULES), source
+    whole = "\n\n".join(read_texts(files))
+    cut = len(whole) * 4 // 5
+    return whole[:cut], whole[cut:], f"the first four fifths of {', '.join(path.name for path in files)}"
+
+
+def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[str, Any]:
+    from cats_ext.ops import library as _library
+    from cats_ext.patching.detection import find_gated_mlps
+
+    mlps = find_gated_mlps(network)
+    mlp_weights = sum(3 * mlp.hidden_size * mlp.intermediate_size for mlp in mlps)
+    # what a token reads: everything but an input embedding of its own, of which it reads one row
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
+        weights -= network.get_input_embeddings().weight.numel()
+    compiled = _library.LIBRARIES["_C_cuda" if network.device.type == "cuda" else "_C"].loaded
+    title = models.DEMO_MODEL.title if name == models.DEMO_MODEL.name else name
+    threads = torch.get_num_threads()
+    cpu = f"a CPU with {threads} thread{'s' * (threads != 1)}"
+    on = torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else cpu
+    dtype = str(network.dtype).removeprefix("torch.")
+    console.print(
+        Panel.fit(
+            f"[bold]{escape(title)}[/], {dtype}, on {on}\n"
+            f"{len(mlps)} layers of {mlps[0].intermediate_size:,} MLP neurons, hidden size {mlps[0].hidden_size:,}\n"
+            f"A token reads {weights / 1e6:,.0f} M weights, {mlp_weights / weights:.0%} of them in the MLPs",
+            title="cats demo",
+            title_align="left",
+        )
+    )
+    return {"dtype": dtype, "layers": len(mlps), "mlp_share": mlp_weights / weights, "compiled": compiled}
+
+
+def calibrate_variants(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, sparsity: float, tokens: int
+) -> dict[str, Variant]:
+    from cats_ext import calibrate
+
+    variants = {DENSE: Variant(DENSE, None)}
+    for name, rule in ((PLAIN, "plain"), (TWO, "two_threshold")):
+        notes.print(f"[dim]Calibrating: {name}[/]")
+        config = calibrate(network, text, tokenizer=tokenizer, sparsity=sparsity, rule=rule, max_tokens=tokens)
+        variants[name] = Variant(name, config)
+    return variants
+
+
+def evaluate_variants(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variants: dict[str, Variant], ids: torch.Tensor
+) -> None:
+    from cats_ext import sparsity_report, track_sparsity
+    from cats_ext.evaluation.comparison import perplexity
+
+    bos = window_bos(tokenizer)
+    for variant in variants.values():
+        notes.print(f"[dim]Measuring: {variant.name}[/]")
+        with patched(network, variant):
+            if variant.config is not None:
+                track_sparsity(network)
+            variant.perplexity = perplexity(network, ids, bos_token_id=bos).ppl
+            variant.report = None if variant.config is None else sparsity_report(network)
+
+
+def _three(names: list[str]) -> list[tuple[int, str]]:
+    """First, middle and last layer, each once."""
+    picked = sorted({0, len(names) // 2, len(names) - 1})
+    return [(index, names[index]) for index in picked]
+
+
+def show_thresholds(console: Console, plain: Variant, source: str) -> dict[str, Any]:
+    config = plain.config
+    _heading(
+        console,
+        "Thresholds",
+        f"In each layer, the value of |act(gate)| below which {config.sparsity:.0%} of the neurons lie, over "
+        f"{config.calibration['tokens']:,} tokens of {source}. Reached: the share skipped on text it has not seen.",
+    )
+    table = _table("layer", "threshold", "target", "reached")
+    reached = {layer.name: layer for layer in plain.report.layers}
+    for index, name in _three(list(config.layers)):
+        table.add_row(
+            str(index),
+            f"{config.thresholds[name].item():.4f}",
+            f"{config.sparsity:.1%}",
+            f"{reached[name].up_sparsity:.1%}",
+        )
+    table.add_section()
+    table.add_row("all", "", f"{config.sparsity:.1%}", f"{plain.report.up_sparsity:.1%}")
+    _show(console, table)
+    thresholds = {name: threshold.item() for name, threshold in config.thresholds.items()}
+    return {"calibration": {"source": source, **config.calibration}, "thresholds": thresholds}
+
+
+def show_quality(console: Console, variants: dict[str, Variant], tokens: int) -> list[dict[str, Any]]:
+    _heading(
+        console,
+        "Quality",
+        f"Perplexity on {tokens:,} tokens of other text; lower is better. The second threshold is on act(gate) * up "
+        "and decides which rows of the down projection are read.",
+    )
+    table = _table("", "perplexity", "up skipped", "down skipped", "MLP weights read")
+    for variant in variants.values():
+        report = variant.report
+        shares = (0.0, 0.0, 1.0) if report is None else (report.up_sparsity, report.down_sparsity, report.bytes_share)
+        table.add_row(variant.name, f"{variant.perplexity:.2f}", *(f"{share:.1%}" for share in shares))
+    _show(console, table)
+    return [variant.to_dict() for variant in variants.values()]
+
+
+def show_text(
+    console: Console,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: dict[str, Variant],
+    question: torch.Tensor,
+    new_tokens: int,
+) -> dict[str, Any]:
+    from cats_ext.cli.generation import continue_prompt
+
+    written = {}
+    grid = Table.grid(padding=(0, 2))
+    for variant in variants.values():
+        with status(f"Writing: {variant.name} ..."), patched(network, variant):
+            written[variant.name] = continue_prompt(network, tokenizer, question, new_tokens)
+        grid.add_row(variant.name, escape(written[variant.name].text.strip()))
+    _show(console, grid)
+    return {name: asdict(continuation) for name, continuation in written.items()}
+
+
+def show_speed(
+    console: Console,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: dict[str, Variant],
+    new_tokens: int,
+    mlp_share: float,
+    load: float,
+) -> dict[str, Any]:
+    """Decode speed, dense and sparse in turns, each warmed up, over the same number of tokens of the same text."""
+    from cats_ext.cli.generation import continue_prompt, decoder, encode_prompt
+
+    engine = decoder(network)
+    ids = encode_prompt(tokenizer, "Once upon a time", chat=False)
+    rates: dict[str, list[float]] = {DENSE: [], TWO: []}
+    with status("Timing ...") as report:
+        for turn in range(_ROUNDS):
+            for name, times in rates.items():
+                report(f"Timing: {name}, round {turn + 1} of {_ROUNDS} ...")
+                with patched(network, variants[name]):
+                    continue_prompt(network, tokenizer, ids, 4, exact_length=True, engine=engine)
+                    timed = continue_prompt(network, tokenizer, ids, new_tokens, exact_length=True, engine=engine)
+                    times.append(timed.tokens_per_second)
+    dense, fast = (statistics.median(rates[name]) for name in (DENSE, TWO))
+    worth = 1 / (1 - mlp_share * (1 - variants[TWO].report.bytes_share))
+    _heading(
+        console,
+        "Speed",
+        f"Median of {_ROUNDS} rounds in turns, one token at a time. At equal bandwidth the weights left unread are "
+        f"worth {worth:.2f}x; attention and the output layer stay as they are.",
+    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(DENSE, f"{dense:.1f} tokens/s")
+    grid.add_row(TWO, f"{fast:.1f} tokens/s  ({fast / dense:.2f}x)")
+    _show(console, grid)
+    if fast < dense:
+        console.print(
+            "  [yellow]Not faster here.[/] Other work on the machine or the small size of the model hides the gain "
+            f"(load average at the start: {load:.1f} on {os.cpu_count()} cores). 'cats bench' times the op alone, in "
+            "the size of a 7B model."
+        )
+    return {"dense": dense, "sparse": fast, "speedup": fast / dense, "worth": worth, "rounds": rates}
+
+
+def show_figure(console: Console, plain: Variant, path: Path) -> Path:
+    from cats_ext.evaluation.plots import ActivationPanel, plot_activations
+
+    config = plain.config
+    panels = [
+        ActivationPanel(f"layer {index}", config.statistics[name].gate, config.thresholds[name].item())
+        for index, name in _three(list(config.layers))
+    ]
+    title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"
+    written = plot_activations(panels, path, title=title)
+    peak = " The peak at 0.28 is SiLU's lowest value, -0.28." if _is_silu(config) else ""
+    _heading(console, "Figure", f"|act(gate)| in {len(panels)} layers, with the thresholds.{peak}")
+    console.print(f"  [bold]{escape(str(written))}[/]", soft_wrap=True)
+    return written
+
+
+def _is_silu(config: CatsConfig) -> bool:
+    return all(layer.activation == "silu" for layer in config.layers.values())
+
+
+def _heading(console: Console, title: str, explanation: str) -> None:
+    console.print(f"\n[bold cyan]{title}[/]  {explanation}")
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    return table
+
+
+def _show(console: Console, content: Any) -> None:
+    console.print(Padding(content, (0, 0, 0, 2)))

@@ -1,0 +1,246 @@
+"""A decode step of a plain Llama-like model for one token, as four or five kernels a layer instead of some twenty.
+
+Normalisation, the residual additions, the rotary embedding and the cache update are done by the products and the
+attention that need them; weights are read where they are, from the model's own parameters. What a model's layers
+compute is known by their class, and every layer's parts are checked for hooks, adapters and replaced forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext.decode import launch as ops
+from cats_ext.decode.launch import Attention, Norm, Shares
+from cats_ext.decode.state import version
+from cats_ext.functional import deterministic
+from cats_ext.ops.definitions import sparse_mlp_step
+from cats_ext.patching.detection import recognise_activation
+from cats_ext.patching.mlp import CatsMLP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Decoder layers that add attention(norm(x)) and mlp(norm(x)) to x, with a rotary embedding of whole heads, or in some
+# layers of SmolLM3 none. Qwen3's normalises queries and keys head by head; Phi-3 has merged projections.
+FUSED_MODELS = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("Phi3ForCausalLM", "SmolLM3ForCausalLM"),
+)
+_WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")  # the others say it layer by layer
+_STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # others choose their frequencies by the length of the text
+_NOTING_HOOKS = "transformers.utils.output_capturing"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# From the residual row, what has not been added to it yet and the position, to the first two after the block.
+Block = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class NotFusableError(ValueError):
+    """The fused step does not cover a model; the message says why. The model's own forward serves instead."""
+
+
+class FusedStep:
+    """``step(token, position)`` gives the logits ``[V]`` of the next token and writes key and value into the cache.
+
+    Args:
+        model: a causal language model in eval mode, patched by ``apply_cats`` or not.
+        keys, values: for each layer ``[KV heads, L, D]``.
+
+    Raises:
+        NotFusableError: the model is not of a known kind, or a part of it has been replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: list[Tensor], values: list[Tensor]) -> None:
+        check_fusable(model)
+        base = model.model
+        self.embedding = base.embed_tokens.weight
+        self._frequencies = base.rotary_emb.inv_freq
+        self._frequencies_version = version(self._frequencies)
+        positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
+        cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
+        hidden = self.embedding.shape[1]
+        # What each sparse MLP gives, in float32, which the next product rounds; and behind it the kernel's counter.
+        self.sums = torch.zeros(len(base.layers), -(-(hidden + 1) // 4) * 4, device=self.embedding.device)
+        shares = None
+        self.blocks: list[Block] = []
+        for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
+            attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
+            if self.embedding.is_cuda and shares is None:
+                count = ops.attention_shares(attention.kv_heads, self.embedding.device)
+                shares = Shares.create(count, attention.heads, attention.head_dim, self.embedding.device)
+            mlp, mlp_norm = _mlp_block(layer, self.sums[len(self.blocks) // 2])
+            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
+            self.blocks.append(mlp)
+        self.norm = _norm(base.norm)
+        self.head = (model.lm_head.weight,), (model.lm_head.bias,)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the frequencies that the rotary tables were made from have been written to since."""
+        return version(self._frequencies) != self._frequencies_version
+
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        self.sums.zero_()
+        x, delta = self.embedding.index_select(0, token)[0], None
+        for block in self.blocks:
+            x, delta = block(x, delta, position)
+        return ops.linear(x, *self.head, norm=self.norm, delta=delta)[0]
+
+
+def check_fusable(model: nn.Module) -> None:
+    """Raise :class:`NotFusableError` unless :class:`FusedStep` computes what ``model`` does."""
+    name = type(model).__name__
+    if name not in FUSED_MODELS or not type(model).__module__.startswith("transformers.models."):
+        raise NotFusableError(f"{name} is none of {', '.join(FUSED_MODELS)}")
+    rope = model.config.rope_parameters
+    if rope.get("rope_type") not in _STATIC_ROPES:
+        raise NotFusableError(f"its rotary embedding has the parameters {rope}, which may depend on the text's length")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotFusableError("its rotary embedding covers a part of each head only")
+    if model.dtype not in _DTYPES:
+        raise NotFusableError(f"its dtype is {model.dtype}")
+    if model.device.type == "cuda" and find_spec("triton") is None:
+        raise NotFusableError("Triton is not installed")
+    if (head_dim := model.model.layers[0].self_attn.head_dim) < 16:
+        raise NotFusableError(f"its heads have {head_dim} dimensions, and matrix instructions take 16 at least")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
+    own = {model, model.model, *model.model.layers}
+    for path, module in model.named_modules():
+        mlp = ".mlp." in path or path.endswith(".mlp")  # called as a module if it is not plain
+        if module in own or not mlp:
+            _check_plain(path, module)
+    for path, module in model.named_modules():
+        if path.endswith(("_proj", "lm_head")) and ".mlp." not in path and type(module) is not nn.Linear:
+            raise NotFusableError(f"{path} is a {type(module).__name__}, not a torch.nn.Linear")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # Once hidden states have been asked for, transformers leaves hooks that note them where they are asked for again;
+    # version 5.0 leaves the class's own forward on the module.
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _NOTING_HOOKS]
+    forward = getattr(vars(module).get("forward", module.forward), "__func__", None)
+    return not (hooks or module._forward_pre_hooks) and forward is type(module).forward
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    if not _is_plain(module):
+        raise NotFusableError(f"{path or 'the model'} has a hook or a replaced forward")
+
+
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Attention:
+    config = module.config
+    window_in = config if type(module).__name__ in _WINDOW_IN_CONFIG else module
+    window = getattr(window_in, "sliding_window", None)
+    if not getattr(module, "use_rope", True):
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    return Attention(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=module.head_dim,
+        scaling=module.scaling,
+        keys=keys,
+        values=values,
+        cos=cos,
+        sin=sin,
+        window=window,
+        q_norm=_norm(module.q_norm) if hasattr(module, "q_norm") else None,
+        k_norm=_norm(module.k_norm) if hasattr(module, "k_norm") else None,
+    )
+
+
+def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
+    return (module.qkv_proj,) if hasattr(module, "qkv_proj") else (module.q_proj, module.k_proj, module.v_proj)
+
+
+def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
+    norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
+    weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+
+    def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
+        heads = ops.attention(qkv, attention, position)
+        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm)
+
+    return block
+
+
+def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
+    """The block, and the normalisation of its input if the block does not do it. ``y_sum`` is the block's own."""
+    norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
+    dense_weights = _dense_weights(mlp)
+    if dense_weights is not None:
+        weights, activation = dense_weights
+        down = mlp.down_proj
+
+        def dense(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, None]:
+            h, x = ops.gate_up(x, *weights, activation, norm)
+            return ops.add_linear(h, down.weight, down.bias, x)
+
+        return dense, None
+
+    operands = _sparse_operands(mlp, norm, y_sum)
+    if operands is not None:
+        weights, rule = operands[:3], operands[3:]
+
+        def sparse(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, Tensor]:
+            sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *rule)
+            return x, y_sum[: len(x)]
+
+        return sparse, None
+
+    def module(x: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return x, mlp(row[None, None])[0, 0]
+
+    return module, norm
+
+
+def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor | str | None, ...] | None:
+    """What ``sparse_mlp_step`` takes for a patched MLP, without its norm and sum; None if it cannot serve."""
+    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.cats_form.tracking or deterministic():
+        return None
+    operands = mlp.kernel_operands()
+    if operands is None or operands[-1] is not None:  # the sum has no bias
+        return None
+    operands = operands[:-1]
+    try:
+        sparse_mlp_step(torch.zeros_like(norm.weight), norm.weight, norm.eps, *operands[:3], y_sum, *operands[3:])
+    except RuntimeError as error:
+        if "NotSupported" not in str(error):
+            raise
+        return None
+    return operands
+
+
+def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:
+    """Gate and up weights, their biases and the activation of an unpatched gated MLP of bare linear layers.
+
+    None for any other, which is called as the module it is.
+    """
+    if isinstance(mlp, CatsMLP) or not _is_plain(mlp):
+        return None
+    merged = hasattr(mlp, "gate_up_proj")
+    names = ("gate_up_proj", "down_proj") if merged else ("gate_proj", "up_proj", "down_proj")
+    linears = [getattr(mlp, name, None) for name in names]
+    if not all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears):
+        return None
+    activation = recognise_activation(getattr(mlp, "activation_fn" if merged else "act_fn", None))
+    if activation is None or linears[-1].weight.stride(-1) != 1:
+        return None
+    if not merged:
+        gate, up, _ = linears
+        return (gate.weight, up.weight, gate.bias, up.bias), activation
+    weights = linears[0].weight.chunk(2)
+    biases = (None, None) if linears[0].bias is None else linears[0].bias.chunk(2)
+    return (*weights, *biases), activation

@@ -1,0 +1,161 @@
+"""What the decode engine asks of a model and of its input, and how it notices that a model has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext._inputs import check_token_ids
+from cats_ext.patching.apply import sparse_mlps
+from cats_ext.patching.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTENTION = ("full_attention", "sliding_attention")
+_BASE = frozenset(vars(nn.Module()))  # what every module has; settings are what it has besides
+_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
+
+
+def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
+    """The language model in ``model``; raise unless the engine can decode it."""
+    from transformers import PreTrainedModel
+
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(f"the adapter {adapter.peft_type} puts tokens before the prompt: use model.generate")
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(f"model must be a transformers model that can generate, got {type(model).__name__}")
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model: the decode engine takes decoder-only models")
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION))
+    if other or getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "num_hidden_layers"):
+        what = (
+            f"layers of the types {', '.join(other)}" if other else "a cache that is not one of keys and values a layer"
+        )
+        raise ValueError(f"{name} has {what}: the decode engine takes attention over all tokens or a window of them")
+    check_ready(model)
+    return model
+
+
+def check_ready(model: nn.Module) -> None:
+    """Raise unless ``model`` can run now, with all its weights where they are."""
+    if model.training:
+        raise ValueError(f"model of class {type(model).__name__} is in training mode: call model.eval() first")
+    away = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away} is on the meta device (offloaded?), and the decode engine takes no weights that come and go: use "
+            "model.generate"
+        )
+
+
+def check_ids(ids: Tensor, model: nn.Module) -> None:
+    """Raise unless ``ids`` are tokens of the model, ``[B, T]``."""
+    check_token_ids("input_ids", ids, model)
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {list(ids.shape)}")
+
+
+def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, int64, or None if nothing is masked."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have input_ids' shape {list(ids.shape)}, got {list(mask.shape)}")
+    kept = mask != 0
+    if bool(kept.all()):
+        return None
+    if bool((kept[:, :-1] & ~kept[:, 1:]).any()) or not bool(kept[:, -1].all()):
+        raise ValueError("attention_mask must have its zeros on the left of each sequence, and a 1 at its end")
+    return kept.long()
+
+
+def fingerprint(model: nn.Module) -> tuple[tuple, tuple[int, ...]]:
+    """What a captured step has fixed, and what a filled cache depends on besides.
+
+    The first: which code runs, the settings it reads from Python, and where tensors are. The second: how often weights
+    and thresholds have been written to in place (through ``.data`` it does not show).
+    """
+    parts, written = [], []
+    for m in model.modules():
+        settings = [_setting(value) for name, value in vars(m).items() if name not in _BASE]
+        tensors = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        parts.append((type(m), *m._forward_pre_hooks, *m._forward_hooks, settings, [_place(t) for t in tensors]))
+        written += [version(t) for t in tensors if isinstance(t, nn.Parameter)]
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modes = autocast, torch.are_deterministic_algorithms_enabled()
+    state = parts, _setting(vars(model.config.get_text_config())), modes
+    return state, (*written, *map(version, _thresholds(model)))
+
+
+def version(t: Tensor) -> int:
+    """Counts what has been written to ``t`` in place; 0 of a tensor made in inference mode, which has no count."""
+    return 0 if t.is_inference() else t._version
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _setting(value: object) -> object:
+    """A module's attribute as it is compared: adapters at work, factors and replaced forwards are in captured steps."""
+    kind = type(value)
+    if kind in _PLAIN or callable(value):
+        return value
+    if issubclass(kind, list | tuple):
+        return [_setting(v) for v in value]
+    if issubclass(kind, dict):
+        return [(key, _setting(v)) for key, v in value.items()]
+    return _place(value) if issubclass(kind, Tensor) else kind
+
+
+def _thresholds(model: nn.Module) -> list[Tensor]:
+    return [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """What runs inside does not show in the sparsity report."""
+    counts = [(module.counts, module.counts.clone()) for module in sparse_mlps(model).values()]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():  # where tensors made in inference mode can be written to, and all others
+            for now, before in counts:
+                now.copy_(before)
+
+
+@contextmanager
+def nothing_skipped(model: nn.Module) -> Iterator[None]:
+    """Thresholds are 0 inside, in place: rounding then changes no neuron from kept to skipped."""
+    buffers = _thresholds(model)
+    thresholds = [t.clone() for t in buffers]
+
+    @torch.inference_mode()
+    def write(values: list[Tensor]) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
+
+    try:
+        write([torch.zeros_like(t) for t in thresholds])
+        yield
+    finally:
+        write(thresholds)
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

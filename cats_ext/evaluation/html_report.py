@@ -1,0 +1,183 @@
+"""One self-contained HTML page on a directory of thresholds: how they were set, what they cost, with the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cats_ext.evaluation import plots
+from cats_ext.thresholds.config import CONFIG_FILE, CatsConfig
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .2rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left } thead { border-bottom: 1px solid #99a } tr:hover td { background: #f3f5f8 }
+svg { max-width: 100%; height: auto } .note { color: #556 }
+""".strip()  # noqa: E501
+
+
+def html_report(directory: str | Path) -> str:
+    """The page for a directory that ``cats calibrate`` and ``cats eval --output`` wrote into.
+
+    Args:
+        directory: holds ``cats_config.json`` with its tensors; every other ``*.json`` written by ``cats eval`` adds its
+            measurements.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no valid config.
+        ImportError: matplotlib is not installed.
+    """
+    directory = Path(directory)
+    config = CatsConfig.from_pretrained(directory)
+    results = _results(directory)
+    title = f"CATS thresholds: {directory.resolve().name}"
+    parts = [f"<h1>{escape(title)}</h1>", *_summary(config)]
+    for name, document in results:
+        parts += _text_section(name, document) + _task_section(name, document)
+    if not results:
+        parts.append(
+            '<p class="note">Nothing is measured yet: <code>cats eval MODEL --cats DIR --text FILE --output '
+            "DIR/eval.json</code>.</p>"
+        )
+    parts += _activation_section(config) + _layer_section(config)
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _results(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What ``cats eval`` wrote, by file name; other JSON files are passed over."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        if path.name == CONFIG_FILE:
+            continue
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if isinstance(document, dict) and "model" in document and ("text" in document or "tasks" in document):
+            found.append((path.name, document))
+    return found
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    return f"<table><thead>{cells('th', header)}</thead><tbody>{body}</tbody></table>"
+
+
+def _summary(config: CatsConfig) -> list[str]:
+    facts = config.calibration
+    weights = f"{config.importance} to the power {config.gate_power:g}, in the last layer {config.last_gate_power:g}"
+    rows = [
+        ("rule", config.rule),
+        ("target sparsity", f"{config.sparsity:.1%}"),
+        ("MLP weights that a token reads", f"{config.bytes_share:.1%}"),
+        ("layers", str(len(config.layers))),
+        ("model type", str(config.model_type)),
+        ("gate weights", weights if config.gate_power else "none"),
+        ("allocation", "searched" if config.losses is not None else "uniform"),
+        ("prompts", "sparse" if config.sparse_prefill else "dense"),
+    ]
+    rows += [(key.replace("_", " "), str(value)) for key, value in facts.items() if key != "search"]
+    search = facts.get("search")
+    if search:
+        kl = "{uniform_kl:.4f} to {searched_kl:.4f} nats".format(**search)
+        rows.append(("KL from the dense model, uniform to searched", kl))
+    return [_table(("calibration", ""), rows)]
+
+
+def _text_section(name: str, document: dict[str, Any]) -> list[str]:
+    text = document.get("text")
+    if not text:
+        return []
+    source = text["source"] if isinstance(text["source"], str) else ", ".join(text["source"])
+    dense, variants = text["dense"], text["variants"]
+    rows = [("dense", _number(dense["ppl"], ".2f"), "", "", "", "100.0%")]
+    for row in variants:
+        rows.append(
+            (
+                row["name"],
+                _number(row["sparse"]["ppl"], ".2f"),
+                _number(row["nll_increase"], "+.4f") + _error(row["nll_increase_se"], ".4f"),
+                _number(row["kl"], ".4f") + _error(row["kl_se"], ".4f"),
+                _number(row["top1"], ".1%"),
+                f"{row['reached']['bytes_share']:.1%}",
+            )
+        )
+    header = ("", "perplexity", "nats a token", "KL, nats", "same top token", "MLP weights read")
+    parts = [
+        f"<h2>Text: {escape(source)}</h2>",
+        f'<p class="note">{escape(name)}: {escape(document["model"])}, {escape(document["dtype"])}, '
+        f"{dense['tokens']:,} predicted tokens in windows of {text['window']}.</p>",
+        _table(header, rows),
+    ]
+    curve = sorted((row["reached"]["bytes_share"], row["sparse"]["ppl"]) for row in variants if row["sparsity"])
+    if len(curve) > 1:
+        points = plots.Curve(document["config"]["rule"], *zip(*curve, strict=True))
+        labels = {"x_label": "share of MLP weights read", "y_label": "perplexity", "log": True}
+        parts.append(plots.svg(plots.curves_figure([points], dense=dense["ppl"], **labels)))
+    for row in variants[:1]:
+        figure = plots.reached_figure(row["reached"]["layers"], title=f"Sparsity reached, {row['name']}")
+        parts.append(plots.svg(figure))
+    return parts
+
+
+def _task_section(name: str, document: dict[str, Any]) -> list[str]:
+    tasks = document.get("tasks")
+    if not tasks:
+        return []
+    parts = ["<h2>Tasks</h2>", f'<p class="note">{escape(name)}: {escape(document["model"])}, zero-shot accuracy.</p>']
+    header = ("task", "items", "dense", "sparse", "difference", "lost", "gained", "p")
+    for variant in tasks["variants"]:
+        rows = [
+            (
+                task["task"],
+                str(task["items"]),
+                _number(task["dense"], ".1%"),
+                _number(task["sparse"], ".1%"),
+                _number(100 * task["difference"], "+.1f") + _error(task["difference_se"], ".1f", 100),
+                str(task["lost"]),
+                str(task["gained"]),
+                _number(task["p_value"], ".3f"),
+            )
+            for task in variant["tasks"]
+        ]
+        parts += [f"<h3>{escape(variant['name'])}</h3>", _table(header, rows)]
+    if not tasks["variants"]:
+        parts.append(_table(("task", "dense"), [(task, _number(a, ".1%")) for task, a in tasks["dense"].items()]))
+    return parts
+
+
+def _activation_section(config: CatsConfig) -> list[str]:
+    names = [name for name in config.layers if name in config.statistics]
+    panels = []
+    for index in sorted({0, len(names) // 2, len(names) - 1}) if names else []:
+        layer, statistics = config.layers[names[index]], config.statistics[names[index]]
+        cut, _ = statistics.cuts(layer.up_sparsity, layer.down_sparsity)
+        panels.append(plots.ActivationPanel(f"layer {index}", statistics.gate, cut))
+    if not panels:
+        return []
+    label = "|act(gate)|, weighted" if config.gate_power else "|act(gate)|"
+    return ["<h2>Activations and thresholds</h2>", plots.svg(plots.activations_figure(panels, label=label))]
+
+
+def _layer_section(config: CatsConfig) -> list[str]:
+    rows = [
+        (name, f"{layer.up_sparsity:.1%}", f"{layer.down_sparsity:.1%}", f"{layer.bytes_share:.1%}")
+        for name, layer in config.layers.items()
+    ]
+    return ["<h2>Targets of each layer</h2>", _table(("layer", "up skipped", "down skipped", "read"), rows)]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)
+
+
+def _error(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else f" ± {scale * value:{form}}"

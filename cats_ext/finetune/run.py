@@ -1,0 +1,357 @@
+"""finetune: tunes a sparse, a ReLUfied or a dense model on text with transformers' Trainer, resumable at any moment.
+
+OUTPUT/training holds the settings, the thresholds, Trainer's checkpoints and its logs; the tuned model, with merged
+adapters, goes into OUTPUT itself. A checkpoint counts if its ``trainer_state.json``, which is written last, is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cats_ext._inputs import check_token_ids
+from cats_ext._progress import progress_bar
+from cats_ext.calibration.data import collect_windows
+from cats_ext.calibration.run import calibrate
+from cats_ext.evaluation.comparison import perplexity
+from cats_ext.finetune.trainer import TrainingStoppedError, last_checkpoint, make_trainer
+from cats_ext.patching.apply import (
+    apply_cats,
+    apply_relufication,
+    current_config,
+    find_dense_mlps,
+    remove_cats,
+    sparse_mlps,
+)
+from cats_ext.patching.detection import ACTIVATION_NAMES
+from cats_ext.patching.tracking import reset_sparsity, sparsity_report, track_sparsity
+from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.files import write_together
+from cats_ext.thresholds.rules import check_sparsity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+METHODS = ("cats", "relufication", "dense")
+_HELD_OUT = 8  # windows at most, and at most a tenth of all, that are measured on instead of trained on
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What a tuning is; a checkpoint is gone on from with equal settings only.
+
+    Attributes:
+        method: "cats" masks by thresholds, "relufication" replaces the activation by ReLU, "dense" changes nothing.
+        sparsity: share of neurons to skip, in [0, 1), where the thresholds are calibrated; unused with other methods.
+        steps: optimizer steps.
+        lora_rank: rank of the adapters; 0 tunes all weights.
+        lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
+        lora_targets: names of linear modules; None for all but the output layer.
+        learning_rate: at its highest, after a warm-up over a twentieth of the steps; then it follows a cosine to 0.
+        batch_size: windows of a step.
+        sequence_length: tokens of a window.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, a third more time.
+        seed: of the order of windows and of the adapters' initial weights.
+    """
+
+    method: str = "cats"
+    sparsity: float = 0.5
+    steps: int = 400
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] | None = None
+    learning_rate: float = 2e-4
+    batch_size: int = 4
+    sequence_length: int = 512
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_sparsity("sparsity", self.sparsity)
+        for name in ("steps", "lora_rank", "batch_size", "sequence_length"):
+            value, least = getattr(self, name), 0 if name == "lora_rank" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def finetune(
+    model: PreTrainedModel,
+    data: Any,
+    output_dir: str | os.PathLike,
+    settings: FinetuneSettings | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: CatsConfig | None = None,
+    recalibrate: bool = False,
+    save_every: int = 50,
+    report_to: tuple[str, ...] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tune ``model`` on ``data`` and write it, adapters merged, to ``output_dir``; afterwards it is the tuned model.
+
+    Called again after an interruption with equal arguments, it goes on from the last whole checkpoint, with the loss
+    that it would have had. A patched model is saved as a CATS checkpoint, which ``from_pretrained`` loads patched; a
+    ReLUfied one too, with ReLU as the activation of its own config.
+
+    Args:
+        model: a dense causal language model of transformers with gated MLPs, on one device.
+        data: as for :func:`cats_ext.calibrate`; windows shorter than ``sequence_length`` are left out, and the last
+            ones held out to measure on.
+        settings: what to do; by default a LoRA tuning of 400 steps at 50 % sparsity.
+        tokenizer: needed for texts; saved beside the model.
+        config: thresholds for method "cats"; without them the model is calibrated on the data at ``sparsity``.
+        recalibrate: set the thresholds anew after the tuning, for the same target in every layer.
+        save_every: steps between checkpoints, of which the last two are kept.
+        report_to: Trainer's integrations, such as "tensorboard" or "trackio".
+        callbacks: transformers' TrainerCallback objects, for instance to measure while it tunes.
+        progress: show bars with the time left on standard error.
+
+    Returns:
+        Plain numbers: ``before`` and ``after`` (perplexity on the held-out windows and the sparsity reached there, at
+        unchanged thresholds), ``recalibrated`` likewise or None, ``loss`` by step, ``resumed_from``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, there is too little data, a LoRA target does not exist,
+            or ``output_dir`` holds a tuning with other settings.
+        TrainingStoppedError: the loss or a gradient became NaN or infinite; the checkpoints before it are kept.
+        OSError: a file cannot be written; the checkpoints before it are kept.
+        ImportError: LoRA without the package peft, or training without accelerate.
+    """
+    settings = settings or FinetuneSettings()
+    if not isinstance(save_every, int) or save_every < 1:
+        raise ValueError(f"save_every must be a positive integer, got {save_every!r}")
+    if config is not None and settings.method != "cats":
+        raise ValueError(f"config is for method 'cats', got method {settings.method!r}")
+    if recalibrate and settings.method != "cats":
+        raise ValueError(f"recalibrate is for method 'cats', got method {settings.method!r}")
+    find_dense_mlps(model)
+    train, held_out, length = _windows(model, data, tokenizer, settings)
+    if settings.lora_rank:
+        _check_targets(model, settings.lora_targets)
+    output = Path(output_dir)
+    training = output / "training"
+    _check_settings(training, _facts(model, train, held_out, settings, config))
+
+    if settings.method == "cats":
+        config = _thresholds(model, training, train, length, settings, config, progress)
+        apply_cats(model, config)
+    elif settings.method == "relufication":
+        relufy(model)
+    ids = torch.cat(held_out)
+    before = _measure(model, ids, length, settings, progress)
+    tuned = _with_adapters(model, settings)
+    with progress_bar(f"tuning, {settings.method}", settings.steps, progress) as advance:
+        trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance, callbacks)
+        resumed_from = trainer.go_on()
+    if settings.lora_rank:
+        tuned.merge_and_unload()
+    model.requires_grad_(True).eval()
+    after, recalibrated = _measure(model, ids, length, settings, progress), None
+    if recalibrate:
+        _recalibrate(model, train, length, settings, progress)
+        recalibrated = _measure(model, ids, length, settings, progress)
+    result = {
+        "output": str(output),
+        "settings": asdict(settings),
+        "resumed_from": resumed_from and resumed_from.name,
+        "held_out_tokens": ids.numel(),
+        "before": before,
+        "after": after,
+        "recalibrated": recalibrated,
+        "loss": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
+    }
+    _save(model, tokenizer, output, training, result)
+    return result
+
+
+def relufy(model: PreTrainedModel) -> PreTrainedModel:
+    """As :func:`cats_ext.apply_relufication`, for good: ReLU is what the modules and the model's config have.
+
+    Raises:
+        ValueError: as there, or the model's config does not name its activation.
+    """
+    names = [name for name in ("hidden_act", "hidden_activation") if getattr(model.config, name, None) is not None]
+    if not names:
+        raise ValueError(f"the config of {type(model).__name__} has neither hidden_act nor hidden_activation")
+    config = current_config(apply_relufication(model))
+    remove_cats(model)
+    for mlp in find_dense_mlps(model):
+        setattr(mlp.module, next(name for name in ACTIVATION_NAMES if hasattr(mlp.module, name)), nn.ReLU())
+    for name in names:
+        setattr(model.config, name, "relu")
+    return apply_cats(model, config)
+
+
+def _windows(
+    model: nn.Module, data: Any, tokenizer: Any, settings: FinetuneSettings
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Windows to train on, windows to measure on, and their length."""
+    length = min(settings.sequence_length, getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    windows = collect_windows(data, tokenizer, length, sys.maxsize, settings.seed)
+    tokens = sum(len(window) for window in windows)
+    windows = [window for window in windows if len(window) == length]
+    if len(windows) < 2:
+        raise ValueError(f"data must fill at least 2 windows of {length} tokens, got {tokens} tokens")
+    check_token_ids("data", torch.cat(windows), model)
+    held_out = max(1, min(_HELD_OUT, len(windows) // 10))
+    return windows[:-held_out], windows[-held_out:], length
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            have = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(f"lora_targets: {type(model).__name__} has no linear module {target!r}; it has {have}")
+
+
+def _facts(
+    model: nn.Module, train: list[Tensor], held_out: list[Tensor], settings: FinetuneSettings, config: CatsConfig | None
+) -> dict[str, Any]:
+    """What has to be equal for a checkpoint to be gone on from, as JSON gives it back."""
+    weights = torch.cat([p.detach().flatten()[:16].double().cpu() for p in model.parameters()])
+    thresholds = [] if config is None else [*config.thresholds.values(), *config.down_thresholds.values()]
+    facts = asdict(settings) | {
+        "model": _digest(weights),
+        "dtype": str(model.dtype),
+        "data": _digest(*train, *held_out),
+        "thresholds": _digest(*thresholds) if thresholds else "calibrated",
+    }
+    return json.loads(json.dumps(facts))
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_settings(training: Path, facts: dict[str, Any]) -> None:
+    """Compare with those of the tuning that is in ``training``, or write them for a new one."""
+    path = training / "settings.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in facts if stored[name] != facts[name]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not what finetune wrote: {error!r}. Choose another output directory"
+            ) from error
+        if different:
+            name = "method" if "method" in different else different[0]
+            raise ValueError(
+                f"{training} holds a tuning with {name} {stored[name]!r}, got {name} {facts[name]!r}: choose another "
+                "output directory, or give the same arguments to go on with it"
+            )
+        return
+    if (training.parent / "config.json").exists():
+        raise ValueError(f"{training.parent} holds a model, which would be overwritten: choose another directory")
+    if training.exists() and any(training.iterdir()):
+        raise ValueError(f"{training} is not empty and holds no tuning: choose another output directory")
+    training.mkdir(parents=True, exist_ok=True)
+    write_together({path: (json.dumps(facts, indent=2) + "\n").encode()})
+
+
+def _thresholds(
+    model: nn.Module,
+    training: Path,
+    train: list[Tensor],
+    length: int,
+    settings: FinetuneSettings,
+    config: CatsConfig | None,
+    progress: bool,
+) -> CatsConfig:
+    """Those that the tuning was begun with, else ``config``, else calibrated ones."""
+    directory = training / "thresholds"
+    if directory.is_dir() and any(directory.glob("cats_config.json")):
+        return CatsConfig.from_pretrained(directory)
+    if config is None:
+        config = calibrate(
+            model, train, sparsity=settings.sparsity, **_calibration(settings, length), progress=progress
+        )
+    config.save_pretrained(directory)
+    return config
+
+
+def _calibration(settings: FinetuneSettings, length: int) -> dict[str, int]:
+    return {"sequence_length": length, "batch_size": settings.batch_size, "seed": settings.seed}
+
+
+def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Module:
+    if not settings.lora_rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"LoRA needs the package peft: pip install 'cats_ext[finetune]' ({error})") from error
+    torch.manual_seed(settings.seed)
+    targets = "all-linear" if settings.lora_targets is None else list(settings.lora_targets)
+    adapters = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, adapters)
+
+
+def _measure(model: nn.Module, ids: Tensor, length: int, settings: FinetuneSettings, progress: bool) -> dict[str, Any]:
+    patched = bool(sparse_mlps(model))
+    if patched:
+        reset_sparsity(model)
+    with track_sparsity(model) if patched else nullcontext():
+        found = perplexity(model, ids, window=length, batch_size=settings.batch_size, progress=progress)
+    sparsity = None
+    if patched:
+        report = sparsity_report(model)
+        sparsity = report.to_dict() | {"drift": max(layer.drift for layer in report.layers)}
+        reset_sparsity(model)
+    return {"ppl": found.ppl, "nll": found.nll, "sparsity": sparsity}
+
+
+def _recalibrate(
+    model: nn.Module, train: list[Tensor], length: int, settings: FinetuneSettings, progress: bool
+) -> None:
+    """New thresholds by the same rule for the same targets, layer by layer."""
+    old = current_config(model)
+    rule = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
+    remove_cats(model)
+    new = calibrate(model, train, allocation="uniform", **rule, **_calibration(settings, length), progress=progress)
+    targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
+    new = new.with_targets(targets, old.sparsity)
+    apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, output: Path, training: Path, result: dict[str, Any]) -> None:
+    steps: list[Callable[[], Any]] = [lambda: model.save_pretrained(output)]
+    if tokenizer is not None:
+        steps.append(lambda: tokenizer.save_pretrained(output))
+    steps.append(lambda: write_together({training / "result.json": (json.dumps(result, indent=2) + "\n").encode()}))
+    try:
+        for step in steps:
+            step()
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the tuned model cannot be written to {output}: {error}. The last checkpoint, "
+            f"{last_checkpoint(training)}, is whole: call again with the same arguments when there is room"
+        ) from error
+
+
+__all__ = ["METHODS", "FinetuneSettings", "TrainingStoppedError", "finetune", "relufy"]

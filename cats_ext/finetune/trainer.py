@@ -1,0 +1,145 @@
+"""transformers' Trainer for :mod:`cats_ext.finetune`: whole checkpoints, and a stop at numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+    from cats_ext.finetune.run import FinetuneSettings
+
+
+class TrainingStoppedError(RuntimeError):
+    """The loss or a gradient is NaN or infinite. The message names the step and the last good checkpoint."""
+
+
+def last_checkpoint(training: Path) -> Path | None:
+    """The newest whole checkpoint in ``training``; None if there is none."""
+    whole = [path for path in training.glob("checkpoint-*") if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # written last, so an interrupted checkpoint has none, or half of one
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.rpartition("-")[2].isdigit()
+
+
+def make_trainer(
+    model: nn.Module,
+    windows: list[Tensor],
+    training: Path,
+    settings: FinetuneSettings,
+    save_every: int,
+    report_to: tuple[str, ...],
+    advance: Callable[[], None],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """A Trainer on ``windows`` of equal length that keeps its checkpoints in ``training``; its ``go_on()`` trains.
+
+    Interrupted checkpoints there are removed. On CUDA, float32 weights are trained in bfloat16 autocast.
+    """
+    try:
+        import accelerate  # noqa: F401  Trainer's own message is long
+    except ImportError as error:
+        raise ImportError("fine-tuning needs the package accelerate: pip install 'cats_ext[finetune]'") from error
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+    for path in training.glob("checkpoint-*"):
+        if not _is_whole(path):
+            shutil.rmtree(path)
+
+    def check(what: str, value: Tensor, step: int) -> None:
+        if not torch.isfinite(value):
+            kept = last_checkpoint(training)
+            raise TrainingStoppedError(
+                f"{what} is {value.item()} at step {step}: tuning is stopped, and the last good checkpoint is "
+                f"{kept or 'none, since none has been written yet'}. A lower learning rate than "
+                f"{settings.learning_rate} helps most often"
+            )
+
+    class Checked(Trainer):
+        def go_on(self) -> Path | None:
+            """Train from the last whole checkpoint, which is returned; only load it if it is the last step's."""
+            last = last_checkpoint(training)
+            state = last and TrainerState.load_from_json(str(last / "trainer_state.json"))
+            if state is not None and state.global_step >= self.args.max_steps:  # train() would do one step more
+                self._load_from_checkpoint(str(last))
+                self.state = state
+            else:
+                self.train(resume_from_checkpoint=last and str(last))
+            return last
+
+        def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+            loss = super().training_step(*arguments, **named)
+            check("the loss", loss, self.state.global_step + 1)
+            return loss
+
+        def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+            path = training / f"checkpoint-{self.state.global_step}"
+            try:
+                super()._save_checkpoint(*arguments, **named)
+            except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+                if not _is_whole(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                raise OSError(
+                    f"the checkpoint of step {self.state.global_step} cannot be written to {path}: {error}. The last "
+                    f"good one is {last_checkpoint(training) or 'none'}; call again with the same arguments to go on"
+                ) from error
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            for _step in range(state.global_step):
+                advance()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            check("the norm of the gradients", torch.nn.utils.get_total_norm(gradients), state.global_step + 1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance()
+
+    on_cuda = next(model.parameters()).is_cuda
+    weights = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    arguments = TrainingArguments(
+        output_dir=str(training),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.steps // 20,
+        seed=settings.seed,
+        bf16=on_cuda and weights.dtype == torch.float32,
+        use_cpu=not on_cuda,
+        dataloader_pin_memory=on_cuda,
+        dataloader_drop_last=len(windows) >= settings.batch_size,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(report_to),
+        disable_tqdm=True,
+        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),  # deprecated, but in all of v5
+    )
+    if on_cuda:
+        arguments._n_gpu = 1  # the device that the model is on, not DataParallel over all
+    trainer = Checked(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        callbacks=[Watch(), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints to standard output
+    return trainer

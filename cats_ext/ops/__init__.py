@@ -1,0 +1,25 @@
+"""The torch ops ``torch.ops.cats.*`` and what stands behind them: schemas, references, compiled libraries, Triton."""
+
+from cats_ext.ops.definitions import (
+    ELEMENTWISE_DTYPES,
+    SCHEMAS,
+    SPARSE_DTYPES,
+    gated_threshold,
+    gated_threshold_backward,
+    gated_threshold_forward,
+    sparse_mlp,
+    sparse_mlp_counted,
+    sparse_mlp_step,
+)
+
+__all__ = [
+    "ELEMENTWISE_DTYPES",
+    "SCHEMAS",
+    "SPARSE_DTYPES",
+    "gated_threshold",
+    "gated_threshold_backward",
+    "gated_threshold_forward",
+    "sparse_mlp",
+    "sparse_mlp_counted",
+    "sparse_mlp_step",
+]

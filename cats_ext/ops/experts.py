@@ -1,0 +1,135 @@
+"""The op of routed experts for few tokens: a mixture's MLPs, each token through those it was routed to.
+
+On the CPU each routed expert is one call of ``cats::sparse_mlp`` with the tokens it got. On CUDA, Triton kernels read
+on the device which experts were chosen, so that nothing waits for the device and the op can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from cats_ext.ops import definitions as ops
+
+torch.library.define(
+    "cats::sparse_experts",
+    "(Tensor x, Tensor experts, Tensor routing, Tensor w_gate_up, Tensor w_down_t, Tensor threshold, "
+    "Tensor? down_threshold=None, str activation='silu') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+sparse_experts = torch.ops.cats.sparse_experts
+"""``y[t] = sum_k routing[t, k] MLP_e(x[t])`` with ``e = experts[t, k]``, each MLP as in ``cats::sparse_mlp``.
+
+Args:
+    x: ``[T, H]``, float32, float16 or bfloat16.
+    experts, routing: int64 and floating point ``[T, K]``. An expert that there is not is an error on the CPU, and gives
+        NaN on CUDA.
+    w_gate_up: ``[E, 2 I, H]``, of each expert the gate's rows before those of up.
+    w_down_t: ``[E, I, H]``, the down projections with one contiguous row a neuron.
+    threshold, down_threshold: float32 ``[]``, for all experts.
+
+Returns:
+    ``[T, H]`` in x's dtype, summed in float32 in a fixed order: the same bits in every run.
+"""
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu"):
+    op = "sparse_experts"
+    ops._check(x.dtype in ops.SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+    ops._check(x.dim() == 2, lambda: f"{op}: x must have shape [T, H], got {list(x.shape)}")
+    ops._check(w_down_t.dim() == 3, lambda: f"{op}: w_down_t must have shape [E, I, H], got {list(w_down_t.shape)}")
+    count, intermediate, hidden = w_down_t.shape
+    ops._check(x.shape[1] == hidden, lambda: f"{op}: x must have shape [T, {hidden}], got {list(x.shape)}")
+    for name, w, rows in (("w_gate_up", w_gate_up, 2 * intermediate), ("w_down_t", w_down_t, intermediate)):
+        ops._check_like(op, name, w, "x", x, (count, rows, hidden))
+        ops._check(
+            hidden == 1 or w.stride(2) == 1,
+            lambda n=name, w=w: f"{op}: {n} must have unit stride in its last dimension, got {list(w.stride())}",
+        )
+    ops._check(
+        experts.dtype == torch.int64 and experts.dim() == 2 and experts.shape[0] == x.shape[0],
+        lambda: f"{op}: experts must be int64 [{x.shape[0]}, K], got {experts.dtype} {list(experts.shape)}",
+    )
+    ops._check(
+        routing.is_floating_point() and routing.shape == experts.shape,
+        lambda: (
+            f"{op}: routing must be floating point {list(experts.shape)}, got {routing.dtype} {list(routing.shape)}"
+        ),
+    )
+    for name, t in (("threshold", threshold), ("down_threshold", down_threshold)):
+        ops._check(
+            t is None or (t.dtype == torch.float32 and t.dim() == 0),
+            lambda n=name, t=t: f"{op}: {n} must be float32 of shape [], got {t.dtype} {list(t.shape)}",
+        )
+    for name, t in (
+        ("experts", experts), ("routing", routing), ("threshold", threshold), ("down_threshold", down_threshold)
+    ):  # fmt: skip
+        ops._check(
+            t is None or t.device == x.device,
+            lambda n=name, t=t: f"{op}: {n} must be on x's device {x.device}, got {t.device}",
+        )
+    ops._check_activation(op, activation)
+
+
+def _fake(x, *arguments):
+    _check(x, *arguments)
+    return x.new_empty(x.shape)
+
+
+def _sparse_experts_cpu(
+    x: Tensor,
+    experts: Tensor,
+    routing: Tensor,
+    w_gate_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+    (tokens, per_token), (count, intermediate, hidden) = experts.shape, w_down_t.shape
+    out = x.new_empty(tokens * per_token, hidden)
+    places: dict[int, list[int]] = {}
+    for place, expert in enumerate(experts.flatten().tolist()):
+        places.setdefault(expert, []).append(place)
+    for expert, where in places.items():
+        if not 0 <= expert < count:
+            raise RuntimeError(f"sparse_experts: experts must be in [0, {count}), got {expert}")
+        w_gate_up_e = w_gate_up.select(0, expert)  # select and narrow: indexing takes twice the host time
+        w_gate, w_up = w_gate_up_e.narrow(0, 0, intermediate), w_gate_up_e.narrow(0, intermediate, intermediate)
+        rows = x if tokens == 1 else x[[place // per_token for place in where]]
+        y = ops.sparse_mlp(rows, w_gate, w_up, w_down_t.select(0, expert), threshold, down_threshold, activation)
+        if len(where) == 1:
+            out.narrow(0, where[0], 1).copy_(y)
+        else:
+            out[where] = y.expand(len(where), hidden)
+    return (out.view(tokens, per_token, hidden).float() * routing.float()[:, :, None]).sum(1).to(x.dtype)
+
+
+def _sparse_experts_cuda(
+    x: Tensor,
+    experts: Tensor,
+    routing: Tensor,
+    w_gate_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    from cats_ext.ops.triton_experts import launch
+
+    _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+    return launch(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+
+
+torch.library.register_fake("cats::sparse_experts", _fake)
+torch.library.register_kernel("cats::sparse_experts", "cpu", _sparse_experts_cpu)
+torch.library.register_kernel("cats::sparse_experts", "cuda", _sparse_experts_cuda)

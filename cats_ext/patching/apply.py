@@ -1,0 +1,225 @@
+"""Makes a model's gated MLPs sparse in place, and dense again: all of them or none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext._progress import finish_despite_interrupt
+from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
+from cats_ext.patching.mlp import CatsMLP, make_dense, make_sparse, set_class, sparse_class
+from cats_ext.patching.wrappers import unwrapped
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.rules import check_bool
+from cats_ext.thresholds.statistics import SMALLEST
+
+
+def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
+    """The patched MLPs of ``model`` by name; empty if it is dense.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    check_module(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
+
+
+def apply_cats(
+    model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None, neuron_rows: bool = True
+) -> nn.Module:
+    """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
+
+    The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
+    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix. From then on
+    ``save_pretrained`` of a transformers model writes a checkpoint with the thresholds beside the dense weights, which
+    ``from_pretrained`` loads patched.
+
+    Args:
+        model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
+            down_proj (Phi-3) and a SiLU, GELU or ReLU; also inside torch.compile, DistributedDataParallel or PEFT.
+        config: from :func:`cats_ext.calibrate` or :meth:`CatsConfig.from_pretrained`, for this model, with or without
+            its head.
+        sparse_prefill: False to compute prompts densely (whatever has several tokens of a sequence, so also a draft
+            that is being verified), True to mask them as generated tokens are; None for what the config says, by
+            default True.
+        neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
+            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: the model is patched already, is quantised or cannot run sparsely, or the config belongs to another
+            model. The model is unchanged after any error, KeyboardInterrupt included.
+    """
+    if not isinstance(config, CatsConfig):
+        raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+    check_bool("neuron_rows", neuron_rows)
+    mlps, inner = find_dense_mlps(model), unwrapped(model)
+    if sparse_prefill is not None:
+        config = replace(config, sparse_prefill=sparse_prefill)
+    config.validate()
+    config = config.for_part(inner, mlps)
+    config.check_fits(inner, mlps)
+    try:
+        for mlp in mlps:
+            make_sparse(mlp, config, neuron_rows)
+        if _is_transformers(inner):
+            _checkpoints().attach(inner, config)
+        return model
+    except BaseException:
+        _make_dense(inner, [mlp.module for mlp in mlps])
+        raise
+
+
+def apply_relufication(model: nn.Module) -> nn.Module:
+    """Replace the activation of every gated MLP by ReLU, in place: the baseline that CATS is compared with.
+
+    Neurons whose gate is not positive are zero and skipped by the same kernel; there is no threshold to calibrate, and
+    without tuning the model is another one (arXiv 2404.08763, section 4; arXiv 2310.04564). :func:`remove_cats` undoes
+    it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply_cats`.
+    """
+    mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
+    config = CatsConfig(
+        thresholds={mlp.name: torch.tensor(SMALLEST) for mlp in mlps},  # drops exact zeros, and nothing else
+        layers={
+            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, "relu", 0.0, 0.0, mlp.experts) for mlp in mlps
+        },
+        model_type=getattr(getattr(model, "config", None), "model_type", None),
+        sparsity=0.0,
+    )
+    try:
+        for mlp in mlps:
+            make_sparse(mlp, config)
+        return model
+    except BaseException:
+        _make_dense(model, [mlp.module for mlp in mlps])
+        raise
+
+
+def remove_cats(model: nn.Module) -> nn.Module:
+    """Undo :func:`apply_cats`: same modules, same values, same memory layout. Returns ``model``.
+
+    Adapters and hooks added since stay where they are. If interrupted, the removal is completed before the exception
+    is passed on.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: there is nothing to remove")
+    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values())))
+    return model
+
+
+def current_config(model: nn.Module) -> CatsConfig:
+    """The config of a patched model, with the thresholds as they are in its modules now.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    states = {module.cats.name: module for module in patched.values()}
+
+    def read(buffer: str) -> dict[str, Tensor]:
+        tensors = {name: getattr(module, buffer) for name, module in states.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if tensor is not None}
+
+    config = next(iter(states.values())).cats.config
+    return replace(config, thresholds=read("threshold"), down_thresholds=read("down_threshold"))
+
+
+def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | None = None) -> nn.Module:
+    """Change how sparse a patched model is, from what its calibration counted; the model is not run.
+
+    The thresholds are overwritten in place, so captured CUDA graphs and compiled models follow from their next run on.
+
+    Args:
+        model: patched with a config that has statistics, as :func:`cats_ext.calibrate` makes it.
+        sparsity, down_sparsity: as for :meth:`CatsConfig.at_sparsity`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, a sparsity is out of its range, or the config has no
+            statistics. The thresholds are unchanged after any error.
+    """
+    before = current_config(model)
+    after = before.at_sparsity(sparsity, down_sparsity=down_sparsity)
+    modules = list(sparse_mlps(model).values())
+    try:
+        for module in modules:
+            module.set_thresholds(after)
+        return model
+    except BaseException:
+        for module in modules:
+            module.set_thresholds(before)
+        raise
+
+
+@contextmanager
+def masking_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes densely with the same weights, as it did before :func:`apply_cats`; nothing is copied.
+
+    Not for a captured graph, which runs what it recorded; setting its thresholds to 0 has the same effect there.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    try:
+        for module in patched.values():
+            set_class(module, module.cats.original_class)
+        yield
+    finally:
+        finish_despite_interrupt(lambda: [set_class(module, sparse_class(module)) for module in patched.values()])
+
+
+def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
+    """As :func:`find_gated_mlps`, in what ``model`` may be wrapped in; refuses one that is patched already."""
+    model = unwrapped(model)
+    if sparse_mlps(model):
+        raise ValueError(f"model of class {type(model).__name__} is patched already: call remove_cats first")
+    if _is_transformers(model):
+        _checkpoints().check_not_quantised(model)
+    return find_gated_mlps(model)
+
+
+def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
+    for part in unwrapped(model).modules():
+        if _is_transformers(part):
+            _checkpoints().detach(part)
+    for module in modules:
+        make_dense(module)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")  # importing it takes seconds, and others need it not
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _checkpoints() -> ModuleType:
+    """What makes transformers save and load a patched model, imported with transformers only."""
+    from cats_ext.integrations import transformers
+
+    return transformers

@@ -1,0 +1,207 @@
+"""How sparse the patched MLPs really were, against their targets, on the tokens seen while tracking was on."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from cats_ext.patching.apply import sparse_mlps
+from cats_ext.patching.mlp import CatsMLP
+from cats_ext.thresholds.rules import bytes_share
+
+
+class SparsityDriftWarning(UserWarning):
+    """Layers skip clearly more or fewer neurons than they were calibrated to."""
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """One MLP: the share of token-neuron pairs skipped, and the share the config aimed at."""
+
+    name: str
+    tokens: int
+    weight_bytes: int  # of the dense MLP, or of the experts that a token takes
+    up_sparsity: float
+    up_target: float
+    down_sparsity: float
+    down_target: float
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of the dense MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
+        return bytes_share(self.up_sparsity, self.down_sparsity)
+
+    @property
+    def bytes_read(self) -> float:
+        """Weight bytes that the counted tokens read, each by itself."""
+        return self.tokens * self.bytes_share * self.weight_bytes
+
+    @property
+    def drift(self) -> float:
+        """By how much the sparsity reached differs from its target, the larger of up and down."""
+        return max(abs(self.up_sparsity - self.up_target), abs(self.down_sparsity - self.down_target))
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Reached against target sparsity, per layer and on average over layers. Prints as a table."""
+
+    layers: list[LayerSparsity]
+
+    def _mean(self, attribute: str) -> float:
+        return sum(getattr(layer, attribute) for layer in self.layers) / len(self.layers)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted, the largest number over the layers."""
+        return max(layer.tokens for layer in self.layers)
+
+    @property
+    def up_sparsity(self) -> float:
+        return self._mean("up_sparsity")
+
+    @property
+    def down_sparsity(self) -> float:
+        return self._mean("down_sparsity")
+
+    @property
+    def bytes_share(self) -> float:
+        return self._mean("bytes_share")
+
+    @property
+    def bytes_read(self) -> float:
+        return sum(layer.bytes_read for layer in self.layers)
+
+    def drifted(self, tolerance: float) -> list[LayerSparsity]:
+        """The layers whose sparsity is further than ``tolerance`` from its target, the furthest first."""
+        return sorted((layer for layer in self.layers if layer.drift > tolerance), key=lambda layer: -layer.drift)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return {
+            "tokens": self.tokens,
+            "bytes_read": self.bytes_read,
+            "up_sparsity": self.up_sparsity,
+            "up_target": self._mean("up_target"),
+            "down_sparsity": self.down_sparsity,
+            "down_target": self._mean("down_target"),
+            "bytes_share": self.bytes_share,
+            "layers": [{**asdict(layer), "bytes_share": layer.bytes_share} for layer in self.layers],
+        }
+
+    def __rich__(self) -> Table:
+        columns = ("tokens", "up", "target", "down", "target", "MLP bytes")
+        table = Table("layer", title="sparsity reached (share of neurons skipped)")
+        for column in columns:
+            table.add_column(column, justify="right")
+
+        def row(name: str, tokens: int, *shares: float) -> None:
+            table.add_row(name, str(tokens), *(f"{share:.1%}" for share in shares))
+
+        shares = ("up_sparsity", "up_target", "down_sparsity", "down_target", "bytes_share")
+        for layer in self.layers:
+            row(layer.name, layer.tokens, *(getattr(layer, share) for share in shares))
+        table.add_section()
+        row("mean", self.tokens, *(self._mean(share) for share in shares))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue()
+
+
+class _Tracking:
+    """Returned by :func:`track_sparsity`; as a context manager it puts the earlier setting back on exit."""
+
+    def __init__(self, before: dict[CatsMLP, bool]) -> None:
+        self._before = before
+
+    def __enter__(self) -> _Tracking:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module, tracking in self._before.items():
+            if isinstance(module, CatsMLP):  # not removed meanwhile
+                module.track(tracking)
+
+
+def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
+    """Count from now on how many neurons each patched MLP keeps (or stop counting).
+
+    Use as a call, or as ``with track_sparsity(model): ...``. Counts stay until :func:`reset_sparsity`. All positions of
+    a batch count, padding included. Off by default because counting costs time.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    modules = _patched(model)
+    before = {module: module.cats_form.tracking for module in modules.values()}
+    for module in modules.values():
+        module.track(enabled)
+    return _Tracking(before)
+
+
+def reset_sparsity(model: nn.Module) -> None:
+    """Forget what has been counted. Raises ValueError if the model is not patched."""
+    for module in _patched(model).values():
+        module.counts.zero_()
+
+
+def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> SparsityReport:
+    """The sparsity reached on the tokens counted since the last reset. Waits for the device.
+
+    Args:
+        tolerance: if given, a :class:`SparsityDriftWarning` names the layers that are further than this from the
+            sparsity they were calibrated to (0.05 is five points): text unlike the calibration's is the usual cause.
+
+    Raises:
+        ValueError: the model is not patched, nothing has been counted, or the tolerance is no share.
+    """
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
+    layers = []
+    for name, module in _patched(model).items():
+        evaluated, kept_up, kept_down = module.counts.tolist()
+        if evaluated == 0:
+            raise ValueError(
+                f"no token has been counted in {name}: call track_sparsity(model), run the model, then sparsity_report"
+            )
+        state, target = module.cats, module.cats.target
+        neurons = target.intermediate_size * state.experts_per_token
+        layers.append(
+            LayerSparsity(
+                name=name,
+                tokens=evaluated // neurons,
+                weight_bytes=3 * neurons * target.hidden_size * state.down_weight.element_size(),
+                up_sparsity=1 - kept_up / evaluated,
+                up_target=target.up_sparsity,
+                down_sparsity=1 - kept_down / evaluated,
+                down_target=target.down_sparsity,
+            )
+        )
+    report = SparsityReport(layers)
+    drifted = [] if tolerance is None else report.drifted(tolerance)
+    if drifted:
+        worst = drifted[0]
+        warnings.warn(
+            f"sparsity is more than {tolerance:.1%} from its target in {len(drifted)} of {len(layers)} layers, "
+            f"furthest in {worst.name}: up {worst.up_sparsity:.1%} of {worst.up_target:.1%}, "
+            f"down {worst.down_sparsity:.1%} of {worst.down_target:.1%}. Calibrate on text like this",
+            SparsityDriftWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _patched(model: nn.Module) -> dict[str, CatsMLP]:
+    modules = sparse_mlps(model)
+    if not modules:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    return modules

@@ -1,0 +1,373 @@
+"""CatsConfig: the thresholds of one model, and what they were made from, as a directory of JSON and safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cats_ext.thresholds.allocation import LossTable
+from cats_ext.thresholds.files import write_together
+from cats_ext.thresholds.rules import (
+    budget_of,
+    bytes_share,
+    check_bool,
+    check_rule,
+    check_sparsity,
+    check_weights,
+    sparsity_split,
+)
+from cats_ext.thresholds.statistics import LayerStatistics
+
+CONFIG_FILE = "cats_config.json"
+THRESHOLDS_FILE = "cats_thresholds.safetensors"
+FORMAT_VERSION = 2
+_PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "sparse_prefill", "calibration")
+
+
+class MLPShape(Protocol):
+    """What a config has to know of a model's gated MLP; ``patching.detection.GatedMLP`` is one."""
+
+    name: str
+    activation: str
+    experts: int | None
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One gated MLP: what it must look like, and the share of its neurons that the thresholds were set to skip."""
+
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    up_sparsity: float  # of the rows of up_proj
+    down_sparsity: float  # of the rows of down_proj, laid out by neuron
+    experts: int | None = None  # so many in one module, each of this shape, with thresholds in common
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of the dense MLP's weight bytes that one token reads."""
+        return bytes_share(self.up_sparsity, self.down_sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "experts" or value is not None}
+
+
+@dataclass(eq=False)  # tensors have no truth value
+class CatsConfig:
+    """Thresholds by MLP name, the sparsity they aim at, and the facts of their calibration.
+
+    A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``.
+
+    Attributes:
+        thresholds: float32 ``[]`` or ``[I]`` by module name.
+        down_thresholds: likewise; empty for the plain rule.
+        layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
+            fingerprint by which a config for another model is recognised.
+        rule, sparsity, gate_power, last_gate_power, importance: as given to :func:`cats_ext.calibrate`.
+        sparse_prefill: False computes every input of more than one position a sequence densely: the prompt phase, and
+            the verification of drafted tokens. The prompt then costs no quality; what is generated may still differ.
+        calibration: tokens, windows, sequence_length, seed and package version of the calibration.
+        statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
+            (:meth:`at_sparsity`). Empty in a config made by hand.
+        losses: of each layer at each sparsity, where calibration searched an allocation; else all layers are alike.
+    """
+
+    quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
+
+    thresholds: dict[str, Tensor]
+    layers: dict[str, LayerConfig]
+    model_type: str | None
+    sparsity: float
+    rule: str = "plain"
+    gate_power: float = 0.0
+    last_gate_power: float = 0.0
+    importance: str = "norm"
+    sparse_prefill: bool = True
+    down_thresholds: dict[str, Tensor] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
+    losses: LossTable | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of all MLP weight bytes that one token reads at the target sparsity."""
+        sizes = [layer.hidden_size * layer.intermediate_size for layer in self.layers.values()]
+        shares = [layer.bytes_share for layer in self.layers.values()]
+        return sum(n * share for n, share in zip(sizes, shares, strict=True)) / sum(sizes)
+
+    def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
+        """This calibration at another sparsity: the model is not run again, and this config stays as it is.
+
+        Every threshold follows from the stored statistics, exactly as ``calibrate(..., sparsity=sparsity)`` on the same
+        text would set it, or where an allocation was searched, as with the ``budget`` of the same bytes. Shapes of
+        thresholds do not depend on the sparsity, so that those of a patched model can be overwritten in place.
+
+        Args:
+            sparsity: as in :func:`cats_ext.calibrate`, in [0, 1).
+            down_sparsity: as there; None for the default split of the two-threshold rule, or for the allocation over
+                layers that calibration found.
+
+        Raises:
+            TypeError, ValueError: an argument is out of its range, which ends at 0.99 for a searched allocation, or the
+                config has no statistics.
+        """
+        split = sparsity_split(sparsity, self.rule, down_sparsity)
+        if self.losses is None or down_sparsity is not None:
+            return self.with_targets(dict.fromkeys(self.layers, split), sparsity)
+        sizes = [layer.hidden_size * layer.intermediate_size for layer in self.layers.values()]
+        targets = self.losses.targets(budget_of(sparsity), sizes, split)
+        return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
+
+    def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
+        """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own."""
+        missing = [name for name in self.layers if name not in self.statistics]
+        if missing:
+            raise ValueError(f"config has no calibration statistics for {missing[0]}: calibrate the model again")
+        thresholds, down_thresholds = thresholds_of(self.statistics, targets)
+        layers = {
+            name: replace(layer, up_sparsity=targets[name][0], down_sparsity=targets[name][1])
+            for name, layer in self.layers.items()
+        }
+        return replace(
+            self,
+            thresholds=thresholds,
+            down_thresholds=down_thresholds,
+            layers=layers,
+            sparsity=sparsity,
+        )
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
+        check_sparsity("sparsity", self.sparsity)
+        check_rule(self.rule)
+        check_weights(self.rule, self.gate_power, self.last_gate_power, self.importance)
+        check_bool("sparse_prefill", self.sparse_prefill)
+        if not self.layers:
+            raise ValueError("layers must name at least one MLP, got none")
+        for name, layer in self.layers.items():
+            check_sparsity(f"layers[{name!r}].up_sparsity", layer.up_sparsity)
+            check_sparsity(f"layers[{name!r}].down_sparsity", layer.down_sparsity)
+        for field_name in ("thresholds", "down_thresholds"):
+            thresholds: dict[str, Tensor] = getattr(self, field_name)
+            if field_name == "down_thresholds" and self.rule != "two_threshold":
+                expected: Iterable[str] = ()
+            else:
+                expected = self.layers
+            if thresholds.keys() != set(expected):
+                raise ValueError(
+                    f"{field_name} must have one entry per layer for rule {self.rule!r}: "
+                    + _difference(expected, thresholds, "layers", field_name)
+                )
+            for name, threshold in thresholds.items():
+                _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
+
+    def for_part(self, model: nn.Module, mlps: Sequence[MLPShape]) -> CatsConfig:
+        """This config with the MLPs' names in ``model``, if it was made for its base model alone, or it for one.
+
+        transformers loads the same checkpoint with and without a head: ``model.layers.0.mlp`` of a causal language
+        model is ``layers.0.mlp`` of its base model.
+        """
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = {mlp.name for mlp in mlps}
+        for rename in (lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
+            if names != self.layers.keys() and {rename(name) for name in self.layers} == names:
+                parts = ("thresholds", "down_thresholds", "layers", "statistics")
+                return replace(
+                    self, **{part: {rename(name): v for name, v in getattr(self, part).items()} for part in parts}
+                )
+        return self
+
+    def check_fits(self, model: nn.Module, mlps: Sequence[MLPShape]) -> None:
+        """Raise ValueError unless the config was made for a model of this kind."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type != self.model_type:
+            raise ValueError(f"config is for a model of type {self.model_type!r}, got one of type {model_type!r}")
+        names = [mlp.name for mlp in mlps]
+        if set(names) != self.layers.keys():
+            raise ValueError(
+                f"config has {len(self.layers)} MLPs and the model {len(names)}: "
+                + _difference(self.layers, names, "the config", "the model")
+            )
+        for mlp in mlps:
+            layer = self.layers[mlp.name]
+            for attribute in ("hidden_size", "intermediate_size", "activation", "experts"):
+                want, have = getattr(layer, attribute), getattr(mlp, attribute)
+                if want != have:
+                    raise ValueError(f"config has {attribute} {want!r} for {mlp.name}, the model has {have!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, ready for JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "rule": self.rule,
+            "sparsity": self.sparsity,
+            "gate_power": self.gate_power,
+            "last_gate_power": self.last_gate_power,
+            "importance": self.importance,
+            "sparse_prefill": self.sparse_prefill,
+            "bytes_share": self.bytes_share,
+            "model_type": self.model_type,
+            "calibration": self.calibration,
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+        }
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``cats_config.json`` and ``cats_thresholds.safetensors`` into a directory, made if missing.
+
+        Both files are complete on disk before they replace earlier ones, and an error in between puts the earlier ones
+        back.
+        """
+        self.validate()
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors, numbers = self._tensors()
+        blob = save_tensors(tensors)
+        document = self.to_dict()
+        document["statistics"] = numbers
+        document["thresholds_sha256"] = hashlib.sha256(blob).hexdigest()
+        text = json.dumps(document, indent=2) + "\n"
+        write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
+        """What goes into the safetensors file, and what the counts of each layer stand for."""
+        tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
+        tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
+        numbers: dict[str, dict[str, int]] = {}
+        for name, statistics in self.statistics.items():
+            parts, numbers[name] = statistics.pack()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+        if self.losses is not None:
+            tensors |= {"search.options": self.losses.options, "search.losses": self.losses.losses}
+            tensors["search.spread"] = torch.tensor(self.losses.spread, dtype=torch.float64)
+        return tensors, numbers
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the directory or one of the two files is missing.
+            ValueError: a file is not what was written (format, hash), or its contents are not valid.
+        """
+        directory = Path(directory)
+        path = directory / CONFIG_FILE
+        document = _read_json(path)
+        tensors_path = directory / THRESHOLDS_FILE
+        if not tensors_path.is_file():
+            raise FileNotFoundError(f"{tensors_path} is missing; {path} refers to it")
+        blob = tensors_path.read_bytes()
+        expected, actual = document.get("thresholds_sha256"), hashlib.sha256(blob).hexdigest()
+        if actual != expected:
+            raise ValueError(
+                f"{tensors_path} is not the file that {path.name} was saved with (truncated or altered): "
+                f"sha256 {actual}, expected {expected}"
+            )
+        try:
+            return cls._from_parts(document, load_tensors(blob))
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            what = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is not a valid CATS config: {what}") from error
+
+    @classmethod
+    def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
+        layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
+        statistics = {}
+        for name, numbers in document["statistics"].items():
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            before = set(parts)
+            statistics[name] = LayerStatistics.unpack(parts, numbers)
+            for key in before - set(parts):
+                del tensors[prefix + key]
+
+        losses = None
+        if "search.losses" in tensors:
+            spread = float(tensors.pop("search.spread", 1.0))
+            losses = LossTable(tensors.pop("search.options"), tensors.pop("search.losses"), spread)
+
+        def take(suffix: str) -> dict[str, Tensor]:
+            return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}
+
+        down_thresholds = take(".down_threshold")
+        config = cls(
+            thresholds=take(".threshold"),
+            down_thresholds=down_thresholds,
+            layers=layers,
+            statistics=statistics,
+            losses=losses,
+            last_gate_power=document.get("last_gate_power", document["gate_power"]),  # earlier files had one power
+            **{key: document[key] for key in _PLAIN_FIELDS},
+        )
+        if tensors:
+            raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(tensors))}")
+        return config
+
+
+def thresholds_of(
+    statistics: dict[str, LayerStatistics], targets: dict[str, tuple[float, float]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Thresholds and down thresholds by name, for the up and down sparsity in ``targets``."""
+    both = {name: statistics[name].thresholds(*target) for name, target in targets.items()}
+    down_thresholds = {name: down for name, (_, down) in both.items() if down is not None}
+    return {name: threshold for name, (threshold, _) in both.items()}, down_thresholds
+
+
+def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
+    if not isinstance(threshold, Tensor) or threshold.dtype != torch.float32:
+        kind = threshold.dtype if isinstance(threshold, Tensor) else type(threshold).__name__
+        raise TypeError(f"{name} must be a float32 tensor, got {kind}")
+    shapes = [()] if layer.experts else [(), (layer.intermediate_size,)]
+    if threshold.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {expected}, got {list(threshold.shape)}")
+    bad = threshold[~(threshold >= 0)]  # the negation catches NaN
+    if len(bad):
+        raise ValueError(f"{name} must be >= 0, got {float(bad[0])}")
+
+
+def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right_name: str) -> str:
+    """Which names are on one side only, the first few of them."""
+    parts = []
+    for only, other, label in ((left, right, left_name), (right, left, right_name)):
+        names = [name for name in only if name not in set(other)]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"only in {label}: {', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory with a CATS config")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {path.parent} has no CATS config")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
+    return document

@@ -1,0 +1,186 @@
+"""What calibration remembers of a layer, enough to set its thresholds for any sparsity without running the model again.
+
+One threshold needs the distribution of the gate's score. The second is tested on the neurons that passed the first, so
+it needs the joint distribution of both scores: a table of counts over the gate score's rank and the contribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cats_ext.thresholds.histogram import Histogram, bucket_edge
+
+SMALLEST = torch.finfo(torch.float32).tiny  # a threshold that drops exact zeros, which contribute nothing, and no more
+GATE_BINS = 64  # of equal share; inside one, the contribution is taken to be distributed alike
+CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
+
+
+@dataclass(eq=False)
+class JointHistogram:
+    """Counts over bins of the gate score and log-spaced buckets of the contribution.
+
+    Attributes:
+        edges: float32 ``[G]``, lower edges of the gate score's bins, ascending from 0.
+        counts: int64 ``[G, B]``; the buckets are those of ``Histogram(CONTRIBUTION_BITS)``, from bucket ``first`` on.
+        first: bucket of the first column.
+    """
+
+    edges: Tensor
+    counts: Tensor
+    first: int = 0
+
+    @classmethod
+    def over(cls, gate: Histogram) -> JointHistogram:
+        """Empty, with bins of about equal share of what ``gate`` has counted."""
+        quantiles = [gate.quantile(i / GATE_BINS) for i in range(1, GATE_BINS)]
+        edges = torch.tensor(sorted({0.0, SMALLEST, *quantiles}), device=gate.counts.device)
+        buckets = 256 << CONTRIBUTION_BITS
+        return cls(edges, torch.zeros(len(edges), buckets, dtype=torch.int64, device=edges.device))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, JointHistogram)
+            and torch.equal(self.edges.cpu(), other.edges.cpu())
+            and self.trimmed().first == other.trimmed().first
+            and torch.equal(self.trimmed().counts, other.trimmed().counts)
+        )
+
+    __hash__ = None  # mutable
+
+    def add(self, gate: Tensor, contribution: Tensor) -> None:
+        """Count pairs of ``|gate|`` and ``|contribution|``, float32 of one shape.
+
+        Raises:
+            ValueError: a contribution is NaN or infinite.
+        """
+        bins = torch.bucketize(gate.abs().reshape(-1), self.edges, right=True) - 1
+        bits = contribution.contiguous().view(torch.int32).reshape(-1) & 0x7FFFFFFF
+        not_finite = int((bits >= 0x7F800000).sum())
+        if not_finite:
+            raise ValueError(f"{not_finite} of {bits.numel()} contributions are NaN or infinite")
+        cells = bins * self.counts.shape[1] + (bits >> (23 - CONTRIBUTION_BITS))
+        self.counts += torch.bincount(cells, minlength=self.counts.numel()).view_as(self.counts)
+
+    def quantile(self, threshold: float, below: float, q: float) -> float:
+        """The contribution under which the share ``q`` of all pairs lies, with all under the gate's ``threshold``.
+
+        Args:
+            threshold: of the gate score.
+            below: share of the gate scores below ``threshold``, in [0, q].
+            q: in [0, 1).
+        """
+        bin_totals = self.counts.sum(1).double()
+        total = float(bin_totals.sum())
+        # Bins above the threshold count whole; of the one that it cuts, as much as makes the share right.
+        above = self.edges > threshold
+        passed = self.counts[above].sum(0).double()
+        missing = (1 - below) * total - float(passed.sum())
+        cut = int((~above).sum()) - 1
+        if missing > 0 and bin_totals[cut] > 0:
+            passed += self.counts[cut].double() * min(1.0, missing / float(bin_totals[cut]))
+        to_drop = (q - below) * total
+        reached = passed.cumsum(0)
+        if to_drop <= 0 or float(reached[-1]) <= 0:
+            return 0.0
+        bucket = min(int(torch.searchsorted(reached, to_drop, right=True)), len(reached) - 1)
+        inside = to_drop - (float(reached[bucket - 1]) if bucket else 0.0)
+        low, high = (bucket_edge(self.first + bucket + i, CONTRIBUTION_BITS) for i in (0, 1))
+        return low + (high - low) * min(1.0, inside / max(float(passed[bucket]), 1e-300))
+
+    def trimmed(self) -> JointHistogram:
+        """The same counts without the empty buckets at either end, on the CPU."""
+        occupied = self.counts.sum(0).nonzero().flatten()
+        low, high = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 1)
+        return JointHistogram(self.edges.cpu(), self.counts[:, low:high].cpu().contiguous(), self.first + low)
+
+    def validate(self) -> None:
+        """Raise ValueError unless edges and counts fit each other."""
+        columns = 256 << CONTRIBUTION_BITS
+        if self.edges.dim() != 1 or self.counts.dim() != 2 or len(self.edges) != len(self.counts):
+            raise ValueError(f"joint histogram has {list(self.edges.shape)} edges for {list(self.counts.shape)} counts")
+        if self.first < 0 or self.first + self.counts.shape[1] > columns:
+            raise ValueError(
+                f"buckets {self.first} to {self.first + self.counts.shape[1]} exceed the joint histogram's {columns}"
+            )
+        if not bool((self.edges[1:] > self.edges[:-1]).all()) or bool((self.counts < 0).any()):
+            raise ValueError("joint histogram must have ascending edges and no negative count")
+
+
+@dataclass
+class LayerStatistics:
+    """Distributions of one layer's activations over the calibration text, and the thresholds that follow from them.
+
+    With v = act(x Wg), u = x Wu, h = v u: the gate score of neuron j is ``|v_j| gate_weight_j``, its contribution
+    ``|h_j| down_weight_j``; without weights the factors are 1.
+
+    Attributes:
+        gate: distribution of the gate score.
+        joint: of gate score and contribution together; None if only the gate was calibrated.
+        gate_weight, down_weight: float32 ``[I]``, or None.
+    """
+
+    gate: Histogram
+    joint: JointHistogram | None = None
+    gate_weight: Tensor | None = field(default=None, compare=False)
+    down_weight: Tensor | None = field(default=None, compare=False)
+
+    def thresholds(self, up_sparsity: float, down_sparsity: float) -> tuple[Tensor, Tensor | None]:
+        """``threshold`` (``[]``, or ``[I]`` with a gate weight) and ``down_threshold`` (likewise; None without joint).
+
+        Args:
+            up_sparsity: share of neurons to drop by the gate, in [0, 1).
+            down_sparsity: share dropped by either test; at ``up_sparsity`` or below the second threshold is 0.
+        """
+        cut, down_cut = self.cuts(up_sparsity, down_sparsity)
+        down_threshold = None if self.joint is None else _per_neuron(down_cut, self.down_weight)
+        return _per_neuron(cut, self.gate_weight), down_threshold
+
+    def cuts(self, up_sparsity: float, down_sparsity: float) -> tuple[float, float]:
+        """What gate score and contribution must reach: the thresholds before they are divided by the weights."""
+        cut = max(self.gate.quantile(up_sparsity), SMALLEST) if up_sparsity > 0 else 0.0
+        if self.joint is None or down_sparsity <= up_sparsity:
+            return cut, 0.0
+        return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
+
+    # --- files: tensors for safetensors, and the few numbers that say what they stand for ----------------------------
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        first, counts = self.gate.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
+        tensors = {"gate_histogram": _narrow(counts)}
+        numbers = {"mantissa_bits": self.gate.mantissa_bits, "first": first, "zeros": self.gate.zeros}
+        if self.joint is not None:
+            joint = self.joint.trimmed()
+            tensors |= {"joint_edges": joint.edges, "joint_counts": _narrow(joint.counts)}
+            numbers["joint_first"] = joint.first
+        weights = {"gate_weight": self.gate_weight, "down_weight": self.down_weight}
+        return tensors | {key: weight.cpu() for key, weight in weights.items() if weight is not None}, numbers
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], numbers: dict[str, int]) -> LayerStatistics:
+        """Inverse of :meth:`pack`; takes what it uses out of ``tensors``.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or does not fit.
+        """
+        numbers = dict(numbers)
+        joint_first = numbers.pop("joint_first", None)
+        gate = Histogram.from_trimmed(counts=tensors.pop("gate_histogram"), **numbers)
+        joint = None
+        if joint_first is not None:
+            joint = JointHistogram(tensors.pop("joint_edges"), tensors.pop("joint_counts").long(), joint_first)
+            joint.validate()
+        return cls(gate, joint, tensors.pop("gate_weight", None), tensors.pop("down_weight", None))
+
+
+def _per_neuron(cut: float, weight: Tensor | None) -> Tensor:
+    """The threshold on ``|value|`` for a cut of ``|value| * weight``: infinite at weight 0, where nothing is lost."""
+    if weight is None:
+        return torch.tensor(cut)
+    return torch.zeros_like(weight) if cut == 0 else cut / weight
+
+
+def _narrow(counts: Tensor) -> Tensor:
+    return counts.to(torch.int32) if counts.numel() == 0 or int(counts.max()) < 2**31 else counts

@@ -1,0 +1,136 @@
+"""functional.sparse_mlp: both ways give the reference's numbers, counts and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cats_ext import functional
+from cats_ext.functional import MAX_KERNEL_TOKENS, kernel_fits, needs_grad, sparse_mlp
+from cats_ext.ops.reference import ACTIVATIONS, sparse_mlp_counts_ref, sparse_mlp_ref
+
+H, I = 42, 123  # noqa: E741
+
+
+def operands(tokens: int, dtype=torch.float32, bias=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x = normal(tokens, H)
+    weights = [normal(I, H) / H**0.5, normal(I, H) / H**0.5, normal(I, H) / I**0.5]
+    biases = [normal(I) * 0.3, normal(I) * 0.3, normal(H) * 0.3] if bias else [None] * 3
+    cast = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+    return cast(x), [cast(w) for w in weights], [cast(b) for b in biases]
+
+
+def rule(vectors: bool):
+    g = torch.Generator().manual_seed(9)
+    if not vectors:
+        return torch.tensor(0.2), torch.tensor(0.1)
+    return torch.rand(I, generator=g) * 0.5, torch.rand(I, generator=g) * 0.3
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_KERNEL_TOKENS["cpu"], MAX_KERNEL_TOKENS["cpu"] + 1, 33])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_both_ways_equal_the_reference(tokens, bias, second, activation):
+    x, weights, (gate_bias, up_bias, down_bias) = operands(tokens, bias=bias)
+    threshold, down_threshold = rule(vectors=True)
+    arguments = (threshold, down_threshold if second else None, activation, gate_bias, up_bias)
+    counts = torch.zeros(3, dtype=torch.int64)
+    y = sparse_mlp(x, *weights, *arguments, down_bias, counts=counts)
+    wanted = sparse_mlp_ref(
+        x.double(),
+        *(w.double() for w in weights),
+        *arguments[:3],
+        *(None if b is None else b.double() for b in (gate_bias, up_bias, down_bias)),
+        compute_dtype=torch.float64,
+    )
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sparse_mlp(x, *weights, *arguments, down_bias), y, rtol=1e-6, atol=1e-6)
+    assert counts.tolist() == sparse_mlp_counts_ref(x, *weights[:2], *arguments).tolist()
+
+
+def test_leading_dimensions_and_no_tokens():
+    x, weights, _ = operands(6)
+    threshold, down_threshold = rule(vectors=False)
+    flat = sparse_mlp(x, *weights, threshold, down_threshold)
+    assert torch.equal(sparse_mlp(x.view(2, 3, H), *weights, threshold, down_threshold), flat.view(2, 3, H))
+    torch.testing.assert_close(sparse_mlp(x[2], *weights, threshold, down_threshold), flat[2], rtol=1e-5, atol=1e-5)
+    assert sparse_mlp(x[:0], *weights, threshold).shape == (0, H)
+
+
+def test_counts_accumulate():
+    x, weights, _ = operands(2)
+    counts = torch.zeros(3, dtype=torch.int64)
+    sparse_mlp(x, *weights, torch.tensor(0.2), counts=counts)
+    once = counts.clone()
+    sparse_mlp(x, *weights, torch.tensor(0.2), counts=counts)
+    assert torch.equal(counts, 2 * once) and once[0] == 2 * I and 0 < once[1] < once[0] and once[1] == once[2]
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_gradcheck(second):
+    x, weights, biases = operands(2, torch.float64, bias=True)
+    threshold, down_threshold = rule(vectors=True)
+    inputs = [t.requires_grad_() for t in (x, *weights, *biases)]
+
+    def run(x, w_gate, w_up, w_down_t, *biases):
+        return sparse_mlp(x, w_gate, w_up, w_down_t, threshold, down_threshold if second else None, "silu", *biases)
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_choice():
+    x, (w_gate, w_up, _), _ = operands(MAX_KERNEL_TOKENS["cpu"])
+    assert kernel_fits(x, H)
+    assert kernel_fits(x.bfloat16(), H)
+    assert not kernel_fits(x.double(), H)
+    assert not kernel_fits(torch.cat([x, x[:1]]), H)
+    assert not kernel_fits(x.to("meta"), H)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernel_fits(x, H)
+    w_up.requires_grad_()
+    assert needs_grad(x, w_up) and not needs_grad(x, w_gate, None)
+    with torch.no_grad():
+        assert not needs_grad(x, w_up)
+
+
+def test_the_kernel_is_taken_for_few_tokens_only(called):
+    for tokens in (1, MAX_KERNEL_TOKENS["cpu"], MAX_KERNEL_TOKENS["cpu"] + 1):
+        x, weights, _ = operands(tokens)
+        sparse_mlp(x, *weights, torch.tensor(0.2))
+    sparse_mlp(x[:1], *weights[:2], weights[2].t().contiguous().t(), torch.tensor(0.2))
+    assert called == ["sparse_mlp", "sparse_mlp", "gated_threshold", "gated_threshold"]
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(threshold=torch.tensor(0.2, dtype=torch.float64)), "threshold must be .*float32"),
+        (lambda a: a.update(threshold=torch.ones(7)), r"threshold must have shape \[\] or \[123\], got \[7\]"),
+        (lambda a: a.update(activation="swish"), "activation must be one of silu, .*, got 'swish'"),
+        (lambda a: a.update(x=a["x"].bfloat16()), "dtype"),
+        (lambda a: a.update(x=a["x"][:, :-1]), "42"),
+    ],
+)
+def test_errors(tokens, change, message):
+    x, (w_gate, w_up, w_down_t), _ = operands(tokens)
+    arguments = dict(x=x, w_gate=w_gate, w_up=w_up, w_down_t=w_down_t, threshold=torch.tensor(0.2))
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        functional.sparse_mlp(**arguments)
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_compile_fullgraph(tokens):
+    x, weights, _ = operands(tokens)
+    threshold, down_threshold = rule(vectors=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse_mlp, fullgraph=True, backend="aot_eager")
+    got = compiled(x, *weights, threshold, down_threshold)
+    torch.testing.assert_close(got, sparse_mlp(x, *weights, threshold, down_threshold))

@@ -1,0 +1,54 @@
+"""A call of an op leaves no memory behind on the host: servers make millions of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from support.op_cases import DEVICES, make_case
+
+from cats_ext import ops
+from cats_ext.ops.library import LIBRARIES
+
+CALLS = 40_000
+# A string of its own is 32 bytes or more a call, 1.3 MB; what a process takes and gives besides is less than this.
+MOST_BYTES = 600_000
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "op", ["sparse_mlp", "sparse_mlp_counted", "gated_threshold_forward", "gated_threshold_backward"]
+)
+@pytest.mark.usefixtures("one_thread")
+def test_calls_keep_no_memory(op, device):
+    if not LIBRARIES["_C" if device == "cpu" else "_C_cuda"].loaded:
+        pytest.skip("not compiled")
+    case = make_case(1, 8, 16, device=device, bias=True)
+    args = case.args()
+    gate = torch.ones(1, 16, device=device)
+    rule = *args[4:6], "silu"
+    args = {
+        "sparse_mlp": args,
+        "sparse_mlp_counted": case.counted_args(torch.zeros(3, dtype=torch.int64, device=device)),
+        "gated_threshold_forward": (gate, gate, *rule),
+        "gated_threshold_backward": (gate, gate, gate, *rule),
+    }[op]
+    call = getattr(ops, op)
+
+    def grown(calls: int) -> int:
+        before = resident_bytes()
+        for _ in range(calls):
+            call(*args)
+        return resident_bytes() - before
+
+    grown(CALLS // 10)  # what is kept once
+    assert min(grown(CALLS) for _ in range(2)) < MOST_BYTES
