@@ -7,13 +7,18 @@
 
 namespace cats::CATS_ISA {
 
+// Thresholds of a stride above 1. Rare, so out of line: the loops that inline it double in size.
+__attribute__((noinline)) static VecF load_strided(const float *threshold, int64_t stride, int64_t n) {
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < min(n, kLanes); i++) values[i] = threshold[i * stride];
+    return load(values);
+}
+
 // The thresholds of the neurons from `column` on, of which n are left.
 CATS_INLINE VecF load_thresholds(const float *threshold, int64_t stride, int64_t column, int64_t n) {
     if (stride == 0) return broadcast(*threshold);
     if (stride == 1) return load(threshold + column, n);
-    float values[kLanes] = {};
-    for (int64_t i = 0; i < min(n, kLanes); i++) values[i] = threshold[(column + i) * stride];
-    return load(values);
+    return load_strided(threshold + column * stride, stride, n);
 }
 
 // |value| < threshold, lane by lane.

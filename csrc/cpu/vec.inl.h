@@ -2,11 +2,12 @@
 // intrinsics only where the language has no word for the instruction (half conversion, bf16 dot product).
 //
 // There are two ways to read elements. load() keeps their order. load_group() reads kGroup = 2 * kLanes of them into
-// two vectors in whatever order is cheapest: for bf16 the even and the odd ones, one instruction each, where widening
-// in order takes two. Sums over neurons or columns do not care, if x and y go through the same order.
+// two vectors in a chosen order (ColumnOrder): for bf16 even and odd elements take one instruction each, where widening
+// in order takes two. Sums over neurons or columns may use any order, as long as x, y and the rows share it.
 #pragma once
 
-#define CATS_INLINE static inline __attribute__((always_inline))
+#define CATS_INLINE_MEMBER inline __attribute__((always_inline))
+#define CATS_INLINE static CATS_INLINE_MEMBER
 
 namespace cats::CATS_ISA {
 
@@ -31,7 +32,7 @@ CATS_INLINE void store(float *p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 
 CATS_INLINE VecF load(const BFloat16 *p) { return (VecF)(__builtin_convertvector(load_bits<VecH>(p), VecU) << 16); }
 
-// Bits of v rounded to bf16, to nearest even, in the upper half of each lane; the lower half is rubbish.
+// Bits of v rounded to bf16, to nearest even, in the upper half of each lane; the lower half is undefined.
 CATS_INLINE VecU round_to_bfloat16(VecF v) {
     const VecU bits = (VecU)v;
     const VecU rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -93,35 +94,51 @@ template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- kGroup elements, in the order of their dtype ------------------------------------------------------------------
+// --- kGroup elements -----------------------------------------------------------------------------------------------
+
+// kConsecutive: a holds the first kLanes elements, b the others. kEvenOdd: a holds those of even index, b of odd index.
+enum class ColumnOrder { kConsecutive, kEvenOdd };
 
 struct Group {
     VecF a, b;
 };
 
-template <class T> CATS_INLINE Group load_group(const T *p) { return {load(p), load(p + kLanes)}; }
-CATS_INLINE Group load_group(const BFloat16 *p) {
-    const VecU pairs = load_bits<VecU>(p); // little-endian: the even element is the lower half
-    return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+template <ColumnOrder order, class T> CATS_INLINE Group load_group(const T *p) {
+    if constexpr (order == ColumnOrder::kConsecutive) return {load(p), load(p + kLanes)};
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const VecU pairs = load_bits<VecU>(p); // little-endian: the even element is the lower half
+        return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+    }
+    T even[kLanes], odd[kLanes];
+    for (int i = 0; i < kLanes; i++) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+    return {load(even), load(odd)};
 }
 
-template <class T> CATS_INLINE void store_group(T *p, Group g) { store(p, g.a), store(p + kLanes, g.b); }
-CATS_INLINE void store_group(BFloat16 *p, Group g) {
-    const VecU pairs = round_to_bfloat16(g.a) >> 16 | (round_to_bfloat16(g.b) & 0xffff0000);
-    std::memcpy(p, &pairs, sizeof(pairs));
+template <ColumnOrder order, class T> CATS_INLINE void store_group(T *p, Group g) {
+    if constexpr (order == ColumnOrder::kConsecutive) {
+        store(p, g.a), store(p + kLanes, g.b);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        const VecU pairs = round_to_bfloat16(g.a) >> 16 | (round_to_bfloat16(g.b) & 0xffff0000);
+        std::memcpy(p, &pairs, sizeof(pairs));
+    } else {
+        T even[kLanes], odd[kLanes];
+        store(even, g.a), store(odd, g.b);
+        for (int i = 0; i < kLanes; i++) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+    }
 }
 
-template <class T> CATS_INLINE Group load_group(const T *p, int64_t n) {
-    if (n >= kGroup) return load_group(p);
+// The same where fewer than kGroup elements are left; missing ones read as zero.
+template <ColumnOrder order, class T> CATS_INLINE Group load_group(const T *p, int64_t n) {
+    if (n >= kGroup) return load_group<order>(p);
     T buffer[kGroup] = {};
     std::memcpy(buffer, p, n * sizeof(T));
-    return load_group(buffer);
+    return load_group<order>(buffer);
 }
 
-template <class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
-    if (n >= kGroup) return store_group(p, g);
+template <ColumnOrder order, class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
+    if (n >= kGroup) return store_group<order>(p, g);
     T buffer[kGroup];
-    store_group(buffer, g);
+    store_group<order>(buffer, g);
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
