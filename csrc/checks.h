@@ -6,35 +6,26 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <ostream>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "sparse_mlp.h"
 
 namespace cats {
 
-// The numbers of c10::ScalarType and c10::DeviceType, which are part of torch's stable ABI, by their names in Python.
-constexpr const char *kDtypeNames[] = {"uint8",           "int8",
-                                       "int16",           "int32",
-                                       "int64",           "float16",
-                                       "float32",         "float64",
-                                       "complex32",       "complex64",
-                                       "complex128",      "bool",
-                                       "qint8",           "quint8",
-                                       "qint32",          "bfloat16",
-                                       "quint4x2",        "quint2x4",
-                                       "bits1x8",         "bits2x4",
-                                       "bits4x2",         "bits8",
-                                       "bits16",          "float8_e5m2",
-                                       "float8_e4m3fn",   "float8_e5m2fnuz",
-                                       "float8_e4m3fnuz", "uint16",
-                                       "uint32",          "uint64"};
-constexpr const char *kDeviceNames[] = {"cpu",  "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip",
-                                        "fpga", "maia", "xla",    "vulkan", "metal",  "xpu",   "mps",
-                                        "meta", "hpu",  "ve",     "lazy",   "ipu",    "mtia",  "privateuseone"};
-enum : int32_t { kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // of kDtypeNames
+// Names in Python, by the numbers of c10::ScalarType and c10::DeviceType, which are part of torch's stable ABI.
+// clang-format off
+constexpr const char *kDtypeNames[] = {
+    "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32", "complex64", "complex128",
+    "bool", "qint8", "quint8", "qint32", "bfloat16", "quint4x2", "quint2x4", "bits1x8", "bits2x4", "bits4x2", "bits8",
+    "bits16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16", "uint32", "uint64"};
+constexpr const char *kDeviceNames[] = {
+    "cpu", "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip", "fpga", "maia", "xla", "vulkan", "metal", "xpu", "mps",
+    "meta", "hpu", "ve", "lazy", "ipu", "mtia", "privateuseone"};
+// clang-format on
+enum : int32_t { kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
 
 // A tensor argument of an op.
 struct TensorArgument {
@@ -58,50 +49,36 @@ struct TensorArgument {
 
 // --- how values appear in the sentences ------------------------------------------------------------------------------
 
-struct List {
-    const int64_t *values;
-    int64_t size;
-};
-struct Dtype {
-    int32_t number;
-};
-struct Device {
-    int32_t type, index;
-};
-
-inline List shape(const TensorArgument &t) { return {t.sizes, t.dim}; }
-inline List strides(const TensorArgument &t) { return {t.strides, t.dim}; }
-inline Dtype dtype(const TensorArgument &t) { return {t.dtype}; }
-inline Device device(const TensorArgument &t) { return {t.device_type, t.device_index}; }
-
-inline std::ostream &operator<<(std::ostream &out, List list) {
-    out << '[';
-    for (int64_t i = 0; i < list.size; i++) out << (i ? ", " : "") << list.values[i];
-    return out << ']';
+inline std::string list(const int64_t *values, int64_t size) {
+    std::string out = "[";
+    for (int64_t i = 0; i < size; i++) out += (i ? ", " : "") + std::to_string(values[i]);
+    return out + "]";
 }
 
-inline std::ostream &operator<<(std::ostream &out, Dtype dtype) {
-    const bool known = dtype.number >= 0 && dtype.number < int32_t(std::size(kDtypeNames));
-    return out << (known ? "torch." : "another dtype") << (known ? kDtypeNames[dtype.number] : "");
+template <size_t n> std::string name_of(int32_t number, const char *const (&names)[n], const char *otherwise) {
+    return number >= 0 && number < int32_t(n) ? names[number] : otherwise;
 }
 
-inline std::ostream &operator<<(std::ostream &out, Device device) {
-    const bool known = device.type >= 0 && device.type < int32_t(std::size(kDeviceNames));
-    out << (known ? kDeviceNames[device.type] : "another device");
-    if (device.type != 0 && device.index >= 0) out << ':' << device.index;
-    return out;
+inline std::string shape(const TensorArgument &t) { return list(t.sizes, t.dim); }
+inline std::string strides(const TensorArgument &t) { return list(t.strides, t.dim); }
+inline std::string dtype(const TensorArgument &t) { return "torch." + name_of(t.dtype, kDtypeNames, "(unknown)"); }
+inline std::string device(const TensorArgument &t) {
+    const bool numbered = t.device_type != 0 && t.device_index >= 0;
+    return name_of(t.device_type, kDeviceNames, "unknown device") +
+           (numbered ? ":" + std::to_string(t.device_index) : "");
 }
 
-// Arguments are formatted only where the check fails: calls in decoding wait for the host.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts &...parts) {
     std::ostringstream out;
     (out << ... << parts);
     throw std::runtime_error(out.str());
 }
 
-template <class... Parts> void require(bool condition, const Parts &...parts) {
-    if (!condition) fail(parts...);
-}
+// A macro, so that the parts of the sentence are made only if it is needed: decoding is bound by the host.
+#define CATS_REQUIRE(condition, ...)                                                                                   \
+    do {                                                                                                               \
+        if (!(condition)) fail(__VA_ARGS__);                                                                           \
+    } while (0)
 
 // --- checks of one argument ------------------------------------------------------------------------------------------
 
@@ -124,46 +101,46 @@ inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_dou
 
 // Same dtype and device as `like`.
 inline void check_like(const char *op, const TensorArgument &t, const TensorArgument &like) {
-    require(t.dtype == like.dtype, op, ": ", t.name, " must have ", like.name, "'s dtype ", dtype(like), ", got ",
-            dtype(t));
-    require(t.on_same_device(like), op, ": ", t.name, " must be on ", like.name, "'s device ", device(like), ", got ",
-            device(t));
+    CATS_REQUIRE(t.dtype == like.dtype, op, ": ", t.name, " must have ", like.name, "'s dtype ", dtype(like), ", got ",
+                 dtype(t));
+    CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on ", like.name, "'s device ", device(like),
+                 ", got ", device(t));
 }
 
 inline void check_same_shape(const char *op, const TensorArgument &t, const TensorArgument &like) {
     check_like(op, t, like);
-    require(std::equal(t.sizes, t.sizes + t.dim, like.sizes, like.sizes + like.dim), op, ": ", t.name, " must have ",
-            like.name, "'s shape ", shape(like), ", got ", shape(t));
+    CATS_REQUIRE(std::equal(t.sizes, t.sizes + t.dim, like.sizes, like.sizes + like.dim), op, ": ", t.name,
+                 " must have ", like.name, "'s shape ", shape(like), ", got ", shape(t));
 }
 
 inline void check_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
                          int64_t columns) {
     check_like(op, w, x);
-    require(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == columns, op, ": ", w.name, " must have shape [", rows,
-            ", ", columns, "], got ", shape(w));
-    if (columns == 1 || w.strides[1] == 1) return;
-    const bool down = std::string_view(w.name) == "w_down_t";
-    fail(op, ": ", w.name, " must have unit stride in its last dimension, got strides ", strides(w),
-         down ? "; lay down_proj.weight out with one contiguous row a neuron" : "");
+    CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == columns, op, ": ", w.name, " must have shape [",
+                 rows, ", ", columns, "], got ", shape(w));
+    CATS_REQUIRE(columns == 1 || w.strides[1] == 1, op, ": ", w.name,
+                 " must have unit stride in its last dimension, got strides ", strides(w),
+                 std::string_view(w.name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron"
+                                                        : "");
 }
 
 // Optional. A vector must be contiguous: biases are small, and the caller owns their layout.
 inline void check_vector(const char *op, const TensorArgument &t, const TensorArgument &like, int64_t size) {
     if (!t.present()) return;
     check_like(op, t, like);
-    require(t.dim == 1 && t.sizes[0] == size, op, ": ", t.name, " must have shape [", size, "], got ", shape(t));
-    require(size == 1 || t.strides[0] == 1, op, ": ", t.name, " must be contiguous, got stride ", t.strides[0]);
+    CATS_REQUIRE(t.dim == 1 && t.sizes[0] == size, op, ": ", t.name, " must have shape [", size, "], got ", shape(t));
+    CATS_REQUIRE(size == 1 || t.strides[0] == 1, op, ": ", t.name, " must be contiguous, got stride ", t.strides[0]);
 }
 
 // Sets the parameters' pointer and stride; an absent threshold is null.
 inline void check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
                             int64_t intermediate_size, const float **data, int64_t *stride) {
     if (!t.present()) return;
-    require(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
-    require(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
-            " of the other arguments, got ", device(t));
-    require(t.dim == 0 || (t.dim == 1 && t.sizes[0] == intermediate_size), op, ": ", t.name, " must have shape [] or [",
-            intermediate_size, "], got ", shape(t));
+    CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
+    CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
+                 " of the other arguments, got ", device(t));
+    CATS_REQUIRE(t.dim == 0 || (t.dim == 1 && t.sizes[0] == intermediate_size), op, ": ", t.name,
+                 " must have shape [] or [", intermediate_size, "], got ", shape(t));
     *data = static_cast<const float *>(t.data);
     *stride = t.dim == 0 ? 0 : t.strides[0];
 }
@@ -182,12 +159,13 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     const TensorArgument &x = a.x, &w_gate = a.w_gate, &counts = a.counts;
     SparseMlpParams p{};
     p.dtype = check_dtype(op, x, /*allow_double=*/false);
-    require(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
-    require(w_gate.dim == 2, op, ": w_gate must have shape [I, H], got ", shape(w_gate));
+    CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, H], got ", shape(w_gate));
     const int64_t intermediate_size = w_gate.sizes[0], hidden_size = w_gate.sizes[1];
-    require(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ", shape(w_gate));
-    require(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
-            shape(x));
+    CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
+                 shape(w_gate));
+    CATS_REQUIRE(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
+                 shape(x));
     p.tokens = x.numel() / hidden_size;
     p.hidden_size = hidden_size;
     p.intermediate_size = intermediate_size;
@@ -210,10 +188,10 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.gate_bias = a.gate_bias.data;
     p.up_bias = a.up_bias.data;
     p.down_bias = a.down_bias.data;
-    require(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
-                                  counts.strides[0] == 1 && counts.on_same_device(x)),
-            op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ", dtype(counts),
-            " of shape ", shape(counts), " on ", device(counts));
+    CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
+                                       counts.strides[0] == 1 && counts.on_same_device(x)),
+                 op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",
+                 dtype(counts), " of shape ", shape(counts), " on ", device(counts));
     return p;
 }
 
@@ -222,12 +200,12 @@ inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const 
                                              const TensorArgument &y_sum) {
     constexpr const char *op = "sparse_mlp_step";
     SparseMlpParams p = check_sparse_mlp(a);
-    require(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
-            ": x must be one contiguous row, got shape ", shape(a.x));
-    require(y_sum.dtype == kFloat && y_sum.dim == 1 && y_sum.sizes[0] > p.hidden_size && y_sum.strides[0] == 1 &&
-                y_sum.on_same_device(a.x),
-            op, ": y_sum must be contiguous float32 of shape [H + 1] on ", device(a.x), ", got ", dtype(y_sum),
-            " of shape ", shape(y_sum), " on ", device(y_sum));
+    CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
+                 ": x must be one contiguous row, got shape ", shape(a.x));
+    CATS_REQUIRE(y_sum.dtype == kFloat && y_sum.dim == 1 && y_sum.sizes[0] > p.hidden_size && y_sum.strides[0] == 1 &&
+                     y_sum.on_same_device(a.x),
+                 op, ": y_sum must be contiguous float32 of shape [H + 1] on ", device(a.x), ", got ", dtype(y_sum),
+                 " of shape ", shape(y_sum), " on ", device(y_sum));
     check_vector(op, norm_weight, a.x, p.hidden_size);
     p.norm_weight = norm_weight.data;
     return p;
@@ -260,7 +238,7 @@ inline GatedThresholdParams check_gated_threshold(const GatedThresholdArguments 
     const TensorArgument &gate = a.gate;
     GatedThresholdParams p{};
     p.dtype = check_dtype(op, gate, /*allow_double=*/true);
-    require(gate.dim >= 1, op, ": gate must have at least one dimension, got shape []");
+    CATS_REQUIRE(gate.dim >= 1, op, ": gate must have at least one dimension, got shape []");
     check_same_shape(op, a.up, gate);
     p.intermediate_size = gate.last_size();
     p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;

@@ -1,4 +1,4 @@
-// h = mask * act(gate) * up and its gradients, elementwise: one pass over memory, where the plain expression takes six.
+// h = mask * act(gate) * up and its gradients, elementwise, in one pass over memory; PyTorch's own ops take six.
 #pragma once
 
 #include "activation.inl.h"
@@ -64,7 +64,7 @@ template <Activation A, class T> struct GatedThreshold {
     }
 };
 
-// Calls f(row, begin, end) for every run of columns within a row, the elements split evenly over the parts.
+// Splits all elements evenly into parts and calls f(row, begin, end) for each run of columns within one row.
 template <class F> static void over_columns(const GatedThresholdParams &p, const Parallel &parallel, const F &f) {
     const int64_t size = p.rows * p.intermediate_size;
     const int64_t parts = parts_for(parallel, size, 1 << 14);

@@ -1,17 +1,17 @@
-// The sparse gated MLP for few tokens, row by row of the three weights, bound by the bytes of the rows it reads.
+// The sparse gated MLP for few tokens. It reads the three weights row by row and is bound by memory bandwidth.
 //
 // 1. gate: the neurons are split evenly over the threads; each computes act(x . gate_row) and lists the kept ones.
 // 2. up and down: the list of kept neurons is split evenly, so no thread has more rows to read than another. Each reads
 //    its up rows, applies the second threshold, and adds the surviving down rows into its own fp32 y.
 // 3. The threads' y are added in the order of their parts and rounded once.
 //
-// Why eight rows side by side (kRows): the processor's prefetchers follow a stream of addresses up to the end of its 4
-// KB page and have to find it again, at every page and every row, but they follow several streams at once. Measured on
-// Zen 3 with 2 threads, 4096 x 14336, 50 % sparsity, in GB/s, where the best plain sum of the same memory read 48:
+// Eight rows are read side by side (kRows). A hardware prefetcher restarts at each 4 KB page and each row, but follows
+// several address streams at once. Measured on Zen 3, 2 threads, 4096 x 14336, 50 % sparsity, in GB/s, where a plain
+// sum over the same memory reads 48:
 //     fp32: 1 row 34, 2 rows 40, 4 rows 43, 8 rows 45; bf16: 4 rows 32, 8 rows 35
-// Software prefetch, of the same rows or the next ones, at any distance, into L1 or L2, did not help: fp32 4 rows 31 to
-// 37 instead of 38, bf16 8 rows 28 to 32 instead of 35. bf16 is held back by its instructions a byte: what load_group()
-// saves took 4 rows from 24 to 29.
+// Software prefetch was slower at every distance, of these rows or the next, into L1 or L2: fp32 with 4 rows 31 to 37
+// instead of 38, bf16 with 8 rows 28 to 32 instead of 35. bf16 is bound by instructions per byte: loading even and odd
+// columns (ColumnOrder::kEvenOdd) instead of consecutive ones took 4 rows from 24 to 29.
 #pragma once
 
 #include "activation.inl.h"
@@ -22,9 +22,9 @@
 namespace cats::CATS_ISA {
 
 constexpr int kRows = 8;       // rows read side by side
-constexpr int kMaxTokens = 16; // tokens that share one reading of the rows; more are taken in blocks
+constexpr int kMaxTokens = 16; // tokens in a block: each block reads the rows once
 
-// out[r][t] = rows[r] . x[t]. One accumulator a pair, so a pair's result does not depend on what it is computed with.
+// out[r][t] = rows[r] . x[t]. Each pair has its own accumulator, so its result does not depend on Rows and Tokens.
 template <int Rows, int Tokens, class Row, class X>
 static void dot(const Row *rows, const X *const *x, int64_t hidden_size, float (*out)[kMaxTokens]) {
     VecF acc[Rows][Tokens] = {};
@@ -134,7 +134,7 @@ template <class Row, class T> struct SparseMlp {
         if (tokens == 1) {
             dot<kRows, 1>(rows, x_rows, p.hidden_size, out);
         } else {
-            constexpr int half = kRows / 2; // the same number of accumulators, and each row serves two tokens
+            constexpr int half = kRows / 2; // as many accumulators, and each row is read for two tokens
             for (int r = 0; r < kRows; r += half)
                 for (int64_t t = 0; t < tokens; t += 2) {
                     const X *pair[2] = {x_rows[t], x_rows[min(t + 1, tokens - 1)]};
@@ -153,7 +153,7 @@ template <class Row, class T> struct SparseMlp {
         const int64_t begin = p.intermediate_size * i / parts, end = p.intermediate_size * (i + 1) / parts;
         float g[kRows][kMaxTokens];
         for (int64_t j = begin; j < end; j += kRows) {
-            auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // the last row again where fewer are left
+            auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // repeats the last row at the end
             project(p.w_gate, p.w_gate_stride, p.gate_bias, neuron, g);
             for (int64_t t = 0; t < tokens; t++)
                 for (int r = 0; r < kRows; r++) v[t * p.intermediate_size + neuron(r)] = g[r][t];
@@ -191,7 +191,7 @@ template <class Row, class T> struct SparseMlp {
 
     void up_and_down(int64_t i, int64_t num_kept) {
         const int64_t begin = num_kept * i / parts, end = num_kept * (i + 1) / parts;
-        int64_t last = begin, kept_down_pairs = 0; // neurons that pass the second test too move to kept[begin, last)
+        int64_t last = begin, kept_down_pairs = 0; // kept[begin, last): neurons that pass both tests
         float u[kRows][kMaxTokens];
         for (int64_t k = begin; k < end; k += kRows) {
             auto neuron = [this, k, end](int r) -> int64_t { return kept[min(k + r, end - 1)]; };
@@ -217,8 +217,8 @@ template <class Row, class T> struct SparseMlp {
             for (int64_t t = 0; t < tokens; t++) down(kept + k, min(kRows, last - k), t, y + t * padded);
     }
 
-    // Adds the rows of those of n neurons that token t keeps. A row that it drops must not reach it, not even as 0 *
-    // inf.
+    // Adds the rows of those of n neurons that token t keeps. Dropped rows are left out, not multiplied by zero,
+    // because 0 * inf is NaN.
     void down(const int32_t *neurons, int64_t n, int64_t t, float *y) const {
         Row rows[kRows];
         float h[kRows];

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from cats_ext.ops import definitions
+from cats_ext.ops.library import LIBRARIES
+
+pytestmark = pytest.mark.skipif(not LIBRARIES["_C"].loaded, reason="the checks are in the compiled library")
 
 M, H, I = 2, 6, 4  # noqa: E741
 
