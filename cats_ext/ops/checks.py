@@ -38,7 +38,7 @@ def _cats_check() -> Callable[..., bytes | None]:
 
 def _numbers(sizes: Sequence[int | torch.SymInt]) -> ctypes.Array:
     """Symbolic sizes by their example, which adds no guard to the graph: the kernels check every call's own sizes."""
-    known = [size if isinstance(size, int) else size.node.hint for size in sizes]
+    known = [size if isinstance(size, int) else getattr(size.node, "hint", None) for size in sizes]
     return (ctypes.c_int64 * len(known))(*(1 if size is None else int(size) for size in known))
 
 

@@ -32,9 +32,11 @@ static void dot(const Row *rows, const X *const *x, int64_t hidden_size, float (
     for (; c + kGroup <= hidden_size; c += kGroup)
         for (int r = 0; r < Rows; r++)
             for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, kGroup, x[t] + c);
-    if (c < hidden_size)
+    const int64_t left = hidden_size - c;
+    if (left >= kGroup) __builtin_unreachable(); // spares the compiler a branch in each load(), and moves in the loop
+    if (left > 0)
         for (int r = 0; r < Rows; r++)
-            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, hidden_size - c, x[t] + c);
+            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, left, x[t] + c);
     for (int r = 0; r < Rows; r++)
         for (int t = 0; t < Tokens; t++) out[r][t] = rows[r].scale() * sum(acc[r][t]);
 }
