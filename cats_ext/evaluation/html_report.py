@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cats_ext.evaluation import plots
-from cats_ext.thresholds.config import CONFIG_FILE, CatsConfig
+from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.files import CONFIG_FILE
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
