@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,12 @@ def check_token_ids(name: str, ids: Tensor, model: nn.Module | None = None) -> N
         raise ValueError(
             f"{name} has token id {wrong}, but the model's vocabulary has {size} entries: is this its tokenizer?"
         )
+
+
+def window_bos(tokenizer: Any) -> int | None:
+    """The BOS token if ``tokenizer`` starts every text with it, as the model then was trained to see it; else None."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
 
 
 def _embedding(model: nn.Module) -> nn.Module:
