@@ -84,8 +84,9 @@ class Histogram:
         With n values in ascending order, the exact quantile is value number ``floor(q * n)``, counted from 0. The
         result is an edge of that value's bucket, so its relative error is at most ``2**-mantissa_bits`` (the absolute
         one ``2**-(126 + mantissa_bits)`` below 2**-126). It is the edge that comes closer to the share q, and misses it
-        by at most half the bucket's share. But a bucket with more than 1/16 of all values holds one value many times
-        (a zero, say), which is not dropped whole: then it is the lower edge, and misses by at most the bucket's share.
+        by at most half the bucket's share. Two kinds of bucket give their lower edge always and miss by at most their
+        share: one with more than 1/16 of all values, which holds one value many times (a zero, say) that is not to be
+        dropped whole, and the last one, whose upper edge is infinite.
 
         Raises:
             ValueError: ``q`` outside [0, 1), or no value has been counted.
