@@ -7,6 +7,7 @@ import torch
 from support.models import VOCABULARY, CharacterTokenizer, tiny_model, tokens
 
 from cats_ext import calibrate
+from cats_ext._inputs import window_bos
 from cats_ext.calibration.data import collect_windows, sample_windows
 
 
@@ -132,3 +133,9 @@ def test_the_tokenizer_of_another_model_is_refused():
 def test_text_needs_a_tokenizer():
     with pytest.raises(TypeError, match="tokenizer must be given when data is text, got None"):
         calibrate(tiny_model(), TEXT, progress=False)
+
+
+def test_window_bos_only_where_the_tokenizer_adds_one():
+    assert window_bos(CharacterTokenizer(bos=True)) == 1
+    assert window_bos(CharacterTokenizer(bos=False)) is None
+    assert window_bos(None) is None

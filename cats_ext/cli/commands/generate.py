@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+import cats_ext
 from cats_ext.cli.common import (
     CatsDirectory,
     Device,
@@ -50,7 +51,6 @@ def generate(
 
     $ cats generate ./mistral-7b --cats thresholds --chat --prompt "What is a cat?"
     """
-    import cats_ext
     from cats_ext.cli.generation import continue_prompt, encode_prompt
 
     network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats, sparsity)
