@@ -69,7 +69,8 @@ def count_activations(
         start = checkpoint.batch if number == checkpoint.step else 0
         run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else run_pass
         started = time.monotonic()
-        run(model, mlps, todo, this.observe, title, progress, start=start, after=partial(checkpoint.save, number))
+        after = partial(checkpoint.save, number)
+        run(model, mlps, todo, this.observe, title=title, progress=progress, start=start, after=after)
         if not this.gradient:
             seconds_a_token = (time.monotonic() - started) / sum(batch.numel() for batch in todo[start:] or todo)
         for layer in layers.values():

@@ -138,25 +138,14 @@ class CalibrationSettings:
 
     def identity(self, layers: int) -> dict[str, Any]:
         """What the counts depend on, as JSON types: an interrupted calibration is continued only if it is equal."""
-        return {
-            "rule": self.rule,
-            "gate_power": self.gate_powers(layers),
-            "importance": self.importance,
-            "allocation": self.allocation,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "cats_ext_version": __version__,
-        }
+        names = ("rule", "importance", "allocation", "seed", "batch_size")
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"gate_power": self.gate_powers(layers), "cats_ext_version": __version__}
 
     def record(self, windows: Sequence[Tensor]) -> dict[str, Any]:
         """The entry ``calibration`` of the config, for the ``windows`` of token ids that were used."""
-        return {
-            "tokens": sum(len(window) for window in windows),
-            "windows": len(windows),
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-            "cats_ext_version": __version__,
-        }
+        facts = {"tokens": sum(map(len, windows)), "windows": len(windows), "sequence_length": self.sequence_length}
+        return facts | {"seed": self.seed, "cats_ext_version": __version__}
 
 
 def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:

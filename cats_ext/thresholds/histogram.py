@@ -2,7 +2,7 @@
 
 The bits of a non-negative float32 sort like its value, so dropping the low mantissa bits gives log-spaced buckets for
 free: every power of two is cut into ``2**mantissa_bits`` equal parts. Counts are integers, so the result does not
-depend on the order of the data, and two histograms merge by adding.
+depend on the order of the data.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ class Histogram:
                 raise ValueError(f"{not_finite} of {len(chunk)} values are NaN or infinite")
             self.counts += counts
 
-    def merge(self, other: Histogram) -> None:
-        """Add the counts of ``other``, which must have the same resolution."""
-        if other.mantissa_bits != self.mantissa_bits:
-            raise ValueError(f"mantissa_bits differ: {self.mantissa_bits} and {other.mantissa_bits}")
-        self.counts += other.counts.to(self.counts.device)
-
     @property
     def total(self) -> int:
         """Number of values counted."""
@@ -73,10 +67,6 @@ class Histogram:
     def zeros(self) -> int:
         """Number of values in the first bucket: zeros, and denormals below ``2**-(126 + mantissa_bits)``."""
         return int(self.counts[0])
-
-    def lower_edge(self, bucket: int) -> float:
-        """Smallest magnitude that falls into ``bucket``."""
-        return bucket_edge(bucket, self.mantissa_bits)
 
     def quantile(self, q: float) -> float:
         """A threshold below which the share ``q`` of the values lies.
@@ -102,7 +92,7 @@ class Histogram:
         last = (255 << self.mantissa_bits) - 1
         if 16 * inside <= total and through - rank < rank - (through - inside) and bucket < last:
             bucket += 1
-        return self.lower_edge(bucket)
+        return bucket_edge(bucket, self.mantissa_bits)
 
     def share_below(self, threshold: float) -> float:
         """Share of the values in buckets that end at or below ``threshold``."""

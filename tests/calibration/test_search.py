@@ -22,9 +22,7 @@ from cats_ext.thresholds.rules import LAST_GATE_POWER, sparsity_of
 def gathered(model, batches, seed=0):
     """Of every layer: gate, up, and the gradient at the MLP's output."""
     found = {mlp.name: [] for mlp in find_gated_mlps(model)}
-    run_gradient_pass(
-        model, find_gated_mlps(model), batches, lambda mlp, *t: found[mlp.name].append(t), "", False, seed=seed
-    )
+    run_gradient_pass(model, find_gated_mlps(model), batches, lambda mlp, *t: found[mlp.name].append(t), seed=seed)
     return {name: [torch.cat(parts) for parts in zip(*calls, strict=True)] for name, calls in found.items()}
 
 
