@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.installed import skip_unless_transformers_takes_peft
 from support.models import tiny_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,6 +96,7 @@ def patched(neuron_rows: bool = True) -> nn.Module:
 
 
 def adapted() -> nn.Module:
+    skip_unless_transformers_takes_peft()
     from peft import LoraConfig
 
     model = tiny_model()
