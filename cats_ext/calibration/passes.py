@@ -1,4 +1,4 @@
-"""Runs token ids through the dense model and hands each MLP's activations, and gradients if wanted, to an observer."""
+"""Runs token ids through the dense model and passes each MLP's activations, and gradients if wanted, to an observer."""
 
 from __future__ import annotations
 

@@ -138,9 +138,9 @@ class CalibrationSettings:
 
     def identity(self, layers: int) -> dict[str, Any]:
         """What the counts depend on, as JSON types: an interrupted calibration is continued only if it is equal."""
-        names = ("rule", "importance", "allocation", "seed", "batch_size")
-        settings = {name: getattr(self, name) for name in names}
-        return settings | {"gate_power": self.gate_powers(layers), "cats_ext_version": __version__}
+        facts = {"rule": self.rule, "gate_power": self.gate_powers(layers), "importance": self.importance}
+        facts |= {"allocation": self.allocation, "seed": self.seed, "batch_size": self.batch_size}
+        return facts | {"cats_ext_version": __version__}
 
     def record(self, windows: Sequence[Tensor]) -> dict[str, Any]:
         """The entry ``calibration`` of the config, for the ``windows`` of token ids that were used."""

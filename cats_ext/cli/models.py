@@ -63,8 +63,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model ``name`` in eval mode on ``device``, and its tokenizer.
 
-    ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), the word ``smollm2-135m``, or a name on the
-    Hugging Face hub, looked for in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere.
+    ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), ``smollm2-135m`` (the demo model), or a name
+    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
         ModelUnavailableError: nothing of that name can be found, reached or read.

@@ -103,7 +103,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
             data = path.read_bytes()
             content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
+            raise ValueError(f"'{path}' is not a complete gzip file: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"'{path}' is not UTF-8 text: {error}") from error
         name = path.name.removesuffix(".gz")

@@ -34,7 +34,7 @@ _PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "
 
 
 class MLPShape(Protocol):
-    """What a config has to know of a model's gated MLP; ``patching.detection.GatedMLP`` is one."""
+    """What a config needs of a model's gated MLP; ``patching.detection.GatedMLP`` has it."""
 
     name: str
     activation: str
@@ -49,14 +49,14 @@ class MLPShape(Protocol):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One gated MLP: what it must look like, and the share of its neurons that the thresholds were set to skip."""
+    """One gated MLP: its shape and activation, and the shares of its neurons that the thresholds were set to skip."""
 
     hidden_size: int
     intermediate_size: int
     activation: str
     up_sparsity: float  # of the rows of up_proj
     down_sparsity: float  # of the rows of down_proj, laid out by neuron
-    experts: int | None = None  # so many in one module, each of this shape, with thresholds in common
+    experts: int | None = None  # number of experts in the module, each of this shape, with common thresholds
 
     @property
     def bytes_share(self) -> float:
@@ -69,7 +69,7 @@ class LayerConfig:
 
 @dataclass(eq=False)  # tensors have no truth value
 class CatsConfig:
-    """Thresholds by MLP name, the sparsity they aim at, and the facts of their calibration.
+    """Thresholds by MLP name, their target sparsity, and how they were calibrated.
 
     A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``.
 
@@ -77,14 +77,14 @@ class CatsConfig:
         thresholds: float32 ``[]`` or ``[I]`` by module name.
         down_thresholds: likewise; empty for the plain rule.
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
-            fingerprint by which a config for another model is recognised.
+            fingerprint that tells a config for another model.
         rule, sparsity, gate_power, last_gate_power, importance: as given to :func:`cats_ext.calibrate`.
-        sparse_prefill: False computes every input of more than one position a sequence densely: the prompt phase, and
-            the verification of drafted tokens. The prompt then costs no quality; what is generated may still differ.
+        sparse_prefill: False computes every input of more than one position a sequence densely: prompts, and the
+            verification of drafted tokens. The prompt then loses no quality; generated text may still differ.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
-        losses: of each layer at each sparsity, where calibration searched an allocation; else all layers are alike.
+        losses: of each layer at each sparsity, if calibration searched an allocation; None if all layers are alike.
     """
 
     quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
@@ -114,7 +114,7 @@ class CatsConfig:
         return sum(n * share for n, share in zip(sizes, shares, strict=True)) / sum(sizes)
 
     def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
-        """This calibration at another sparsity: the model is not run again, and this config stays as it is.
+        """A config with the same calibration at another sparsity. The model is not run; this config is unchanged.
 
         Every threshold follows from the stored statistics, exactly as ``calibrate(..., sparsity=sparsity)`` on the same
         text would set it, or where an allocation was searched, as with the ``budget`` of the same bytes. Shapes of
@@ -180,7 +180,7 @@ class CatsConfig:
                 _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
 
     def for_part(self, model: nn.Module, mlps: Sequence[MLPShape]) -> CatsConfig:
-        """This config with the MLPs' names in ``model``, if it was made for its base model alone, or it for one.
+        """This config with the names that its MLPs have in ``model``, where they differ by the base model's prefix.
 
         transformers loads the same checkpoint with and without a head: ``model.layers.0.mlp`` of a causal language
         model is ``layers.0.mlp`` of its base model.
@@ -320,7 +320,7 @@ def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
 
 
 def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right_name: str) -> str:
-    """Which names are on one side only, the first few of them."""
+    """The names that only one side has, three of each at most."""
     parts = []
     for only, other, label in ((left, right, left_name), (right, left, right_name)):
         names = [name for name in only if name not in set(other)]

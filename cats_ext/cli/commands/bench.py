@@ -36,7 +36,7 @@ def bench(
 ) -> None:
     """Time the sparse op against the dense PyTorch MLP on this machine.
 
-    Both run in turns over layers of distinct random weights that fit into no cache;
+    Both alternate over layers of distinct random weights that fit into no cache;
     on a GPU inside a CUDA graph, timed by device events. Each time is compared with
     the bytes that had to be read and the read rate of this machine, measured in the
     same run.

@@ -76,9 +76,9 @@ def calibrate(
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Find the thresholds at which a model skips a share of its neurons, on text of yours.
+    """Find the thresholds at which a model skips a share of its neurons, on your text.
 
-    Choose text like the one the model will work on; thirty thousand tokens are enough.
+    Choose text like that of the model's later use; thirty thousand tokens are enough.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``cats demo``: a real model calibrated, made sparse, and compared with itself, in a few minutes on any machine."""
+"""``cats demo``: calibrates a real model, makes it sparse and compares it with the dense one, in a few minutes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENSE, PLAIN, TWO = "dense", "CATS, one threshold", "CATS, two thresholds"
-_ROUNDS = 3  # of timing, dense and sparse in turns
+_ROUNDS = 3  # of timing; dense and sparse alternate
 
 
 @dataclass
@@ -73,7 +73,7 @@ def demo(
     ] = models.DEMO_MODEL.name,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file of yours (.txt, .jsonl, .gz), instead of Python's own documentation. Repeatable."),
+        typer.Option(help="Your text file (.txt, .jsonl, .gz), instead of Python's own documentation. Repeatable."),
     ] = None,
     out: Annotated[Path, typer.Option("--output", "-o", help="The figure: a .png, or a directory for it.")] = Path(),
     sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
@@ -84,9 +84,9 @@ def demo(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Watch a real language model become sparse: thresholds, perplexity, text, speed and a figure.
+    """Make a real language model sparse: thresholds, perplexity, text, speed and a figure.
 
-    Everything is measured on this machine while you watch.
+    Everything is measured on this machine in this run.
 
     Examples:
 
@@ -115,14 +115,14 @@ def demo(
     evaluate_variants(network, tokenizer, variants, held_out)
     document |= show_thresholds(console, variants[PLAIN], source)
     document["variants"] = show_quality(console, variants, held_out.numel())
-    _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
+    _heading(console, "Text", f"The most probable continuation of: [italic]{escape(prompt)}[/]")
     document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
     document["tokens_per_second"] = show_speed(
         console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
     )
     document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
     document["seconds"] = time.perf_counter() - started
-    console.print(f"\n[dim]{document['seconds']:.0f} s in all. On a model of yours:[/]")
+    console.print(f"\n[dim]{document['seconds']:.0f} s in total. For your own model:[/]")
     console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
     console.print("  cats generate MODEL --cats thresholds --prompt TEXT")
     if json:
@@ -130,7 +130,7 @@ def demo(
 
 
 def _figure_path(out: Path) -> Path:
-    """Where the figure goes; found out before the work, so that nothing is lost for a wrong path."""
+    """The path of the figure, checked before the work, which would be lost."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
@@ -143,7 +143,7 @@ def _figure_path(out: Path) -> Path:
 
 
 def _texts(files: list[Path] | None) -> tuple[str, str, str]:
-    """Text to calibrate on, other text to measure on, and what they are."""
+    """Text to calibrate on, other text to measure on, and a description of the first."""
     if not files:
         source = "docstrings of Python's standard library"
         return docstrings(CALIBRATION_MODULES), docstrings(HELD_OUT_MODULES), source
@@ -155,7 +155,7 @@ def _texts(files: list[Path] | None) -> tuple[str, str, str]:
 def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[str, Any]:
     mlps = find_gated_mlps(network)
     mlp_weights = sum(3 * mlp.hidden_size * mlp.intermediate_size for mlp in mlps)
-    # what a token reads: everything but an input embedding of its own, of which it reads one row
+    # a token reads all weights; of an input embedding that is not the output layer too, only one row
     weights = sum(parameter.numel() for parameter in network.parameters())
     if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
         weights -= network.get_input_embeddings().weight.numel()
@@ -276,7 +276,7 @@ def show_speed(
     mlp_share: float,
     load: float,
 ) -> dict[str, Any]:
-    """Decode speed, dense and sparse in turns, each warmed up, over the same number of tokens of the same text."""
+    """Decode speed, dense and sparse alternating, each warmed up, for the same number of tokens after the same text."""
     from cats_ext.cli.generation import continue_prompt, decoder, encode_prompt
 
     engine = decoder(network)
@@ -295,7 +295,7 @@ def show_speed(
     _heading(
         console,
         "Speed",
-        f"Median of {_ROUNDS} rounds in turns, one token at a time. At equal bandwidth the weights left unread are "
+        f"Median of {_ROUNDS} alternating rounds, one token at a time. At equal bandwidth the weights not read are "
         f"worth {worth:.2f}x; attention and the output layer stay as they are.",
     )
     grid = Table.grid(padding=(0, 2))

@@ -76,7 +76,7 @@ def evaluate(
     """Measure a model on text and tasks, dense and (with thresholds) sparse side by side.
 
     Text: perplexity, the KL divergence from the dense model and how often both find
-    the same token likeliest, with standard errors over windows; the sparsity reached
+    the same token most probable, with standard errors over windows; the sparsity reached
     and the share of the MLP weights read. Tasks: accuracies with the significance of
     the difference (exact McNemar test).
 
