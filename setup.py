@@ -76,7 +76,7 @@ def sources(*patterns: str) -> list[str]:
 def cpu_extension(left_out: list[str]) -> CppExtension:
     return CppExtension(
         "cats_ext._C",
-        sources("csrc/ops_cpu.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp"),
+        sources("csrc/ops_cpu.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
