@@ -52,10 +52,18 @@ def test_calibrate_says_what_to_do_next(model_dir, text_file, tmp_path):
     assert f"cats generate {model_dir} --cats {tmp_path / 'out'}" in result.stdout
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.5, "nan"])
-def test_calibrate_refuses_sparsity_out_of_range_before_loading(sparsity):
-    message = error_of("calibrate", "./missing", "--text", "missing.txt", "-o", "out", "--sparsity", sparsity)
-    assert "sparsity must be in [0, 1)" in message
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("--sparsity", value, "sparsity must be in [0, 1)") for value in (-0.1, 1, 1.5, "nan")),
+        ("--budget", 0.2, "budget must be in (1/3, 1]"),
+        ("--gate-power", 2, "gate_power must be in [0, 1], got 2.0"),
+        ("--spread", 0, "spread must be a number in (0, 1], got 0.0"),
+        ("--batch-size", 0, "batch_size must be a positive integer, got 0"),
+    ],
+)
+def test_calibrate_refuses_settings_before_loading(option, value, message):
+    assert message in error_of("calibrate", "./missing", "--text", "missing.txt", "-o", "out", option, value)
 
 
 def test_calibrate_spreads_a_budget(model_dir, text_file, tmp_path):
