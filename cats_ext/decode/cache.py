@@ -7,10 +7,10 @@ cache: the position is read from device memory, the whole length is given out, a
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -77,8 +77,8 @@ class DecodeCache(Cache):
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
 
-    def allocate(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate every layer now, which otherwise happens when the first token comes."""
-        like = torch.empty(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
-        for layer in self.layers:
-            layer.lazy_initialization(like)
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of ``model.forward``: ``cache`` since transformers 5.24."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters and "past_key_values" not in parameters else "past_key_values"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.decode import launch as ops
+from cats_ext.decode.fingerprint import version
 from cats_ext.decode.launch import Attention, Norm, Shares
-from cats_ext.decode.state import version
 from cats_ext.functional import deterministic
 from cats_ext.ops.definitions import sparse_mlp_step
 from cats_ext.patching.detection import recognise_activation

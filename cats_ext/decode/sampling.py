@@ -83,8 +83,8 @@ def _can_be_captured(processor: object) -> bool:
 
 
 @dataclass
-class Plan:
-    """One call of ``generate``, prepared."""
+class GenerationRequest:
+    """The arguments of one call of ``generate``, resolved."""
 
     config: GenerationConfig
     selection: Selection
@@ -95,7 +95,7 @@ class Plan:
     max_length: int
 
 
-def plan(
+def prepare_generation(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -104,8 +104,13 @@ def plan(
     stopping_criteria: StoppingCriteriaList | None,
     tokenizer: Any,
     options: dict[str, Any],
-) -> Plan:
-    """Read the options as ``model.generate`` does, which without a mask takes padding tokens for padding.
+) -> GenerationRequest:
+    """Resolve the arguments of a call as ``model.generate`` does.
+
+    Args:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``; None takes padding tokens for padding, as ``model.generate`` does.
+        generation_config, logits_processor, stopping_criteria, tokenizer, options: see ``DecodeEngine.generate``.
 
     Raises:
         TypeError, ValueError: an option has a wrong type or value, or the engine does not know or support it.
@@ -165,7 +170,7 @@ def plan(
         tokenizer=tokenizer,
     )
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]  # the caller's own replaces ours
-    return Plan(
+    return GenerationRequest(
         config=config,
         selection=Selection(prepared, bool(config.do_sample)),
         mask=mask,

@@ -1,4 +1,4 @@
-"""What the decode engine asks of a model and of its input, and how it notices that a model has changed."""
+"""What the decode engine requires of a model and its input, and what it restores in a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = ("full_attention", "sliding_attention")
-_BASE = frozenset(vars(nn.Module()))  # what every module has; settings are what it has besides
-_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
 
 
 def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
@@ -77,46 +75,6 @@ def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
     if bool((kept[:, :-1] & ~kept[:, 1:]).any()) or not bool(kept[:, -1].all()):
         raise ValueError("attention_mask must have its zeros on the left of each sequence, and a 1 at its end")
     return kept.long()
-
-
-def fingerprint(model: nn.Module) -> tuple[tuple, tuple[int, ...]]:
-    """What a captured step has fixed, and what a filled cache depends on besides.
-
-    The first: which code runs, the settings it reads from Python, and where tensors are. The second: how often weights
-    and thresholds have been written to in place (through ``.data`` it does not show).
-    """
-    parts, written = [], []
-    for m in model.modules():
-        settings = [_setting(value) for name, value in vars(m).items() if name not in _BASE]
-        tensors = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        parts.append((type(m), *m._forward_pre_hooks, *m._forward_hooks, settings, [_place(t) for t in tensors]))
-        written += [version(t) for t in tensors if isinstance(t, nn.Parameter)]
-    device = model.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    modes = autocast, torch.are_deterministic_algorithms_enabled()
-    state = parts, _setting(vars(model.config.get_text_config())), modes
-    return state, (*written, *map(version, _thresholds(model)))
-
-
-def version(t: Tensor) -> int:
-    """Counts what has been written to ``t`` in place; 0 of a tensor made in inference mode, which has no count."""
-    return 0 if t.is_inference() else t._version
-
-
-def _place(t: Tensor) -> tuple:
-    return t.data_ptr(), t.dtype, t.shape, t.stride()
-
-
-def _setting(value: object) -> object:
-    """A module's attribute as it is compared: adapters at work, factors and replaced forwards are in captured steps."""
-    kind = type(value)
-    if kind in _PLAIN or callable(value):
-        return value
-    if issubclass(kind, list | tuple):
-        return [_setting(v) for v in value]
-    if issubclass(kind, dict):
-        return [(key, _setting(v)) for key, v in value.items()]
-    return _place(value) if issubclass(kind, Tensor) else kind
 
 
 def _thresholds(model: nn.Module) -> list[Tensor]:

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import cats_ext
-from cats_ext.decode import engine as decode
 from cats_ext.decode import fused as decode_fused
+from cats_ext.decode import session as decode
 from cats_ext.decode.engine import DecodeEngine
 
 PADDED = ("mistral", "gemma2")
@@ -62,7 +62,7 @@ class Recorder(BaseStreamer):
 class _Replay:
     """Stands in for a CUDA graph on a machine without one: runs the step that would have been captured."""
 
-    def __init__(self, session: decode._Session, selection: object) -> None:
+    def __init__(self, session: decode.Session, selection: object) -> None:
         self.replay = lambda: session._advance(selection, selection.graph_key is not None)
 
 
@@ -74,8 +74,8 @@ class _Event:
 @pytest.fixture
 def static_steps(monkeypatch) -> None:
     """The steps that are captured on CUDA, with their static cache and buffers, run one by one on the CPU."""
-    monkeypatch.setattr(decode._Session, "_graph", lambda self, selection: _Replay(self, selection))
-    monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
+    monkeypatch.setattr(decode.Session, "_graph", lambda self, selection: _Replay(self, selection))
+    monkeypatch.setattr(decode.Session, "_send", lambda self: (self.token.clone(), _Event()))
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +227,9 @@ def test_conversation_keeps_the_common_prefix(llama, static, request, monkeypatc
         statically(engine)
     first = engine.generate(tokens(20)[None], max_new_tokens=10)
     session, computed = engine._session, []
-    forward = decode._Session._forward
+    forward = decode.Session._forward
     monkeypatch.setattr(
-        decode._Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
+        decode.Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
     )
     longer = torch.cat((first, tokens(6, seed=1)[None]), dim=1)
     out = engine.generate(longer, max_new_tokens=10, reuse_prefix=True)
