@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cats_ext.decode import launch as ops
 from cats_ext.decode.fingerprint import version
-from cats_ext.decode.launch import Attention, Norm, Shares
+from cats_ext.decode.launch import Attention, AttentionPartials, Norm
 from cats_ext.functional import deterministic
 from cats_ext.ops.definitions import sparse_mlp_step
 from cats_ext.patching.detection import recognise_activation
@@ -67,15 +67,15 @@ class FusedStep:
         hidden = self.embedding.shape[1]
         # What each sparse MLP gives, in float32, which the next product rounds; and behind it the kernel's counter.
         self.sums = torch.zeros(len(base.layers), -(-(hidden + 1) // 4) * 4, device=self.embedding.device)
-        shares = None
+        partials = None
         self.blocks: list[Block] = []
         for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
-            if self.embedding.is_cuda and shares is None:
-                count = ops.attention_shares(attention.kv_heads, self.embedding.device)
-                shares = Shares.create(count, attention.heads, attention.head_dim, self.embedding.device)
+            if self.embedding.is_cuda and partials is None:
+                count = ops.attention_splits(attention.kv_heads, self.embedding.device)
+                partials = AttentionPartials.create(count, attention.heads, attention.head_dim, self.embedding.device)
             mlp, mlp_norm = _mlp_block(layer, self.sums[len(self.blocks) // 2])
-            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
+            self.blocks.append(_attention_block(layer, replace(attention, partials=partials), mlp_norm))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
@@ -185,7 +185,7 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
         down = mlp.down_proj
 
         def dense(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, None]:
-            h, x = ops.gate_up(x, *weights, activation, norm)
+            h = ops.gate_up(x, *weights, activation, norm)
             return ops.add_linear(h, down.weight, down.bias, x)
 
         return dense, None

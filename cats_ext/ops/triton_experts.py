@@ -13,18 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _activation(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate / (1 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * (1 - 1 / (1 + tl.exp(2 * inner)))
-    else:
-        return tl.where(gate < 0, 0.0, gate)
+from cats_ext.ops.triton_activations import activate
 
 
 @triton.jit
@@ -51,7 +40,7 @@ def gate_up_kernel(
     neurons = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = neurons < tl.where((expert >= 0) & (expert < count), intermediate, 0)
     weight, row = w_gate_up + expert * expert_stride, x + s // TOP_K * H
-    gate = _activation(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
+    gate = activate(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
     keep = inside & ~(tl.abs(gate) < tl.load(threshold))  # NaN is kept
     result = tl.zeros([ROWS], tl.float32)
     if tl.sum(keep.to(tl.int32)) > 0:
