@@ -1,8 +1,8 @@
 """What a captured step has fixed and what a filled cache depends on, read from the model before each call.
 
-Reading takes about 0.4 ms for a Llama of 32 layers (423 modules) on a CPU core, so all loops over modules and tensors are
-comprehensions or ``map`` of built-in functions. Modules and weights are not kept between two calls, so that one that is
-replaced is freed at once.
+Reading a Llama of 32 layers (423 modules) takes about 0.4 ms of a CPU core. To stay there, loops over modules and
+tensors are comprehensions or ``map`` of built-in functions. Modules and weights are not kept between two calls, so that
+one that is replaced is freed at once.
 """
 
 from __future__ import annotations
