@@ -1,4 +1,4 @@
-"""From logits to tokens, with transformers' own processors, and the text's end, with its own stopping criteria."""
+"""The choice of the next token and the end of the text, with transformers' logits processors and stopping criteria."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cats_ext.decode.state import left_padding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Processors that only compute on the scores, with the same kernels at every length: they can be captured.
+# Processors that read only the scores and launch the same kernels at every length: a graph can capture them.
 _SCORES_ONLY = (
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
@@ -27,7 +27,7 @@ _SCORES_ONLY = (
     processors.LogitNormalization,
     processors.InfNanRemoveLogitsProcessor,
 )
-# Options of generate that change how tokens are searched for or what comes back: name and the value that is off.
+# Options of generate that change the search for tokens or the result, and the value that switches each off.
 _REFUSED = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -43,15 +43,15 @@ _REFUSED = {
     "token_healing": False,
     "watermarking_config": None,
 }
-_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "paged")  # the engine's own serves for any other
+_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "paged")  # the engine's own replaces any other
 
 
 @dataclass
 class Selection:
     """How the next token is chosen: ``(ids [B, T], logits [B, V]) -> [B]``.
 
-    ``graph_key`` is None if the processors have to see exactly the tokens so far; otherwise the choice can be captured,
-    with ids whose unfilled places repeat the first token, and equal keys mean equal choices.
+    ``graph_key`` is None if a processor must get exactly the tokens so far. Otherwise a graph can capture the choice,
+    from ids whose unfilled places repeat the first token; equal keys mean equal choices.
     """
 
     processors: LogitsProcessorList
@@ -77,7 +77,7 @@ class Selection:
 
 
 def _can_be_captured(processor: object) -> bool:
-    if type(processor) is processors.RepetitionPenaltyLogitsProcessor:  # a set of tokens: repeats do not count
+    if type(processor) is processors.RepetitionPenaltyLogitsProcessor:  # a repeated token counts once
         return getattr(processor, "prompt_ignore_length", None) is None
     return type(processor) in _SCORES_ONLY
 
@@ -86,7 +86,6 @@ def _can_be_captured(processor: object) -> bool:
 class GenerationRequest:
     """The arguments of one call of ``generate``, resolved."""
 
-    config: GenerationConfig
     selection: Selection
     mask: Tensor | None  # int64 [B, T], zeros on the left; None if there are none
     finished: Callable[[Tensor], Tensor]  # ids on the CPU [B, T] -> bool [B]
@@ -163,15 +162,14 @@ def prepare_generation(
         device=input_ids.device,
         model_kwargs={} if mask is None else {"attention_mask": mask.to(input_ids.device)},
     )
-    model._prepare_special_tokens(config, True, device="cpu")  # the end is looked for on the CPU
+    model._prepare_special_tokens(config, True, device="cpu")  # stopping criteria run on the CPU
     criteria = model._get_stopping_criteria(
         generation_config=config,
         stopping_criteria=stopping_criteria if stopping_criteria is not None else StoppingCriteriaList(),
         tokenizer=tokenizer,
     )
-    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]  # the caller's own replaces ours
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]  # the caller's replaces ours
     return GenerationRequest(
-        config=config,
         selection=Selection(prepared, bool(config.do_sample)),
         mask=mask,
         finished=lambda ids: criteria(ids, None),
@@ -193,7 +191,7 @@ def _inferred_padding(model: PreTrainedModel, input_ids: Tensor, config: Generat
 
 
 def _check_sampling(config: GenerationConfig) -> None:
-    """What transformers would find only after the prompt has been computed, or not at all."""
+    """Raise for values that transformers finds only after the prompt has been computed, or not at all."""
     if not config.do_sample or config.temperature is None:
         return
     if not (isinstance(config.temperature, Real) and config.temperature > 0):

@@ -49,7 +49,7 @@ def check_ready(model: nn.Module) -> None:
     away = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if away is not None:
         raise ValueError(
-            f"{away} is on the meta device (offloaded?), and the decode engine takes no weights that come and go: use "
+            f"{away} is on the meta device (offloaded?), and the decode engine needs all weights in place: use "
             "model.generate"
         )
 
@@ -62,7 +62,11 @@ def check_ids(ids: Tensor, model: nn.Module) -> None:
 
 
 def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask, int64, or None if nothing is masked."""
+    """The attention mask ``[B, T]`` as int64, or None if it masks nothing.
+
+    Raises:
+        TypeError, ValueError: it is no tensor, has another shape than ``ids``, or zeros elsewhere than on the left.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -83,19 +87,19 @@ def _thresholds(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """What runs inside does not show in the sparsity report."""
+    """Restore the counts of the sparsity report afterwards."""
     counts = [(module.counts, module.counts.clone()) for module in sparse_mlps(model).values()]
     try:
         yield
     finally:
-        with torch.inference_mode():  # where tensors made in inference mode can be written to, and all others
+        with torch.inference_mode():  # which can write any tensor, also those made in inference mode
             for now, before in counts:
                 now.copy_(before)
 
 
 @contextmanager
 def nothing_skipped(model: nn.Module) -> Iterator[None]:
-    """Thresholds are 0 inside, in place: rounding then changes no neuron from kept to skipped."""
+    """Set all thresholds to 0 inside, in place: rounding then cannot move a neuron over its threshold."""
     buffers = _thresholds(model)
     thresholds = [t.clone() for t in buffers]
 

@@ -1,9 +1,9 @@
-"""Triton kernels of routed experts for few tokens: which expert a row belongs to is read on the device.
+"""Triton kernels of routed experts for few tokens: a row's expert is read on the device.
 
-Three launches for all rows ``s`` (a token and one of its experts) of a layer: gate and up projections with the mask,
-down projections in pieces, and the sum over a token's pieces in a fixed order, so that results are the same in every
-run. Rows of skipped neurons are not read. Triton comes with CUDA builds of PyTorch; experts.py imports this module only
-for CUDA tensors.
+Three launches for all rows ``s`` (pairs of a token and one of its experts) of a layer: gate and up projections with the
+mask, down projections over parts of the neurons, and the sum of a token's partial results in a fixed order, so that
+each run gives the same bits. The weights of skipped neurons are not read. Triton comes with CUDA builds of PyTorch;
+experts.py imports this module only for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cats_ext.ops.triton_activations import activate
 
 @triton.jit
 def _dot(weight, x, rows, wanted, stride, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Products ``[ROWS]`` of the wanted rows with ``x``; of the others nothing is read."""
+    """Products ``[ROWS]`` of the wanted rows with ``x``; the other rows are not read and give 0."""
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, H, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -56,7 +56,7 @@ def down_kernel(
     h, experts, routing, w_down, expert_stride, row_stride, pieces, intermediate, count, blocks,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``pieces`` (float32 ``[S, SPLITS, H]``): the routing weight times ``h Wd`` over a share of the neurons."""
+    """``pieces`` (float32 ``[S, SPLITS, H]``): the routing weight times ``h Wd`` over a part of the neurons."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split, s = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + s).to(tl.int64)
@@ -69,7 +69,7 @@ def down_kernel(
         wanted = (values != 0)[:, None] & (columns < H)[None, :]
         total += values[:, None] * tl.load(at, mask=wanted, other=0.0, eviction_policy="evict_first").to(tl.float32)
     result = tl.sum(total, axis=0) * tl.load(routing + s).to(tl.float32)
-    result = tl.where((expert >= 0) & (expert < count), result, float("nan"))  # never silently wrong
+    result = tl.where((expert >= 0) & (expert < count), result, float("nan"))  # no such expert
     tl.store(pieces + (s * SPLITS + split) * H + columns, result, mask=columns < H)
 
 
@@ -96,7 +96,7 @@ def launch(
 ) -> Tensor:
     """The three kernels; arguments as those of ``cats::sparse_experts``.
 
-    Of the five sets of tiles that were tried with Mixtral's shape on an H100 this is the fastest at 50 %, and 0.3 us
+    Of five tile sizes measured with Mixtral's shape on an H100 these are the fastest at 50 % sparsity, and 0.3 us
     slower than the fastest at 90 % (bench/results/h100/experts_tiles.csv).
     """
     x, experts, routing = x.contiguous(), experts.contiguous(), routing.contiguous()
