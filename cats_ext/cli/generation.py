@@ -66,7 +66,11 @@ def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrained
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``."""
+    """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``.
+
+    Raises:
+        ValueError: the prompt is empty, or ``chat`` is set and the tokenizer has no chat template.
+    """
     if not prompt.strip():
         raise ValueError("--prompt must not be empty")
     if chat:

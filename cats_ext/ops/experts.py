@@ -1,7 +1,7 @@
 """The op of routed experts for few tokens: a mixture's MLPs, each token through those it was routed to.
 
-On the CPU each routed expert is one call of ``cats::sparse_mlp`` with the tokens it got. On CUDA, Triton kernels read
-on the device which experts were chosen, so that nothing waits for the device and the op can be captured in a graph.
+On the CPU each expert with tokens is one call of ``cats::sparse_mlp``. On CUDA, Triton kernels read the chosen experts
+on the device, so that the host does not wait and a graph can capture the op.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sparse_experts = torch.ops.cats.sparse_experts
 
 Args:
     x: ``[T, H]``, float32, float16 or bfloat16.
-    experts, routing: int64 and floating point ``[T, K]``. An expert that there is not is an error on the CPU, and gives
+    experts, routing: int64 and floating point ``[T, K]``. An index outside ``[0, E)`` is an error on the CPU and gives
         NaN on CUDA.
     w_gate_up: ``[E, 2 I, H]``, of each expert the gate's rows before those of up.
     w_down_t: ``[E, I, H]``, the down projections with one contiguous row a neuron.
