@@ -128,10 +128,10 @@ def sparse_mlp(
     """
     operands = (x, w_gate, w_up, w_down_t, gate_bias, up_bias, down_bias)
     if kernel_fits(x, w_down_t.shape[-1]) and w_down_t.stride(-1) == 1 and not needs_grad(*operands):
-        rule = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias, deterministic())
+        rest = (threshold, down_threshold, activation, gate_bias, up_bias, down_bias, deterministic())
         if counts is None:
-            return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rule)
-        return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, counts, *rule)
+            return ops.sparse_mlp(x, w_gate, w_up, w_down_t, *rest)
+        return ops.sparse_mlp_counted(x, w_gate, w_up, w_down_t, counts, *rest)
     gate, up = F.linear(x, w_gate, gate_bias), F.linear(x, w_up, up_bias)
     h = masked_product(gate, up, threshold, down_threshold, activation, counts)
     return F.linear(h, w_down_t.t(), down_bias)

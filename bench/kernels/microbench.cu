@@ -1,7 +1,7 @@
 // Microbenchmark of the sparse MLP kernels, without torch. From the repository root:
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc bench/kernels/microbench.cu
-//         csrc/cuda/sparse_mlp_*.cu -o microbench
+//         csrc/cuda/sparse_mlp_*.cu csrc/cuda/plan.cpp -o microbench
 //     ./microbench --shape 4096x14336 --dtype bf16 --tokens 1 --sparsity 0,50,70,90
 //
 // Every run is checked against a CPU reference in fp64 first. Timing replays a CUDA graph over distinct layers, more
@@ -112,8 +112,8 @@ template <typename T> class Bench {
         const size_t workspace_bytes = cats::sparse_mlp_workspace_bytes(params_);
         if (o.deterministic) {
             size_t bytes;
-            CHECK_CUDA(cats::sparse_mlp_shares_bytes(params_, &bytes));
-            CHECK_CUDA(cudaMalloc(&shares_, bytes));
+            CHECK_CUDA(cats::sparse_mlp_partial_sums_bytes(params_, &bytes));
+            CHECK_CUDA(cudaMalloc(&partial_sums_, bytes));
         }
         CHECK_CUDA(cudaMalloc(&workspace_, workspace_bytes));
         CHECK_CUDA(cudaMemset(workspace_, 0, workspace_bytes));
@@ -252,7 +252,7 @@ template <typename T> class Bench {
     cats::SparseMlpLaunchOptions options(int slots, int prefetch) const {
         cats::SparseMlpLaunchOptions options;
         options.slots = slots, options.first_batches = prefetch, options.programmatic_launch = o_.pdl;
-        options.shares = shares_;
+        options.partial_sums = partial_sums_;
         if (o_.kernel == "bulk") options.kernel = cats::SparseMlpKernel::kBulkCopy;
         else if (o_.kernel == "async") options.kernel = cats::SparseMlpKernel::kAsyncCopy;
         else if (o_.kernel == "generic") options.kernel = cats::SparseMlpKernel::kGeneric;
@@ -316,7 +316,7 @@ template <typename T> class Bench {
     cudaStream_t stream_;
     T *weights_, *x_, *raw_x_, *y_;
     float *thresholds_, *projection_, *sums_;
-    void *workspace_, *shares_ = nullptr;
+    void *workspace_, *partial_sums_ = nullptr;
     cats::SparseMlpParams params_{};
     std::vector<std::vector<double>> act_, product_; // per layer: |act(g)| and |act(g) u|, [tokens][I]
     std::vector<float> host_thresholds_;

@@ -82,14 +82,14 @@ PYBIND11_MODULE(cats_raw_kernels, m) {
         .def_readwrite("slots", &SparseMlpLaunchOptions::slots)
         .def_readwrite("first_batches", &SparseMlpLaunchOptions::first_batches)
         .def_readwrite("programmatic_launch", &SparseMlpLaunchOptions::programmatic_launch);
-    address(options, "shares", &SparseMlpLaunchOptions::shares);
+    address(options, "partial_sums", &SparseMlpLaunchOptions::partial_sums);
 
     m.def("sparse_mlp_workspace_bytes", &sparse_mlp_workspace_bytes, py::arg("params"));
     m.def(
-        "sparse_mlp_shares_bytes",
+        "sparse_mlp_partial_sums_bytes",
         [](const SparseMlpParams &params) {
             size_t bytes = 0;
-            check("sparse_mlp_shares_bytes", sparse_mlp_shares_bytes(params, &bytes));
+            check("sparse_mlp_partial_sums_bytes", sparse_mlp_partial_sums_bytes(params, &bytes));
             return bytes;
         },
         py::arg("params"));

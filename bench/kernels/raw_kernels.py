@@ -7,8 +7,8 @@
     options.kernel = kernels.SparseMlpKernel.async_copy
     kernels.sparse_mlp_cuda(params, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream, options)
 
-Compiles raw_kernels.cpp with csrc/cuda/sparse_mlp_*.cu for the card at hand, which takes minutes the first time and
-needs nvcc, ninja and a torch with CUDA. Nothing is checked: a wrong pointer or size is the caller's crash.
+Compiles raw_kernels.cpp with csrc/cuda/plan.cpp and sparse_mlp_*.cu for the card at hand, which takes minutes the first
+time and needs nvcc, ninja and a torch with CUDA. Nothing is checked: a wrong pointer or size is the caller's crash.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def load(verbose: bool = False) -> ModuleType:
     undo_torch = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     return cpp_extension.load(
         "cats_raw_kernels",
-        [str(Path(__file__).with_suffix(".cpp")), *map(str, sorted(ROOT.glob("csrc/cuda/sparse_mlp_*.cu")))],
+        [
+            *map(str, sorted(ROOT.glob("csrc/cuda/sparse_mlp_*.cu"))),
+            str(ROOT / "csrc" / "cuda" / "plan.cpp"),
+            str(Path(__file__).with_suffix(".cpp")),
+        ],
         extra_include_paths=[str(ROOT / "csrc")],
         extra_cflags=["-O3"],
         extra_cuda_cflags=["-O3", *undo_torch],

@@ -20,6 +20,7 @@ from cats_ext.decode.fingerprint import version
 from cats_ext.decode.launch import Attention, AttentionPartials, Norm
 from cats_ext.functional import deterministic
 from cats_ext.ops.definitions import sparse_mlp_step
+from cats_ext.ops.plan import step_supported
 from cats_ext.patching.detection import recognise_activation
 from cats_ext.patching.mlp import CatsMLP
 
@@ -217,13 +218,7 @@ def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor 
     if operands is None or operands[-1] is not None:  # the sum has no bias
         return None
     operands = operands[:-1]
-    try:
-        sparse_mlp_step(torch.zeros_like(norm.weight), norm.weight, norm.eps, *operands[:3], y_sum, *operands[3:])
-    except RuntimeError as error:
-        if "NotSupported" not in str(error):
-            raise
-        return None
-    return operands
+    return operands if step_supported(operands[:3], norm.weight, y_sum) else None
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

@@ -1,4 +1,4 @@
-"""``--set``: texts by name, with a stand-in for the package that downloads them."""
+"""Texts for the commands: files, Python's docstrings, and named sets, with a stand-in for their loader."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cats_ext.cli.text import HELD_OUT_MODULES, docstrings, named_text
+from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, named_text, read_texts
 
 
 class Rows(list):
@@ -51,3 +51,25 @@ def test_errors_name_the_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"--set wikitext2 needs the package datasets: pip install"):
         named_text("wikitext2")
+
+
+def test_docstrings_are_long_prose_and_do_not_overlap():
+    calibration, held_out = docstrings(CALIBRATION_MODULES), docstrings(HELD_OUT_MODULES)
+    assert len(calibration) > 150_000 and len(held_out) > 60_000
+    assert not set(CALIBRATION_MODULES) & set(HELD_OUT_MODULES)
+    assert calibration == docstrings(CALIBRATION_MODULES)
+    shared = set(calibration.split("\n\n")) & set(held_out.split("\n\n"))
+    assert sum(map(len, shared)) < 0.01 * len(held_out)
+    assert "license" not in calibration.lower()[:2000]
+
+
+def test_python_without_library_sources_asks_for_text(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--text FILE"):
+        docstrings(CALIBRATION_MODULES)
+
+
+def test_read_texts_keeps_order_and_drops_blanks(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": " "}\n')
+    assert read_texts([tmp_path / "a.jsonl", tmp_path / "b.txt"]) == ["first", "second"]

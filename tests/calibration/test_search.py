@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import pytest
@@ -14,79 +13,16 @@ from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats
 from cats_ext._inputs import batches_of
 from cats_ext.calibration.accumulator import LayerAccumulator
 from cats_ext.calibration.passes import run_gradient_pass
-from cats_ext.calibration.run import _few, _options
 from cats_ext.evaluation.comparison import compare
 from cats_ext.patching.detection import GatedMLP, find_gated_mlps
-from cats_ext.thresholds.allocation import LossTable, allocate
+from cats_ext.thresholds.allocation import search_options
 from cats_ext.thresholds.rules import LAST_GATE_POWER, sparsity_of
-
-# --- allocate -------------------------------------------------------------------------------------------------------
-
-
-def brute_force(losses, costs, budget):
-    best = min(
-        (
-            sum(losses[i][p] for i, p in enumerate(choice))
-            for choice in itertools.product(range(len(losses[0])), repeat=len(losses))
-            if sum(costs[i][p] for i, p in enumerate(choice)) <= budget + 1e-9
-        ),
-    )
-    return best
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_allocation_is_close_to_the_best_there_is(seed):
-    generator = torch.Generator().manual_seed(seed)
-    costs = torch.linspace(1, 0.4, 6, dtype=torch.float64).expand(4, -1)
-    scale = torch.rand(4, 1, generator=generator, dtype=torch.float64) * 10
-    losses = scale * (1 - costs) ** 2 * (1 + 0.1 * torch.rand(4, 6, generator=generator, dtype=torch.float64))
-    for budget in (1.7, 2.3, 3.1, 3.9, 4.0):
-        choice = allocate(losses, costs, budget)
-        total = sum(float(losses[i, p]) for i, p in enumerate(choice))
-        assert sum(float(costs[i, p]) for i, p in enumerate(choice)) <= budget * (1 + 2e-6)
-        assert total <= 1.15 * brute_force(losses.tolist(), costs.tolist(), budget) + 1e-12
-
-
-def test_layers_that_lose_nothing_give_all():
-    losses = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 5.0]])
-    costs = torch.tensor([[1.0, 0.6, 0.4]]).expand(2, -1)
-    assert allocate(losses, costs, 1.4)[1] == 0
-    assert allocate(losses, costs, 2.0)[1] == 0
-
-
-def test_allocation_errors():
-    costs = torch.tensor([[1.0, 0.5]]).expand(2, -1)
-    with pytest.raises(ValueError, match=r"budget must be at least 1, the cost of the cheapest options, got 0.9"):
-        allocate(torch.zeros(2, 2), costs, 0.9)
-    with pytest.raises(ValueError, match=r"losses must be finite, got \[0.0, nan\] for layer 1"):
-        allocate(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), costs, 2)
-
-
-def test_a_table_weighs_layers_by_their_size():
-    table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 3))
-    # 0.6 of the small layer's rows saves 0.4 of a tenth of all bytes; only the large one affords the budget
-    assert table.targets(0.65, [1, 8, 1], (0.5, 0.5)) == [(0.0, 0.0), (0.6, 0.6), (0.5, 0.5)]
-
-
-def test_no_layer_is_further_from_the_uniform_allocation_than_the_spread():
-    options = torch.tensor([[i / 10, i / 10] for i in range(9)], dtype=torch.float64)
-    losses = torch.stack([torch.arange(9.0), 100 * torch.arange(9.0), torch.zeros(9)])
-    for spread, first in ((1.0, [(0.8, 0.8), (0.2, 0.2)]), (0.2, [(0.7, 0.7), (0.3, 0.3)])):
-        assert LossTable(options, losses, spread).targets(2 / 3, [1] * 3, (0.5, 0.5)) == [*first, (0.5, 0.5)]
-    assert LossTable(options, losses[:1]).targets(2 / 3, [1], (0.5, 0.5)) == [(0.5, 0.5)]
-    with pytest.raises(ValueError, match=r"within 0.01 of \(0.55, 0.55\): a wider spread"):
-        LossTable(options, losses, 0.01).targets(0.64, [1] * 3, (0.55, 0.55))
-
-
-# --- gradients ------------------------------------------------------------------------------------------------------
 
 
 def gathered(model, batches, seed=0):
     """Of every layer: gate, up, and the gradient at the MLP's output."""
     found = {mlp.name: [] for mlp in find_gated_mlps(model)}
-    run_gradient_pass(
-        model, find_gated_mlps(model), batches, lambda mlp, *t: found[mlp.name].append(t), "", False, seed=seed
-    )
+    run_gradient_pass(model, find_gated_mlps(model), batches, lambda mlp, *t: found[mlp.name].append(t), seed=seed)
     return {name: [torch.cat(parts) for parts in zip(*calls, strict=True)] for name, calls in found.items()}
 
 
@@ -170,9 +106,6 @@ def test_losses_of_every_option_by_brute_force():
             assert loss == pytest.approx(float(expected), rel=1e-3, abs=1e-9)
 
 
-# --- search ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def uneven():
     """A model whose second layer hardly matters."""
@@ -237,15 +170,6 @@ def test_without_a_target_the_same_bytes_as_at_one_half_are_searched(uneven):
         config.at_sparsity(0.995)
 
 
-def test_the_gradient_passes_take_windows_from_all_over_the_data(monkeypatch):
-    windows = [torch.full((length,), i) for i, length in enumerate([10] * 9 + [4])]
-
-    def taken(budget):
-        return [int(window[0]) for window in _few(windows, budget)]
-
-    assert taken(1) == [0] and taken(30) == [0, 2, 5, 7] and taken(94) == taken(1000) == list(range(10))
-
-
 def test_a_search_is_checked_window_by_window(uneven):
     """Windows of other lengths are not run together, and text of single tokens buys nothing."""
     lengths = []
@@ -262,38 +186,6 @@ def test_a_search_is_checked_window_by_window(uneven):
     assert single.losses is None and single.calibration["search"] == {"uniform_kl": 0, "searched_kl": 0}
 
 
-def test_options_are_sparsities():
-    for rule in ("plain", "weighted", "two_threshold"):
-        assert all(0 <= up <= down < 1 for up, down in _options(rule))
-        assert (0.0, 0.0) in _options(rule)
-    assert all(up == down for up, down in _options("weighted"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (dict(budget=0.3), ValueError, r"budget must be in \(1/3, 1\], since the gate alone is 1/3 .* got 0.3"),
-        (dict(budget=1.1), ValueError, r"budget must be in .* got 1.1"),
-        (dict(budget="half"), TypeError, r"budget must be a number in \(1/3, 1\], got 'half'"),
-        (dict(budget=0.6, sparsity=0.5), ValueError, "give sparsity or budget, not both, got 0.5 and 0.6"),
-        (dict(allocation="best"), ValueError, "allocation must be one of uniform, search, got 'best'"),
-        (dict(budget=0.6, rule="two_threshold", down_sparsity=0.7), ValueError, "down_sparsity is for uniform alloc"),
-        (dict(rule="plain", gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
-        (dict(last_gate_power=2), ValueError, r"last_gate_power must be in \[0, 1\], got 2"),
-        (dict(rule="plain", last_gate_power=1), ValueError, "last_gate_power must be 0 for the rule 'plain'"),
-        (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
-        (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
-        (dict(budget=0.6, spread=0), ValueError, r"spread must be a number in \(0, 1\], got 0"),
-        (dict(spread=0.01), ValueError, r"no sparsity that was tried is within 0.01 of \(0.375, 0.625\)"),
-        (dict(budget=0.335), ValueError, r"budget must be at least 0.34 for a search, got 0.335"),
-        (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
-    ],
-)
-def test_argument_errors(arguments, error, message):
-    with pytest.raises(error, match=message):
-        calibrate(tiny_model(), tokens(200), **arguments, progress=False)
-
-
 def test_counts_of_a_7b_model_take_less_than_200_mb():
     """32 layers of Mistral-7B's intermediate size; a hidden size of 8 stands for 4096, of which nothing is kept."""
     mlp = GatedMLP("mlp", nn.Module(), "silu", merged=False)
@@ -304,7 +196,7 @@ def test_counts_of_a_7b_model_take_less_than_200_mb():
     accumulator.finish_weights()
     accumulator.add_gate(gate, up)
     accumulator.add_joint(gate, up)
-    cuts = [accumulator.statistics().cuts(*option) for option in _options("two_threshold")]
+    cuts = [accumulator.statistics().cuts(*option) for option in search_options("two_threshold")]
     accumulator.add_losses(gate, up, gradient, cuts)
     assert 32 * sum(t.numel() * t.element_size() for t in accumulator.state().values()) < 200e6
 
