@@ -1,4 +1,4 @@
-"""Writes docs/models.md from the families that the tests run; tests/patching/test_families.py checks that it is current.
+"""Writes docs/models.md from the families that are tested; tests/patching/test_families.py checks that it is current.
 
 PYTHONPATH=tests python tests/support/models_table.py
 """
@@ -25,8 +25,8 @@ MIXTURES_HEAD = """
 ## Mixtures of experts
 
 In transformers 5 the weights of a layer's experts are two parameters, `gate_up_proj` `[E, 2 I, H]` and `down_proj`
-`[E, H, I]`. Routing is unchanged. The experts of a layer share their thresholds, one value per layer, from quantiles over
-all tokens routed to any of them. A few tokens run sparsely inside each expert they are routed to; more tokens use
+`[E, H, I]`. Routing is unchanged. The experts of a layer share their thresholds, one value per layer, from quantiles
+over all tokens routed to any of them. A few tokens run sparsely inside each expert they are routed to; more tokens use
 transformers' own grouped matrix products with the mask in between. Layers without experts, and experts that every token
 uses, are MLPs as above.
 
