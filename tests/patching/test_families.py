@@ -105,4 +105,4 @@ def test_the_table_in_the_documentation():
     every = FAMILIES | MIXTURES | REFUSED
     if len(installed(every)) < len(every) or not all(keeps_experts_together(tiny_model(name)) for name in MIXTURES):
         pytest.skip("this version of transformers lacks some of the families, or has other modules in them")
-    assert models_table.document() == DOCUMENT.read_text(), "run python tests/models_table.py"
+    assert models_table.document() == DOCUMENT.read_text(), "run python tests/support/models_table.py"
