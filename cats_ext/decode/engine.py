@@ -381,7 +381,7 @@ class _Session:
         arrived = self._send()
         # The device works on the next token while the host reads this one. Where sparsity is tracked it does not: a
         # step after the end of the text would be counted.
-        ahead = not any(module.cats_form.tracking for module in sparse_mlps(self.model).values())
+        ahead = not any(module.forward_settings.tracking for module in sparse_mlps(self.model).values())
         for end in range(self.prompt_length + 1, plan.max_length + 1):  # tokens in all, with the one that has arrived
             host, event = arrived
             more = end < plan.max_length

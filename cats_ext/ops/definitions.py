@@ -1,8 +1,8 @@
-"""The torch ops: schemas, shape functions, the reference as a fallback, and autograd of the elementwise op.
+"""The torch ops: schemas, shape functions, and the reference as a fallback.
 
 The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
 ``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
-microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see ``functional.py``).
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see ``masked_product.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEMAS = {
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"Tensor(a!) y_sum, {_RULE}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
-    # The same without a derivative: what is called where none is asked for.
+    # The same kernel without autograd, whose registration costs the host time at each call (see masked_product.py).
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
     "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_RULE}) -> (Tensor, Tensor)",
 }
@@ -254,59 +254,4 @@ def _register() -> None:
             torch.library.register_kernel(f"cats::{name}", device, slow)
 
 
-# --- autograd of the elementwise op ---------------------------------------------------------------------------------
-
-
-class _GatedThreshold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up, rule):
-        threshold, down_threshold, activation = rule
-        ctx.save_for_backward(gate, up, threshold, down_threshold)
-        ctx.activation = activation
-        return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
-
-    @staticmethod
-    def backward(ctx, grad_h):
-        if torch.is_grad_enabled():  # create_graph
-            return _backward_once(ctx, grad_h)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, grad_h)
-
-
-def _backward(ctx, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation), None
-
-
-_backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative is an error
-
-
-# What Function.apply calls after looking for functorch's transforms, which takes as long as all the rest of it.
-_apply = super(torch.autograd.Function, _GatedThreshold).apply
-
-
-def _gated_threshold_autograd(gate, up, threshold, down_threshold=None, activation="silu"):
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _GatedThreshold.apply(gate, up, (threshold, down_threshold, activation))
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.cats.gated_threshold.default(gate, up, threshold, down_threshold, activation)
-
-
-def eager_gated_threshold(
-    gate: Tensor, up: Tensor, threshold: Tensor, down_threshold: Tensor | None, activation: str
-) -> Tensor:
-    """``gated_threshold``, past the dispatcher's way to autograd: the host's time is what small layers wait for.
-
-    Between layers the processor forgets code that only this calls: setting the dispatcher's state for the call, as
-    ``gated_threshold`` does, then takes several times as long as it does in a loop.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return gated_threshold(gate, up, threshold, down_threshold, activation)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _apply(gate, up, (threshold, down_threshold, activation))
-    return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
-
-
 _register()
-# Not torch.library.register_autograd, which takes more of the host's time: small models wait for it in training.
-_autograd = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
-_autograd.impl("gated_threshold", _gated_threshold_autograd, "Autograd")

@@ -16,7 +16,7 @@ from support.patched import config_for, few, layers_of, many
 
 from cats_ext import apply_cats, functional, ops
 from cats_ext.ops import reference
-from cats_ext.ops.definitions import eager_gated_threshold
+from cats_ext.ops.masked_product import masked_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def plain_forward(mlp, x):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    v = reference.ACTIVATIONS[mlp.cats_form.activation](gate)
+    v = reference.ACTIVATIONS[mlp.forward_settings.activation](gate)
     h = v * up
     keep = v.detach().abs() >= mlp.threshold
     if mlp.down_threshold is not None:
@@ -108,7 +108,7 @@ def test_the_op_that_is_for_inference_warns_that_it_has_no_gradient():
 def test_a_second_derivative_is_refused():
     gate, up = (torch.randn(3, 7, requires_grad=True) for _ in range(2))
     threshold = torch.tensor(0.1)
-    for h in (ops.gated_threshold(gate, up, threshold), eager_gated_threshold(gate, up, threshold, None, "silu")):
+    for h in (ops.gated_threshold(gate, up, threshold), masked_product(gate, up, threshold, None, "silu")):
         first = torch.autograd.grad(h.square().sum(), (gate, up), create_graph=True)
         assert all(gradient.any() for gradient in first)
         with pytest.raises(RuntimeError, match="once_differentiable"):
