@@ -76,7 +76,7 @@ def sources(*patterns: str) -> list[str]:
 def cpu_extension(left_out: list[str]) -> CppExtension:
     return CppExtension(
         "cats_ext._C",
-        sources("csrc/ops_cpu.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/ops_cpu.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
@@ -93,7 +93,7 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
     undo_torch = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     return CppExtension(
         "cats_ext._C_cuda",
-        sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu"),
+        sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         library_dirs=[str(home / directory) for directory in ("lib64", "lib", "targets/x86_64-linux/lib")],
@@ -101,7 +101,10 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"],
         py_limited_api=True,
-        extra_compile_args={"nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *undo_torch]},
+        extra_compile_args={
+            "cxx": [*FLAGS, "-g0", "-fvisibility=hidden"],
+            "nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *undo_torch],
+        },
     )
 
 

@@ -1,10 +1,11 @@
-"""Token ids on their way into a model: checks, the device they go to, batches of equal length, evaluation mode."""
+"""Token ids as a model's input: checks, device, BOS token, batches of equal length, evaluation mode."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cats_ext._progress import finish_despite_interrupt
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode and no gradients; afterwards each module has its own mode again."""
+    """Inside, every module is in eval mode and there are no gradients; afterwards each has its earlier mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -25,7 +26,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:
-    """Windows of equal length stacked to [B, T], so that nothing has to be padded."""
+    """``windows`` ``[T]`` stacked to batches ``[B, T]`` of equal length, the longest first; nothing is padded."""
 
     def stacked() -> Iterator[Tensor]:
         for _, group in itertools.groupby(sorted(windows, key=len, reverse=True), key=len):
@@ -42,7 +43,12 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_token_ids(name: str, ids: Tensor, model: nn.Module | None = None) -> None:
-    """Raise unless ``ids`` is an integer tensor whose values are in the model's vocabulary."""
+    """Check token ids, against the vocabulary of ``model`` if one is given.
+
+    Raises:
+        TypeError: ``ids`` is no int64 or int32 tensor.
+        ValueError: an id is not in the vocabulary.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor of token ids, got {kind}")
@@ -52,6 +58,12 @@ def check_token_ids(name: str, ids: Tensor, model: nn.Module | None = None) -> N
         raise ValueError(
             f"{name} has token id {wrong}, but the model's vocabulary has {size} entries: is this its tokenizer?"
         )
+
+
+def window_bos(tokenizer: Any) -> int | None:
+    """The BOS token if ``tokenizer`` starts every text with it, as the model then was trained to see it; else None."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
 
 
 def _embedding(model: nn.Module) -> nn.Module:

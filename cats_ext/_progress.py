@@ -1,4 +1,4 @@
-"""What a long run shows, and how it cleans up: a progress bar, notes, and work that an interrupt must not cut."""
+"""For long runs: a progress bar, remarks on standard error, and clean-up that an interrupt does not cut short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def finish_despite_interrupt(action: Callable[[], object]) -> None:
-    """Run ``action``. If it is interrupted, run it again, to its end, before the exception is passed on."""
+    """Run ``action``, which can be repeated. After an exception, run it again completely before passing that on."""
     try:
         action()
     except BaseException:
@@ -20,7 +20,7 @@ def finish_despite_interrupt(action: Callable[[], object]) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """A bar on standard error; yields the function that advances it by one."""
+    """A bar on standard error. Yields a function that advances it by one of ``total`` steps."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
         *columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled
@@ -30,5 +30,5 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
 
 
 def note(message: str) -> None:
-    """A line on standard error, where the bars are."""
+    """Print a line on standard error, where the bars are."""
     Console(stderr=True, highlight=False).print(message, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""What this installation is: versions, devices, what was compiled in, what loaded, and why not if not.
+"""The installation: versions, devices, compiled libraries, and the reason if one did not load. For bug reports.
 
-``python -m cats_ext.env`` prints it (``--json`` for scripts); ``cats env`` is the same. Put it into bug reports.
+``python -m cats_ext.env`` prints it (``--json`` for scripts), and so does ``cats env``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VARIABLES = ("CATS_CACHE", "CATS_REQUIRE_EXT", "CATS_DEBUG", "OMP_NUM_THREADS",
 
 
 def collect() -> dict[str, Any]:
-    """The whole report as plain JSON types."""
+    """The report as JSON types."""
     return {
         "cats_ext": {"version": __version__, "path": str(Path(__file__).parent)},
         "python": platform.python_version(),
@@ -64,7 +64,7 @@ def _cpu_name() -> str:
 
 
 def _gpu() -> dict[str, Any]:
-    """Driver and devices; the driver's word (nvidia-smi) also where torch cannot use the card."""
+    """Driver and devices. The driver's version comes from nvidia-smi, so it is there even if torch finds no device."""
     report: dict[str, Any] = {"available": torch.cuda.is_available(), "driver": None, "devices": []}
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -8,38 +8,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import (
-    BATCHED_CAPABILITY,
-    BATCHED_HIDDEN_SIZES,
     KERNEL,
-    MAX_BATCHED_TOKENS,
     MAX_EXPERT_TOKENS,
     MAX_KERNEL_TOKENS,
-    MOST_KERNEL_TOKENS,
     Operands,
     Projections,
     choose,
-    deterministic,
-    experts_fit,
     kernel_fits,
     needs_grad,
 )
-from cats_ext.ops.masked_product import masked_product
 
-__all__ = [
-    "BATCHED_CAPABILITY",
-    "BATCHED_HIDDEN_SIZES",
-    "MAX_BATCHED_TOKENS",
-    "MAX_EXPERT_TOKENS",
-    "MAX_KERNEL_TOKENS",
-    "MOST_KERNEL_TOKENS",
-    "deterministic",
-    "experts_fit",
-    "kernel_fits",
-    "masked_product",
-    "needs_grad",
-    "sparse_mlp",
-]
+__all__ = ["MAX_EXPERT_TOKENS", "MAX_KERNEL_TOKENS", "kernel_fits", "masked_product", "needs_grad", "sparse_mlp"]
 
 
 def sparse_mlp(

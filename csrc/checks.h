@@ -1,222 +1,257 @@
-// Argument checks shared by ops_cpu.cpp and ops_cuda.cu: tensors in, checked plain-old-data parameters out.
-// Every message is a sentence that names the argument and the value; cats_ext/ops/definitions.py says the same for tracing.
+// The checks of the ops' arguments, written once, and the kernels' parameters that follow from them. No torch here: the
+// ops describe their tensors as plain data (ops.h), and so does Python, for tracing and for the reference (checks.cpp).
+//
+// A failed check throws std::runtime_error with a sentence that names the argument and the value.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <optional>
+#include <cstdint>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "sparse_mlp.h"
 
 namespace cats {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// Names in Python, by the numbers of c10::ScalarType and c10::DeviceType, which are part of torch's stable ABI.
+// clang-format off
+constexpr const char *kDtypeNames[] = {
+    "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32", "complex64", "complex128",
+    "bool", "qint8", "quint8", "qint32", "bfloat16", "quint4x2", "quint2x4", "bits1x8", "bits2x4", "bits4x2", "bits8",
+    "bits16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16", "uint32", "uint64"};
+constexpr const char *kDeviceNames[] = {
+    "cpu", "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip", "fpga", "maia", "xla", "vulkan", "metal", "xpu", "mps",
+    "meta", "hpu", "ve", "lazy", "ipu", "mtia", "privateuseone"};
+// clang-format on
+enum : int32_t { kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
 
-// An op's argument of type str. Not std::string itself: torch 2.10 to 2.13 convert to it with a leak, one a call.
-struct StringArgument {
-    std::string value;
-    operator const std::string &() const { return value; }
+// A tensor argument of an op.
+struct TensorArgument {
+    const char *name;
+    const void *data;                         // null where only the checks are wanted
+    const int64_t *sizes, *strides;           // in elements
+    int64_t dim;                              // -1: an optional argument that is absent
+    int32_t dtype, device_type, device_index; // index -1: of the CPU
+
+    bool present() const { return dim >= 0; }
+    int64_t last_size() const { return sizes[dim - 1]; }
+    int64_t numel() const {
+        int64_t product = 1;
+        for (int64_t d = 0; d < dim; d++) product *= sizes[d];
+        return product;
+    }
+    bool on_same_device(const TensorArgument &t) const {
+        return device_type == t.device_type && device_index == t.device_index;
+    }
 };
 
-inline std::string describe(torch::headeronly::IntHeaderOnlyArrayRef values) {
+// --- how values appear in the sentences ------------------------------------------------------------------------------
+
+inline std::string list(const int64_t *values, int64_t size) {
+    std::string out = "[";
+    for (int64_t i = 0; i < size; i++) out += (i ? ", " : "") + std::to_string(values[i]);
+    return out + "]";
+}
+
+template <size_t n> std::string name_of(int32_t number, const char *const (&names)[n], const char *otherwise) {
+    return number >= 0 && number < int32_t(n) ? names[number] : otherwise;
+}
+
+inline std::string shape(const TensorArgument &t) { return list(t.sizes, t.dim); }
+inline std::string strides(const TensorArgument &t) { return list(t.strides, t.dim); }
+inline std::string dtype(const TensorArgument &t) { return "torch." + name_of(t.dtype, kDtypeNames, "(unknown)"); }
+inline std::string device(const TensorArgument &t) {
+    const bool numbered = t.device_type != 0 && t.device_index >= 0;
+    return name_of(t.device_type, kDeviceNames, "unknown device") +
+           (numbered ? ":" + std::to_string(t.device_index) : "");
+}
+
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts &...parts) {
     std::ostringstream out;
-    out << '[';
-    for (size_t i = 0; i < values.size(); i++) out << (i ? ", " : "") << values[i];
-    out << ']';
-    return out.str();
+    (out << ... << parts);
+    throw std::runtime_error(out.str());
 }
 
-inline std::string describe_device(const Tensor &t) {
-    return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
-}
+// A macro, so that the parts of the sentence are made only if it is needed: decoding is bound by the host.
+#define CATS_REQUIRE(condition, ...)                                                                                   \
+    do {                                                                                                               \
+        if (!(condition)) fail(__VA_ARGS__);                                                                           \
+    } while (0)
 
-inline int32_t device_type(const Tensor &t) {
-    int32_t type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    return type;
-}
+// --- checks of one argument ------------------------------------------------------------------------------------------
 
-inline bool same_device(const Tensor &a, const Tensor &b) {
-    return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
-}
-
-inline Activation check_activation(const char *op, const std::string &name) {
+inline Activation check_activation(const char *op, std::string_view name) {
     if (name == "silu") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
     if (name == "relu") return Activation::kRelu;
-    STD_TORCH_CHECK(false, op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
+    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
 }
 
-inline DType check_dtype(const char *op, const char *name, const Tensor &t, bool allow_double) {
-    switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Double:
-        if (allow_double) return DType::kFloat64;
-        [[fallthrough]];
-    default:
-        STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16",
-                        allow_double ? " or float64" : "", ", got ", torch::headeronly::toString(t.scalar_type()));
-    }
+inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_double) {
+    if (t.dtype == kFloat) return DType::kFloat32;
+    if (t.dtype == kHalf) return DType::kFloat16;
+    if (t.dtype == kBFloat) return DType::kBFloat16;
+    if (t.dtype == kDouble && allow_double) return DType::kFloat64;
+    const char *dtypes = allow_double ? "float32, float16, bfloat16 or float64" : "float32, float16 or bfloat16";
+    fail(op, ": ", t.name, " must be ", dtypes, ", got ", dtype(t));
 }
 
 // Same dtype and device as `like`.
-inline void check_like(const char *op, const char *name, const Tensor &t, const char *like_name, const Tensor &like) {
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have ", like_name, "'s dtype ",
-                    torch::headeronly::toString(like.scalar_type()), ", got ",
-                    torch::headeronly::toString(t.scalar_type()));
-    STD_TORCH_CHECK(same_device(t, like), op, ": ", name, " must be on ", like_name, "'s device ",
-                    describe_device(like), ", got ", describe_device(t));
+inline void check_like(const char *op, const TensorArgument &t, const TensorArgument &like) {
+    CATS_REQUIRE(t.dtype == like.dtype, op, ": ", t.name, " must have ", like.name, "'s dtype ", dtype(like), ", got ",
+                 dtype(t));
+    CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on ", like.name, "'s device ", device(like),
+                 ", got ", device(t));
 }
 
-inline void check_same_shape(const char *op, const char *name, const Tensor &t, const char *like_name,
-                             const Tensor &like) {
-    check_like(op, name, t, like_name, like);
-    const auto sizes = t.sizes(), expected = like.sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": ", name,
-                    " must have ", like_name, "'s shape ", describe(expected), ", got ", describe(sizes));
+inline void check_same_shape(const char *op, const TensorArgument &t, const TensorArgument &like) {
+    check_like(op, t, like);
+    CATS_REQUIRE(std::equal(t.sizes, t.sizes + t.dim, like.sizes, like.sizes + like.dim), op, ": ", t.name,
+                 " must have ", like.name, "'s shape ", shape(like), ", got ", shape(t));
 }
 
-inline void check_weight(const char *op, const char *name, const Tensor &w, const Tensor &x, int64_t rows,
+inline void check_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
                          int64_t columns) {
-    check_like(op, name, w, "x", x);
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == rows && w.size(1) == columns, op, ": ", name, " must have shape [",
-                    rows, ", ", columns, "], got ", describe(w.sizes()));
-    STD_TORCH_CHECK(columns == 1 || w.stride(1) == 1, op, ": ", name,
-                    " must have unit stride in its last dimension, got strides ", describe(w.strides()),
-                    std::string(name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron"
-                                                    : "");
+    check_like(op, w, x);
+    CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == columns, op, ": ", w.name, " must have shape [",
+                 rows, ", ", columns, "], got ", shape(w));
+    CATS_REQUIRE(columns == 1 || w.strides[1] == 1, op, ": ", w.name,
+                 " must have unit stride in its last dimension, got strides ", strides(w),
+                 std::string_view(w.name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron"
+                                                        : "");
 }
 
-// Null if absent. A vector must be contiguous: biases and thresholds are small, and the caller owns their layout.
-inline const void *check_vector(const char *op, const char *name, const OptionalTensor &t, const char *like_name,
-                                const Tensor &like, int64_t size) {
-    if (!t.has_value()) return nullptr;
-    check_like(op, name, *t, like_name, like);
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, op, ": ", name, " must have shape [", size, "], got ",
-                    describe(t->sizes()));
-    STD_TORCH_CHECK(size == 1 || t->stride(0) == 1, op, ": ", name, " must be contiguous, got stride ", t->stride(0));
-    return t->const_data_ptr();
+// Optional. A vector must be contiguous: biases are small, and the caller owns their layout.
+inline void check_vector(const char *op, const TensorArgument &t, const TensorArgument &like, int64_t size) {
+    if (!t.present()) return;
+    check_like(op, t, like);
+    CATS_REQUIRE(t.dim == 1 && t.sizes[0] == size, op, ": ", t.name, " must have shape [", size, "], got ", shape(t));
+    CATS_REQUIRE(size == 1 || t.strides[0] == 1, op, ": ", t.name, " must be contiguous, got stride ", t.strides[0]);
 }
 
-inline const float *check_threshold(const char *op, const char *name, const Tensor &t, const Tensor &like,
-                                    int64_t intermediate_size, int64_t *stride) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
-                    torch::headeronly::toString(t.scalar_type()));
-    STD_TORCH_CHECK(same_device(t, like), op, ": ", name, " must be on the device ", describe_device(like),
-                    " of the other arguments, got ", describe_device(t));
-    STD_TORCH_CHECK(t.dim() == 0 || (t.dim() == 1 && t.size(0) == intermediate_size), op, ": ", name,
-                    " must have shape [] or [", intermediate_size, "], got ", describe(t.sizes()));
-    *stride = t.dim() == 0 ? 0 : t.stride(0);
-    return static_cast<const float *>(t.const_data_ptr());
+// Sets the parameters' pointer and stride; an absent threshold is null.
+inline void check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
+                            int64_t intermediate_size, const float **data, int64_t *stride) {
+    if (!t.present()) return;
+    CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
+    CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
+                 " of the other arguments, got ", device(t));
+    CATS_REQUIRE(t.dim == 0 || (t.dim == 1 && t.sizes[0] == intermediate_size), op, ": ", t.name,
+                 " must have shape [] or [", intermediate_size, "], got ", shape(t));
+    *data = static_cast<const float *>(t.data);
+    *stride = t.dim == 0 ? 0 : t.strides[0];
 }
 
-// Everything of SparseMlpParams but y. x must outlive the parameters and be contiguous (the ops see to it).
-inline SparseMlpParams check_sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up,
-                                        const Tensor &w_down_t, const OptionalTensor &counts, const Tensor &threshold,
-                                        const OptionalTensor &down_threshold, const std::string &activation,
-                                        const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
-                                        const OptionalTensor &down_bias) {
+// --- checks of an op -------------------------------------------------------------------------------------------------
+
+struct SparseMlpArguments {
+    TensorArgument x, w_gate, w_up, w_down_t, counts, threshold, down_threshold;
+    std::string_view activation;
+    TensorArgument gate_bias, up_bias, down_bias;
+};
+
+// All parameters that are read. x must be made contiguous, and the caller sets what is written (y, counts).
+inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     constexpr const char *op = "sparse_mlp";
+    const TensorArgument &x = a.x, &w_gate = a.w_gate, &counts = a.counts;
     SparseMlpParams p{};
-    p.dtype = check_dtype(op, "x", x, /*allow_double=*/false);
-    STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got shape []");
-    STD_TORCH_CHECK(w_gate.dim() == 2, op, ": w_gate must have shape [I, H], got ", describe(w_gate.sizes()));
-    p.intermediate_size = w_gate.size(0);
-    p.hidden_size = w_gate.size(1);
-    STD_TORCH_CHECK(p.intermediate_size > 0 && p.hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
-                    describe(w_gate.sizes()));
-    STD_TORCH_CHECK(x.size(x.dim() - 1) == p.hidden_size, op, ": x must have last dimension H = ", p.hidden_size,
-                    ", got shape ", describe(x.sizes()));
-    p.tokens = x.numel() / p.hidden_size;
-    check_weight(op, "w_gate", w_gate, x, p.intermediate_size, p.hidden_size);
-    check_weight(op, "w_up", w_up, x, p.intermediate_size, p.hidden_size);
-    check_weight(op, "w_down_t", w_down_t, x, p.intermediate_size, p.hidden_size);
-    p.x = x.const_data_ptr();
-    p.w_gate = w_gate.const_data_ptr();
-    p.w_up = w_up.const_data_ptr();
-    p.w_down_t = w_down_t.const_data_ptr();
-    p.w_gate_stride = w_gate.stride(0);
-    p.w_up_stride = w_up.stride(0);
-    p.w_down_t_stride = w_down_t.stride(0);
-    p.threshold = check_threshold(op, "threshold", threshold, x, p.intermediate_size, &p.threshold_stride);
-    if (down_threshold.has_value())
-        p.down_threshold =
-            check_threshold(op, "down_threshold", *down_threshold, x, p.intermediate_size, &p.down_threshold_stride);
-    p.activation = check_activation(op, activation);
-    p.gate_bias = check_vector(op, "gate_bias", gate_bias, "x", x, p.intermediate_size);
-    p.up_bias = check_vector(op, "up_bias", up_bias, "x", x, p.intermediate_size);
-    p.down_bias = check_vector(op, "down_bias", down_bias, "x", x, p.hidden_size);
-    if (counts.has_value()) {
-        STD_TORCH_CHECK(counts->scalar_type() == ScalarType::Long && counts->dim() == 1 &&
-                            counts->size(0) == kNumCounts && counts->is_contiguous() && same_device(*counts, x),
-                        op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", describe_device(x),
-                        ", got ", torch::headeronly::toString(counts->scalar_type()), " of shape ",
-                        describe(counts->sizes()), " on ", describe_device(*counts));
-        p.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
-    }
+    p.dtype = check_dtype(op, x, /*allow_double=*/false);
+    CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, H], got ", shape(w_gate));
+    const int64_t intermediate_size = w_gate.sizes[0], hidden_size = w_gate.sizes[1];
+    CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
+                 shape(w_gate));
+    CATS_REQUIRE(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
+                 shape(x));
+    p.tokens = x.numel() / hidden_size;
+    p.hidden_size = hidden_size;
+    p.intermediate_size = intermediate_size;
+    check_weight(op, w_gate, x, intermediate_size, hidden_size);
+    check_weight(op, a.w_up, x, intermediate_size, hidden_size);
+    check_weight(op, a.w_down_t, x, intermediate_size, hidden_size);
+    p.x = x.data;
+    p.w_gate = w_gate.data;
+    p.w_up = a.w_up.data;
+    p.w_down_t = a.w_down_t.data;
+    p.w_gate_stride = w_gate.strides[0];
+    p.w_up_stride = a.w_up.strides[0];
+    p.w_down_t_stride = a.w_down_t.strides[0];
+    check_threshold(op, a.threshold, x, intermediate_size, &p.threshold, &p.threshold_stride);
+    check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold, &p.down_threshold_stride);
+    p.activation = check_activation(op, a.activation);
+    check_vector(op, a.gate_bias, x, intermediate_size);
+    check_vector(op, a.up_bias, x, intermediate_size);
+    check_vector(op, a.down_bias, x, hidden_size);
+    p.gate_bias = a.gate_bias.data;
+    p.up_bias = a.up_bias.data;
+    p.down_bias = a.down_bias.data;
+    CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
+                                       counts.strides[0] == 1 && counts.on_same_device(x)),
+                 op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",
+                 dtype(counts), " of shape ", shape(counts), " on ", device(counts));
     return p;
 }
 
-// Everything of GatedThresholdParams but the outputs and grad_h. gate and up are [..., I]; their leading dimensions
-// must collapse to rows of one stride (true for contiguous tensors and for halves of a merged projection's output).
-inline GatedThresholdParams check_gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &threshold,
-                                                  const OptionalTensor &down_threshold, const std::string &activation) {
-    constexpr const char *op = "gated_threshold";
-    GatedThresholdParams p{};
-    p.dtype = check_dtype(op, "gate", gate, /*allow_double=*/true);
-    const auto sizes = gate.sizes();
-    STD_TORCH_CHECK(sizes.size() >= 1, op, ": gate must have at least one dimension, got shape []");
-    check_same_shape(op, "up", up, "gate", gate);
-    p.intermediate_size = sizes[sizes.size() - 1];
-    p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;
-    p.gate = gate.const_data_ptr();
-    p.up = up.const_data_ptr();
-    p.threshold = check_threshold(op, "threshold", threshold, gate, p.intermediate_size, &p.threshold_stride);
-    if (down_threshold.has_value())
-        p.down_threshold =
-            check_threshold(op, "down_threshold", *down_threshold, gate, p.intermediate_size, &p.down_threshold_stride);
-    p.activation = check_activation(op, activation);
+// Of a step of decoding; the caller sets y_sum and norm_eps.
+inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const TensorArgument &norm_weight,
+                                             const TensorArgument &y_sum) {
+    constexpr const char *op = "sparse_mlp_step";
+    SparseMlpParams p = check_sparse_mlp(a);
+    CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
+                 ": x must be one contiguous row, got shape ", shape(a.x));
+    CATS_REQUIRE(y_sum.dtype == kFloat && y_sum.dim == 1 && y_sum.sizes[0] > p.hidden_size && y_sum.strides[0] == 1 &&
+                     y_sum.on_same_device(a.x),
+                 op, ": y_sum must be contiguous float32 of shape [H + 1] on ", device(a.x), ", got ", dtype(y_sum),
+                 " of shape ", shape(y_sum), " on ", device(y_sum));
+    check_vector(op, norm_weight, a.x, p.hidden_size);
+    p.norm_weight = norm_weight.data;
     return p;
 }
 
 // Row stride of [..., I] if its last dimension has unit stride and the leading ones collapse to one; else -1.
-inline int64_t collapsed_row_stride(const Tensor &t) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    const int64_t last = int64_t(sizes.size()) - 1;
-    if (sizes[last] > 1 && strides[last] != 1) return -1;
-    int64_t row_stride = sizes[last], expected = -1;
+inline int64_t collapsed_row_stride(const TensorArgument &t) {
+    const int64_t last = t.dim - 1;
+    if (t.sizes[last] > 1 && t.strides[last] != 1) return -1;
+    int64_t row_stride = t.sizes[last], expected = -1;
     for (int64_t d = last - 1; d >= 0; d--) {
-        if (sizes[d] == 1) continue;
-        if (expected < 0) row_stride = strides[d];
-        else if (strides[d] != expected) return -1;
-        expected = strides[d] * sizes[d];
+        if (t.sizes[d] == 1) continue;
+        if (expected < 0) row_stride = t.strides[d];
+        else if (t.strides[d] != expected) return -1;
+        expected = t.strides[d] * t.sizes[d];
     }
     return row_stride;
 }
 
-} // namespace cats
-
-template <> struct torch::stable::detail::ToImpl<cats::StringArgument> {
-    static cats::StringArgument call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
-        const auto handle = to<StringHandle>(value);
-        size_t length;
-        const char *data;
-        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-        cats::StringArgument argument{{data, length}};
-        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-        return argument;
-    }
+struct GatedThresholdArguments {
+    TensorArgument grad_h, gate, up, threshold, down_threshold; // grad_h: of the backward op
+    std::string_view activation;
 };
+
+// All parameters that are read. gate and up are [..., I]; the caller copies those whose stride is -1, because their
+// leading dimensions do not collapse to rows of one stride (contiguous tensors and halves of a merged projection's
+// output do), and grad_h where it is not contiguous.
+inline GatedThresholdParams check_gated_threshold(const GatedThresholdArguments &a) {
+    constexpr const char *op = "gated_threshold";
+    const TensorArgument &gate = a.gate;
+    GatedThresholdParams p{};
+    p.dtype = check_dtype(op, gate, /*allow_double=*/true);
+    CATS_REQUIRE(gate.dim >= 1, op, ": gate must have at least one dimension, got shape []");
+    check_same_shape(op, a.up, gate);
+    p.intermediate_size = gate.last_size();
+    p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;
+    p.gate = gate.data;
+    p.up = a.up.data;
+    p.gate_stride = collapsed_row_stride(gate);
+    p.up_stride = collapsed_row_stride(a.up);
+    check_threshold(op, a.threshold, gate, p.intermediate_size, &p.threshold, &p.threshold_stride);
+    check_threshold(op, a.down_threshold, gate, p.intermediate_size, &p.down_threshold, &p.down_threshold_stride);
+    p.activation = check_activation(op, a.activation);
+    if (a.grad_h.present()) check_same_shape(op, a.grad_h, gate);
+    p.grad_h = a.grad_h.data;
+    return p;
+}
+
+} // namespace cats

@@ -34,7 +34,7 @@ struct SparseMlpParams {
     const void *w_down_t; // [I, H], unit column stride: row j is neuron j's column of down_proj.weight
     int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons, in units of the row format's storage type
 
-    const float *threshold;      // fp32, one value (stride 0) or one per neuron (stride 1)
+    const float *threshold;      // fp32, one value (stride 0) or one for each neuron (any stride)
     const float *down_threshold; // likewise, or null: no second test
     int64_t threshold_stride, down_threshold_stride;
 
@@ -43,9 +43,10 @@ struct SparseMlpParams {
 
     void *y; // [M, H], contiguous; accumulated in fp32, rounded once
 
-    // The form for a step of decoding, instead of y: one token, no counts, no down_bias. x is normalised first,
-    // x / rms(x) * norm_weight, and y stays an fp32 sum for the next kernel to round: y_sum is [H + 1], zero before;
-    // its last word is the kernel's. Weights and norm_weight are read before the previous kernel has ended.
+    // The form for a step of decoding writes y_sum instead of y, for one token, without counts and down_bias. x is
+    // normalised first: x / rms(x) * norm_weight. y stays an fp32 sum, which the next kernel rounds. y_sum is [H + 1]
+    // and zero before the launch; its last element is scratch. Weights and norm_weight are read before the previous
+    // kernel has ended.
     float *y_sum;            // or null
     const void *norm_weight; // [H]
     float norm_eps;          // added to the mean square

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from cats_ext.ops.library import LIBRARIES
+
+# The tests import bench/ from the source tree. The root comes last, so that an installed cats_ext wins over ./cats_ext.
+sys.path.append(str(Path(__file__).parents[1]))
 
 hypothesis.settings.register_profile("cats", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("cats")

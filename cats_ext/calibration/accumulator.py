@@ -1,4 +1,4 @@
-"""What calibration counts of one MLP, pass by pass, and the statistics that come of it."""
+"""The sums and histograms that calibration keeps of one MLP, pass by pass, and the statistics made from them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ _UNREACHED = "no token of the data reached {}; of a multimodal model, calibrate 
 
 
 class LayerAccumulator:
-    """Sums and histograms over the tokens seen, of a fixed size however many there are.
+    """Sums and histograms over the tokens seen; their size does not depend on the number of tokens.
 
     The weight of neuron j in the gate's score is ``c_j ** gate_power``, and ``n_j`` weighs its contribution:
 
     - importance "norm": ``n_j = norm(Wd_j)``, ``c_j = rms(u_j) n_j``.
     - importance "gradient": with the gradient g of log p(y) at the MLP's output, ``n_j = rms(Wd_j . g)`` and
-      ``c_j = rms(u_j Wd_j . g)``: what dropping the neuron does to the model's predictions, to second order.
+      ``c_j = rms(u_j Wd_j . g)``: to second order, how much dropping the neuron changes the model's predictions.
 
     Experts of a mixture are counted together, over the tokens routed to each, and without weights.
+
+    Args:
+        mlp: of a dense model.
+        gate_power: exponent of the gate's weights in this layer.
+        importance: "norm" or "gradient".
     """
 
     def __init__(self, mlp: GatedMLP, gate_power: float, importance: str) -> None:
@@ -43,7 +48,7 @@ class LayerAccumulator:
         self.losses: Tensor | None = None  # float64 [P], sums over the tokens of loss_tokens
         self.loss_tokens = torch.zeros((), dtype=torch.int64)
 
-    # --- observers, one a pass ---------------------------------------------------------------------------------------
+    # --- observers, one for each pass: gate and up are [rows, I], gradient is [rows, H] -------------------------------
 
     def add_up(self, gate: Tensor, up: Tensor) -> None:
         self.tokens += len(up)
@@ -65,10 +70,13 @@ class LayerAccumulator:
         self.joint.add(self._score(v), v * up.float() * self.down_weight)
 
     def add_losses(self, gate: Tensor, up: Tensor, gradient: Tensor, cuts: list[tuple[float, float]]) -> None:
-        """Half the square of ``g . (what is dropped)``, for every option of cuts at once.
+        """Add the loss of every option: half the square of ``g`` times the part of the output that is dropped.
 
-        Each product ``h_j Wd_j . g`` goes into a cell by how many of the gate's and of the contribution's cuts it
-        reaches; what an option keeps is then a sum over the cells beyond its two cuts.
+        Each product ``h_j Wd_j . g`` is added to a cell, which is numbered by how many of the gate's and of the
+        contribution's cuts the neuron reaches. What an option keeps is the sum of the cells beyond its two cuts.
+
+        Args:
+            cuts: of the gate score and of the contribution, by option.
         """
         v = self.act(gate.float())
         h = v * up.float()
@@ -130,7 +138,7 @@ class LayerAccumulator:
         down_weight = None if self.mlp.experts else self.down_weight.cpu()
         return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight)
 
-    # --- what an interrupted calibration goes on from ----------------------------------------------------------------
+    # --- checkpoints: what an interrupted calibration continues from --------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         tensors = {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "up_squares": self.up_squares}

@@ -1,4 +1,4 @@
-"""What an interrupted calibration goes on from: the counts so far and the place reached, in one safetensors file."""
+"""The checkpoint of a calibration: its counts and the place it has reached, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from torch import Tensor
 from cats_ext.calibration.accumulator import LayerAccumulator
 from cats_ext.thresholds.files import write_together
 
-_SECONDS = 60.0  # between two writes at least
+_SECONDS = 60.0  # at least, between two writes
 
 
 class Checkpoint:
-    """Opens ``path`` (None: nothing is kept) and, if the file is there, puts its counts into ``layers``.
+    """The file ``path``; if it exists, its counts are loaded into ``layers``.
+
+    Args:
+        path: None keeps nothing.
+        identity: settings that must be equal to continue.
+        windows: token ids; they must be equal too.
+        layers: what is saved and loaded, by name of the MLP.
 
     Attributes:
-        step, batch: pass and batch to go on with.
+        step, batch: the next pass, and the next batch in it.
 
     Raises:
         ValueError: the file is of a calibration with other arguments, text, model or version, or is damaged.
@@ -33,7 +39,7 @@ class Checkpoint:
     def __init__(
         self,
         path: str | os.PathLike | None,
-        arguments: dict[str, Any],
+        identity: dict[str, Any],
         windows: list[Tensor],
         layers: dict[str, LayerAccumulator],
     ) -> None:
@@ -42,12 +48,12 @@ class Checkpoint:
         self.written = time.monotonic()
         digest = hashlib.sha256(torch.cat(windows).long().numpy().tobytes()).hexdigest()
         shapes = [(layer.mlp.name, layer.mlp.hidden_size, layer.mlp.intermediate_size) for layer in layers.values()]
-        self.run = json.dumps(arguments | {"windows": [len(w) for w in windows], "text": digest, "layers": shapes})
+        self.run = json.dumps(identity | {"windows": [len(w) for w in windows], "text": digest, "layers": shapes})
         if self.path is not None and self.path.exists():
             self._read()
 
     def save(self, step: int, batch: int) -> None:
-        """Write that ``batch`` batches of pass ``step`` are counted, if the last write is long enough ago."""
+        """Write the counts after ``batch`` batches of pass ``step``, if the last write was a minute ago or earlier."""
         if self.path is None or time.monotonic() - self.written < _SECONDS:
             return
         tensors = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cats_ext._inputs import check_token_ids
+from cats_ext._inputs import check_token_ids, window_bos
 
-MIN_TOKENS = 128  # fewer say nothing about the distribution; some thousands are advisable
+MIN_TOKENS = 128  # too few for a distribution are refused; some thousands are advisable
 
 
 def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int, seed: int) -> list[Tensor]:
@@ -21,8 +22,15 @@ def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens:
     with a BOS token, so does every window. Token tensors are sequences of their own: one longer than a window is cut, a
     shorter one stays as it is, and positions with attention mask 0 are left out.
 
-    If there is more than ``max_tokens``: of a text, a tensor, a mapping or a sequence, ``seed`` chooses the windows.
-    Any other iterable is read in its order, and only as far as needed.
+    Of a text, a tensor, a mapping or a sequence with more than ``max_tokens`` tokens, ``seed`` chooses the windows. Any
+    other iterable is read in its order, and only as far as needed.
+
+    Args:
+        data: as for :func:`cats_ext.calibrate`.
+        tokenizer: called for texts; None where there are none.
+
+    Returns:
+        int64 tensors ``[T]`` on the CPU.
 
     Raises:
         TypeError: an element of ``data`` is none of the above, or texts come without a tokenizer.
@@ -46,12 +54,18 @@ def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens:
     return chosen
 
 
+def sample_windows(windows: list[Tensor], tokens: int) -> list[Tensor]:
+    """Evenly spaced windows that hold about ``tokens`` tokens together; at least one of them, at most all."""
+    count = min(len(windows), math.ceil(tokens * len(windows) / sum(map(len, windows))))
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
 def _windows(data: Any, tokenizer: Any, sequence_length: int) -> Iterator[Tensor]:
     if isinstance(data, (str, Tensor, Mapping)):
         data = [data]
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a text, or an iterable of texts or token ids, got {type(data).__name__}")
-    bos = _bos(tokenizer)
+    bos = [token for token in (window_bos(tokenizer),) if token is not None]
     room = sequence_length - len(bos)
     if room < 1:
         raise ValueError(f"sequence_length must leave room for text after the BOS token, got {sequence_length}")
@@ -74,12 +88,6 @@ def _tokenise(text: str, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise TypeError("tokenizer must be given when data is text, got None")
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: its BOS token or nothing."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
 
 
 def _rows(item: Any) -> Iterator[Tensor]:

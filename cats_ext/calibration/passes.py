@@ -1,9 +1,10 @@
-"""Runs text through the dense model and hands each MLP's activations, and gradients where wanted, to an observer."""
+"""Runs token ids through the dense model and passes each MLP's activations, and gradients if wanted, to an observer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from cats_ext._inputs import evaluation_mode, input_device
 from cats_ext._progress import finish_despite_interrupt, progress_bar
 from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
-_CHUNK = 1 << 20  # activations looked at together: temporaries of about 60 MB, and no slower than larger pieces
+_CHUNK = 1 << 20  # activations that one call of an observer gets: temporaries of about 60 MB; larger is no faster
 
 Observer = Callable[[GatedMLP, Tensor, Tensor], None]
 """Gets an MLP and some rows of its gate and up projections, each ``[rows, I]``."""
@@ -21,21 +22,17 @@ GradientObserver = Callable[[GatedMLP, Tensor, Tensor, Tensor], None]
 """Gets an MLP, its gate and up projections of a batch, and the gradient at its output: ``[T, I]`` twice, ``[T, H]``."""
 
 
-def run_pass(
-    model: nn.Module,
-    mlps: list[GatedMLP],
-    batches: list[Tensor],
-    observe: Observer,
-    title: str,
-    progress: bool,
-    *,
-    start: int = 0,
-    after: Callable[[int], None] = lambda done: None,
-) -> None:
-    """Run all batches of token ids from number ``start`` on, without gradients; ``after`` hears how many are done.
+def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], observe: Observer, **options: Any) -> None:
+    """Run batches of token ids, ``[B, T]`` each, without gradients.
+
+    Args:
+        model: dense.
+        mlps: those of its MLPs that are observed.
+        options: ``title`` of a progress bar, and whether it is shown (``progress``); number of the batch to ``start``
+            at; a function that is called ``after`` every batch with the number of batches done.
 
     Raises:
-        ValueError: from ``observe``, with the MLP's name put before it.
+        ValueError: from ``observe``, with the MLP's name before it.
     """
 
     def in_pieces(mlp: GatedMLP, gate: Tensor, up: Tensor) -> None:
@@ -44,18 +41,9 @@ def run_pass(
             observe(mlp, gate_rows, up_rows)
 
     # The decoder alone, where there is one: the logits of a window can be larger than all activations.
-    is_transformers = hasattr(model, "base_model_prefix")
-    backbone = model.base_model if is_transformers else model
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        for mlp in mlps:
-            stack.enter_context((_experts_caught if mlp.experts else _projections_caught)(mlp, in_pieces))
-        advance = stack.enter_context(progress_bar(title, len(batches), progress))
-        for number, batch in enumerate(batches):
-            if number >= start:
-                backbone(input_ids=batch.to(input_device(model)), **_options(model))
-                after(number + 1)
-            advance()
+    backbone = model.base_model if _is_transformers(model) else model
+    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, in_pieces) for mlp in mlps]
+    _run_batches(model, batches, hooks, lambda number, ids: backbone(**ids), **options)
 
 
 def has_gradients(model: nn.Module) -> bool:
@@ -69,43 +57,59 @@ def run_gradient_pass(
     mlps: list[GatedMLP],
     batches: list[Tensor],
     observe: GradientObserver,
-    title: str,
-    progress: bool,
     *,
     seed: int,
-    start: int = 0,
-    after: Callable[[int], None] = lambda done: None,
+    **options: Any,
 ) -> None:
     """As :func:`run_pass`, with the gradient of ``log p(y)`` by each MLP's output, every y drawn from the model itself.
 
     The second moment of that gradient is the Fisher information: a change d of an MLP's output at one position moves
     the model's predictions by a Kullback-Leibler divergence of about ``(gradient . d)^2 / 2``. Holds the activations
-    of one batch in memory, as training would, without gradients of weights.
+    of one batch in memory, as training does, without gradients of weights.
     """
+
+    def step(number: int, ids: dict[str, Any]) -> None:
+        log_p = model(**ids).logits.flatten(0, -2).float().log_softmax(-1)
+        # Random numbers from the CPU, seeded by the batch: equal on every device and after an interruption.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        uniform = torch.rand(len(log_p), generator=generator, dtype=torch.float64)
+        y = _inverse_cdf(log_p.detach(), uniform.to(log_p.device))
+        log_p.gather(1, y[:, None]).sum().backward()
+
+    hooks = [_frozen(model), *(_gradient_caught(mlp, observe) for mlp in mlps), torch.enable_grad()]
+    _run_batches(model, batches, hooks, step, **options)
+
+
+def _run_batches(
+    model: nn.Module,
+    batches: list[Tensor],
+    hooks: list[AbstractContextManager],
+    step: Callable[[int, dict[str, Any]], object],
+    *,
+    title: str = "",
+    progress: bool = False,
+    start: int = 0,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Inside all ``hooks``, call ``step`` with the number and the model's arguments of each batch from ``start`` on."""
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_frozen(model))
-        for mlp in mlps:
-            stack.enter_context(_gradient_caught(mlp, observe))
         advance = stack.enter_context(progress_bar(title, len(batches), progress))
-        stack.enter_context(torch.enable_grad())
+        for hook in hooks:
+            stack.enter_context(hook)
         for number, batch in enumerate(batches):
-            if number < start:
-                advance()
-                continue
-            logits = model(input_ids=batch.to(input_device(model)), **_options(model)).logits
-            log_p = logits.flatten(0, -2).float().log_softmax(-1)
-            # Numbers from the CPU and of this batch's own: the same on every device and after an interruption.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            uniform = torch.rand(len(log_p), generator=generator, dtype=torch.float64)
-            y = _inverse_cdf(log_p.detach(), uniform.to(log_p.device))
-            log_p.gather(1, y[:, None]).sum().backward()
-            after(number + 1)
+            if number >= start:
+                step(number, {"input_ids": batch.to(input_device(model)), **_options(model)})
+                after(number + 1)
             advance()
 
 
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "base_model_prefix")
+
+
 def _options(model: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(model, "base_model_prefix") else {}
+    return {"use_cache": False} if _is_transformers(model) else {}
 
 
 def _inverse_cdf(log_p: Tensor, uniform: Tensor) -> Tensor:
@@ -127,8 +131,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _naming(mlp: GatedMLP, part: str = "") -> Iterator[None]:
+    """Put the MLP's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"activations of {mlp.name}{part}: {error}") from error
+
+
+@contextmanager
 def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
-    """While entered, the outputs of the MLP's gate and up projections go to ``observe`` together, ``[T, I]`` each."""
+    """Inside, the outputs of the MLP's gate and up projections go to ``observe`` together, ``[T, I]`` each."""
     names = MERGED[:1] if mlp.merged else SEPARATE[:2]
     outputs: dict[str, Tensor] = {}
 
@@ -137,10 +150,8 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
         if len(outputs) == len(names):
             gate, up = (t.reshape(-1, mlp.intermediate_size) for t in mlp.gate_and_up(outputs))
             outputs.clear()
-            try:
+            with _naming(mlp):
                 observe(mlp, gate, up)
-            except ValueError as error:
-                raise ValueError(f"activations of {mlp.name}: {error}") from error
 
     with ExitStack() as stack:
         for name in names:
@@ -152,16 +163,14 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
 
 @contextmanager
 def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
-    """As :func:`_projections_caught`, for each expert with the tokens routed to it, which are projected once more."""
+    """As :func:`_projections_caught`, for each expert with the tokens routed to it; computes the projections again."""
 
     def catch(module: nn.Module, x: Tensor, experts: Tensor, routing: Tensor) -> None:
         for expert in experts.unique().tolist():
             rows = x[(experts == expert).any(-1)]
             gate, up = F.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            try:
+            with _naming(mlp, f", expert {expert}"):
                 observe(mlp, gate, up)
-            except ValueError as error:
-                raise ValueError(f"activations of {mlp.name}, expert {expert}: {error}") from error
 
     hook = mlp.module.register_forward_pre_hook(
         lambda module, args, named: catch(module, *args, *named.values()), with_kwargs=True
@@ -174,12 +183,12 @@ def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
 
 @contextmanager
 def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]:
-    """While entered, a backward pass hands the projections and the gradient at the MLP's output to ``observe``."""
+    """Inside, a backward pass gives the projections and the gradient at the MLP's output to ``observe``."""
     caught: list[Tensor] = []
 
     def keep(_: GatedMLP, gate: Tensor, up: Tensor) -> None:
         caught[:] = gate.detach(), up.detach()
-        bad = sum(int((~values.isfinite()).sum()) for values in caught)  # the gradient of earlier layers would show it
+        bad = sum(int((~values.isfinite()).sum()) for values in caught)  # else earlier layers would be named
         if bad:
             raise ValueError(f"{bad} of {2 * gate.numel()} values are NaN or infinite")
 
@@ -188,10 +197,8 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
         gate, up = caught
 
         def deliver(gradient: Tensor) -> None:
-            try:
+            with _naming(mlp):
                 observe(mlp, gate, up, gradient.reshape(-1, mlp.hidden_size))
-            except ValueError as error:
-                raise ValueError(f"activations of {mlp.name}: {error}") from error
 
         probe.register_hook(deliver)
         return output + probe

@@ -1,6 +1,6 @@
-"""What the commands share: consoles, JSON output, one sentence for an error, options, and loading.
+"""What the commands share: options and their checks, consoles, JSON, tables, one-sentence errors, and loading.
 
-With ``--json`` standard output carries the JSON document alone; everything for people goes to standard error.
+With ``--json`` standard output has the JSON document alone; everything for people goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -19,25 +19,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+import cats_ext
 from cats_ext.cli import models
 from cats_ext.ops.library import LIBRARIES
+from cats_ext.patching.apply import current_config, sparse_mlps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cats_ext.patching.tracking import SparsityReport
-    from cats_ext.thresholds.config import CatsConfig
-
 notes = Console(stderr=True, highlight=False)
-"""Where progress and remarks go, whatever the result's form."""
+"""The console for progress and remarks, with and without ``--json``."""
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
 
 
 class Precision(str, Enum):
-    """Dtypes of the command line; an Enum gives the choices in --help and exit code 2 for any other."""
+    """Dtypes of the command line, by their names in torch."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -48,15 +50,20 @@ class Precision(str, Enum):
         return getattr(torch, self.value)
 
 
+def choices(name: str, values: Iterable[str]) -> type[Enum]:
+    """An Enum for an option: typer lists its ``values`` in --help and exits with code 2 for any other."""
+    return Enum(name, {value.upper(): value for value in values}, type=str)
+
+
 MODEL_HELP = f"Directory, hub name, .gguf file, or '{models.DEMO_MODEL.name}' for the demo model."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; without it cuda if there is one.")]
 DType = Annotated[Precision | None, typer.Option(help="Without it float32 on cpu and bfloat16 on cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
-TextFiles = Annotated[
-    list[Path], typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
-]
+_TEXT = typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
+TextFiles = Annotated[list[Path], _TEXT]
+OptionalTextFiles = Annotated[list[Path] | None, _TEXT]
 Sparsity = Annotated[
     float | None, typer.Option(help="In [0, 1); without it the one that the thresholds were saved with.")
 ]
@@ -68,7 +75,7 @@ def debugging() -> bool:
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of ``command`` into a sentence on standard error and exit code 1; debugging, let it through."""
+    """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **named: Any) -> None:
@@ -89,33 +96,68 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def escape(text: str) -> str:
-    """``text`` with nothing in it taken for Rich markup."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text)
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def output(as_json: bool) -> Console:
-    """Where a command shows its result to a person."""
+    """The console on which a command shows its result to a person."""
     return notes if as_json else Console(highlight=False)
 
 
-def finite(value: Any) -> Any:
-    """``value`` with null for what is not finite, since JSON has no word for that."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_text(document: dict[str, Any]) -> str:
+    """``document`` as JSON, with null for NaN and infinities, which JSON cannot express."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(document), indent=2, allow_nan=False) + "\n"
 
 
 def print_json(document: dict[str, Any]) -> None:
     """``document`` on standard output."""
-    sys.stdout.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(document))
+
+
+def result_table(titles: Sequence[str], **options: Any) -> Table:
+    """A table of results: the first column is text, the others are numbers. ``options`` are Rich's for the table."""
+    table = Table(**{"box": box.SIMPLE_HEAD} | options)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", no_wrap=number > 0)
+    return table
+
+
+def show_next(console: Console, result: str, commands: Iterable[str]) -> None:
+    """Say what was written, and which ``cats`` commands take it."""
+    console.print(f"{result} Next:", soft_wrap=True)
+    for command in commands:
+        console.print(f"  cats {escape(command)}", soft_wrap=True)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers in ``text``, which are separated by commas. Raises ValueError, with the option's name."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers separated by commas, got '{text}'") from None
+
+
+def check_output(out: Path | None, *, directory: bool) -> None:
+    """Raise OSError if ``--output`` cannot be a directory, or a file. Called before the work, which would be lost."""
+    if out is not None and directory and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
+    if out is not None and not directory and out.is_dir():
+        raise IsADirectoryError(f"--output '{out}' is a directory")
 
 
 def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None is CUDA if there is one, else the CPU. Raises ValueError if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -134,7 +176,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on a terminal, plain lines elsewhere. Gives a function that says what is being done now."""
+    """A spinner on a terminal, plain lines elsewhere. Yields a function that shows another message."""
     if notes.is_terminal:
         with notes.status(message) as spinner:
             yield spinner.update
@@ -144,7 +186,7 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
 
 
 def note_uncompiled(device: torch.device) -> None:
-    """Say so if the kernels for ``device`` are missing, in place of the warning that the op would give."""
+    """Say so if the kernels for ``device`` are missing, instead of the op's warning."""
     library = LIBRARIES["_C_cuda" if device.type == "cuda" else "_C"]
     if not library.loaded:
         notes.print(
@@ -155,8 +197,8 @@ def note_uncompiled(device: torch.device) -> None:
         warnings.filterwarnings("ignore", message="cats_ext has no compiled kernel", category=RuntimeWarning)
 
 
-def note_drift(report: SparsityReport, what: str, tolerance: float = 0.05) -> None:
-    """Say so if layers are further than ``tolerance`` from the sparsity they were calibrated to."""
+def note_drift(report: cats_ext.SparsityReport, what: str, tolerance: float = 0.05) -> None:
+    """Say so if the sparsity of a layer on ``what`` differs from its target by more than ``tolerance``."""
     drifted = report.drifted(tolerance)
     if drifted:
         notes.print(
@@ -167,42 +209,55 @@ def note_drift(report: SparsityReport, what: str, tolerance: float = 0.05) -> No
         )
 
 
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
 def load(
     name: str, device: torch.device, precision: Precision | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense model and its tokenizer; thresholds that a checkpoint carries are left out."""
-    from cats_ext.patching.apply import remove_cats, sparse_mlps
-
+    """The dense model and its tokenizer, also of a checkpoint with thresholds."""
     network, tokenizer = _load(name, device, precision)
-    return (remove_cats(network) if sparse_mlps(network) else network), tokenizer
+    return (cats_ext.remove_cats(network) if sparse_mlps(network) else network), tokenizer
 
 
 def load_patched(
     name: str, device: torch.device, precision: Precision | None, cats: Path | None, sparsity: float | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CatsConfig | None]:
-    """The model, its tokenizer, and what it is patched with: thresholds of ``cats``, else its own, None if it has none.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
+    """The model, its tokenizer, and the config it is patched with; None for a dense model.
 
-    ``sparsity`` is another one than the thresholds were saved with.
+    Args:
+        cats: directory of thresholds; without it those of the checkpoint are used, if it has any.
+        sparsity: another sparsity than the thresholds were saved with.
     """
-    from cats_ext.patching.apply import apply_cats, current_config, remove_cats, set_sparsity, sparse_mlps
-    from cats_ext.thresholds.config import CatsConfig
-
-    config = None if cats is None else CatsConfig.from_pretrained(cats)
+    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
     network, tokenizer = _load(name, device, precision)
     if config is not None:
-        apply_cats(remove_cats(network) if sparse_mlps(network) else network, config)
+        cats_ext.apply_cats(cats_ext.remove_cats(network) if sparse_mlps(network) else network, config)
     patched = bool(sparse_mlps(network))
     if sparsity is not None:
         if not patched:
             raise ValueError(f"--sparsity {sparsity} needs thresholds: --cats DIRECTORY, or a model saved with them")
-        set_sparsity(network, sparsity)
+        cats_ext.set_sparsity(network, sparsity)
     return network, tokenizer, current_config(network) if patched else None
+
+
+@contextmanager
+def patched(network: PreTrainedModel, patch: Callable[[PreTrainedModel], object] | None) -> Iterator[None]:
+    """Inside, ``network`` is what ``patch`` makes of it, or dense if None; afterwards it is dense again."""
+    if patch is None:
+        yield
+        return
+    patch(network)
+    try:
+        yield
+    finally:
+        cats_ext.remove_cats(network)
 
 
 def _load(
     name: str, device: torch.device, precision: Precision | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``models.load_model``, without the loader's own bars and remarks."""
+    """``models.load_model``, without transformers' own bars and remarks."""
     from transformers.utils import logging
 
     note_uncompiled(device)
@@ -210,7 +265,7 @@ def _load(
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     if name == models.DEMO_MODEL.name and not Path(name).is_dir():
-        # Outside the spinner, since the download draws its own progress.
+        # Before the spinner starts: the download shows its own progress.
         models.obtain(models.DEMO_MODEL)
     with status(f"Loading {escape(name)} ..."):
         return models.load_model(name, device=device, dtype=precision and precision.dtype)

@@ -1,4 +1,4 @@
-"""One greedy or sampled continuation, with its clock: shared by ``cats generate``, ``cats chat`` and ``cats demo``."""
+"""One greedy or sampled continuation and its times: shared by ``cats generate``, ``cats chat`` and ``cats demo``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """The text that a model generated after a prompt, and the times it took."""
 
     text: str
     prompt_tokens: int
     new_tokens: int
-    prepare_seconds: float  # before the prompt phase: compiling and capturing, once for a model and its settings
-    first_token_seconds: float  # the prompt phase
+    prepare_seconds: float  # before the prompt: compilation and capture, once for a model and its settings
+    first_token_seconds: float  # of the prompt
     tokens_per_second: float  # of the tokens after the first; 0 if there are none
 
 
 class _Clock(BaseStreamer):
-    """Notes when each token arrived; transformers hands over the prompt first."""
+    """Records when each token arrived; transformers passes the prompt first."""
 
     def __init__(self, inner: BaseStreamer | None) -> None:
         self.inner = inner
@@ -47,7 +47,7 @@ class _Clock(BaseStreamer):
 
 
 class _Printer(TextStreamer):
-    """Hands finished words to ``write`` as they come."""
+    """Passes complete words to ``write`` as they are generated."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -58,7 +58,7 @@ class _Printer(TextStreamer):
 
 
 def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrainedModel:
-    """What generates for ``model``: the decode engine, or the model itself where the engine does not take it."""
+    """The decode engine for ``model``, or the model itself if the engine does not support it."""
     try:
         return DecodeEngine(model, **options)
     except ValueError:
@@ -66,7 +66,11 @@ def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrained
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``."""
+    """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``.
+
+    Raises:
+        ValueError: the prompt is empty, or ``chat`` is set and the tokenizer has no chat template.
+    """
     if not prompt.strip():
         raise ValueError("--prompt must not be empty")
     if chat:
@@ -89,10 +93,18 @@ def continue_prompt(
     engine: DecodeEngine | PreTrainedModel | None = None,
     **options: Any,
 ) -> Continuation:
-    """Continue ``input_ids`` ``[1, T]``: greedily at ``temperature`` 0, else by sampling from torch's global generator.
+    """Continue a prompt.
 
-    ``exact_length`` goes on past an end-of-text token, for timing. ``write`` gets the text while it grows. ``engine``
-    is what :func:`decoder` gave for ``model``, kept from call to call; ``options`` are for its ``generate``.
+    Args:
+        input_ids: ``[1, T]``.
+        temperature: 0 is greedy; above 0 samples from torch's global generator.
+        exact_length: continue after an end-of-text token, for timing.
+        write: called with each new piece of the text.
+        engine: the result of :func:`decoder` for ``model``, if it is kept from call to call.
+        options: for the engine's ``generate``.
+
+    Raises:
+        ValueError: an option is out of its range, or prompt and new tokens exceed the model's positions.
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")

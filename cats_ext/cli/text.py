@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: files of the user's, or the docstrings of Python's standard library."""
+"""Text for the commands: files, data sets of the Hugging Face hub, or the docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Modules with long prose docstrings, in every Python from 3.10 on and alike in all of them; no module is in both lists.
+# Modules with long prose docstrings that are in every Python from 3.10 on and nearly equal in all of them. No module is
+# in both lists.
 CALIBRATION_MODULES = (
     *("typing", "difflib", "inspect", "logging", "ipaddress", "statistics", "email.message", "smtplib", "threading"),
     *("configparser", "logging.handlers", "http.cookiejar", "codecs", "os", "optparse", "doctest", "unittest.mock"),
@@ -28,7 +29,7 @@ HELD_OUT_MODULES = (
 )
 
 
-# Names for --set: dataset, configuration, split and how many of its rows are read.
+# Names for --set: dataset of the Hugging Face hub, configuration, split and how many of its rows are read.
 NAMED_TEXTS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
     "c4": ("allenai/c4", "en", "validation", 500),
@@ -41,30 +42,21 @@ def named_text(name: str) -> list[str]:
 
     Raises:
         ValueError: there is no set of this name.
-        ImportError: the set needs the package ``datasets``.
-        OSError: it cannot be downloaded.
+        ImportError, OSError: as :func:`dataset_texts`.
     """
     if name not in NAMED_TEXTS:
         raise ValueError(f"--set must be one of {', '.join(NAMED_TEXTS)}, got '{name}'")
-    source = NAMED_TEXTS[name]
-    if source is None:
+    if NAMED_TEXTS[name] is None:
         return [docstrings(HELD_OUT_MODULES)]
-    path, configuration, split, rows = source
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"--set {name} needs the package datasets: pip install 'cats_ext[eval]'") from error
-    try:
-        data = load_dataset(path, configuration, split=split, streaming=rows is not None)
-        return ["".join(row["text"] for row in data)] if rows is None else [row["text"] for row in data.take(rows)]
-    except Exception as error:  # the hub's client has many kinds
-        raise OSError(f"--set {name}: {path} cannot be loaded ({type(error).__name__}: {error})") from error
+    *source, rows = NAMED_TEXTS[name]
+    texts = _load_texts(f"--set {name}", "eval", *source, rows)
+    return ["".join(texts)] if rows is None else texts
 
 
 def dataset_texts(name: str, rows: int) -> list[str]:
     """The field ``text`` of the first ``rows`` rows of ``NAME[:CONFIGURATION[:SPLIT]]``, read as a stream.
 
-    NAME is on the Hugging Face hub, or a directory of data files.
+    NAME is on the Hugging Face hub, or a directory of data files. The default of SPLIT is train.
 
     Raises:
         ImportError: the package ``datasets`` is missing.
@@ -72,24 +64,32 @@ def dataset_texts(name: str, rows: int) -> list[str]:
         ValueError: there is no row, or one without a text.
     """
     path, configuration, split = (*name.split(":"), "", "")[:3]
+    return _load_texts(f"--dataset {name}", "finetune", path, configuration or None, split or "train", rows)
+
+
+def _load_texts(
+    option: str, extra: str, path: str, configuration: str | None, split: str, rows: int | None
+) -> list[str]:
+    """The field ``text`` of a data set's first ``rows`` rows, or of all. Errors name the option and pip's ``extra``."""
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"--dataset {name} needs the package datasets: pip install 'cats_ext[finetune]'") from error
+        raise ImportError(f"{option} needs the package datasets: pip install 'cats_ext[{extra}]'") from error
     try:
-        found = list(load_dataset(path, configuration or None, split=split or "train", streaming=True).take(rows))
-    except Exception as error:  # the hub's client has many kinds
-        raise OSError(f"--dataset {name} cannot be loaded ({type(error).__name__}: {error})") from error
+        data = load_dataset(path, configuration, split=split, streaming=rows is not None)
+        found = list(data if rows is None else data.take(rows))
+    except Exception as error:  # the hub's client raises many kinds
+        raise OSError(f"{option}: {path} cannot be loaded ({type(error).__name__}: {error})") from error
     for row in found:
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"--dataset {name} must have texts in a field 'text', got the fields {', '.join(row)}")
+            raise ValueError(f"{option} must have texts in a field 'text', got the fields {', '.join(row)}")
     if not found:
-        raise ValueError(f"--dataset {name} has no rows")
+        raise ValueError(f"{option} has no rows")
     return [row["text"] for row in found]
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts of ``paths``: a file is one text, a ``.jsonl`` file one text a line (field ``text``); ``.gz`` unpacks.
+    """The texts of ``paths``: one a file, of a ``.jsonl`` file one a line (field ``text``); ``.gz`` is unpacked.
 
     Raises:
         FileNotFoundError: a path does not exist or is a directory.
@@ -103,7 +103,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
             data = path.read_bytes()
             content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
+            raise ValueError(f"'{path}' is not a complete gzip file: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"'{path}' is not UTF-8 text: {error}") from error
         name = path.name.removesuffix(".gz")
@@ -143,7 +143,7 @@ def docstrings(modules: Sequence[str]) -> str:
         tree = ast.parse(source.read_bytes())
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-        # short ones are mostly "Return the x." over and over
+        # short docstrings are mostly "Return the x." over and over
         found += [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 200]
     if not found:
         raise FileNotFoundError("this Python has no source of its standard library: give a text with --text FILE")
@@ -161,9 +161,3 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor
     if ids.numel() < 2:
         raise ValueError(f"the text has {ids.numel()} token: at least 2 are needed to predict one")
     return ids
-
-
-def window_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS token if the tokenizer starts every text with it, as the model then was trained to see it."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None

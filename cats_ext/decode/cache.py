@@ -1,21 +1,21 @@
 """The key-value cache of the decode engine: allocated once, written in place, at a fixed address for CUDA graphs.
 
-Outside a step it is what transformers calls a dynamic cache: its length is known to the host and it gives out the part
-that is filled, so that a prompt takes the attention kernels without a mask. Inside a captured step it is a static
-cache: the position is read from device memory, the whole length is given out, and transformers masks the empty part.
+Outside a step it acts as transformers' dynamic cache: the host knows its length and ``update`` returns the filled part,
+so that a prompt runs attention kernels without a mask. Inside a captured step it acts as a static cache: the position
+is read from device memory, ``update`` returns the whole length, and transformers masks the empty part.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class DecodeLayer(CacheLayerMixin):
-    """Keys and values ``[B, KV heads, L, D]`` of one layer. Sliding windows are left to the attention."""
+    """Keys and values ``[B, KV heads, L, D]`` of one layer. The attention applies sliding windows."""
 
     is_sliding = False
 
@@ -63,9 +63,9 @@ class DecodeLayer(CacheLayerMixin):
 
 
 class DecodeCache(Cache):
-    """One :class:`DecodeLayer` a layer, ``max_length`` tokens each, of which ``length`` are filled.
+    """One :class:`DecodeLayer` a layer, for ``max_length`` tokens each, of which ``length`` are filled.
 
-    ``position`` (int64 ``[1]`` on the device) is set while a step is captured or compiled, see above.
+    ``position`` (int64 ``[1]`` on the device) is the token's place while a step runs, and otherwise None.
     """
 
     def __init__(self, layers: int, max_length: int) -> None:
@@ -77,8 +77,8 @@ class DecodeCache(Cache):
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
 
-    def allocate(self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate every layer now, which otherwise happens when the first token comes."""
-        like = torch.empty(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
-        for layer in self.layers:
-            layer.lazy_initialization(like)
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of ``model.forward``: ``cache`` since transformers 5.24."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters and "past_key_values" not in parameters else "past_key_values"

@@ -1,8 +1,8 @@
 """A decode step of a plain Llama-like model for one token, as four or five kernels a layer instead of some twenty.
 
-Normalisation, the residual additions, the rotary embedding and the cache update are done by the products and the
-attention that need them; weights are read where they are, from the model's own parameters. What a model's layers
-compute is known by their class, and every layer's parts are checked for hooks, adapters and replaced forwards.
+The products and the attention also do the normalisations, residual additions, rotary embedding and cache update.
+Weights are the model's own parameters, not copies. The class of a model tells what its layers compute; all their parts
+are checked for hooks, adapters and replaced forwards.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.decode import launch as ops
-from cats_ext.decode.launch import Attention, Norm, Shares
-from cats_ext.decode.state import version
+from cats_ext.decode.fingerprint import version
+from cats_ext.decode.launch import Attention, AttentionPartials, Norm
 from cats_ext.ops.definitions import sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
+from cats_ext.ops.plan import step_supported
 from cats_ext.patching.detection import recognise_activation
 from cats_ext.patching.mlp import CatsMLP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Decoder layers that add attention(norm(x)) and mlp(norm(x)) to x, with a rotary embedding of whole heads, or in some
-# layers of SmolLM3 none. Qwen3's normalises queries and keys head by head; Phi-3 has merged projections.
+# Their decoder layers add attention(norm(x)) and mlp(norm(x)) to x and rotate whole heads. Some layers of SmolLM3 have
+# no rotary embedding. Qwen3 normalises queries and keys head by head; Phi-3 has merged projections.
 FUSED_MODELS = (
     *("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     *("Phi3ForCausalLM", "SmolLM3ForCausalLM"),
 )
-_WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")  # the others say it layer by layer
+_WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")  # in the others each layer has its own sliding_window
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # others choose their frequencies by the length of the text
-_NOTING_HOOKS = "transformers.utils.output_capturing"
+_RECORDING_HOOKS = "transformers.utils.output_capturing"  # their module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# From the residual row, what has not been added to it yet and the position, to the first two after the block.
+# (residual row [H], delta that is not added to it yet, position) -> (residual row, delta) after the block
 Block = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class NotFusableError(ValueError):
-    """The fused step does not cover a model; the message says why. The model's own forward serves instead."""
+    """The fused step does not support a model; the message says why. The engine then runs the model's own forward."""
 
 
 class FusedStep:
@@ -65,24 +66,24 @@ class FusedStep:
         positions = torch.arange(keys[0].shape[1], device=self.embedding.device)
         cos, sin = (t[0].contiguous() for t in base.rotary_emb(self.embedding, positions[None]))
         hidden = self.embedding.shape[1]
-        # What each sparse MLP gives, in float32, which the next product rounds; and behind it the kernel's counter.
+        # Outputs of the sparse MLPs in float32, which the next product rounds; after each the kernel's counter.
         self.sums = torch.zeros(len(base.layers), -(-(hidden + 1) // 4) * 4, device=self.embedding.device)
-        shares = None
+        partials = None
         self.blocks: list[Block] = []
         for layer, layer_keys, layer_values in zip(base.layers, keys, values, strict=True):
             attention = _describe_attention(layer.self_attn, layer_keys, layer_values, cos, sin)
-            if self.embedding.is_cuda and shares is None:
-                count = ops.attention_shares(attention.kv_heads, self.embedding.device)
-                shares = Shares.create(count, attention.heads, attention.head_dim, self.embedding.device)
+            if self.embedding.is_cuda and partials is None:
+                count = ops.attention_splits(attention.kv_heads, self.embedding.device)
+                partials = AttentionPartials.create(count, attention.heads, attention.head_dim, self.embedding.device)
             mlp, mlp_norm = _mlp_block(layer, self.sums[len(self.blocks) // 2])
-            self.blocks.append(_attention_block(layer, replace(attention, shares=shares), mlp_norm))
+            self.blocks.append(_attention_block(layer, replace(attention, partials=partials), mlp_norm))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
         self.head = (model.lm_head.weight,), (model.lm_head.bias,)
 
     @property
     def outdated(self) -> bool:
-        """Whether the frequencies that the rotary tables were made from have been written to since."""
+        """Whether the rotary frequencies have been written in place since the tables were made from them."""
         return version(self._frequencies) != self._frequencies_version
 
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def check_fusable(model: nn.Module) -> None:
         raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
     own = {model, model.model, *model.model.layers}
     for path, module in model.named_modules():
-        mlp = ".mlp." in path or path.endswith(".mlp")  # called as a module if it is not plain
+        mlp = ".mlp." in path or path.endswith(".mlp")  # one that is not plain is called as a module
         if module in own or not mlp:
             _check_plain(path, module)
     for path, module in model.named_modules():
@@ -123,9 +124,9 @@ def check_fusable(model: nn.Module) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # Once hidden states have been asked for, transformers leaves hooks that note them where they are asked for again;
-    # version 5.0 leaves the class's own forward on the module.
-    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _NOTING_HOOKS]
+    # After a call with output_hidden_states transformers leaves hooks that record them only in such calls, and version
+    # 5.0 leaves the class's own forward as an attribute of the module.
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _RECORDING_HOOKS]
     forward = getattr(vars(module).get("forward", module.forward), "__func__", None)
     return not (hooks or module._forward_pre_hooks) and forward is type(module).forward
 
@@ -177,7 +178,10 @@ def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | N
 
 
 def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
-    """The block, and the normalisation of its input if the block does not do it. ``y_sum`` is the block's own."""
+    """The block, and the normalisation of its input if the block does not do it.
+
+    ``y_sum`` (float32, at least ``[H + 1]``) is for this block alone: the sparse kernel's output and counter.
+    """
     norm, mlp = _norm(layer.post_attention_layernorm), layer.mlp
     dense_weights = _dense_weights(mlp)
     if dense_weights is not None:
@@ -185,7 +189,7 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
         down = mlp.down_proj
 
         def dense(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, None]:
-            h, x = ops.gate_up(x, *weights, activation, norm)
+            h = ops.gate_up(x, *weights, activation, norm)
             return ops.add_linear(h, down.weight, down.bias, x)
 
         return dense, None
@@ -214,14 +218,8 @@ def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[tuple[T
     if operands is None or operands[1][-1] is not None:  # the sum has no bias
         return None
     weights, (gate_bias, up_bias, _) = operands
-    mask_and_biases = mlp.threshold, mlp.down_threshold, mlp.forward_settings.activation, gate_bias, up_bias
-    try:
-        sparse_mlp_step(torch.zeros_like(norm.weight), norm.weight, norm.eps, *weights, y_sum, *mask_and_biases)
-    except RuntimeError as error:
-        if "NotSupported" not in str(error):
-            raise
-        return None
-    return weights, mask_and_biases
+    mask = mlp.threshold, mlp.down_threshold, mlp.forward_settings.activation
+    return (weights, (*mask, gate_bias, up_bias)) if step_supported(weights, norm.weight, y_sum) else None
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

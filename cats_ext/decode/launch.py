@@ -1,8 +1,8 @@
 """The operations of a decode step for one token, as plain functions: Triton on CUDA, the formula in PyTorch elsewhere.
 
-``x`` is one row ``[H]``. Where a function takes ``delta``, its input is ``x + delta`` (the residual stream, to which
-the previous block's output has not been added yet) and that sum is returned too: no kernel is spent on adding. A
-``delta`` in float32 is rounded first.
+``x`` is one row ``[H]``. A function with the argument ``delta`` takes ``x + delta`` as its input and returns that sum
+too: ``delta`` is the previous block's output before the residual addition, which then needs no kernel of its own. A
+``delta`` in float32 is rounded to x's dtype first.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: ``rows`` outputs at a time by programs of ``warps`` warps, ``per_sm`` a multiprocessor.
+    """Launch configuration of a product: ``per_sm`` programs of ``warps`` warps on each multiprocessor.
 
-    ``stages - 1`` tiles of a program are on their way to shared memory while one is computed, the first of them since
-    before the previous kernel ended.
+    A program computes ``rows`` outputs at a time, in a pipeline of ``stages``: ``stages - 1`` tiles are being loaded to
+    shared memory while one is computed. The first loads start before the previous kernel has ended.
     """
 
     rows: int
@@ -41,21 +41,24 @@ class Tile:
 
 
 @dataclass
-class Shares:
-    """An attention in shares of the keys, joined by the product that takes it; one serves all layers of a step."""
+class AttentionPartials:
+    """Partial results of an attention whose keys are split between programs, as in Flash-Decoding.
 
-    weighted: Tensor  # [shares, heads, D] in float32: values, weighted by exp(score - largest)
-    largest: Tensor  # [shares, heads]: the largest score
-    total: Tensor  # [shares, heads]: the sum of the weights
-    arrived: Tensor  # int32 [1], zero between launches
+    The product that follows merges them. All layers of a step share one object.
+    """
+
+    weighted: Tensor  # [splits, heads, D], float32: the sum of values weighted by exp(score - largest)
+    largest: Tensor  # [splits, heads], float32: the largest score
+    total: Tensor  # [splits, heads], float32: the sum of the weights
+    arrived: Tensor  # int32 [1]: programs of the product that have ended; zero between launches
 
     @classmethod
-    def create(cls, count: int, heads: int, head_dim: int, device: torch.device) -> Shares:
+    def create(cls, splits: int, heads: int, head_dim: int, device: torch.device) -> AttentionPartials:
         floats = {"dtype": torch.float32, "device": device}
         return cls(
-            torch.empty(count, heads, head_dim, **floats),
-            torch.empty(count, heads, **floats),
-            torch.empty(count, heads, **floats),
+            torch.empty(splits, heads, head_dim, **floats),
+            torch.empty(splits, heads, **floats),
+            torch.empty(splits, heads, **floats),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
 
@@ -75,7 +78,7 @@ class Attention:
     window: int | None = None  # a token sees itself and the window - 1 before it
     q_norm: Norm | None = None  # over each head
     k_norm: Norm | None = None
-    shares: Shares | None = field(default=None, repr=False)  # on CUDA
+    partials: AttentionPartials | None = field(default=None, repr=False)  # on CUDA
 
 
 def linear(
@@ -83,26 +86,51 @@ def linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     *,
-    norm: Norm | None = None,
+    norm: Norm,
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``weights`` (up to three, ``[N, K]`` each) times the normalised input, in one row; and ``x + delta``."""
+    """Products of up to three weights with the normalised input.
+
+    Args:
+        x: ``[K]``.
+        weights, biases: ``[N, K]`` and ``[N]`` each; either all products have a bias or none.
+        norm: the normalisation of ``x + delta``.
+        delta: ``[K]``, see the top of this file.
+
+    Returns:
+        The products ``[sum of N]``, one after the other, and ``x + delta``.
+
+    Raises:
+        ValueError: on CUDA, a row of ``x`` or of a weight is not contiguous.
+    """
     if x.is_cuda:
         return _linear_cuda(x, weights, biases, norm=norm, delta=delta)
     row = x if delta is None else x + delta.to(x.dtype)
-    inner = row if norm is None else _rms_norm(row, norm)
+    inner = _rms_norm(row, norm)
     return torch.cat([F.linear(inner, w, b) for w, b in zip(weights, biases, strict=True)]), row
 
 
 def add_linear(
-    x: Tensor | Shares,
+    x: Tensor | AttentionPartials,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
     *,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``residual + weight x``, ``[N]``; and that normalised, if ``norm`` is given, which takes shares on CUDA."""
+    """A product that is added to the residual stream, and its normalisation for the next product.
+
+    Args:
+        x: ``[K]``, or on CUDA what :func:`attention` returns.
+        weight, bias, residual: ``[N, K]``, ``[N]``, ``[N]``.
+        norm: of the sum; on CUDA only after an attention.
+
+    Returns:
+        ``residual + weight x + bias`` ``[N]``, and the same normalised if ``norm`` is given.
+
+    Raises:
+        ValueError: see :func:`linear`.
+    """
     if weight.is_cuda:
         return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm)
     y = residual + F.linear(x, weight, bias)
@@ -117,21 +145,37 @@ def gate_up(
     up_bias: Tensor | None,
     activation: str,
     norm: Norm,
-    delta: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``act(gate) * up`` of the normalised input ``[I]``; and ``x + delta``."""
+) -> Tensor:
+    """The first half of a dense gated MLP, ``act(gate) * up`` ``[I]`` of the normalised input.
+
+    Args:
+        x: ``[H]``.
+        w_gate, w_up, gate_bias, up_bias: ``[I, H]`` and ``[I]``; both biases or none.
+        activation: a key of ``ACTIVATIONS``.
+        norm: the normalisation of ``x``.
+
+    Raises:
+        ValueError: see :func:`linear`.
+    """
     if x.is_cuda:
-        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm, delta)
-    row = x if delta is None else x + delta
-    inner = _rms_norm(row, norm)
-    act = ACTIVATIONS[activation]
-    return act(F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias), row
+        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm)
+    inner = _rms_norm(x, norm)
+    return ACTIVATIONS[activation](F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias)
 
 
-def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor | Shares:
-    """Attention of the token at ``position`` (int64 ``[1]``), ``[heads * D]``; its key and value go into the cache.
+def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor | AttentionPartials:
+    """Attention of one token over the cache and itself; its key and value are written to the cache.
 
-    ``qkv`` is ``[(heads + 2 KV heads) * D]``, before the rotary embedding.
+    Args:
+        qkv: ``[(heads + 2 KV heads) * D]``, before the rotary embedding.
+        layer: the layer's attention.
+        position: the token's place, int64 ``[1]``.
+
+    Returns:
+        ``[heads * D]``; on CUDA the partial results, for :func:`add_linear`.
+
+    Raises:
+        ValueError: on CUDA, a row of ``qkv`` or of the cache is not contiguous.
     """
     if qkv.is_cuda:
         return _attention_cuda(qkv, layer, position)
@@ -164,24 +208,25 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 # Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5, 8 and 10.
-_TILE = 32768  # bytes of weights
+_TILE_BYTES = 32768  # weights of a tile
 _STAGES = 4
-_STAGES_AFTER_ATTENTION = 3  # its programs then start beside the attention's: 0.7 to 1.7 us a layer, dense or sparse
-_SPARE = 12288  # bytes of shared memory that a product takes beside its tiles
-_KEYS = 16384  # bytes of keys that a program of the attention takes at a time
-_KEY_SHARES = 4  # at most: with more, joining them takes longer than they save, up to some 1,000 tokens
+_STAGES_AFTER_ATTENTION = 3  # leaves shared memory to start beside the attention: saves 0.7 to 1.7 us a layer
+_OTHER_SHARED_BYTES = 12288  # shared memory that a product takes besides its tiles
+_KEY_BLOCK_BYTES = 16384  # keys that a program of the attention loads at a time
+_MAX_SPLITS = 4  # up to some 1,000 tokens, merging more takes longer than they save
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def attention_shares(kv_heads: int, device: torch.device) -> int:
-    """Shares of the keys, of which a quarter of the multiprocessors is left to the product that starts beside them.
+def attention_splits(kv_heads: int, device: torch.device) -> int:
+    """How many programs share the keys of a KV head.
 
-    With 32 KV heads that makes 3: after 100 tokens a step takes 1 % less time than with 4, from 1,000 on 1 % more.
+    They leave a quarter of the multiprocessors to the product that starts beside them. For 32 KV heads that makes 3:
+    after 100 tokens a step takes 1 % less time than with 4, from 1,000 tokens on 1 % more.
     """
-    return max(1, min(_KEY_SHARES, _multiprocessors(device) * 3 // 4 // kv_heads))
+    return max(1, min(_MAX_SPLITS, _multiprocessors(device) * 3 // 4 // kv_heads))
 
 
 def _block_of_group(group: int) -> int:
@@ -200,22 +245,23 @@ def _check_rows(**tensors: Tensor | None) -> None:
 
 
 def linear_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    """32 KiB of weights a tile: with two programs, 192 KiB are on their way to a multiprocessor.
+    """32 KiB of weights a tile: two programs of 4 stages keep loads of 192 KiB in flight on a multiprocessor.
 
-    Two programs hide each other's sums: one with as much on its way takes 1 % of the step longer, with half 6 %.
+    One program loads while the other adds up. A single program with as much in flight makes the step 1 % longer, with
+    half as much 6 %.
     """
-    return _tile(_TILE, 2, inputs, outputs, itemsize, device)
+    return _tile(_TILE_BYTES, 2, inputs, outputs, itemsize, device)
 
 
 def gate_up_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    """64 KiB of gate and up weights together, and one program a multiprocessor."""
-    return _tile(2 * _TILE, 1, 2 * inputs, outputs, itemsize, device)
+    """64 KiB of gate and up weights together a tile, and one program on a multiprocessor."""
+    return _tile(2 * _TILE_BYTES, 1, 2 * inputs, outputs, itemsize, device)
 
 
 def _tile(tile_bytes: int, per_sm: int, inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // per_sm - _SPARE
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // per_sm - _OTHER_SHARED_BYTES
     row_bytes = _power_of_two(inputs) * itemsize
-    each = max(1, outputs // (2 * _multiprocessors(device)))  # no more rows than leave two tiles a multiprocessor
+    each = max(1, outputs // (2 * _multiprocessors(device)))  # so that each multiprocessor gets two tiles
     rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
     while rows > 1 and 2 * rows * row_bytes > shared:
         rows //= 2
@@ -232,7 +278,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _linear_cuda(
-    x: Tensor | Shares,
+    x: Tensor | AttentionPartials,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     *,
@@ -243,16 +289,16 @@ def _linear_cuda(
 ) -> tuple[Tensor, Tensor | None]:
     from cats_ext.decode.triton_kernels import linear_kernel
 
-    shares = x if isinstance(x, Shares) else None
-    x = weights[0] if shares is not None else x  # of a row, or of nothing
+    partials = x if isinstance(x, AttentionPartials) else None
+    x = weights[0] if partials is not None else x  # partial results replace x: any tensor of its dtype serves
     _check_rows(x=x, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     outputs = [w.shape[0] for w in weights]
     inputs = weights[0].shape[1]
-    heads, head_dim = shares.weighted.shape[1:] if shares else (1, inputs)
+    heads, head_dim = partials.weighted.shape[1:] if partials else (1, inputs)
     padded_heads = _power_of_two(heads)
     padded_inputs = padded_heads * _power_of_two(head_dim)
     tile = linear_tile(padded_inputs, sum(outputs), x.element_size(), x.device)
-    if shares is not None:
+    if partials is not None:
         tile = replace(tile, stages=min(tile.stages, _STAGES_AFTER_ATTENTION))
     blocks = sum(-(-n // tile.rows) for n in outputs)
     y = x.new_empty(sum(outputs))
@@ -266,9 +312,9 @@ def _linear_cuda(
         x_new,
         x if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
-        shares.weighted if shares else none,
-        shares.largest if shares else none,
-        shares.total if shares else none,
+        partials.weighted if partials else none,
+        partials.largest if partials else none,
+        partials.total if partials else none,
         *weights,
         *[none] * padding,
         *[none if b is None else b for b in biases],
@@ -282,7 +328,7 @@ def _linear_cuda(
         none if out_norm is None else out_norm.weight,
         0.0 if out_norm is None else out_norm.eps,
         none if normed is None else normed,
-        none if normed is None else shares.arrived,
+        none if normed is None else partials.arrived,
         blocks,
         K=inputs,
         BLOCK_K=padded_inputs,
@@ -291,7 +337,7 @@ def _linear_cuda(
         PARTS=len(weights),
         ADD=delta is not None,
         NORM=norm is not None,
-        SHARES=len(shares.weighted) if shares else 0,
+        SPLITS=len(partials.weighted) if partials else 0,
         HEADS=heads,
         PADDED_HEADS=padded_heads,
         BIAS=biases[0] is not None,
@@ -312,8 +358,7 @@ def _gate_up_cuda(
     up_bias: Tensor | None,
     activation: str,
     norm: Norm,
-    delta: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     from cats_ext.decode.triton_kernels import gate_up_kernel
 
     _check_rows(x=x, w_gate=w_gate, w_up=w_up)
@@ -321,11 +366,8 @@ def _gate_up_cuda(
     tile = gate_up_tile(hidden, intermediate, x.element_size(), x.device)
     blocks = -(-intermediate // tile.rows)
     y = x.new_empty(intermediate)
-    x_new = x if delta is None else torch.empty_like(x)
     gate_up_kernel[_grid(tile, blocks, x.device)](
         x,
-        x if delta is None else delta,
-        x_new,
         norm.weight,
         norm.eps,
         w_gate,
@@ -342,21 +384,19 @@ def _gate_up_cuda(
         ROWS=tile.rows,
         STAGES=tile.stages,
         ACTIVATION=activation,
-        ADD=delta is not None,
-        NORM=True,
         BIAS=gate_bias is not None,
         num_warps=tile.warps,
         **_launch_options(x),
     )
-    return y, x_new
+    return y
 
 
-def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Shares:
+def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> AttentionPartials:
     from cats_ext.decode.triton_kernels import attention_kernel
 
     _check_rows(qkv=qkv, keys=layer.keys, values=layer.values)
-    group, shares = layer.heads // layer.kv_heads, layer.shares
-    attention_kernel[(layer.kv_heads, len(shares.weighted))](
+    group, partials = layer.heads // layer.kv_heads, layer.partials
+    attention_kernel[(layer.kv_heads, len(partials.weighted))](
         qkv,
         qkv if layer.q_norm is None else layer.q_norm.weight,
         qkv if layer.k_norm is None else layer.k_norm.weight,
@@ -365,9 +405,9 @@ def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Shares:
         position,
         layer.keys,
         layer.values,
-        shares.weighted,
-        shares.largest,
-        shares.total,
+        partials.weighted,
+        partials.largest,
+        partials.total,
         layer.scaling,
         0.0 if layer.q_norm is None else layer.q_norm.eps,
         1 << 30 if layer.window is None else layer.window,
@@ -381,9 +421,9 @@ def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> Shares:
         D=layer.head_dim,
         BLOCK_D=_power_of_two(layer.head_dim),
         QK_NORM=layer.q_norm is not None,
-        BLOCK=max(16, min(128, _KEYS // (_power_of_two(layer.head_dim) * qkv.element_size()))),
+        BLOCK=max(16, min(128, _KEY_BLOCK_BYTES // (_power_of_two(layer.head_dim) * qkv.element_size()))),
         STAGES=3,
         num_warps=8,
         **_launch_options(qkv),
     )
-    return shares
+    return partials

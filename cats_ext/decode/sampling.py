@@ -1,4 +1,4 @@
-"""From logits to tokens, with transformers' own processors, and the text's end, with its own stopping criteria."""
+"""The choice of the next token and the end of the text, with transformers' logits processors and stopping criteria."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cats_ext.decode.state import left_padding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Processors that only compute on the scores, with the same kernels at every length: they can be captured.
+# Processors that read only the scores and launch the same kernels at every length: a graph can capture them.
 _SCORES_ONLY = (
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
@@ -27,7 +27,7 @@ _SCORES_ONLY = (
     processors.LogitNormalization,
     processors.InfNanRemoveLogitsProcessor,
 )
-# Options of generate that change how tokens are searched for or what comes back: name and the value that is off.
+# Options of generate that change the search for tokens or the result, and the value that switches each off.
 _REFUSED = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -43,15 +43,15 @@ _REFUSED = {
     "token_healing": False,
     "watermarking_config": None,
 }
-_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "paged")  # the engine's own serves for any other
+_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "paged")  # the engine's own replaces any other
 
 
 @dataclass
 class Selection:
     """How the next token is chosen: ``(ids [B, T], logits [B, V]) -> [B]``.
 
-    ``graph_key`` is None if the processors have to see exactly the tokens so far; otherwise the choice can be captured,
-    with ids whose unfilled places repeat the first token, and equal keys mean equal choices.
+    ``graph_key`` is None if a processor must get exactly the tokens so far. Otherwise a graph can capture the choice,
+    from ids whose unfilled places repeat the first token; equal keys mean equal choices.
     """
 
     processors: LogitsProcessorList
@@ -77,16 +77,15 @@ class Selection:
 
 
 def _can_be_captured(processor: object) -> bool:
-    if type(processor) is processors.RepetitionPenaltyLogitsProcessor:  # a set of tokens: repeats do not count
+    if type(processor) is processors.RepetitionPenaltyLogitsProcessor:  # a repeated token counts once
         return getattr(processor, "prompt_ignore_length", None) is None
     return type(processor) in _SCORES_ONLY
 
 
 @dataclass
-class Plan:
-    """One call of ``generate``, prepared."""
+class GenerationRequest:
+    """The arguments of one call of ``generate``, resolved."""
 
-    config: GenerationConfig
     selection: Selection
     mask: Tensor | None  # int64 [B, T], zeros on the left; None if there are none
     finished: Callable[[Tensor], Tensor]  # ids on the CPU [B, T] -> bool [B]
@@ -95,7 +94,7 @@ class Plan:
     max_length: int
 
 
-def plan(
+def prepare_generation(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -104,8 +103,13 @@ def plan(
     stopping_criteria: StoppingCriteriaList | None,
     tokenizer: Any,
     options: dict[str, Any],
-) -> Plan:
-    """Read the options as ``model.generate`` does, which without a mask takes padding tokens for padding.
+) -> GenerationRequest:
+    """Resolve the arguments of a call as ``model.generate`` does.
+
+    Args:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``; None takes padding tokens for padding, as ``model.generate`` does.
+        generation_config, logits_processor, stopping_criteria, tokenizer, options: see ``DecodeEngine.generate``.
 
     Raises:
         TypeError, ValueError: an option has a wrong type or value, or the engine does not know or support it.
@@ -158,15 +162,14 @@ def plan(
         device=input_ids.device,
         model_kwargs={} if mask is None else {"attention_mask": mask.to(input_ids.device)},
     )
-    model._prepare_special_tokens(config, True, device="cpu")  # the end is looked for on the CPU
+    model._prepare_special_tokens(config, True, device="cpu")  # stopping criteria run on the CPU
     criteria = model._get_stopping_criteria(
         generation_config=config,
         stopping_criteria=stopping_criteria if stopping_criteria is not None else StoppingCriteriaList(),
         tokenizer=tokenizer,
     )
-    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]  # the caller's own replaces ours
-    return Plan(
-        config=config,
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]  # the caller's replaces ours
+    return GenerationRequest(
         selection=Selection(prepared, bool(config.do_sample)),
         mask=mask,
         finished=lambda ids: criteria(ids, None),
@@ -188,7 +191,7 @@ def _inferred_padding(model: PreTrainedModel, input_ids: Tensor, config: Generat
 
 
 def _check_sampling(config: GenerationConfig) -> None:
-    """What transformers would find only after the prompt has been computed, or not at all."""
+    """Raise for values that transformers finds only after the prompt has been computed, or not at all."""
     if not config.do_sample or config.temperature is None:
         return
     if not (isinstance(config.temperature, Real) and config.temperature > 0):

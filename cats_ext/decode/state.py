@@ -1,4 +1,4 @@
-"""What the decode engine asks of a model and of its input, and how it notices that a model has changed."""
+"""What the decode engine requires of a model and its input, and what it restores in a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = ("full_attention", "sliding_attention")
-_BASE = frozenset(vars(nn.Module()))  # what every module has; settings are what it has besides
-_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
 
 
 def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
@@ -51,7 +49,7 @@ def check_ready(model: nn.Module) -> None:
     away = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if away is not None:
         raise ValueError(
-            f"{away} is on the meta device (offloaded?), and the decode engine takes no weights that come and go: use "
+            f"{away} is on the meta device (offloaded?), and the decode engine needs all weights in place: use "
             "model.generate"
         )
 
@@ -64,7 +62,11 @@ def check_ids(ids: Tensor, model: nn.Module) -> None:
 
 
 def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask, int64, or None if nothing is masked."""
+    """The attention mask ``[B, T]`` as int64, or None if it masks nothing.
+
+    Raises:
+        TypeError, ValueError: it is no tensor, has another shape than ``ids``, or zeros elsewhere than on the left.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -79,65 +81,25 @@ def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
     return kept.long()
 
 
-def fingerprint(model: nn.Module) -> tuple[tuple, tuple[int, ...]]:
-    """What a captured step has fixed, and what a filled cache depends on besides.
-
-    The first: which code runs, the settings it reads from Python, and where tensors are. The second: how often weights
-    and thresholds have been written to in place (through ``.data`` it does not show).
-    """
-    parts, written = [], []
-    for m in model.modules():
-        settings = [_setting(value) for name, value in vars(m).items() if name not in _BASE]
-        tensors = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        parts.append((type(m), *m._forward_pre_hooks, *m._forward_hooks, settings, [_place(t) for t in tensors]))
-        written += [version(t) for t in tensors if isinstance(t, nn.Parameter)]
-    device = model.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    modes = autocast, torch.are_deterministic_algorithms_enabled()
-    state = parts, _setting(vars(model.config.get_text_config())), modes
-    return state, (*written, *map(version, _thresholds(model)))
-
-
-def version(t: Tensor) -> int:
-    """Counts what has been written to ``t`` in place; 0 of a tensor made in inference mode, which has no count."""
-    return 0 if t.is_inference() else t._version
-
-
-def _place(t: Tensor) -> tuple:
-    return t.data_ptr(), t.dtype, t.shape, t.stride()
-
-
-def _setting(value: object) -> object:
-    """A module's attribute as it is compared: adapters at work, factors and replaced forwards are in captured steps."""
-    kind = type(value)
-    if kind in _PLAIN or callable(value):
-        return value
-    if issubclass(kind, list | tuple):
-        return [_setting(v) for v in value]
-    if issubclass(kind, dict):
-        return [(key, _setting(v)) for key, v in value.items()]
-    return _place(value) if issubclass(kind, Tensor) else kind
-
-
 def _thresholds(model: nn.Module) -> list[Tensor]:
     return [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
 
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """What runs inside does not show in the sparsity report."""
+    """Restore the counts of the sparsity report afterwards."""
     counts = [(module.counts, module.counts.clone()) for module in sparse_mlps(model).values()]
     try:
         yield
     finally:
-        with torch.inference_mode():  # where tensors made in inference mode can be written to, and all others
+        with torch.inference_mode():  # which can write any tensor, also those made in inference mode
             for now, before in counts:
                 now.copy_(before)
 
 
 @contextmanager
 def nothing_skipped(model: nn.Module) -> Iterator[None]:
-    """Thresholds are 0 inside, in place: rounding then changes no neuron from kept to skipped."""
+    """Set all thresholds to 0 inside, in place: rounding then cannot move a neuron over its threshold."""
     buffers = _thresholds(model)
     thresholds = [t.clone() for t in buffers]
 

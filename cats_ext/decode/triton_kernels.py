@@ -1,11 +1,11 @@
 """Triton kernels of a decode step for one token: products with a normalisation before them, and attention over a cache.
 
-Everything here is bound by the bytes of weights and cache it reads. Programs therefore ask for their first weights
-before they wait for the previous kernel (programmatic dependent launch), so that memory stays busy across the ends of
-kernels: weights must not be written by the kernel just before. Values are rounded to the model's dtype where
-transformers rounds them.
+All of them are bound by the bytes of weights and cache that they read. Programs therefore start to load their first
+weights before they wait for the previous kernel (programmatic dependent launch), so that memory stays busy between two
+kernels: the kernel just before must not write weights. Values are rounded to the model's dtype where transformers
+rounds them.
 
-Triton comes with CUDA builds of PyTorch; decode_ops.py imports this module only for CUDA tensors.
+Triton comes with CUDA builds of PyTorch; launch.py imports this module only for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-LOWEST = tl.constexpr(-1e30)  # below any score, and finite: a share without keys weighs nothing
+from cats_ext.ops.triton_activations import activate
+
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite: exp(LOWEST - largest) is 0, not NaN
 
 
 @triton.jit
 def _wait_for_previous():
     """Waits until what the previous kernel wrote is visible.
 
-    Triton's own gdc_wait keeps a loop from being pipelined, from 3.9 on. Here weights are to be asked for before it.
+    From Triton 3.9 on, a loop with Triton's own gdc_wait is not pipelined, and no weights are loaded before the wait.
     """
     tl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _norm_weight(norm, K: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
-    """Asked for before the wait for the previous kernel: it is in no cache, unlike the row."""
+    """The weight of a normalisation, loaded before the wait for the previous kernel: it comes from global memory."""
     weight = tl.zeros([BLOCK_K], norm.dtype.element_ty)
     if NORM:
         k = tl.arange(0, BLOCK_K)
@@ -46,7 +48,7 @@ def _normalised(row, weight, eps, K: tl.constexpr):
 @triton.jit
 def _input_row(x, delta, x_new, norm_weight, eps, first, K: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
                NORM: tl.constexpr):  # fmt: skip
-    """The row ``[BLOCK_K]`` that a product takes: x, plus delta in x's dtype, normalised. Program 0 stores the sum."""
+    """The input row ``[BLOCK_K]`` of a product: x + delta in x's dtype, normalised. Program 0 stores the sum."""
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     row = tl.load(x + k, mask=inside, other=0.0)
@@ -80,7 +82,7 @@ def _tile(weight, rows, n, stride, k, inside):
 @triton.jit
 def _part(block, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
           ROWS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Of the weight that a block of rows is in: pointer, bias, rows, stride, the block there, and where y begins."""
+    """The weight that a block of rows lies in: pointer, bias, rows, stride, the block in it, its offset in y."""
     weight, bias, n, stride, offset = weight_0, bias_0, n_0, stride_0, 0
     if PARTS > 1:
         before = tl.cdiv(n_0, ROWS)
@@ -97,20 +99,20 @@ def _part(block, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1,
 
 
 @triton.jit
-def _joined_row(shares, maxima, sums, K: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr,
+def _merged_row(partial_rows, partial_max, partial_sum, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
                 HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr):  # fmt: skip
-    """The row ``[BLOCK_K]`` of all heads' attention, in float32, from the shares that attention_kernel left."""
+    """The attention of all heads ``[BLOCK_K]``, in float32, from the partial results of attention_kernel."""
     D: tl.constexpr = K // HEADS
     BLOCK_D: tl.constexpr = BLOCK_K // PADDED_HEADS
     head, d = tl.arange(0, PADDED_HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     largest = tl.full([PADDED_HEADS, 1], LOWEST, tl.float32)
     total = tl.zeros([PADDED_HEADS, 1], tl.float32)
     row = tl.zeros([PADDED_HEADS, BLOCK_D], tl.float32)
-    for share in tl.static_range(SHARES):
-        at = share * HEADS + head
-        part = tl.load(shares + at * D + d, mask=(head < HEADS) & (d < D), other=0.0)
-        part_largest = tl.load(maxima + at, mask=head < HEADS, other=LOWEST)
-        part_total = tl.load(sums + at, mask=head < HEADS, other=1.0)
+    for split in tl.static_range(SPLITS):
+        at = split * HEADS + head
+        part = tl.load(partial_rows + at * D + d, mask=(head < HEADS) & (d < D), other=0.0)
+        part_largest = tl.load(partial_max + at, mask=head < HEADS, other=LOWEST)
+        part_total = tl.load(partial_sum + at, mask=head < HEADS, other=1.0)
         larger = tl.maximum(largest, part_largest)
         shrink, weight = tl.exp(largest - larger), tl.exp(part_largest - larger)
         largest, total, row = larger, total * shrink + part_total * weight, row * shrink + part * weight
@@ -119,18 +121,18 @@ def _joined_row(shares, maxima, sums, K: tl.constexpr, BLOCK_K: tl.constexpr, SH
 
 @triton.jit
 def linear_kernel(
-    x, delta, x_new, norm, eps, shares, maxima, sums,
+    x, delta, x_new, norm, eps, partial_rows, partial_max, partial_sum,
     weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, n_0, n_1, n_2, stride_0, stride_1, stride_2,
     residual, y, out_norm, out_eps, normed, arrived, blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, SHARES: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = input weight^T + bias + residual for up to three weights of one input, one after the other in y.
 
     A program holds the input row in registers and takes every gridDim-th block of ROWS outputs. STAGES - 1 blocks are
-    on their way to shared memory while one is computed, the first of them since before the wait for the previous
-    kernel. The last program to end normalises y ``[OUT]``, unless OUT is 0.
+    being loaded while one is computed; the first loads start before the wait for the previous kernel. The last program
+    to end normalises y ``[OUT]``, unless OUT is 0.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     k, exists = _columns(K, BLOCK_K, HEADS, PADDED_HEADS)
@@ -148,15 +150,15 @@ def linear_kernel(
         if current == program:
             if PDL:
                 _wait_for_previous()
-            if SHARES > 0:
-                row = _joined_row(shares, maxima, sums, K, BLOCK_K, SHARES, HEADS, PADDED_HEADS)
+            if SPLITS > 0:
+                row = _merged_row(partial_rows, partial_max, partial_sum, K, BLOCK_K, SPLITS, HEADS, PADDED_HEADS)
                 row = row.to(y.dtype.element_ty).to(tl.float32)
             else:
                 row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
         inside = rows < n
         before = tl.zeros([ROWS], y.dtype.element_ty)
-        if RESIDUAL:  # asked for now, needed after the product
-            if block * ROWS < n:  # always; what is in a branch is not brought before the wait, as the loop's loads are
+        if RESIDUAL:  # loaded now, needed after the product
+            if block * ROWS < n:  # always true; a load in a branch is not moved before the wait with the loop's loads
                 before = tl.load(residual + rows, mask=inside, other=0.0)
         out = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
         if BIAS:
@@ -176,16 +178,15 @@ def linear_kernel(
 
 @triton.jit
 def gate_up_kernel(
-    x, delta, x_new, norm, eps,
-    w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, blocks,
+    x, norm, eps, w_gate, w_up, gate_bias, up_bias, intermediate, gate_stride, up_stride, y, blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate) * up of the normalised row; programs take blocks of ROWS neurons as in linear_kernel."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
     row = tl.zeros([BLOCK_K], tl.float32)
-    norm_weight = _norm_weight(norm, K, BLOCK_K, NORM)
+    norm_weight = _norm_weight(norm, K, BLOCK_K, True)
     if PDL:
         gdc_launch_dependents()
     for current in tl.range(program, blocks, programs, num_stages=STAGES):
@@ -195,7 +196,7 @@ def gate_up_kernel(
         if current == program:
             if PDL:
                 _wait_for_previous()
-            row = _input_row(x, delta, x_new, norm_weight, eps, program == 0, K, BLOCK_K, ADD, NORM)
+            row = _normalised(tl.load(x + k, mask=k < K, other=0.0), norm_weight, eps, K).to(tl.float32)
         gate = tl.sum(gate_tile.to(tl.float32) * row[None, :], axis=1)
         up = tl.sum(up_tile.to(tl.float32) * row[None, :], axis=1)
         inside = rows < intermediate
@@ -203,15 +204,7 @@ def gate_up_kernel(
             gate += tl.load(gate_bias + rows, mask=inside, other=0.0).to(tl.float32)
             up += tl.load(up_bias + rows, mask=inside, other=0.0).to(tl.float32)
         gate = gate.to(y.dtype.element_ty).to(tl.float32)
-        if ACTIVATION == "silu":
-            gate = gate / (1 + tl.exp(-gate))
-        elif ACTIVATION == "gelu":
-            gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-        elif ACTIVATION == "gelu_tanh":
-            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-            gate = gate * (1 - 1 / (1 + tl.exp(2 * inner)))
-        else:
-            gate = tl.maximum(gate, 0)
+        gate = activate(gate, ACTIVATION)
         up = up.to(y.dtype.element_ty).to(tl.float32)
         h = gate.to(y.dtype.element_ty).to(tl.float32) * up
         tl.store(y + rows, h.to(y.dtype.element_ty), mask=inside)
@@ -267,21 +260,21 @@ def _cached(cache, row, row_stride, seen, d, D: tl.constexpr):
 
 @triton.jit
 def attention_kernel(
-    qkv, q_norm, k_norm, cos_table, sin_table, position, keys, values, shares, maxima, sums,
+    qkv, q_norm, k_norm, cos_table, sin_table, position, keys, values, partial_rows, partial_max, partial_sum,
     scaling, eps, window, key_head_stride, key_row_stride, value_head_stride, value_row_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query token over the first ``position`` cached ones and itself, which it adds to the cache.
 
-    qkv is ``[(KV_HEADS * GROUP + 2 * KV_HEADS) * D]`` before the rotary embedding. Program (h, s) has the s-th share of
-    KV head h's cached keys, the last one the token's own key too. Each leaves the largest score, the sum and the
-    weighted values of its query heads, which linear_kernel joins: to join them here costs a wait for all programs. How
-    many keys there are is read from memory, so that one captured launch serves every length.
+    qkv is ``[(KV_HEADS * GROUP + 2 * KV_HEADS) * D]`` before the rotary embedding. Program (h, s) takes the s-th part
+    of KV head h's cached keys, and the last one the token's own key too. Each stores the largest score, the sum of the
+    weights and the weighted values of its query heads. linear_kernel merges them: merging here would have to wait for
+    all programs. The number of keys is read from memory, so that one captured launch serves every length.
 
     The position and the cached keys were written by earlier steps, so they are read before the previous kernel ends.
     """
-    head, share = tl.program_id(0), tl.program_id(1)
+    head, split = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
     length = tl.load(position).to(tl.int32)
@@ -293,17 +286,17 @@ def attention_kernel(
     sin = tl.load(sin_table + length * D + d[None, :], mask=in_head, other=0.0).to(tl.float32)
     query_heads = head * GROUP + g
     inside = (g < GROUP)[:, None] & in_head
-    at = share * KV_HEADS * GROUP + query_heads
+    at = split * KV_HEADS * GROUP + query_heads
     largest = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     start = tl.maximum(length - window + 1, 0)
     first, end = start // BLOCK, tl.cdiv(length, BLOCK)
     each = tl.cdiv(end - first, tl.num_programs(1))
-    first += share * each
+    first += split * each
     end = tl.minimum(end, first + each)
     q = tl.zeros([BLOCK_G, BLOCK_D], qkv.dtype.element_ty)
-    for block in tl.range(first, tl.maximum(end, first + 1), num_stages=STAGES):  # a share may have no keys
+    for block in tl.range(first, tl.maximum(end, first + 1), num_stages=STAGES):  # a split may have no keys
         row = block * BLOCK + tl.arange(0, BLOCK)
         seen = (row >= start) & (row < length) & (block < end)
         k = _cached(keys, row, key_row_stride, seen, d, D)
@@ -314,7 +307,7 @@ def attention_kernel(
             q, q_swapped = _head_pair(qkv, query_heads, g < GROUP, D, BLOCK_D)
             q = _rotate(q, q_swapped, q_norm, cos, sin, eps, D, BLOCK_D, QK_NORM)
         largest, total, acc = _attend(q, k, v, seen, largest, total, acc, scaling)
-    if share == tl.num_programs(1) - 1:  # the least cached keys
+    if split == tl.num_programs(1) - 1:  # it has the fewest cached keys
         k_offset: tl.constexpr = KV_HEADS * GROUP * D
         v_offset: tl.constexpr = k_offset + KV_HEADS * D
         one = tl.arange(0, 1)
@@ -328,6 +321,6 @@ def attention_kernel(
         shrink, weight = tl.exp(largest - larger), tl.exp(score - larger)
         largest, total = larger, total * shrink + weight
         acc = acc * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)
-    tl.store(maxima + at, largest, mask=g < GROUP)
-    tl.store(sums + at, total, mask=g < GROUP)
-    tl.store(shares + at[:, None] * D + d[None, :], acc, mask=inside)
+    tl.store(partial_max + at, largest, mask=g < GROUP)
+    tl.store(partial_sum + at, total, mask=g < GROUP)
+    tl.store(partial_rows + at[:, None] * D + d[None, :], acc, mask=inside)

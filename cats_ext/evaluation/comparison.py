@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model over a token sequence, alone and beside the dense model it was made from."""
+"""Perplexity of a causal language model over a token sequence, and the comparison of a sparse with the dense model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cats_ext._inputs import batches_of, check_token_ids, evaluation_mode, input
 from cats_ext._progress import progress_bar
 from cats_ext.patching.apply import masking_disabled
 
-_POSITIONS = 256  # whose logits are turned to float32 together: 128 MB at a vocabulary of 128k
+_POSITIONS = 256  # with logits in float32 at a time: 128 MB at a vocabulary of 128k
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean negative log-likelihood of a predicted token in nats, its exponential, and how much it is the mean of."""
+    """Mean negative log-likelihood of a predicted token in nats, its exponential, and the number of tokens."""
 
     nll: float
     ppl: float
@@ -47,8 +47,8 @@ def perplexity(
         input_ids: integer ``[T]`` or ``[1, T]``.
         window: tokens of a window, with the BOS token if there is one.
         max_windows: use only the first so many windows.
-        bos_token_id: put before each window, for models that are trained with it (Llama, Gemma); then the first token
-            of the text is predicted too.
+        bos_token_id: put before each window, for models that are trained with it (Llama, Gemma). The first token of
+            each window's text is then predicted too.
         batch_size: windows run together; the logits of all of them are in memory.
         progress: show a bar with the time left on standard error.
 
@@ -74,14 +74,14 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The sparse model beside the dense one on the same windows; the unit of chance is the window.
+    """The sparse and the dense model on the same windows. Standard errors are over windows.
 
     Attributes:
         dense, sparse: their perplexities.
         nll_increase, nll_increase_se: mean increase of a predicted token's negative log-likelihood in nats, and its
             standard error over windows (NaN with one window).
         kl: mean Kullback-Leibler divergence of the sparse from the dense next-token distribution, nats a position.
-        top1: share of positions at which both models find the same token likeliest.
+        top1: share of positions at which the same token is most probable for both models.
     """
 
     dense: Perplexity

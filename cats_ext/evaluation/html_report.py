@@ -1,4 +1,4 @@
-"""One self-contained HTML page on a directory of thresholds: how they were set, what they cost, with the figures."""
+"""One self-contained HTML page on a directory of thresholds: how they were calibrated, and what was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cats_ext.evaluation import plots
-from cats_ext.thresholds.config import CONFIG_FILE, CatsConfig
+from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.files import CONFIG_FILE
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
@@ -21,7 +22,7 @@ svg { max-width: 100%; height: auto } .note { color: #556 }
 
 
 def html_report(directory: str | Path) -> str:
-    """The page for a directory that ``cats calibrate`` and ``cats eval --output`` wrote into.
+    """The page for a directory that ``cats calibrate`` and ``cats eval --output`` have written to.
 
     Args:
         directory: holds ``cats_config.json`` with its tensors; every other ``*.json`` written by ``cats eval`` adds its
@@ -49,7 +50,7 @@ def html_report(directory: str | Path) -> str:
 
 
 def _results(directory: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What ``cats eval`` wrote, by file name; other JSON files are passed over."""
+    """The documents that ``cats eval`` wrote, by file name; other JSON files are ignored."""
     found = []
     for path in sorted(directory.glob("*.json")):
         if path.name == CONFIG_FILE:

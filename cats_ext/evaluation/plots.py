@@ -32,8 +32,7 @@ class ActivationPanel:
 def linear_bins(histogram: Histogram, upper: float, bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Bin edges ``[bins + 1]`` from 0 to ``upper`` and the share of all values in each bin ``[bins]``.
 
-    The histogram's buckets are 0.2 % wide, so that putting each one whole into the bin of its middle shifts nothing
-    that could be seen.
+    Each bucket of the histogram counts in the bin of its middle: buckets are 0.2 % wide, so no error is visible.
     """
     first, counts = histogram.trimmed()
     bits = torch.arange(first, first + len(counts) + 1, dtype=torch.int32) << (23 - histogram.mantissa_bits)
@@ -69,7 +68,7 @@ def activations_figure(
 ) -> Figure:
     """Histograms of |activation| side by side, each cut at its threshold (Figure 1 of arXiv 2404.08763).
 
-    An axis ends where 4 % of the values are still to come, or at six times the threshold: the tail is long and flat.
+    An axis ends at the 96 % quantile or at six times the threshold, since the tail is long and flat.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -83,7 +82,7 @@ def activations_figure(
         upper = panel.histogram.quantile(0.96)
         if panel.threshold > 0:
             upper = min(max(upper, 1.5 * panel.threshold), 6 * panel.threshold)
-        # a whole number of bins below the threshold, so that no bar has two colours
+        # an integer number of bins below the threshold, so that every bar has one colour
         below = round(60 * panel.threshold / upper)
         width = panel.threshold / below if below else upper / 60
         bins = int(np.ceil(upper / width))

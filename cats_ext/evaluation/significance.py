@@ -1,4 +1,4 @@
-"""Whether a difference between two models on the same items is more than chance."""
+"""Whether a difference between two models on the same items is significant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Two-sided p-value of the exact McNemar test: of the items that only one model got right, is half each model's?
+    """Two-sided p-value of the exact McNemar test on two models' right answers to the same items.
+
+    The hypothesis is that, of the items which only one model got right, each model got half.
 
     Raises:
         ValueError: the sequences differ in length.

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a dense and a sparse model: the harness's own tasks, or task files on disk.
 
-A local task is the harness's YAML configuration as a dictionary, with its JSON dataset builder on a file of yours. One
+A local task is the harness's YAML configuration as a dictionary, with its JSON dataset builder on a local file. One
 example a line: ``choices`` (list) and ``answer`` (0-based index) beside the fields that the prompt names; ``lambada``
 has only ``text``, whose last word is the target. Prompts are the harness's own for these tasks.
 """
@@ -36,7 +36,7 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
     "openbookqa": _CHOICE | {"doc_to_text": "{{question}}"},
     "piqa": _QUESTION,
     "sciq": _CHOICE | {"doc_to_text": "{{support.lstrip()}}\nQuestion: {{question}}\nAnswer:"},
-    # Both names put into the gap; what is scored is the end of the sentence.
+    # The sentence with either name in its gap; the end of the sentence is scored.
     "winogrande": _CHOICE
     | {
         "doc_to_text": "{{answer}}",
@@ -85,7 +85,7 @@ def answers(
 
     Args:
         tasks: names that the harness knows (downloaded by it), or configurations of :func:`local_task`.
-        limit: use only the first so many items of a task.
+        limit: number of items of a task that are used, from its beginning; None for all.
 
     Raises:
         ImportError: lm_eval is not installed.
@@ -93,7 +93,7 @@ def answers(
     """
     evaluator, huggingface, manager = (_module(name) for name in ("evaluator", "models.huggingface", "tasks"))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Not simple_evaluate, which spends ten seconds a call on describing the machine.
+    # Not simple_evaluate: it takes ten seconds a call to describe the machine.
     loaded = manager.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)).load(list(tasks))
     lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)

@@ -1,19 +1,17 @@
-"""finetune: tunes a sparse, a ReLUfied or a dense model on text with transformers' Trainer, resumable at any moment.
+"""finetune: tunes a sparse, a ReLUfied or a dense model on text with transformers' Trainer, resumable at any time.
 
 OUTPUT/training holds the settings, the thresholds, Trainer's checkpoints and its logs; the tuned model, with merged
-adapters, goes into OUTPUT itself. A checkpoint counts if its ``trainer_state.json``, which is written last, is whole.
+adapters, is written to OUTPUT itself. A checkpoint is complete if its ``trainer_state.json`` is: it is written last.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,8 @@ from cats_ext._progress import progress_bar
 from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.run import calibrate
 from cats_ext.evaluation.comparison import perplexity
-from cats_ext.finetune.trainer import TrainingStoppedError, last_checkpoint, make_trainer
+from cats_ext.finetune.settings import FinetuneSettings, check_continues, facts_of
+from cats_ext.finetune.trainer import last_checkpoint, make_trainer
 from cats_ext.patching.apply import (
     apply_cats,
     apply_relufication,
@@ -39,57 +38,11 @@ from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.tracking import reset_sparsity, sparsity_report, track_sparsity
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import write_together
-from cats_ext.thresholds.rules import check_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-METHODS = ("cats", "relufication", "dense")
-_HELD_OUT = 8  # windows at most, and at most a tenth of all, that are measured on instead of trained on
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """What a tuning is; a checkpoint is gone on from with equal settings only.
-
-    Attributes:
-        method: "cats" masks by thresholds, "relufication" replaces the activation by ReLU, "dense" changes nothing.
-        sparsity: share of neurons to skip, in [0, 1), where the thresholds are calibrated; unused with other methods.
-        steps: optimizer steps.
-        lora_rank: rank of the adapters; 0 tunes all weights.
-        lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
-        lora_targets: names of linear modules; None for all but the output layer.
-        learning_rate: at its highest, after a warm-up over a twentieth of the steps; then it follows a cosine to 0.
-        batch_size: windows of a step.
-        sequence_length: tokens of a window.
-        gradient_checkpointing: recompute activations in the backward pass; less memory, a third more time.
-        seed: of the order of windows and of the adapters' initial weights.
-    """
-
-    method: str = "cats"
-    sparsity: float = 0.5
-    steps: int = 400
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] | None = None
-    learning_rate: float = 2e-4
-    batch_size: int = 4
-    sequence_length: int = 512
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        check_sparsity("sparsity", self.sparsity)
-        for name in ("steps", "lora_rank", "batch_size", "sequence_length"):
-            value, least = getattr(self, name), 0 if name == "lora_rank" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name in ("learning_rate", "lora_alpha"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+_HELD_OUT = 8  # windows at most, and a tenth of all at most, are kept for measuring and not trained on
 
 
 def finetune(
@@ -106,23 +59,23 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tune ``model`` on ``data`` and write it, adapters merged, to ``output_dir``; afterwards it is the tuned model.
+    """Tune ``model`` in place on ``data`` and write it, with adapters merged, to ``output_dir``.
 
-    Called again after an interruption with equal arguments, it goes on from the last whole checkpoint, with the loss
-    that it would have had. A patched model is saved as a CATS checkpoint, which ``from_pretrained`` loads patched; a
-    ReLUfied one too, with ReLU as the activation of its own config.
+    After an interruption, a call with equal arguments continues from the last complete checkpoint, with the same losses
+    as without the interruption. A patched model is saved as a CATS checkpoint, which ``from_pretrained`` loads patched;
+    a ReLUfied one too, with ReLU as the activation in its config.
 
     Args:
         model: a dense causal language model of transformers with gated MLPs, on one device.
-        data: as for :func:`cats_ext.calibrate`; windows shorter than ``sequence_length`` are left out, and the last
-            ones held out to measure on.
-        settings: what to do; by default a LoRA tuning of 400 steps at 50 % sparsity.
+        data: as for :func:`cats_ext.calibrate`; windows shorter than ``sequence_length`` are left out. The last windows
+            are not trained on: perplexity and sparsity are measured on them.
+        settings: by default a LoRA tuning of 400 steps at 50 % sparsity.
         tokenizer: needed for texts; saved beside the model.
         config: thresholds for method "cats"; without them the model is calibrated on the data at ``sparsity``.
-        recalibrate: set the thresholds anew after the tuning, for the same target in every layer.
+        recalibrate: calibrate again after the tuning, to the same target in every layer.
         save_every: steps between checkpoints, of which the last two are kept.
         report_to: Trainer's integrations, such as "tensorboard" or "trackio".
-        callbacks: transformers' TrainerCallback objects, for instance to measure while it tunes.
+        callbacks: transformers' TrainerCallback objects, for instance to measure during the tuning.
         progress: show bars with the time left on standard error.
 
     Returns:
@@ -149,7 +102,7 @@ def finetune(
         _check_targets(model, settings.lora_targets)
     output = Path(output_dir)
     training = output / "training"
-    _check_settings(training, _facts(model, train, held_out, settings, config))
+    check_continues(training, facts_of(model, train, held_out, settings, config))
 
     if settings.method == "cats":
         config = _thresholds(model, training, train, length, settings, config, progress)
@@ -161,7 +114,7 @@ def finetune(
     tuned = _with_adapters(model, settings)
     with progress_bar(f"tuning, {settings.method}", settings.steps, progress) as advance:
         trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance, callbacks)
-        resumed_from = trainer.go_on()
+        resumed_from = trainer.train_on()
     if settings.lora_rank:
         tuned.merge_and_unload()
     model.requires_grad_(True).eval()
@@ -184,7 +137,12 @@ def finetune(
 
 
 def relufy(model: PreTrainedModel) -> PreTrainedModel:
-    """As :func:`cats_ext.apply_relufication`, for good: ReLU is what the modules and the model's config have.
+    """As :func:`cats_ext.apply_relufication`, and permanent: the modules and the model's config have ReLU.
+
+    ``remove_cats`` then gives a dense ReLU model, and a saved checkpoint loads as one.
+
+    Returns:
+        ``model``.
 
     Raises:
         ValueError: as there, or the model's config does not name its activation.
@@ -224,54 +182,6 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
             raise ValueError(f"lora_targets: {type(model).__name__} has no linear module {target!r}; it has {have}")
 
 
-def _facts(
-    model: nn.Module, train: list[Tensor], held_out: list[Tensor], settings: FinetuneSettings, config: CatsConfig | None
-) -> dict[str, Any]:
-    """What has to be equal for a checkpoint to be gone on from, as JSON gives it back."""
-    weights = torch.cat([p.detach().flatten()[:16].double().cpu() for p in model.parameters()])
-    thresholds = [] if config is None else [*config.thresholds.values(), *config.down_thresholds.values()]
-    facts = asdict(settings) | {
-        "model": _digest(weights),
-        "dtype": str(model.dtype),
-        "data": _digest(*train, *held_out),
-        "thresholds": _digest(*thresholds) if thresholds else "calibrated",
-    }
-    return json.loads(json.dumps(facts))
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_settings(training: Path, facts: dict[str, Any]) -> None:
-    """Compare with those of the tuning that is in ``training``, or write them for a new one."""
-    path = training / "settings.json"
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            different = [name for name in facts if stored[name] != facts[name]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not what finetune wrote: {error!r}. Choose another output directory"
-            ) from error
-        if different:
-            name = "method" if "method" in different else different[0]
-            raise ValueError(
-                f"{training} holds a tuning with {name} {stored[name]!r}, got {name} {facts[name]!r}: choose another "
-                "output directory, or give the same arguments to go on with it"
-            )
-        return
-    if (training.parent / "config.json").exists():
-        raise ValueError(f"{training.parent} holds a model, which would be overwritten: choose another directory")
-    if training.exists() and any(training.iterdir()):
-        raise ValueError(f"{training} is not empty and holds no tuning: choose another output directory")
-    training.mkdir(parents=True, exist_ok=True)
-    write_together({path: (json.dumps(facts, indent=2) + "\n").encode()})
-
-
 def _thresholds(
     model: nn.Module,
     training: Path,
@@ -281,7 +191,7 @@ def _thresholds(
     config: CatsConfig | None,
     progress: bool,
 ) -> CatsConfig:
-    """Those that the tuning was begun with, else ``config``, else calibrated ones."""
+    """The thresholds that the tuning began with; at its beginning ``config``, or calibrated ones without it."""
     directory = training / "thresholds"
     if directory.is_dir() and any(directory.glob("cats_config.json")):
         return CatsConfig.from_pretrained(directory)
@@ -329,11 +239,11 @@ def _measure(model: nn.Module, ids: Tensor, length: int, settings: FinetuneSetti
 def _recalibrate(
     model: nn.Module, train: list[Tensor], length: int, settings: FinetuneSettings, progress: bool
 ) -> None:
-    """New thresholds by the same rule for the same targets, layer by layer."""
+    """Set new thresholds by the same rule for the same targets, layer by layer."""
     old = current_config(model)
-    rule = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
+    same = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
-    new = calibrate(model, train, allocation="uniform", **rule, **_calibration(settings, length), progress=progress)
+    new = calibrate(model, train, allocation="uniform", **same, **_calibration(settings, length), progress=progress)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
     new = new.with_targets(targets, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))
@@ -350,8 +260,5 @@ def _save(model: PreTrainedModel, tokenizer: Any, output: Path, training: Path, 
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the tuned model cannot be written to {output}: {error}. The last checkpoint, "
-            f"{last_checkpoint(training)}, is whole: call again with the same arguments when there is room"
+            f"{last_checkpoint(training)}, is complete: call again with the same arguments when there is space"
         ) from error
-
-
-__all__ = ["METHODS", "FinetuneSettings", "TrainingStoppedError", "finetune", "relufy"]

@@ -1,4 +1,4 @@
-"""transformers' Trainer for :mod:`cats_ext.finetune`: whole checkpoints, and a stop at numbers that are not finite."""
+"""transformers' Trainer for :mod:`cats_ext.finetune`: complete checkpoints, and a stop at NaN and infinities."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cats_ext.finetune.settings import FinetuneSettings
+
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-    from cats_ext.finetune.run import FinetuneSettings
-
 
 class TrainingStoppedError(RuntimeError):
-    """The loss or a gradient is NaN or infinite. The message names the step and the last good checkpoint."""
+    """The loss or a gradient is NaN or infinite. The message names the step and the last complete checkpoint."""
 
 
 def last_checkpoint(training: Path) -> Path | None:
-    """The newest whole checkpoint in ``training``; None if there is none."""
-    whole = [path for path in training.glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest complete checkpoint in ``training``; None if there is none."""
+    complete = [path for path in training.glob("checkpoint-*") if _is_complete(path)]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:  # written last, so an interrupted checkpoint has none, or half of one
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # written last, so an interrupted checkpoint has none, or a part of one
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
@@ -46,9 +46,19 @@ def make_trainer(
     advance: Callable[[], None],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """A Trainer on ``windows`` of equal length that keeps its checkpoints in ``training``; its ``go_on()`` trains.
+    """A Trainer on ``windows`` of equal length; its ``train_on()`` trains from the last checkpoint in ``training``.
 
-    Interrupted checkpoints there are removed. On CUDA, float32 weights are trained in bfloat16 autocast.
+    Incomplete checkpoints there are removed. On CUDA, float32 weights are trained in bfloat16 autocast.
+
+    Args:
+        windows: token ids, ``[T]`` each.
+        training: where checkpoints and logs are written.
+        save_every: steps between checkpoints.
+        report_to: Trainer's integrations.
+        advance: called after every step, and for each step of the checkpoint at the start.
+
+    Raises:
+        ImportError: the package accelerate is missing.
     """
     try:
         import accelerate  # noqa: F401  Trainer's own message is long
@@ -57,21 +67,21 @@ def make_trainer(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
     for path in training.glob("checkpoint-*"):
-        if not _is_whole(path):
+        if not _is_complete(path):
             shutil.rmtree(path)
 
     def check(what: str, value: Tensor, step: int) -> None:
         if not torch.isfinite(value):
             kept = last_checkpoint(training)
             raise TrainingStoppedError(
-                f"{what} is {value.item()} at step {step}: tuning is stopped, and the last good checkpoint is "
-                f"{kept or 'none, since none has been written yet'}. A lower learning rate than "
-                f"{settings.learning_rate} helps most often"
+                f"{what} is {value.item()} at step {step}: tuning is stopped, and the last complete checkpoint is "
+                f"{kept or 'none, since none has been written yet'}. Most often a lower learning rate than "
+                f"{settings.learning_rate} helps"
             )
 
     class Checked(Trainer):
-        def go_on(self) -> Path | None:
-            """Train from the last whole checkpoint, which is returned; only load it if it is the last step's."""
+        def train_on(self) -> Path | None:
+            """Train from the last complete checkpoint, which is returned; only load it if it is the last step's."""
             last = last_checkpoint(training)
             state = last and TrainerState.load_from_json(str(last / "trainer_state.json"))
             if state is not None and state.global_step >= self.args.max_steps:  # train() would do one step more
@@ -91,11 +101,12 @@ def make_trainer(
             try:
                 super()._save_checkpoint(*arguments, **named)
             except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-                if not _is_whole(path):
+                if not _is_complete(path):
                     shutil.rmtree(path, ignore_errors=True)
                 raise OSError(
                     f"the checkpoint of step {self.state.global_step} cannot be written to {path}: {error}. The last "
-                    f"good one is {last_checkpoint(training) or 'none'}; call again with the same arguments to go on"
+                    f"complete one is {last_checkpoint(training) or 'none'}; call again with the same arguments to "
+                    "continue"
                 ) from error
 
     class Watch(TrainerCallback):

@@ -1,8 +1,8 @@
 """transformers' ``generate`` on CUDA without a wait for the GPU at every token.
 
-Before each forward, ``generate`` reads from the GPU whether all sequences have ended. Until the answer is there the
-host prepares nothing, and then the GPU waits for the host. From version 5.17 on transformers can read the answer a step
-late (``DeferredStopCheck``), at the price of one forward more after an end-of-text token; it does so on MPS only.
+Before each forward, ``generate`` reads from the GPU whether all sequences have ended. The host waits for the answer,
+and the GPU then waits for the host to launch the next forward. From version 5.17 on transformers can read the answer
+one step late (``DeferredStopCheck``), which costs one more forward after an end-of-text token; it does so on MPS only.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _original: Any = None
 
 @contextmanager
 def deferred_stop() -> Iterator[None]:
-    """Let transformers' ``generate`` learn a step late, on CUDA, that it has come to the end, so that it never waits.
+    """Let transformers' ``generate`` check one step late, on CUDA, whether it has ended, so that it does not wait.
 
         with cats_ext.deferred_stop():
             output = model.generate(**inputs, cache_implementation="static")
 
-    For greedy decoding and sampling of any model, patched or not. The output is the same, streamers get each token a
-    step later, and a cache that ``generate`` returns is as it would have been. With one that was passed in and cannot
-    go back a step (a static one with a sliding window), ``generate`` waits as ever. A sampled sequence that ends early
-    has drawn one random number more. What one thread enters holds for all threads.
+    For greedy decoding and sampling of any model, patched or not. The output and a returned cache are the same, and
+    streamers get each token one step later. With a cache that was passed in and cannot be shortened by one step (a
+    static one with a sliding window), ``generate`` waits as without this context. A sampled sequence that ends early
+    has drawn one more random number. While one thread is in the context, it holds for all threads.
 
     Raises:
         RuntimeError: transformers is older than 5.17, or has changed so that it cannot be done.
@@ -56,7 +56,7 @@ def deferred_stop() -> Iterator[None]:
 
 
 def _deferred_stop_check(base: type) -> type:
-    """transformers' class, for ``DEVICES`` too, and for static caches, which it cannot take back by a step."""
+    """transformers' class, also for ``DEVICES`` and for static caches, which transformers cannot shorten."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
@@ -80,7 +80,7 @@ def _deferred_stop_check(base: type) -> type:
         def finish(self) -> int:
             steps = super().finish()
             for layer in self.static.layers if self.static is not None and steps else ():
-                layer.cumulative_length.sub_(steps)  # what lies behind it is written anew
+                layer.cumulative_length.sub_(steps)  # the next token overwrites the entry after it
             return steps
 
     return DeferredStopCheck

@@ -11,7 +11,6 @@ from cats_ext.ops.definitions import (
     sparse_mlp_counted,
     sparse_mlp_step,
 )
-from cats_ext.ops.masked_product import masked_product
 
 __all__ = [
     "ELEMENTWISE_DTYPES",
@@ -20,7 +19,6 @@ __all__ = [
     "gated_threshold",
     "gated_threshold_backward",
     "gated_threshold_forward",
-    "masked_product",
     "sparse_mlp",
     "sparse_mlp_counted",
     "sparse_mlp_step",

@@ -1,8 +1,8 @@
-"""The torch ops: schemas, shape functions, and the reference as a fallback.
+"""The torch ops: schemas, shape functions, the reference as a fallback, and autograd of the elementwise op.
 
 The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
 ``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
-microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see ``masked_product.py``).
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold``; :func:`masked_product` calls it at little cost.
 """
 
 from __future__ import annotations
@@ -10,32 +10,34 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from cats_ext.ops import reference
+from cats_ext.ops.checks import check
 from cats_ext.ops.library import LIBRARIES
-from cats_ext.ops.reference import ACTIVATIONS
 
 _WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
-_RULE = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
+_THRESHOLDS = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
 _REST = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, bool deterministic=False"
 
 SCHEMAS = {
     # deterministic: the same bits in every run on the same device, at some cost on CUDA; on the CPU they always are.
-    "sparse_mlp": f"({_WEIGHTS}, {_RULE}, {_REST}) -> Tensor",
+    "sparse_mlp": f"({_WEIGHTS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
-    "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_RULE}, {_REST}) -> Tensor",
+    "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_THRESHOLDS}, {_REST}) -> Tensor",
     # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
-    # which is zero before; what is behind H is the kernel's. The kernel before it on the stream must not write weights.
-    # CUDA says of layers that it has no such kernel for, small ones among them, that they are not supported.
+    # which is zero before; elements from H on are scratch. The kernel before it on the stream must not write weights.
+    # On CUDA raises cudaErrorNotSupported for shapes without a step kernel: plan.step_supported says which.
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
-    f"Tensor(a!) y_sum, {_RULE}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
-    "gated_threshold": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
-    # The same kernel without autograd, whose registration costs the host time at each call (see masked_product.py).
-    "gated_threshold_forward": f"(Tensor gate, Tensor up, {_RULE}) -> Tensor",
-    "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_RULE}) -> (Tensor, Tensor)",
+    f"Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
+    "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
+    # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
+    "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
+    "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_THRESHOLDS}) -> (Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"cats::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,171 +53,63 @@ SPARSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTWISE_DTYPES = (*SPARSE_DTYPES, torch.float64)
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
-    if not condition:
-        raise RuntimeError(message())
+# --- shape functions for tracing, and the reference on devices without a compiled kernel ----------------------------
 
 
-def _check_activation(op: str, activation: str) -> None:
-    _check(
-        activation in ACTIVATIONS,
-        lambda: f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'",
-    )
+def _sparse_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:  # the reference always is
+    return reference.sparse_mlp_ref(**arguments)
 
 
-def _check_like(op: str, name: str, t: Tensor | None, like_name: str, like: Tensor, shape: tuple) -> None:
-    if t is None:
-        return
-    _check(t.dtype == like.dtype, lambda: f"{op}: {name} must have {like_name}'s dtype {like.dtype}, got {t.dtype}")
-    _check(
-        t.device == like.device, lambda: f"{op}: {name} must be on {like_name}'s device {like.device}, got {t.device}"
-    )
-    _check(tuple(t.shape) == shape, lambda: f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}")
+def _sparse_mlp_counted_ref(*, counts: Tensor, deterministic: bool, **arguments) -> Tensor:
+    counted = {name: value for name, value in arguments.items() if name not in ("w_down_t", "down_bias")}
+    counts += reference.sparse_mlp_counts_ref(**counted)
+    return reference.sparse_mlp_ref(**arguments)
 
 
-def _check_thresholds(op: str, like: Tensor, intermediate: int, **thresholds: Tensor | None) -> None:
-    for name, t in thresholds.items():
-        if t is None:
-            continue
-        _check(t.dtype == torch.float32, lambda n=name, t=t: f"{op}: {n} must be torch.float32, got {t.dtype}")
-        _check(
-            t.device == like.device,
-            lambda n=name, t=t: f"{op}: {n} must be on the device {like.device} of the other arguments, got {t.device}",
-        )
-        _check(
-            t.dim() == 0 or tuple(t.shape) == (intermediate,),
-            lambda n=name, t=t: f"{op}: {n} must have shape [] or [{intermediate}], got {list(t.shape)}",
-        )
+def _sparse_mlp_step_ref(*, y_sum: Tensor, **arguments) -> None:
+    y_sum[: arguments["x"].numel()] += reference.sparse_mlp_step_ref(**arguments).flatten()
 
 
-def _check_gated_threshold(gate, up, threshold, down_threshold, activation) -> None:
-    op = "gated_threshold"
-    _check(
-        gate.dtype in ELEMENTWISE_DTYPES,
-        lambda: f"{op}: gate must be float32, float16, bfloat16 or float64, got {gate.dtype}",
-    )
-    _check(gate.dim() >= 1, lambda: f"{op}: gate must have at least one dimension, got shape {list(gate.shape)}")
-    _check_like(op, "up", up, "gate", gate, tuple(gate.shape))
-    _check_thresholds(op, gate, gate.shape[-1], threshold=threshold, down_threshold=down_threshold)
-    _check_activation(op, activation)
+# The argument that each output has the shape, dtype and device of, and the reference.
+_OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
+    "sparse_mlp": (("x",), _sparse_mlp_ref),
+    "sparse_mlp_counted": (("x",), _sparse_mlp_counted_ref),
+    "sparse_mlp_step": ((), _sparse_mlp_step_ref),
+    "gated_threshold": (("gate",), reference.gated_threshold_ref),
+    "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),
+    "gated_threshold_backward": (("gate", "up"), reference.gated_threshold_backward_ref),
+}
 
 
-# --- shape functions: the checks of csrc/checks.h, so that torch.compile fails at trace time with the same sentence ---
+def _checked_arguments(op: str, args: tuple, named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults that the dispatcher leaves out."""
+    parameters = getattr(torch.ops.cats, op).default._schema.arguments
+    defaults = {p.name: p.default_value for p in parameters}
+    arguments = defaults | dict(zip(defaults, args, strict=False)) | named
+    check(op, arguments)
+    return arguments
 
 
-def _sparse_mlp_fake(
-    x,
-    w_gate,
-    w_up,
-    w_down_t,
-    threshold,
-    down_threshold=None,
-    activation="silu",
-    gate_bias=None,
-    up_bias=None,
-    down_bias=None,
-    deterministic=False,
-):
-    op = "sparse_mlp"
-    _check(x.dtype in SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
-    _check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got shape {list(x.shape)}")
-    _check(w_gate.dim() == 2, lambda: f"{op}: w_gate must have shape [I, H], got {list(w_gate.shape)}")
-    intermediate, hidden = w_gate.shape
-    _check(intermediate > 0 and hidden > 0, lambda: f"{op}: w_gate must have I > 0 and H > 0, got {list(w_gate.shape)}")
-    _check(x.shape[-1] == hidden, lambda: f"{op}: x must have last dimension H = {hidden}, got shape {list(x.shape)}")
-    for name, w in (("w_gate", w_gate), ("w_up", w_up), ("w_down_t", w_down_t)):
-        _check_like(op, name, w, "x", x, (intermediate, hidden))
-        _check(
-            hidden == 1 or w.stride(1) == 1,
-            lambda n=name, w=w: (
-                f"{op}: {n} must have unit stride in its last dimension, got strides {list(w.stride())}"
-                + ("; lay down_proj.weight out with one contiguous row a neuron" if n == "w_down_t" else "")
-            ),
-        )
-    _check_thresholds(op, x, intermediate, threshold=threshold, down_threshold=down_threshold)
-    _check_activation(op, activation)
-    for name, bias, size in (
-        ("gate_bias", gate_bias, intermediate),
-        ("up_bias", up_bias, intermediate),
-        ("down_bias", down_bias, hidden),
-    ):
-        _check_like(op, name, bias, "x", x, (size,))
-        _check(
-            bias is None or size == 1 or bias.stride(0) == 1,
-            lambda n=name, b=bias: f"{op}: {n} must be contiguous, got stride {b.stride(0)}",
-        )
-    return x.new_empty(x.shape)
+def _fake(op: str) -> Callable:
+    like, _ = _OPS[op]
+
+    def fake(*args, **named):
+        arguments = _checked_arguments(op, args, named)
+        outputs = tuple(arguments[name].new_empty(arguments[name].shape) for name in like)
+        return outputs if len(outputs) > 1 else next(iter(outputs), None)
+
+    return fake
 
 
-def _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named):
-    _check(
-        counts.dtype == torch.int64 and tuple(counts.shape) == (3,) and counts.device == x.device,
-        lambda: (
-            f"sparse_mlp: counts must be int64 of shape [3] on {x.device}, "
-            f"got {counts.dtype} of shape {list(counts.shape)} on {counts.device}"
-        ),
-    )
-    return _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
+def _fallback(op: str, device: str, warn: bool) -> Callable:
+    _, reference_op = _OPS[op]
 
+    def fallback(*args, **named):
+        if warn:
+            _warn_slow(device)
+        return reference_op(**_checked_arguments(op, args, named))
 
-def _sparse_mlp_step_fake(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named):
-    op, hidden = "sparse_mlp_step", w_gate.shape[-1]
-    _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
-    _check(x.numel() == hidden, lambda: f"{op}: x must be one contiguous row, got shape {list(x.shape)}")
-    _check_like(op, "norm_weight", norm_weight, "x", x, (hidden,))
-    _check(
-        y_sum.dtype == torch.float32 and y_sum.dim() == 1 and len(y_sum) > hidden and y_sum.device == x.device,
-        lambda: (
-            f"{op}: y_sum must be contiguous float32 of shape [H + 1] on {x.device}, "
-            f"got {y_sum.dtype} of shape {list(y_sum.shape)} on {y_sum.device}"
-        ),
-    )
-
-
-def _gated_threshold_fake(gate, up, threshold, down_threshold=None, activation="silu"):
-    _check_gated_threshold(gate, up, threshold, down_threshold, activation)
-    return gate.new_empty(gate.shape)
-
-
-def _gated_threshold_backward_fake(grad_h, gate, up, threshold, down_threshold=None, activation="silu"):
-    _check_gated_threshold(gate, up, threshold, down_threshold, activation)
-    _check_like("gated_threshold", "grad_h", grad_h, "gate", gate, tuple(gate.shape))
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-
-
-# --- the reference, on every device that has no compiled kernel -----------------------------------------------------
-
-
-def _sparse_mlp_fallback(x, w_gate, w_up, w_down_t, *rule, deterministic=False, **named):
-    rule = rule[:6]  # a seventh is deterministic, as the reference is
-    _sparse_mlp_fake(x, w_gate, w_up, w_down_t, *rule, **named)
-    return reference.sparse_mlp_ref(x, w_gate, w_up, w_down_t, *rule, **named)
-
-
-def _sparse_mlp_counted_fallback(x, w_gate, w_up, w_down_t, counts, *rule, deterministic=False, **named):
-    rule = rule[:6]
-    _sparse_mlp_counted_fake(x, w_gate, w_up, w_down_t, counts, *rule, **named)
-    counts += reference.sparse_mlp_counts_ref(
-        x, w_gate, w_up, *rule[:5], **{k: v for k, v in named.items() if k != "down_bias"}
-    )
-    return reference.sparse_mlp_ref(x, w_gate, w_up, w_down_t, *rule, **named)
-
-
-def _sparse_mlp_step_fallback(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named):
-    _sparse_mlp_step_fake(x, norm_weight, norm_eps, w_gate, w_up, w_down_t, y_sum, *rule, **named)
-    y_sum[: x.numel()] += reference.sparse_mlp_step_ref(
-        x, norm_weight, norm_eps, w_gate, w_up, w_down_t, *rule, **named
-    ).flatten()
-
-
-def _gated_threshold_fallback(*args, **named):
-    _gated_threshold_fake(*args, **named)
-    return reference.gated_threshold_ref(*args, **named)
-
-
-def _gated_threshold_backward_fallback(*args, **named):
-    _gated_threshold_backward_fake(*args, **named)
-    return reference.gated_threshold_backward_ref(*args, **named)
+    return fallback
 
 
 @functools.cache
@@ -230,28 +124,92 @@ def _warn_slow(device: str) -> None:
 
 
 def _register() -> None:
-    implementations = {
-        "sparse_mlp": (_sparse_mlp_fake, _sparse_mlp_fallback),
-        "sparse_mlp_counted": (_sparse_mlp_counted_fake, _sparse_mlp_counted_fallback),
-        "gated_threshold": (_gated_threshold_fake, _gated_threshold_fallback),
-        "gated_threshold_forward": (_gated_threshold_fake, _gated_threshold_fallback),
-        "gated_threshold_backward": (_gated_threshold_backward_fake, _gated_threshold_backward_fallback),
-    }
-    # The CPU gains nothing by it, and has no kernel.
-    torch.library.register_fake("cats::sparse_mlp_step", _sparse_mlp_step_fake)
-    torch.library.register_kernel("cats::sparse_mlp_step", "cpu", _sparse_mlp_step_fallback)
-    if not LIBRARIES["_C_cuda"].loaded:
-        torch.library.register_kernel("cats::sparse_mlp_step", "cuda", _sparse_mlp_step_fallback)
     uncompiled = [d for d, lib in (("cpu", "_C"), ("cuda", "_C_cuda")) if not LIBRARIES[lib].loaded]
-    for name, (fake, fallback) in implementations.items():
-        torch.library.register_fake(f"cats::{name}", fake)
-        for device in uncompiled:
+    for op in _OPS:
+        torch.library.register_fake(f"cats::{op}", _fake(op))
+        # The step has no CPU kernel, because decoding on a CPU gains nothing by it.
+        step = op == "sparse_mlp_step"
+        for device in {*uncompiled, "cpu"} if step else uncompiled:
+            torch.library.register_kernel(f"cats::{op}", device, _fallback(op, device, warn=not step))
 
-            def slow(*args, _device=device, _fallback=fallback, **named):
-                _warn_slow(_device)
-                return _fallback(*args, **named)
 
-            torch.library.register_kernel(f"cats::{name}", device, slow)
+# --- autograd of the elementwise op ---------------------------------------------------------------------------------
+
+
+class _GatedThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, thresholds_and_activation):
+        threshold, down_threshold, activation = thresholds_and_activation
+        ctx.save_for_backward(gate, up, threshold, down_threshold)
+        ctx.activation = activation
+        return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
+
+    @staticmethod
+    def backward(ctx, grad_h):
+        if is_grad_enabled():  # create_graph
+            return _backward_once(ctx, grad_h)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, grad_h)
+
+
+def _backward(ctx, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *gated_threshold_backward(grad_h, *ctx.saved_tensors, ctx.activation), None
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative is an error
+
+
+# What Function.apply calls after it has looked for functorch's transforms, which takes as long as all the rest of it.
+_apply = super(torch.autograd.Function, _GatedThreshold).apply
+# Bound at import: a lookup in torch's large modules at each call misses the processor's cache between layers.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+
+
+def _gated_threshold_autograd(gate, up, threshold, down_threshold=None, activation="silu"):
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GatedThreshold.apply(gate, up, (threshold, down_threshold, activation))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.cats.gated_threshold.default(gate, up, threshold, down_threshold, activation)
+
+
+def masked_product(
+    gate: Tensor,
+    up: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None,
+    activation: str,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """``act(gate) * up`` of the neurons above their thresholds, and 0 elsewhere. Differentiable by ``gate`` and ``up``.
+
+    Small layers wait for the host. ``gated_threshold`` goes through the dispatcher's autograd keys, whose code is cold
+    between layers: inside a model the call took 57 to 59 us, and 10 in a loop. So it is used only where it is needed,
+    by torch.compile and functorch; otherwise the autograd function or the op below autograd is called directly
+    (bench/results/h100/decode_host.log).
+
+    Args:
+        gate, up: ``[..., I]``, float32, float16, bfloat16 or float64.
+        threshold, down_threshold: float32, ``[]`` or ``[I]``.
+        activation: silu, gelu, gelu_tanh or relu.
+        counts: int64 ``[3]``, added to: token-neuron pairs evaluated, kept by ``threshold``, kept by both.
+
+    Returns:
+        ``[..., I]`` in the dtype of ``gate``.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    if counts is not None:
+        with torch.no_grad():
+            counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
+    if is_compiling() or _transforms_are_active():
+        return gated_threshold(gate, up, threshold, down_threshold, activation)
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _apply(gate, up, (threshold, down_threshold, activation))
+    return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
 
 
 _register()
+# Not torch.library.register_autograd, which takes more of the host's time: small models wait for it in training.
+_autograd = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
+_autograd.impl("gated_threshold", _gated_threshold_autograd, "Autograd")

@@ -1,18 +1,20 @@
 """The op of routed experts for few tokens: a mixture's MLPs, each token through those it was routed to.
 
-On the CPU each routed expert is one call of ``cats::sparse_mlp`` with the tokens it got. On CUDA, Triton kernels read
-on the device which experts were chosen, so that nothing waits for the device and the op can be captured in a graph.
+On the CPU each expert with tokens is one call of ``cats::sparse_mlp``. On CUDA, Triton kernels read the chosen experts
+on the device, so that the host does not wait and a graph can capture the op.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cats_ext.ops import definitions as ops
+from cats_ext.ops.reference import ACTIVATIONS
 
 torch.library.define(
     "cats::sparse_experts",
@@ -25,7 +27,7 @@ sparse_experts = torch.ops.cats.sparse_experts
 
 Args:
     x: ``[T, H]``, float32, float16 or bfloat16.
-    experts, routing: int64 and floating point ``[T, K]``. An expert that there is not is an error on the CPU, and gives
+    experts, routing: int64 and floating point ``[T, K]``. An index outside ``[0, E)`` is an error on the CPU and gives
         NaN on CUDA.
     w_gate_up: ``[E, 2 I, H]``, of each expert the gate's rows before those of up.
     w_down_t: ``[E, I, H]``, the down projections with one contiguous row a neuron.
@@ -42,41 +44,49 @@ def triton_installed() -> bool:
 
 
 def _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu"):
-    op = "sparse_experts"
-    ops._check(x.dtype in ops.SPARSE_DTYPES, lambda: f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
-    ops._check(x.dim() == 2, lambda: f"{op}: x must have shape [T, H], got {list(x.shape)}")
-    ops._check(w_down_t.dim() == 3, lambda: f"{op}: w_down_t must have shape [E, I, H], got {list(w_down_t.shape)}")
+    def require(condition: bool, message: Callable[[], str]) -> None:
+        if not condition:
+            raise RuntimeError("sparse_experts: " + message())
+
+    require(x.dtype in ops.SPARSE_DTYPES, lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    require(x.dim() == 2, lambda: f"x must have shape [T, H], got {list(x.shape)}")
+    require(w_down_t.dim() == 3, lambda: f"w_down_t must have shape [E, I, H], got {list(w_down_t.shape)}")
     count, intermediate, hidden = w_down_t.shape
-    ops._check(x.shape[1] == hidden, lambda: f"{op}: x must have shape [T, {hidden}], got {list(x.shape)}")
+    require(x.shape[1] == hidden, lambda: f"x must have shape [T, {hidden}], got {list(x.shape)}")
     for name, w, rows in (("w_gate_up", w_gate_up, 2 * intermediate), ("w_down_t", w_down_t, intermediate)):
-        ops._check_like(op, name, w, "x", x, (count, rows, hidden))
-        ops._check(
-            hidden == 1 or w.stride(2) == 1,
-            lambda n=name, w=w: f"{op}: {n} must have unit stride in its last dimension, got {list(w.stride())}",
+        shape = (count, rows, hidden)
+        require(w.dtype == x.dtype, lambda n=name, w=w: f"{n} must have x's dtype {x.dtype}, got {w.dtype}")
+        require(w.device == x.device, lambda n=name, w=w: f"{n} must be on x's device {x.device}, got {w.device}")
+        require(
+            tuple(w.shape) == shape, lambda n=name, w=w, s=shape: f"{n} must have shape {list(s)}, got {list(w.shape)}"
         )
-    ops._check(
+        require(
+            hidden == 1 or w.stride(2) == 1,
+            lambda n=name, w=w: f"{n} must have unit stride in its last dimension, got {list(w.stride())}",
+        )
+    require(
         experts.dtype == torch.int64 and experts.dim() == 2 and experts.shape[0] == x.shape[0],
-        lambda: f"{op}: experts must be int64 [{x.shape[0]}, K], got {experts.dtype} {list(experts.shape)}",
+        lambda: f"experts must be int64 [{x.shape[0]}, K], got {experts.dtype} {list(experts.shape)}",
     )
-    ops._check(
+    require(
         routing.is_floating_point() and routing.shape == experts.shape,
-        lambda: (
-            f"{op}: routing must be floating point {list(experts.shape)}, got {routing.dtype} {list(routing.shape)}"
-        ),
+        lambda: f"routing must be floating point {list(experts.shape)}, got {routing.dtype} {list(routing.shape)}",
     )
     for name, t in (("threshold", threshold), ("down_threshold", down_threshold)):
-        ops._check(
+        require(
             t is None or (t.dtype == torch.float32 and t.dim() == 0),
-            lambda n=name, t=t: f"{op}: {n} must be float32 of shape [], got {t.dtype} {list(t.shape)}",
+            lambda n=name, t=t: f"{n} must be float32 of shape [], got {t.dtype} {list(t.shape)}",
         )
     for name, t in (
         ("experts", experts), ("routing", routing), ("threshold", threshold), ("down_threshold", down_threshold)
     ):  # fmt: skip
-        ops._check(
+        require(
             t is None or t.device == x.device,
-            lambda n=name, t=t: f"{op}: {n} must be on x's device {x.device}, got {t.device}",
+            lambda n=name, t=t: f"{n} must be on x's device {x.device}, got {t.device}",
         )
-    ops._check_activation(op, activation)
+    require(
+        activation in ACTIVATIONS, lambda: f"activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'"
+    )
 
 
 def _fake(x, *arguments):

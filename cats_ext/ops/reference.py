@@ -116,13 +116,22 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def sparse_mlp_step_ref(
-    x: Tensor, norm_weight: Tensor, norm_eps: float, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *rule, **named
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`sparse_mlp_ref` of the normalised x, not rounded: float32."""
-    biases = {name: None if b is None else b.float() for name, b in named.items() if name.endswith("_bias")}
-    rule = (*rule[:3], *(None if b is None else b.float() for b in rule[3:]))
-    inner = rms_norm_ref(x, norm_weight, norm_eps).float()
-    return sparse_mlp_ref(inner, w_gate.float(), w_up.float(), w_down_t.float(), *rule, **(named | biases))
+    operands = (rms_norm_ref(x, norm_weight, norm_eps), w_gate, w_up, w_down_t)
+    biases = (None if b is None else b.float() for b in (gate_bias, up_bias))
+    return sparse_mlp_ref(*(t.float() for t in operands), threshold, down_threshold, activation, *biases)
 
 
 def sparse_mlp_counts_ref(

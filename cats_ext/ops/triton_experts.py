@@ -1,9 +1,9 @@
-"""Triton kernels of routed experts for few tokens: which expert a row belongs to is read on the device.
+"""Triton kernels of routed experts for few tokens: a row's expert is read on the device.
 
-Three launches for all rows ``s`` (a token and one of its experts) of a layer: gate and up projections with the mask,
-down projections in pieces, and the sum over a token's pieces in a fixed order, so that results are the same in every
-run. Rows of skipped neurons are not read. Triton comes with CUDA builds of PyTorch; experts.py imports this module only
-for CUDA tensors.
+Three launches for all rows ``s`` (pairs of a token and one of its experts) of a layer: gate and up projections with the
+mask, down projections over parts of the neurons, and the sum of a token's partial results in a fixed order, so that
+each run gives the same bits. The weights of skipped neurons are not read. Triton comes with CUDA builds of PyTorch;
+experts.py imports this module only for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -13,23 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _activation(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate / (1 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * (1 - 1 / (1 + tl.exp(2 * inner)))
-    else:
-        return tl.where(gate < 0, 0.0, gate)
+from cats_ext.ops.triton_activations import activate
 
 
 @triton.jit
 def _dot(weight, x, rows, wanted, stride, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Products ``[ROWS]`` of the wanted rows with ``x``; of the others nothing is read."""
+    """Products ``[ROWS]`` of the wanted rows with ``x``; the other rows are not read and give 0."""
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, H, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -51,7 +40,7 @@ def gate_up_kernel(
     neurons = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = neurons < tl.where((expert >= 0) & (expert < count), intermediate, 0)
     weight, row = w_gate_up + expert * expert_stride, x + s // TOP_K * H
-    gate = _activation(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
+    gate = activate(_dot(weight, row, neurons, inside, row_stride, H, ROWS, BLOCK), ACTIVATION)
     keep = inside & ~(tl.abs(gate) < tl.load(threshold))  # NaN is kept
     result = tl.zeros([ROWS], tl.float32)
     if tl.sum(keep.to(tl.int32)) > 0:
@@ -67,7 +56,7 @@ def down_kernel(
     h, experts, routing, w_down, expert_stride, row_stride, pieces, intermediate, count, blocks,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``pieces`` (float32 ``[S, SPLITS, H]``): the routing weight times ``h Wd`` over a share of the neurons."""
+    """``pieces`` (float32 ``[S, SPLITS, H]``): the routing weight times ``h Wd`` over a part of the neurons."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split, s = tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + s).to(tl.int64)
@@ -80,7 +69,7 @@ def down_kernel(
         wanted = (values != 0)[:, None] & (columns < H)[None, :]
         total += values[:, None] * tl.load(at, mask=wanted, other=0.0, eviction_policy="evict_first").to(tl.float32)
     result = tl.sum(total, axis=0) * tl.load(routing + s).to(tl.float32)
-    result = tl.where((expert >= 0) & (expert < count), result, float("nan"))  # never silently wrong
+    result = tl.where((expert >= 0) & (expert < count), result, float("nan"))  # no such expert
     tl.store(pieces + (s * SPLITS + split) * H + columns, result, mask=columns < H)
 
 
@@ -107,7 +96,7 @@ def launch(
 ) -> Tensor:
     """The three kernels; arguments as those of ``cats::sparse_experts``.
 
-    Of the five sets of tiles that were tried with Mixtral's shape on an H100 this is the fastest at 50 %, and 0.3 us
+    Of five tile sizes measured with Mixtral's shape on an H100 these are the fastest at 50 % sparsity, and 0.3 us
     slower than the fastest at 90 % (bench/results/h100/experts_tiles.csv).
     """
     x, experts, routing = x.contiguous(), experts.contiguous(), routing.contiguous()

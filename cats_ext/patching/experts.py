@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_ext.ops import experts as expert_ops
+from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import DENSE, KERNEL, choose_experts
-from cats_ext.ops.masked_product import masked_product
 from cats_ext.patching.mlp import CatsMLP
 
 

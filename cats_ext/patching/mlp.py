@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import DENSE, KERNEL, Operands, choose
-from cats_ext.ops.masked_product import masked_product
 from cats_ext.patching.projections import KINDS
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 

@@ -1,4 +1,4 @@
-"""How a budget of bytes is spread over layers: the choice per layer that minimises the sum of measured losses."""
+"""How a budget of bytes is spread over layers: one option a layer, with the smallest sum of measured losses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,29 @@ from torch import Tensor
 
 from cats_ext.thresholds.rules import bytes_share
 
+ALLOCATIONS = ("uniform", "search")
+_UP_SPARSITIES = (*(i / 20 for i in range(20)), 0.99)
+_DOWN_OFFSETS = (0.0, 0.15, 0.25, 0.35)  # of the down sparsity over the up sparsity
+
+
+def search_options(rule: str) -> list[tuple[float, float]]:
+    """The up and down sparsities that a search chooses from."""
+    if rule != "two_threshold":
+        return [(up, up) for up in _UP_SPARSITIES]
+    return sorted(
+        {(up, min(round(up + more, 2), _UP_SPARSITIES[-1])) for up in _UP_SPARSITIES for more in _DOWN_OFFSETS}
+    )
+
 
 @dataclass(eq=False)
 class LossTable:
-    """What each layer loses at each option, measured; any budget's allocation follows from it.
+    """The measured loss of each layer at each option; the allocation of any budget follows from it.
 
     Attributes:
         options: float64 ``[P, 2]``, up and down sparsity.
         losses: float64 ``[L, P]``, an estimate of the Kullback-Leibler divergence from the dense model, in nats a
             position, if this layer alone is sparse.
-        spread: how far a layer's sparsities may be from those that all layers would have without a search.
+        spread: largest difference between a layer's sparsities and those of the uniform allocation.
     """
 
     options: Tensor
@@ -37,18 +50,18 @@ class LossTable:
     __hash__ = None
 
     def targets(self, budget: float, sizes: Sequence[int], uniform: tuple[float, float]) -> list[tuple[float, float]]:
-        """Up and down sparsity of each layer, with the least loss in all; the last layer's are the uniform ones.
+        """Up and down sparsity of each layer with the smallest sum of losses; the last layer keeps the uniform ones.
 
-        What the last layer drops changes the logits at once, for the worse on average and for the better where a rare
-        word is wanted. The losses show only the first (docs/quality.md).
+        The last layer is left out because its MLP changes the logits directly. Masking it raises the average divergence
+        but keeps the accuracy on rare words (LAMBADA), and the losses measure only the divergence (docs/quality.md).
 
         Args:
             budget: share of all MLP bytes that a token may read.
             sizes: of the layers, in any unit.
-            uniform: up and down sparsity at which all layers alike meet the budget.
+            uniform: up and down sparsity that meet the budget if every layer has them.
 
         Raises:
-            ValueError: the budget is out of what the options allow.
+            ValueError: no option is within ``spread`` of ``uniform``, or the cheapest options exceed the budget.
         """
         near = (self.options - torch.tensor(uniform, dtype=torch.float64)).abs().amax(1) <= self.spread + 1e-9
         options, losses = self.options[near], self.losses[:-1, near]
@@ -69,9 +82,9 @@ class LossTable:
 def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:
     """One option per layer with the smallest sum of losses that a total cost of ``budget`` affords.
 
-    The losses of layers are taken to add up. Solved by a Lagrange multiplier found by bisection, which is exact on each
-    layer's lower convex hull of loss over cost; what then is left of the budget goes, step by step, where a unit of
-    cost buys the largest loss.
+    The losses of layers are assumed to add up. A Lagrange multiplier, found by bisection, gives the exact solution on
+    each layer's lower convex hull of loss over cost. The rest of the budget is spent greedily: each step takes the
+    option that reduces the loss most for a unit of cost.
 
     Args:
         losses: ``[L, P]``, loss of option p in layer l.

@@ -1,9 +1,7 @@
-"""CatsConfig: the thresholds of one model, and what they were made from, as a directory of JSON and safetensors."""
+"""CatsConfig: the thresholds of one model, and what they were made from."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cats_ext.thresholds.allocation import LossTable
-from cats_ext.thresholds.files import write_together
+from cats_ext.thresholds.files import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    THRESHOLDS_FILE,
+    load_config_files,
+    save_config_files,
+)
 from cats_ext.thresholds.rules import (
     budget_of,
     bytes_share,
@@ -29,14 +30,11 @@ from cats_ext.thresholds.rules import (
 )
 from cats_ext.thresholds.statistics import LayerStatistics
 
-CONFIG_FILE = "cats_config.json"
-THRESHOLDS_FILE = "cats_thresholds.safetensors"
-FORMAT_VERSION = 2
 _PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "sparse_prefill", "calibration")
 
 
 class MLPShape(Protocol):
-    """What a config has to know of a model's gated MLP; ``patching.detection.GatedMLP`` is one."""
+    """What a config needs of a model's gated MLP; ``patching.detection.GatedMLP`` has it."""
 
     name: str
     activation: str
@@ -51,14 +49,14 @@ class MLPShape(Protocol):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One gated MLP: what it must look like, and the share of its neurons that the thresholds were set to skip."""
+    """One gated MLP: its shape and activation, and the shares of its neurons that the thresholds were set to skip."""
 
     hidden_size: int
     intermediate_size: int
     activation: str
     up_sparsity: float  # of the rows of up_proj
     down_sparsity: float  # of the rows of down_proj, laid out by neuron
-    experts: int | None = None  # so many in one module, each of this shape, with thresholds in common
+    experts: int | None = None  # number of experts in the module, each of this shape, with common thresholds
 
     @property
     def bytes_share(self) -> float:
@@ -71,7 +69,7 @@ class LayerConfig:
 
 @dataclass(eq=False)  # tensors have no truth value
 class CatsConfig:
-    """Thresholds by MLP name, the sparsity they aim at, and the facts of their calibration.
+    """Thresholds by MLP name, their target sparsity, and how they were calibrated.
 
     A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``.
 
@@ -79,14 +77,14 @@ class CatsConfig:
         thresholds: float32 ``[]`` or ``[I]`` by module name.
         down_thresholds: likewise; empty for the plain rule.
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
-            fingerprint by which a config for another model is recognised.
+            fingerprint that tells a config for another model.
         rule, sparsity, gate_power, last_gate_power, importance: as given to :func:`cats_ext.calibrate`.
-        sparse_prefill: False computes every input of more than one position a sequence densely: the prompt phase, and
-            the verification of drafted tokens. The prompt then costs no quality; what is generated may still differ.
+        sparse_prefill: False computes every input of more than one position a sequence densely: prompts, and the
+            verification of drafted tokens. The prompt then loses no quality; generated text may still differ.
         calibration: tokens, windows, sequence_length, seed and package version of the calibration.
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
-        losses: of each layer at each sparsity, where calibration searched an allocation; else all layers are alike.
+        losses: of each layer at each sparsity, if calibration searched an allocation; None if all layers are alike.
     """
 
     quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
@@ -116,7 +114,7 @@ class CatsConfig:
         return sum(n * share for n, share in zip(sizes, shares, strict=True)) / sum(sizes)
 
     def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
-        """This calibration at another sparsity: the model is not run again, and this config stays as it is.
+        """A config with the same calibration at another sparsity. The model is not run; this config is unchanged.
 
         Every threshold follows from the stored statistics, exactly as ``calibrate(..., sparsity=sparsity)`` on the same
         text would set it, or where an allocation was searched, as with the ``budget`` of the same bytes. Shapes of
@@ -182,7 +180,7 @@ class CatsConfig:
                 _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
 
     def for_part(self, model: nn.Module, mlps: Sequence[MLPShape]) -> CatsConfig:
-        """This config with the MLPs' names in ``model``, if it was made for its base model alone, or it for one.
+        """This config with the names that its MLPs have in ``model``, where they differ by the base model's prefix.
 
         transformers loads the same checkpoint with and without a head: ``model.layers.0.mlp`` of a causal language
         model is ``layers.0.mlp`` of its base model.
@@ -236,32 +234,23 @@ class CatsConfig:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``cats_config.json`` and ``cats_thresholds.safetensors`` into a directory, made if missing.
 
-        Both files are complete on disk before they replace earlier ones, and an error in between puts the earlier ones
-        back.
+        Both files are complete on disk before they replace earlier ones. After an error the earlier ones are back.
+
+        Raises:
+            TypeError, ValueError: the config is not valid.
+            OSError: a file cannot be written.
         """
         self.validate()
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors, numbers = self._tensors()
-        blob = save_tensors(tensors)
-        document = self.to_dict()
-        document["statistics"] = numbers
-        document["thresholds_sha256"] = hashlib.sha256(blob).hexdigest()
-        text = json.dumps(document, indent=2) + "\n"
-        write_together({directory / THRESHOLDS_FILE: blob, directory / CONFIG_FILE: text.encode()})
-
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
-        """What goes into the safetensors file, and what the counts of each layer stand for."""
         tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
         tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
-        numbers: dict[str, dict[str, int]] = {}
+        numbers: dict[str, dict[str, int]] = {}  # what the counts of each layer stand for
         for name, statistics in self.statistics.items():
             parts, numbers[name] = statistics.pack()
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         if self.losses is not None:
             tensors |= {"search.options": self.losses.options, "search.losses": self.losses.losses}
             tensors["search.spread"] = torch.tensor(self.losses.spread, dtype=torch.float64)
-        return tensors, numbers
+        save_config_files(Path(save_directory), self.to_dict() | {"statistics": numbers}, tensors)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
@@ -271,48 +260,30 @@ class CatsConfig:
             FileNotFoundError: the directory or one of the two files is missing.
             ValueError: a file is not what was written (format, hash), or its contents are not valid.
         """
-        directory = Path(directory)
-        path = directory / CONFIG_FILE
-        document = _read_json(path)
-        tensors_path = directory / THRESHOLDS_FILE
-        if not tensors_path.is_file():
-            raise FileNotFoundError(f"{tensors_path} is missing; {path} refers to it")
-        blob = tensors_path.read_bytes()
-        expected, actual = document.get("thresholds_sha256"), hashlib.sha256(blob).hexdigest()
-        if actual != expected:
-            raise ValueError(
-                f"{tensors_path} is not the file that {path.name} was saved with (truncated or altered): "
-                f"sha256 {actual}, expected {expected}"
-            )
+        document, tensors = load_config_files(Path(directory))
         try:
-            return cls._from_parts(document, load_tensors(blob))
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            return cls._from_parts(document, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not a valid CATS config: {what}") from error
+            raise ValueError(f"{Path(directory) / CONFIG_FILE} is not a valid CATS config: {what}") from error
 
     @classmethod
     def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
         layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
-        statistics = {}
-        for name, numbers in document["statistics"].items():
-            prefix = f"{name}."
-            parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-            before = set(parts)
-            statistics[name] = LayerStatistics.unpack(parts, numbers)
-            for key in before - set(parts):
-                del tensors[prefix + key]
-
-        losses = None
-        if "search.losses" in tensors:
-            spread = float(tensors.pop("search.spread", 1.0))
-            losses = LossTable(tensors.pop("search.options"), tensors.pop("search.losses"), spread)
-
-        def take(suffix: str) -> dict[str, Tensor]:
-            return {name: tensors.pop(name + suffix) for name in layers if name + suffix in tensors}
-
-        down_thresholds = take(".down_threshold")
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*layers, *document["statistics"], "search")}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".")
+            parts.setdefault(name, {})[part] = tensor
+        thresholds, down_thresholds = (
+            {name: parts[name].pop(key) for name in layers if key in parts[name]}
+            for key in ("threshold", "down_threshold")
+        )
+        statistics = {name: LayerStatistics.unpack(parts[name], n) for name, n in document["statistics"].items()}
+        search, losses = parts.pop("search"), None
+        if search:
+            losses = LossTable(search["options"], search["losses"], float(search.get("spread", 1.0)))
         config = cls(
-            thresholds=take(".threshold"),
+            thresholds=thresholds,
             down_thresholds=down_thresholds,
             layers=layers,
             statistics=statistics,
@@ -320,8 +291,9 @@ class CatsConfig:
             last_gate_power=document.get("last_gate_power", document["gate_power"]),  # earlier files had one power
             **{key: document[key] for key in _PLAIN_FIELDS},
         )
-        if tensors:
-            raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(tensors))}")
+        unknown = [f"{name}.{key}" for name, left in parts.items() for key in left]
+        if unknown:
+            raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(unknown))}")
         return config
 
 
@@ -348,7 +320,7 @@ def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
 
 
 def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right_name: str) -> str:
-    """Which names are on one side only, the first few of them."""
+    """The names that only one side has, three of each at most."""
     parts = []
     for only, other, label in ((left, right, left_name), (right, left, right_name)):
         names = [name for name in only if name not in set(other)]
@@ -356,18 +328,3 @@ def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"only in {label}: {', '.join(names[:3])}{more}")
     return "; ".join(parts)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a directory with a CATS config")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {path.parent} has no CATS config")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
-    return document

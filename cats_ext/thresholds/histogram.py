@@ -2,7 +2,7 @@
 
 The bits of a non-negative float32 sort like its value, so dropping the low mantissa bits gives log-spaced buckets for
 free: every power of two is cut into ``2**mantissa_bits`` equal parts. Counts are integers, so the result does not
-depend on the order of the data, and two histograms merge by adding.
+depend on the order of the data.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ class Histogram:
                 raise ValueError(f"{not_finite} of {len(chunk)} values are NaN or infinite")
             self.counts += counts
 
-    def merge(self, other: Histogram) -> None:
-        """Add the counts of ``other``, which must have the same resolution."""
-        if other.mantissa_bits != self.mantissa_bits:
-            raise ValueError(f"mantissa_bits differ: {self.mantissa_bits} and {other.mantissa_bits}")
-        self.counts += other.counts.to(self.counts.device)
-
     @property
     def total(self) -> int:
         """Number of values counted."""
@@ -74,18 +68,15 @@ class Histogram:
         """Number of values in the first bucket: zeros, and denormals below ``2**-(126 + mantissa_bits)``."""
         return int(self.counts[0])
 
-    def lower_edge(self, bucket: int) -> float:
-        """Smallest magnitude that falls into ``bucket``."""
-        return bucket_edge(bucket, self.mantissa_bits)
-
     def quantile(self, q: float) -> float:
         """A threshold below which the share ``q`` of the values lies.
 
         With n values in ascending order, the exact quantile is value number ``floor(q * n)``, counted from 0. The
         result is an edge of that value's bucket, so its relative error is at most ``2**-mantissa_bits`` (the absolute
         one ``2**-(126 + mantissa_bits)`` below 2**-126). It is the edge that comes closer to the share q, and misses it
-        by at most half the bucket's share. But a bucket with more than 1/16 of all values holds one value many times
-        (a zero, say), which is not dropped whole: then it is the lower edge, and misses by at most the bucket's share.
+        by at most half the bucket's share. Two kinds of bucket give their lower edge always and miss by at most their
+        share: one with more than 1/16 of all values, which holds one value many times (a zero, say) that is not to be
+        dropped whole, and the last one, whose upper edge is infinite.
 
         Raises:
             ValueError: ``q`` outside [0, 1), or no value has been counted.
@@ -101,7 +92,7 @@ class Histogram:
         last = (255 << self.mantissa_bits) - 1
         if 16 * inside <= total and through - rank < rank - (through - inside) and bucket < last:
             bucket += 1
-        return self.lower_edge(bucket)
+        return bucket_edge(bucket, self.mantissa_bits)
 
     def share_below(self, threshold: float) -> float:
         """Share of the values in buckets that end at or below ``threshold``."""

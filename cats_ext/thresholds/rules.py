@@ -1,4 +1,7 @@
-"""The rules by which neurons are skipped, and how a sparsity is split between the up and the down projection."""
+"""The rules of calibration, and how each splits a sparsity between the up and the down projection.
+
+A rule is a calibration method: "plain", "weighted" or "two_threshold", see :func:`cats_ext.calibrate`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ IMPORTANCES = ("norm", "gradient")
 
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
-# Exponents of the gate's weights where none is asked for, in all layers but the last, and in the last: there, weights
-# cost rare words much and win little elsewhere (docs/quality.md; sweep_last, text and tasks.csv of its results).
+# Default exponents of the gate's weights, in all layers but the last, and in the last. Full weights in the last layer
+# lose accuracy on rare words and improve little else (docs/quality.md; sweep_last, text and tasks.csv of its results).
 DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5}
 LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625}
 
@@ -27,7 +30,7 @@ def check_sparsity(name: str, value: float) -> None:
 
 
 def check_bool(name: str, value: bool) -> None:
-    """Raise unless ``value`` is True or False: any text, "false" too, counts as true."""
+    """Raise unless ``value`` is True or False: a text such as "false" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 

@@ -1,7 +1,7 @@
-"""What calibration remembers of a layer, enough to set its thresholds for any sparsity without running the model again.
+"""The statistics of a layer that calibration keeps: its thresholds for any sparsity follow from them without the model.
 
-One threshold needs the distribution of the gate's score. The second is tested on the neurons that passed the first, so
-it needs the joint distribution of both scores: a table of counts over the gate score's rank and the contribution.
+The first threshold needs the distribution of the gate score. The second is tested on the neurons that passed the first,
+so it needs the joint distribution of gate score and contribution: a table of counts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cats_ext.thresholds.histogram import Histogram, bucket_edge
 
-SMALLEST = torch.finfo(torch.float32).tiny  # a threshold that drops exact zeros, which contribute nothing, and no more
-GATE_BINS = 64  # of equal share; inside one, the contribution is taken to be distributed alike
+SMALLEST = torch.finfo(
+    torch.float32
+).tiny  # a threshold that drops exact zeros, which contribute nothing, and nothing else
+GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
 
 
@@ -74,7 +76,7 @@ class JointHistogram:
         """
         bin_totals = self.counts.sum(1).double()
         total = float(bin_totals.sum())
-        # Bins above the threshold count whole; of the one that it cuts, as much as makes the share right.
+        # Bins above the threshold count fully. The bin that it cuts counts in part, so that the share is right.
         above = self.edges > threshold
         passed = self.counts[above].sum(0).double()
         missing = (1 - below) * total - float(passed.sum())
@@ -111,7 +113,7 @@ class JointHistogram:
 
 @dataclass
 class LayerStatistics:
-    """Distributions of one layer's activations over the calibration text, and the thresholds that follow from them.
+    """Distributions of one layer's activations on the calibration text; thresholds follow from them.
 
     With v = act(x Wg), u = x Wu, h = v u: the gate score of neuron j is ``|v_j| gate_weight_j``, its contribution
     ``|h_j| down_weight_j``; without weights the factors are 1.
@@ -139,15 +141,16 @@ class LayerStatistics:
         return _per_neuron(cut, self.gate_weight), down_threshold
 
     def cuts(self, up_sparsity: float, down_sparsity: float) -> tuple[float, float]:
-        """What gate score and contribution must reach: the thresholds before they are divided by the weights."""
+        """The thresholds of gate score and contribution, before they are divided by the weights."""
         cut = max(self.gate.quantile(up_sparsity), SMALLEST) if up_sparsity > 0 else 0.0
         if self.joint is None or down_sparsity <= up_sparsity:
             return cut, 0.0
         return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
 
-    # --- files: tensors for safetensors, and the few numbers that say what they stand for ----------------------------
+    # --- files: tensors for safetensors, and the numbers for JSON that describe them ----------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors, and the numbers that :meth:`unpack` needs beside them."""
         first, counts = self.gate.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
         tensors = {"gate_histogram": _narrow(counts)}
         numbers = {"mantissa_bits": self.gate.mantissa_bits, "first": first, "zeros": self.gate.zeros}
@@ -160,7 +163,7 @@ class LayerStatistics:
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], numbers: dict[str, int]) -> LayerStatistics:
-        """Inverse of :meth:`pack`; takes what it uses out of ``tensors``.
+        """Inverse of :meth:`pack`; removes what it uses from ``tensors``.
 
         Raises:
             KeyError, TypeError, ValueError: something is missing or does not fit.

@@ -1,5 +1,6 @@
-// The activations and their derivatives on a vector of fp32, accurate to a few units in the last place, because the
-// threshold is compared with the result. cats_ext/ops/reference.py has the formulas as they are usually written.
+// The activations and their derivatives on a vector of fp32. They are accurate to a few units in the last place,
+// because their result is compared with the threshold. cats_ext/ops/reference.py has the formulas as they are usually
+// written.
 #pragma once
 
 #include "vec.inl.h"
@@ -14,15 +15,15 @@ CATS_INLINE VecF sigmoid(VecF x) { return 1.f / (1.f + exp(-x)); }
 CATS_INLINE VecF gelu_tanh_inner(VecF g) { return kTwoSqrt2OverPi * (g + kGeluCubic * g * g * g); }
 
 struct Normal {
-    VecF cdf, bell; // Phi(g), and exp(-g^2 / 2), which is the density but for its factor
+    VecF cdf, bell; // Phi(g), and exp(-g^2 / 2), the density without its factor
 };
 
-// Phi(-|g|) = exp(-g^2 / 2) * t * Q(t) with t = 1 / (1 + 0.35 |g|): no cancellation in the tail, where 1 + erf would
-// lose all digits. Q is a fit of least relative error (3e-8 before rounding) for |g| <= 14.5; beyond, fp32 has only
-// zero.
+// Phi(-|g|) = exp(-g^2 / 2) * t * Q(t) with t = 1 / (1 + 0.35 |g|). This has no cancellation in the tail, where 1 + erf
+// loses all digits. Q is fitted for the least relative error (3e-8 before rounding) for |g| <= 14.5; Phi(-|g|) is zero
+// in fp32 beyond that.
 CATS_INLINE Normal normal(VecF g) {
     VecF a = abs(g);
-    a = a > 15.f ? broadcast(15.f) : a; // NaN stays
+    a = a > 15.f ? broadcast(15.f) : a; // keeps NaN
     const VecF t = 1.f / (1.f + 0.35f * a);
     VecF q = broadcast(-2.91579980e-2f);
     const float coefficients[] = {1.44031450e-1f, -2.55840063e-1f, 1.59320861e-1f, -2.32131146e-2f,

@@ -1,4 +1,4 @@
-// h = mask * act(gate) * up and its gradients, elementwise: one pass over memory, where the plain expression takes six.
+// h = mask * act(gate) * up and its gradients, elementwise, in one pass over memory; PyTorch's own ops take six.
 #pragma once
 
 #include "activation.inl.h"
@@ -7,9 +7,23 @@
 
 namespace cats::CATS_ISA {
 
-// |value| < threshold in all lanes. The thresholds of kLanes neurons are one value (stride 0) or `n` of a vector.
+// Thresholds of a stride above 1. Rare, so out of line: the loops that inline it double in size.
+__attribute__((noinline)) static VecF load_strided(const float *threshold, int64_t stride, int64_t n) {
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < min(n, kLanes); i++) values[i] = threshold[i * stride];
+    return load(values);
+}
+
+// The thresholds of the neurons from `column` on, of which n are left.
+CATS_INLINE VecF load_thresholds(const float *threshold, int64_t stride, int64_t column, int64_t n) {
+    if (stride == 0) return broadcast(*threshold);
+    if (stride == 1) return load(threshold + column, n);
+    return load_strided(threshold + column * stride, stride, n);
+}
+
+// |value| < threshold, lane by lane.
 CATS_INLINE VecI below(VecF value, const float *threshold, int64_t stride, int64_t column, int64_t n) {
-    return abs(value) < (stride ? load(threshold + column, n) : broadcast(*threshold));
+    return abs(value) < load_thresholds(threshold, stride, column, n);
 }
 
 CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n) {
@@ -50,7 +64,7 @@ template <Activation A, class T> struct GatedThreshold {
     }
 };
 
-// Calls f(row, begin, end) for every run of columns within a row, the elements split evenly over the parts.
+// Splits all elements evenly into parts and calls f(row, begin, end) for each run of columns within one row.
 template <class F> static void over_columns(const GatedThresholdParams &p, const Parallel &parallel, const F &f) {
     const int64_t size = p.rows * p.intermediate_size;
     const int64_t parts = parts_for(parallel, size, 1 << 14);

@@ -1,4 +1,4 @@
-// gated_threshold in fp64, one element at a time: what gradcheck needs, so clear rather than fast.
+// gated_threshold in fp64, one element at a time. Only gradcheck needs it, so it is written for clarity.
 #include "kernels.h"
 
 namespace cats {

@@ -1,5 +1,6 @@
 // The kernels for AVX-512 with BF16: as avx512, and bf16 dot products by vdpbf16ps.
-// All headers come before the pragma: what they define is compiled for every x86-64, whichever copy the linker keeps.
+// Headers come before the pragma. The linker keeps one copy of an inline function for the whole library, and that copy
+// must run on every x86-64.
 #include "kernels.h"
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
 // The CPU kernels as the rest of the library sees them: one table of functions per instruction set, chosen at run time.
-// The kernels know neither torch nor OpenMP; whoever calls them says how to run in parallel.
+// The kernels use neither torch nor OpenMP; the caller supplies the parallel loop.
 #pragma once
 
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "sparse_mlp.h"
 
@@ -20,9 +21,8 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-// Calls body(context, i) once for every i in [0, n), spread over at most `threads` threads. Results depend on
-// `threads`, because it is the number of parts that the neurons are split into, but not on which thread runs which
-// part.
+// for_each calls body(context, i) once for every i in [0, n), on at most `threads` threads. The neurons are split into
+// `threads` parts, so results depend on `threads`, but not on which thread runs which part.
 struct Parallel {
     int64_t threads;
     void (*for_each)(int64_t n, void (*body)(void *context, int64_t i), void *context);
@@ -48,10 +48,10 @@ namespace avx512bf16 { extern const CpuKernels kernels; }
 // CATS_CPU_ISA names one that is unknown or that this processor cannot run.
 const CpuKernels &cpu_kernels();
 
-// What is compiled in, what of it this processor can run, and what cpu_kernels() chooses.
+// For `cats env`: the tables compiled in, those this processor can run, and the one cpu_kernels() chooses.
 std::string cpu_kernels_info();
 
-// fp64 is for gradcheck, not for speed: plain scalar code, the same on every machine.
+// fp64, for gradcheck: scalar code, the same on every machine.
 void gated_threshold_double(const GatedThresholdParams &, const Parallel &);
 void gated_threshold_double_backward(const GatedThresholdParams &, const Parallel &);
 

@@ -1,4 +1,4 @@
-// A loop over parts, run in parallel, from a lambda; and how many parts a given amount of work deserves.
+// A parallel loop over parts from a lambda, and the number of parts to split work into.
 #pragma once
 
 #include "vec.inl.h"
@@ -13,7 +13,7 @@ template <class F> static void for_each(const Parallel &parallel, int64_t n, con
 
 CATS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Starting a thread's part costs a few microseconds: it should have some tens of microseconds of work.
+// Starting a part on a thread costs a few microseconds, so a part should be tens of microseconds of work.
 CATS_INLINE int64_t parts_for(const Parallel &parallel, int64_t work, int64_t work_per_part) {
     const int64_t parts = min(parallel.threads, work / work_per_part);
     return parts < 1 ? 1 : parts;

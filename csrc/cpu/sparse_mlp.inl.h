@@ -1,74 +1,52 @@
-// The sparse gated MLP for few tokens, row by row of the three weights, bound by the bytes of the rows it reads.
+// The sparse gated MLP for few tokens. It reads the three weights row by row and is bound by memory bandwidth.
 //
 // 1. gate: the neurons are split evenly over the threads; each computes act(x . gate_row) and lists the kept ones.
 // 2. up and down: the list of kept neurons is split evenly, so no thread has more rows to read than another. Each reads
 //    its up rows, applies the second threshold, and adds the surviving down rows into its own fp32 y.
 // 3. The threads' y are added in the order of their parts and rounded once.
 //
-// Why eight rows side by side (kRows): the processor's prefetchers follow a stream of addresses up to the end of its 4
-// KB page and have to find it again, at every page and every row, but they follow several streams at once. Measured on
-// Zen 3 with 2 threads, 4096 x 14336, 50 % sparsity, in GB/s, where the best plain sum of the same memory read 48:
+// Eight rows are read side by side (kRows). A hardware prefetcher restarts at each 4 KB page and each row, but follows
+// several address streams at once. Measured on Zen 3, 2 threads, 4096 x 14336, 50 % sparsity, in GB/s, where a plain
+// sum over the same memory reads 48:
 //     fp32: 1 row 34, 2 rows 40, 4 rows 43, 8 rows 45; bf16: 4 rows 32, 8 rows 35
-// Software prefetch, of the same rows or the next ones, at any distance, into L1 or L2, did not help: fp32 4 rows 31 to
-// 37 instead of 38, bf16 8 rows 28 to 32 instead of 35. bf16 is held back by its instructions a byte: what load_group()
-// saves took 4 rows from 24 to 29.
+// Software prefetch was slower at every distance, of these rows or the next, into L1 or L2: fp32 with 4 rows 31 to 37
+// instead of 38, bf16 with 8 rows 28 to 32 instead of 35. bf16 is bound by instructions per byte: loading even and odd
+// columns (ColumnOrder::kEvenOdd) instead of consecutive ones took 4 rows from 24 to 29.
 #pragma once
 
 #include "activation.inl.h"
 #include "parallel.inl.h"
+#include "rows/dense.inl.h"
 #include "vec.inl.h"
 
 namespace cats::CATS_ISA {
 
 constexpr int kRows = 8;       // rows read side by side
-constexpr int kMaxTokens = 16; // tokens that share one reading of the rows; more are taken in blocks
+constexpr int kMaxTokens = 16; // tokens in a block: each block reads the rows once
 
-// What x is turned into once per call: fp32, except where the instruction set multiplies bf16 itself.
-template <class W> struct DotOperand {
-    typedef float type;
-    static constexpr bool kRaw = false;
-};
-
-template <class W> CATS_INLINE VecF dot_group(VecF acc, const W *w, const float *x) {
-    const Group g = load_group(w);
-    return fma(g.b, load(x + kLanes), fma(g.a, load(x), acc));
-}
-
-#ifdef CATS_DOT_BF16
-template <> struct DotOperand<BFloat16> {
-    typedef BFloat16 type;
-    static constexpr bool kRaw = true;
-};
-
-CATS_INLINE VecF dot_group(VecF acc, const BFloat16 *w, const BFloat16 *x) {
-    return (VecF)_mm512_dpbf16_ps((__m512)acc, load_bits<__m512bh>(w), load_bits<__m512bh>(x));
-}
-#endif
-
-// out[r][t] = rows[r] . x[t]. One accumulator a pair, so a pair's result does not depend on what it is computed with.
-template <int Rows, int Tokens, class W, class X>
-static void dot(const W *const *rows, const X *const *x, int64_t hidden_size, float (*out)[kMaxTokens]) {
+// out[r][t] = rows[r] . x[t]. Each pair has its own accumulator, so its result does not depend on Rows and Tokens.
+template <int Rows, int Tokens, class Row, class X>
+static void dot(const Row *rows, const X *const *x, int64_t hidden_size, float (*out)[kMaxTokens]) {
     VecF acc[Rows][Tokens] = {};
     int64_t c = 0;
     for (; c + kGroup <= hidden_size; c += kGroup)
         for (int r = 0; r < Rows; r++)
-            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r] + c, x[t] + c);
-    if (c < hidden_size)
-        for (int r = 0; r < Rows; r++) {
-            W tail[kGroup] = {};
-            std::memcpy(tail, rows[r] + c, (hidden_size - c) * sizeof(W));
-            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], tail, x[t] + c);
-        }
+            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, kGroup, x[t] + c);
+    const int64_t left = hidden_size - c;
+    if (left >= kGroup) __builtin_unreachable(); // spares the compiler a branch in each load(), and moves in the loop
+    if (left > 0)
+        for (int r = 0; r < Rows; r++)
+            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, left, x[t] + c);
     for (int r = 0; r < Rows; r++)
-        for (int t = 0; t < Tokens; t++) out[r][t] = sum(acc[r][t]);
+        for (int t = 0; t < Tokens; t++) out[r][t] = rows[r].scale() * sum(acc[r][t]);
 }
 
 // y += sum over r of h[r] * rows[r], added row by row, so the result does not depend on how rows are grouped.
-template <int Rows, class W> static void add_rows(const W *const *rows, const float *h, int64_t hidden_size, float *y) {
+template <int Rows, class Row> static void add_rows(const Row *rows, const float *h, int64_t hidden_size, float *y) {
     for (int64_t c = 0; c < hidden_size; c += kGroup) {
         VecF a = load(y + c), b = load(y + c + kLanes);
         for (int r = 0; r < Rows; r++) {
-            const Group g = load_group(rows[r] + c, hidden_size - c);
+            const Group g = rows[r].load(c, hidden_size - c);
             a = fma(g.a, broadcast(h[r]), a);
             b = fma(g.b, broadcast(h[r]), b);
         }
@@ -77,8 +55,8 @@ template <int Rows, class W> static void add_rows(const W *const *rows, const fl
     }
 }
 
-template <class W> CATS_INLINE float scalar(const void *data, int64_t i) {
-    return load(static_cast<const W *>(data) + i, 1)[0];
+template <class T> CATS_INLINE float scalar(const void *data, int64_t i) {
+    return load(static_cast<const T *>(data) + i, 1)[0];
 }
 
 CATS_INLINE bool is_below(float value, const float *threshold, int64_t stride, int64_t neuron) {
@@ -86,9 +64,9 @@ CATS_INLINE bool is_below(float value, const float *threshold, int64_t stride, i
 }
 
 // One block of at most kMaxTokens tokens. Work is split into `parts`, each with its own section of `kept` and its own
-// y.
-template <class W> struct SparseMlp {
-    typedef typename DotOperand<W>::type X;
+// y. Row: the format of the weight rows (rows/). T: the dtype of x, the biases and y.
+template <class Row, class T> struct SparseMlp {
+    typedef typename DotOperand<Row, T>::type X;
 
     struct Part {
         int64_t kept;                        // neurons listed in its section of `kept`
@@ -116,8 +94,12 @@ template <class W> struct SparseMlp {
           alive(workspace<uint8_t>(2, tokens * p.intermediate_size)), kept(workspace<int32_t>(3, p.intermediate_size)),
           partial(workspace<float>(4, parts * tokens * padded)), part(workspace<Part>(5, parts)) {}
 
-    template <class T> static T *workspace(int slot, int64_t size) {
-        return static_cast<T *>(cpu_workspace(slot, size * sizeof(T)));
+    template <class Element> static Element *workspace(int slot, int64_t size) {
+        return static_cast<Element *>(cpu_workspace(slot, size * sizeof(Element)));
+    }
+
+    Row row_of(const void *weight, int64_t stride, int64_t neuron) const {
+        return {static_cast<const typename Row::Storage *>(weight) + neuron * stride, p.hidden_size};
     }
 
     void run() {
@@ -132,15 +114,16 @@ template <class W> struct SparseMlp {
 
     void pack_x() {
         for (int64_t t = 0; t < tokens; t++) {
-            const W *from = static_cast<const W *>(p.x) + (first_token + t) * p.hidden_size;
+            const T *from = static_cast<const T *>(p.x) + (first_token + t) * p.hidden_size;
             X *to = x + t * padded;
             x_rows[t] = to;
-            if constexpr (DotOperand<W>::kRaw) {
+            if constexpr (std::is_same_v<X, float>) {
+                for (int64_t c = 0; c < padded; c += kGroup)
+                    store_group<ColumnOrder::kConsecutive>(to + c,
+                                                           load_group<Row::kOrder>(from + c, p.hidden_size - c));
+            } else {
                 std::memset(to, 0, padded * sizeof(X));
                 std::memcpy(to, from, p.hidden_size * sizeof(X));
-            } else {
-                for (int64_t c = 0; c < padded; c += kGroup)
-                    store_group(to + c, load_group(from + c, p.hidden_size - c));
             }
         }
     }
@@ -148,12 +131,12 @@ template <class W> struct SparseMlp {
     // out[r][t] = rows[r] . x[t] + bias for kRows neurons of `weight` and all tokens.
     template <class Neuron>
     void project(const void *weight, int64_t stride, const void *bias, Neuron neuron, float (*out)[kMaxTokens]) const {
-        const W *rows[kRows];
-        for (int r = 0; r < kRows; r++) rows[r] = static_cast<const W *>(weight) + neuron(r) * stride;
+        Row rows[kRows];
+        for (int r = 0; r < kRows; r++) rows[r] = row_of(weight, stride, neuron(r));
         if (tokens == 1) {
             dot<kRows, 1>(rows, x_rows, p.hidden_size, out);
         } else {
-            constexpr int half = kRows / 2; // the same number of accumulators, and each row serves two tokens
+            constexpr int half = kRows / 2; // as many accumulators, and each row is read for two tokens
             for (int r = 0; r < kRows; r += half)
                 for (int64_t t = 0; t < tokens; t += 2) {
                     const X *pair[2] = {x_rows[t], x_rows[min(t + 1, tokens - 1)]};
@@ -165,14 +148,14 @@ template <class W> struct SparseMlp {
         }
         if (bias)
             for (int r = 0; r < kRows; r++)
-                for (int64_t t = 0; t < tokens; t++) out[r][t] += scalar<W>(bias, neuron(r));
+                for (int64_t t = 0; t < tokens; t++) out[r][t] += scalar<T>(bias, neuron(r));
     }
 
     void gate(int64_t i) {
         const int64_t begin = p.intermediate_size * i / parts, end = p.intermediate_size * (i + 1) / parts;
         float g[kRows][kMaxTokens];
         for (int64_t j = begin; j < end; j += kRows) {
-            auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // the last row again where fewer are left
+            auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // repeats the last row at the end
             project(p.w_gate, p.w_gate_stride, p.gate_bias, neuron, g);
             for (int64_t t = 0; t < tokens; t++)
                 for (int r = 0; r < kRows; r++) v[t * p.intermediate_size + neuron(r)] = g[r][t];
@@ -210,7 +193,7 @@ template <class W> struct SparseMlp {
 
     void up_and_down(int64_t i, int64_t num_kept) {
         const int64_t begin = num_kept * i / parts, end = num_kept * (i + 1) / parts;
-        int64_t last = begin, kept_down_pairs = 0; // neurons that pass the second test too move to kept[begin, last)
+        int64_t last = begin, kept_down_pairs = 0; // kept[begin, last): neurons that pass both tests
         float u[kRows][kMaxTokens];
         for (int64_t k = begin; k < end; k += kRows) {
             auto neuron = [this, k, end](int r) -> int64_t { return kept[min(k + r, end - 1)]; };
@@ -236,17 +219,18 @@ template <class W> struct SparseMlp {
             for (int64_t t = 0; t < tokens; t++) down(kept + k, min(kRows, last - k), t, y + t * padded);
     }
 
-    // Adds the rows of those of n neurons that token t keeps. A row that it drops must not reach it, not even as 0 *
-    // inf.
+    // Adds the rows of those of n neurons that token t keeps. Dropped rows are left out, not multiplied by zero,
+    // because 0 * inf is NaN.
     void down(const int32_t *neurons, int64_t n, int64_t t, float *y) const {
-        const W *rows[kRows];
+        Row rows[kRows];
         float h[kRows];
         int num = 0;
         for (int64_t k = 0; k < n; k++) {
             const int64_t j = neurons[k], at = t * p.intermediate_size + j;
             if (!alive[at]) continue;
-            rows[num] = static_cast<const W *>(p.w_down_t) + j * p.w_down_t_stride;
-            h[num++] = v[at];
+            rows[num] = row_of(p.w_down_t, p.w_down_t_stride, j);
+            h[num] = v[at] * rows[num].scale();
+            num++;
         }
         int r = 0;
         if (num & 8) add_rows<8>(rows, h, p.hidden_size, y), r += 8;
@@ -261,13 +245,13 @@ template <class W> struct SparseMlp {
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t c = groups * i / num * kGroup; c < end; c += kGroup) {
                 Group y{};
-                if (p.down_bias) y = load_group(static_cast<const W *>(p.down_bias) + c, end - c);
+                if (p.down_bias) y = load_group<Row::kOrder>(static_cast<const T *>(p.down_bias) + c, end - c);
                 for (int64_t k = 0; k < parts; k++) {
                     const float *from = partial + (k * tokens + t) * padded + c;
                     y.a += load(from);
                     y.b += load(from + kLanes);
                 }
-                store_group(static_cast<W *>(p.y) + (first_token + t) * p.hidden_size + c, y, end - c);
+                store_group<Row::kOrder>(static_cast<T *>(p.y) + (first_token + t) * p.hidden_size + c, y, end - c);
             }
     }
 
@@ -280,15 +264,22 @@ template <class W> struct SparseMlp {
     }
 };
 
-template <class W> static void sparse_mlp_of(const SparseMlpParams &p, const Parallel &parallel) {
-    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<W>(p, parallel, first).run();
+template <class Row, class T> static void sparse_mlp_of(const SparseMlpParams &p, const Parallel &parallel) {
+    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<Row, T>(p, parallel, first).run();
+}
+
+// The one place that chooses a row format: a new one is a case here.
+template <class T> static void sparse_mlp_with(const SparseMlpParams &p, const Parallel &parallel) {
+    switch (p.format) {
+    case RowFormat::kDense: return sparse_mlp_of<DenseRow<T>, T>(p, parallel);
+    }
 }
 
 static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) {
     switch (p.dtype) {
-    case DType::kFloat32: return sparse_mlp_of<float>(p, parallel);
-    case DType::kFloat16: return sparse_mlp_of<Half>(p, parallel);
-    case DType::kBFloat16: return sparse_mlp_of<BFloat16>(p, parallel);
+    case DType::kFloat32: return sparse_mlp_with<float>(p, parallel);
+    case DType::kFloat16: return sparse_mlp_with<Half>(p, parallel);
+    case DType::kBFloat16: return sparse_mlp_with<BFloat16>(p, parallel);
     case DType::kFloat64: break; // refused by the op
     }
 }

@@ -1,12 +1,13 @@
 // Vectors of CATS_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set, with
-// intrinsics only where the language has no word for the instruction (half conversion, bf16 dot product).
+// intrinsics only for what the extension cannot express (half conversion, bf16 dot product).
 //
 // There are two ways to read elements. load() keeps their order. load_group() reads kGroup = 2 * kLanes of them into
-// two vectors in whatever order is cheapest: for bf16 the even and the odd ones, one instruction each, where widening
-// in order takes two. Sums over neurons or columns do not care, if x and y go through the same order.
+// two vectors in a chosen order (ColumnOrder): for bf16 even and odd elements take one instruction each, where widening
+// in order takes two. Sums over neurons or columns may use any order, as long as x, y and the rows share it.
 #pragma once
 
-#define CATS_INLINE static inline __attribute__((always_inline))
+#define CATS_INLINE_MEMBER inline __attribute__((always_inline))
+#define CATS_INLINE static CATS_INLINE_MEMBER
 
 namespace cats::CATS_ISA {
 
@@ -31,11 +32,11 @@ CATS_INLINE void store(float *p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 
 CATS_INLINE VecF load(const BFloat16 *p) { return (VecF)(__builtin_convertvector(load_bits<VecH>(p), VecU) << 16); }
 
-// Bits of v rounded to bf16, to nearest even, in the upper half of each lane; the lower half is rubbish.
+// Bits of v rounded to bf16, to nearest even, in the upper half of each lane; the lower half is undefined.
 CATS_INLINE VecU round_to_bfloat16(VecF v) {
     const VecU bits = (VecU)v;
     const VecU rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return v != v ? bits | 0x400000 : rounded; // rounding could carry a NaN into infinity
+    return v != v ? bits | 0x400000 : rounded; // rounding could turn a NaN into infinity
 }
 
 CATS_INLINE void store(BFloat16 *p, VecF v) {
@@ -44,7 +45,7 @@ CATS_INLINE void store(BFloat16 *p, VecF v) {
 }
 
 #if CATS_VECTOR_BYTES == 64
-// With a mask of all lanes, because gcc 12 warns of the undefined register that the plain forms start from.
+// Masked with all lanes: gcc 12 warns about an undefined register in the forms without a mask.
 CATS_INLINE VecF load(const Half *p) { return (VecF)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p)); }
 CATS_INLINE void store(Half *p, VecF v) {
     const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
@@ -57,7 +58,7 @@ CATS_INLINE void store(Half *p, VecF v) {
     std::memcpy(p, &bits, sizeof(bits));
 }
 #else
-// The exponent moves by 112 through a multiplication, which is exact and makes subnormal halves normal.
+// Multiplying by 2^112 moves the exponent: it is exact, and makes subnormal halves normal.
 CATS_INLINE VecF load(const Half *p) {
     const VecU h = __builtin_convertvector(load_bits<VecH>(p), VecU);
     const VecF magnitude = (VecF)((h & 0x7fff) << 13) * 0x1p112f;
@@ -66,9 +67,9 @@ CATS_INLINE VecF load(const Half *p) {
 }
 CATS_INLINE void store(Half *p, VecF v) {
     const VecU bits = (VecU)v, magnitude = bits & 0x7fffffff;
-    // Normal halves: round to nearest even at bit 13, then move the exponent by 112. From 65520 on that is infinity.
+    // Normal halves: round to nearest even at bit 13, then move the exponent by 112. 65520 and above become infinity.
     const VecU normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    // Subnormal halves: adding 0.5 moves their bits to the end of the mantissa, rounded to nearest even.
+    // Subnormal halves: adding 0.5 shifts their bits to the end of the mantissa, rounded to nearest even.
     const VecU subnormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000;
     VecU h = magnitude < 0x38800000 ? subnormal : normal; // 2^-14
     h = magnitude >= 0x477ff000 ? (VecU){} + 0x7c00 : h;  // 65520
@@ -93,35 +94,51 @@ template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// --- kGroup elements, in the order of their dtype ------------------------------------------------------------------
+// --- kGroup elements -----------------------------------------------------------------------------------------------
+
+// kConsecutive: a holds the first kLanes elements, b the others. kEvenOdd: a holds those of even index, b of odd index.
+enum class ColumnOrder { kConsecutive, kEvenOdd };
 
 struct Group {
     VecF a, b;
 };
 
-template <class T> CATS_INLINE Group load_group(const T *p) { return {load(p), load(p + kLanes)}; }
-CATS_INLINE Group load_group(const BFloat16 *p) {
-    const VecU pairs = load_bits<VecU>(p); // little-endian: the even element is the lower half
-    return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+template <ColumnOrder order, class T> CATS_INLINE Group load_group(const T *p) {
+    if constexpr (order == ColumnOrder::kConsecutive) return {load(p), load(p + kLanes)};
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const VecU pairs = load_bits<VecU>(p); // little-endian: the even element is the lower half
+        return {(VecF)(pairs << 16), (VecF)(pairs & 0xffff0000)};
+    }
+    T even[kLanes], odd[kLanes];
+    for (int i = 0; i < kLanes; i++) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+    return {load(even), load(odd)};
 }
 
-template <class T> CATS_INLINE void store_group(T *p, Group g) { store(p, g.a), store(p + kLanes, g.b); }
-CATS_INLINE void store_group(BFloat16 *p, Group g) {
-    const VecU pairs = round_to_bfloat16(g.a) >> 16 | (round_to_bfloat16(g.b) & 0xffff0000);
-    std::memcpy(p, &pairs, sizeof(pairs));
+template <ColumnOrder order, class T> CATS_INLINE void store_group(T *p, Group g) {
+    if constexpr (order == ColumnOrder::kConsecutive) {
+        store(p, g.a), store(p + kLanes, g.b);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        const VecU pairs = round_to_bfloat16(g.a) >> 16 | (round_to_bfloat16(g.b) & 0xffff0000);
+        std::memcpy(p, &pairs, sizeof(pairs));
+    } else {
+        T even[kLanes], odd[kLanes];
+        store(even, g.a), store(odd, g.b);
+        for (int i = 0; i < kLanes; i++) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+    }
 }
 
-template <class T> CATS_INLINE Group load_group(const T *p, int64_t n) {
-    if (n >= kGroup) return load_group(p);
+// The same where fewer than kGroup elements are left; missing ones read as zero.
+template <ColumnOrder order, class T> CATS_INLINE Group load_group(const T *p, int64_t n) {
+    if (n >= kGroup) return load_group<order>(p);
     T buffer[kGroup] = {};
     std::memcpy(buffer, p, n * sizeof(T));
-    return load_group(buffer);
+    return load_group<order>(buffer);
 }
 
-template <class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
-    if (n >= kGroup) return store_group(p, g);
+template <ColumnOrder order, class T> CATS_INLINE void store_group(T *p, Group g, int64_t n) {
+    if (n >= kGroup) return store_group<order>(p, g);
     T buffer[kGroup];
-    store_group(buffer, g);
+    store_group<order>(buffer, g);
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
@@ -144,12 +161,12 @@ CATS_INLINE float sum(VecF v) {
 
 // e^x to about one unit in the last place, from the polynomial of Cephes' expf on [-ln2/2, ln2/2].
 CATS_INLINE VecF exp(VecF x) {
-    x = x < -104.f ? broadcast(-104.f) : x; // below is zero and above is infinity; NaN fails both tests and stays
+    x = x < -104.f ? broadcast(-104.f) : x; // e^x is 0 below and infinite above; NaN passes through
     x = x > 89.f ? broadcast(89.f) : x;
     const VecF shifted = fma(x, broadcast(1.44269504f), broadcast(0x1.8p23f)); // the sum rounds x / ln2 to an integer,
     const VecF n = shifted - 0x1.8p23f;                                        // held in the last bits of `shifted`
     const VecI power = (VecI)shifted - 0x4b400000;
-    VecF r = fma(n, broadcast(-0.693359375f), x); // ln2 in two parts, the first of them with few bits
+    VecF r = fma(n, broadcast(-0.693359375f), x); // ln2 in two parts: n times the first, of few bits, is exact
     r = fma(n, broadcast(2.12194440e-4f), r);
     VecF p = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
     p = fma(p, r, broadcast(8.3334519073e-3f));
@@ -157,7 +174,7 @@ CATS_INLINE VecF exp(VecF x) {
     p = fma(p, r, broadcast(1.6666665459e-1f));
     p = fma(p, r, broadcast(5.0000001201e-1f));
     p = fma(p, r * r, r) + 1.f;
-    const VecI half = power >> 1; // twice half the power, so that 2^power overflows and underflows as p does
+    const VecI half = power >> 1; // in two steps: 2^power alone overflows and underflows earlier
     return p * (VecF)((half + 127) << 23) * (VecF)((power - half + 127) << 23);
 }
 

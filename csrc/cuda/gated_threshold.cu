@@ -1,20 +1,18 @@
 // h = mask * act(gate) * up and its gradients, elementwise: the dense masked path of prefill and training.
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "activation.cuh"
-#include "row_format.cuh"
+#include "launch.h"
 #include "sparse_mlp_launch.h"
+#include "values.cuh"
 
 namespace cats {
 
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kBlocks = 4096; // about, of many rows: some for every multiprocessor to choose from
-constexpr int kMaxWidth = 8;  // elements a thread treats at once: 16 bytes of a 2-byte type
+constexpr int kBlocks = 4096; // about, with many rows: several for every multiprocessor
+constexpr int kMaxWidth = 8;  // elements that a thread treats at once: 16 bytes of a 2-byte type
 
 template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Pack {
     T v[kWidth];
@@ -27,12 +25,8 @@ template <> struct ComputeType<double> {
     using type = double;
 };
 
-template <typename T, typename C> __device__ __forceinline__ T round_to(C v) { return static_cast<T>(v); }
-template <> __device__ __forceinline__ __nv_bfloat16 round_to(float v) { return __float2bfloat16_rn(v); }
-template <> __device__ __forceinline__ __half round_to(float v) { return __float2half_rn(v); }
-
-// A thread has kWidth neurons, whose thresholds it keeps, and every gridDim.y-th row. The next row is on its way while
-// one is computed.
+// Each thread keeps the thresholds of kWidth neurons in registers and computes every gridDim.y-th row. The next row is
+// loaded while one is computed.
 template <typename T, int kWidth, bool kBackward>
 __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
     using C = typename ComputeType<T>::type;
@@ -82,37 +76,6 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
     }
 }
 
-// A thread's first launch goes through the runtime, which gives the thread its context.
-thread_local bool launched_before = false;
-
-// By the driver where it can be: this library's runtime is nobody else's, so between a prompt's layers the processor
-// forgets its code, and the host takes twice as long for a launch (bench/results/h100/decode_host.log).
-template <void (*kernel)(GatedThresholdParams)>
-cudaError_t launch_kernel(dim3 grid, unsigned threads, cudaStream_t stream, const GatedThresholdParams &p) {
-#if CUDART_VERSION >= 12050
-    static const auto launch = [] {
-        void *found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        if (cudaGetDriverEntryPointByVersion("cuLaunchKernel", &found, 12000, cudaEnableDefault, &result) !=
-            cudaSuccess)
-            cudaGetLastError();
-        return reinterpret_cast<decltype(&cuLaunchKernel)>(found);
-    }();
-    static const auto function = [] { // of any device
-        cudaKernel_t found = nullptr;
-        if (cudaGetKernel(&found, reinterpret_cast<const void *>(kernel)) != cudaSuccess) cudaGetLastError();
-        return reinterpret_cast<CUfunction>(found);
-    }();
-    void *arguments[] = {const_cast<GatedThresholdParams *>(&p)};
-    if (launched_before && launch && function &&
-        launch(function, grid.x, grid.y, 1, threads, 1, 1, 0, stream, arguments, nullptr) == CUDA_SUCCESS)
-        return cudaSuccess;
-#endif
-    launched_before = true;
-    kernel<<<grid, threads, 0, stream>>>(p);
-    return cudaGetLastError();
-}
-
 template <typename T, int kWidth, bool kBackward>
 cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
     const int64_t packs = p.intermediate_size / kWidth;
@@ -120,8 +83,8 @@ cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
     const int64_t threads = std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads),
                   blocks = (packs + threads - 1) / threads;
     const int64_t row_blocks = std::clamp<int64_t>(kBlocks / blocks, 1, std::min<int64_t>(p.rows, 65535));
-    return launch_kernel<gated_threshold_kernel<T, kWidth, kBackward>>(dim3(unsigned(blocks), unsigned(row_blocks)),
-                                                                       unsigned(threads), stream, p);
+    return launch_kernel<gated_threshold_kernel<T, kWidth, kBackward>>(
+        LaunchSize{dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads)}, LaunchTarget{stream}, p);
 }
 
 template <typename T, bool kBackward> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {

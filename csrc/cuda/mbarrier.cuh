@@ -6,11 +6,6 @@
 
 namespace cats {
 
-// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
-__host__ __device__ constexpr bool has_large_shared_memory(int arch) {
-    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
-}
-
 __device__ __forceinline__ uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void init_barrier(uint64_t *barrier, uint32_t arrivals) {
@@ -29,12 +24,12 @@ __device__ __forceinline__ void arrive(uint64_t *barrier) {
                  : "memory");
 }
 
-// Arrives once everything that this thread has copied with copy_async has landed.
+// Arrives when all copies that this thread started with copy_async are complete.
 __device__ __forceinline__ void arrive_after_async_copies(uint64_t *barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
-// The phase also waits for so many bytes of bulk copies.
+// Adds bytes of bulk copies to what the current phase waits for.
 __device__ __forceinline__ void expect_bytes(uint64_t *barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
@@ -42,7 +37,7 @@ __device__ __forceinline__ void expect_bytes(uint64_t *barrier, uint32_t bytes) 
 #endif
 }
 
-// Whether the phase of this parity is over.
+// Whether the phase with this parity is complete.
 __device__ __forceinline__ bool phase_done(uint64_t *barrier, uint32_t parity) {
     uint32_t done;
     asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -52,7 +47,7 @@ __device__ __forceinline__ bool phase_done(uint64_t *barrier, uint32_t parity) {
     return done;
 }
 
-// Until the phase of this parity is over. On sm_90 the hardware suspends the warp for a while between the tests.
+// Waits until the phase with this parity is complete. On sm_90 the hardware suspends the warp between the tests.
 __device__ __forceinline__ void wait(uint64_t *barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
     uint32_t done;
@@ -68,7 +63,7 @@ __device__ __forceinline__ void wait(uint64_t *barrier, uint32_t parity) {
 #endif
 }
 
-// Copies without waiting: 4 or 16 bytes by this thread ...
+// Starts a copy of 4 or 16 bytes by this thread.
 template <int kBytes> __device__ __forceinline__ void copy_async(void *to, const void *from) {
     static_assert(kBytes == 4 || kBytes == 16);
     if constexpr (kBytes == 16)
@@ -76,7 +71,7 @@ template <int kBytes> __device__ __forceinline__ void copy_async(void *to, const
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(to)), "l"(from) : "memory");
 }
 
-// ... or any multiple of 16 by the copy engine, which completes on the barrier.
+// Starts a copy of any multiple of 16 bytes by the copy engine, which completes on the barrier.
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier,
                                           uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
@@ -95,21 +90,21 @@ __device__ __forceinline__ uint64_t read_once_policy() { // weights are read onc
     return policy;
 }
 
-// Brings bytes, a multiple of 16, into L2 without waiting and without changing what later reads see.
+// Brings a multiple of 16 bytes into L2. Does not wait, and later reads still see what is written meanwhile.
 __device__ __forceinline__ void prefetch_l2(const void *from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
 
-// The next ticket of a counter in global memory. As assembly, because the compiler would have the warp wait for what
-// atomicAdd() returns, and that is far away.
+// The next ticket of a counter in global memory. In assembly, because with atomicAdd() the compiler makes the warp wait
+// for the result at once, long before it is needed.
 __device__ __forceinline__ void draw_ticket(uint32_t &ticket, uint32_t *counter) {
     asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may start, as far as it has room; and all that the kernels before have
-// written is seen from here on.
+// Programmatic dependent launch. After launch_dependents() the next kernel may start, as far as it has room. After
+// wait_for_previous_kernel() all that the previous kernels have written is seen.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,19 +1,19 @@
-// A worker warp of sparse_mlp_batched.cuh: computes on the tensor cores with the rows that have arrived; and before
-// sm_90 copies its part of what the scheduler asks for.
+// A worker warp of sparse_mlp_batched.cuh computes on the tensor cores with the rows that have arrived. Before sm_90 it
+// also copies its part of the rows that the scheduler asks for.
 //
 //     gate, up:  D[8 neurons, 8 tokens] += W[8 neurons, 16 columns] x^T[16 columns, 8 tokens]      (rows 8-15 of A: 0)
 //     down:      y^T[16 columns, 8 tokens] += W^T[16 columns, 8 neurons] h[8 neurons, 8 tokens]
 //
 // The same 8x8 tiles of a batch serve both, read with ldmatrix as they are or transposed. h is split into a rounded
-// part and the rest, as neurons 0-7 and 8-15 of one instruction, so y keeps (nearly) the precision of an fp32 h.
-// A row that some token keeps is multiplied by 0 for the others: as in any dense product, an infinite or NaN weight
-// spreads to them.
+// part and the rest, as neurons 0-7 and 8-15 of one instruction, so y keeps nearly the precision of an fp32 h. A row
+// that only some tokens keep is multiplied by 0 for the others: as in a dense product, an infinite or NaN weight makes
+// their y NaN.
 #pragma once
 
 #include <type_traits>
 
 #include "ring.cuh"
-#include "row_format.cuh"
+#include "values.cuh"
 
 namespace cats {
 
@@ -46,9 +46,9 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-template <typename T, bool kBulk, int kGroups> class MmaWorker {
-    // Of as many groups of columns x stays in registers; the rest, for which there is no room, comes from L1 every
-    // time.
+template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
+    static_assert(std::is_same_v<typename Row::MmaOperand, T> && Row::kScaleBytes == 0);
+    // x of so many groups of columns stays in registers. There is no room for the rest, which comes from L1 every time.
     static constexpr int kResidentGroups = kGroups < 10 ? kGroups : 9;
 
   public:
@@ -72,9 +72,9 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
                     copied++;
                 }
             wait(ring_.full(at.slot), at.parity);
-            const BatchKind kind = ring_.state(at.slot).kind;
-            if (kind == BatchKind::kEnd) break;
-            if (kind == BatchKind::kDown) add_down_rows(at.slot);
+            const RowKind kind = ring_.state(at.slot).kind;
+            if (kind == RowKind::kEnd) break;
+            if (kind == RowKind::kDown) add_down_rows(at.slot);
             else dot_products(at.slot);
             __syncwarp();
             arrive_as_warp(ring_.done(at.slot));
@@ -100,9 +100,9 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
     __device__ __forceinline__ bool copy(int slot) const {
         BatchState &state = ring_.state(slot);
         const RowState &row = state.rows[lane_ / 4];
-        const bool end = state.kind == BatchKind::kEnd;
+        const bool end = state.kind == RowKind::kEnd;
         if (!end && row.neuron != kNoNeuron) {
-            const uint8_t *from = row_address<T>(p_, state.kind, row.neuron) + lane_ % 4 * 16;
+            const uint8_t *from = row_address<Row>(p_, state.kind, row.neuron) + lane_ % 4 * 16;
             uint8_t *to = ring_.row(slot, lane_ / 4) + lane_ % 4 * 16;
             for (int g = warp_; g < groups_; g += kWorkerWarps) copy_async<16>(to + g * 64, from + g * 64);
         }
@@ -121,7 +121,7 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
         for (int t = 0; t < 4; t++) x[t] = exists ? from[4 * t] : 0;
     }
 
-    // This warp's part of the dot products of all rows with all tokens; of absent rows: of no meaning.
+    // This warp's part of the dot products of all rows with all tokens. Meaningless for absent rows.
     __device__ __forceinline__ void dot_products(int slot) const {
         float even[4] = {}, odd[4] = {};
         const uint32_t address = tile_address(slot);
@@ -144,14 +144,14 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
     __device__ __forceinline__ void add_down_rows(int slot) {
         const int token = lane_ / 4;
         T rounded[2], rest[2];
-        uint32_t present = 0; // what absent rows hold may be anything, also NaN: as if it were 0
+        uint32_t present = 0; // absent rows may hold anything, also NaN, and are masked to 0
 #pragma unroll
         for (int k = 0; k < 2; k++) { // neurons 2 * (lane % 4) and the next
             const RowState &row = ring_.state(slot).rows[lane_ % 4 * 2 + k];
             const float h = row.tokens >> token & 1 ? row.values[token] : 0.f;
-            rounded[k] = from_float<T>(h);
+            rounded[k] = round_to<T>(h);
             const float left = h - to_float(rounded[k]);
-            rest[k] = from_float<T>(isfinite(left) ? left : 0.f);
+            rest[k] = round_to<T>(isfinite(left) ? left : 0.f);
             if (row.tokens) present |= 0xffffu << 16 * k;
         }
         const uint32_t b0 = pack(rounded[0], rounded[1]), b1 = pack(rest[0], rest[1]);
@@ -169,7 +169,7 @@ template <typename T, bool kBulk, int kGroups> class MmaWorker {
     }
 
     __device__ __forceinline__ int group(int i) const { return i * kWorkerWarps + warp_; }
-    // Of row l % 8 of tile l / 8.
+    // Lane l's address for ldmatrix: row l % 8 of tile l / 8.
     __device__ __forceinline__ uint32_t tile_address(int slot) const {
         return smem_address(ring_.row(slot, lane_ % 8)) + (warp_ * kGroupColumns + lane_ / 8 * 8) * uint32_t(sizeof(T));
     }

@@ -1,38 +1,42 @@
 // A warp's queue of batches of weight rows on their way from device memory into its ring of shared-memory slots.
 //
-// Each warp copies just its own columns of a row and is the only one to read them, so a slot needs no synchronisation
-// beyond the warp. Batches complete in the order of their requests. Two implementations of one interface, of which
-// every lane calls everything; bytes is this warp's part of a row, row_bytes the space for it:
-//     Pipe pipe(ring, barriers, slots, row_bytes, bytes)
-//     pipe.request(slot, count, address)   copy row r of `count` from address(r), for a slot that the warp has read
+// Each warp copies its own columns of a row and is the only one to read them, so a slot needs no synchronisation beyond
+// the warp. Batches complete in the order of their requests. There are two implementations of one interface, and every
+// lane calls every function. bytes is this warp's part of a row, segment_bytes the space for it:
+//     Pipe pipe(ring, barriers, slots, segment_bytes, bytes)
+//     pipe.request(slot, count, address)   copy row r of `count` from address(r); the warp has read the slot before
 //     pipe.wait(slot, in_flight)           until the oldest of in_flight requests, in this slot, is there
-//     pipe.chunk(slot, r, i)               this lane's i-th 16-byte chunk of row r
+//     pipe.load(slot, r, i)                this lane's chunk of tile i of row r, packed
 #pragma once
 
 #include "mbarrier.cuh"
+#include "rows/row.cuh"
 
 namespace cats {
 
-constexpr int kMaxSlots = 16;
-
-// sm_80: every lane copies the chunks that it will read itself, one commit group a batch.
-template <int kChunks, int kRows> class AsyncCopyPipe {
+// sm_80: every lane copies the chunks that it will read itself, one commit group a batch. Scales are for all lanes.
+template <class Row, int kChunks, int kRows> class AsyncCopyPipe {
   public:
     static constexpr int kBarrierBytes = 0; // per slot
     static constexpr int kMinArch = 800;    // as __CUDA_ARCH__
 
-    __device__ AsyncCopyPipe(uint8_t *ring, uint64_t *, int, uint32_t row_bytes, uint32_t bytes)
-        : ring_(ring), row_bytes_(row_bytes), bytes_(bytes), lane_offset_(threadIdx.x % 32 * 16) {}
+    __device__ AsyncCopyPipe(uint8_t *ring, uint64_t *, int, uint32_t segment_bytes, uint32_t bytes)
+        : ring_(ring), segment_bytes_(segment_bytes), bytes_(bytes), lane_offset_(threadIdx.x % 32 * kChunkBytes) {}
 
     template <typename Address> __device__ __forceinline__ void request(int slot, int count, Address address) {
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
             if (r >= count) break;
             const uint8_t *row = address(r) + lane_offset_;
-            uint8_t *to = ring_ + (slot * kRows + r) * row_bytes_ + lane_offset_;
+            uint8_t *to = ring_ + (slot * kRows + r) * segment_bytes_ + lane_offset_;
+            const auto copy = [&](uint32_t at) {
+                if (at + lane_offset_ < bytes_) copy_async<kChunkBytes>(to + at, row + at);
+            };
 #pragma unroll
-            for (int i = 0; i < kChunks; i++)
-                if (i * 512 + lane_offset_ < bytes_) copy_async<16>(to + i * 512, row + i * 512);
+            for (int i = 0; i < kChunks; i++) {
+                if (int(lane_offset_) < Row::kScaleBytes) copy(i * kTileBytes<Row>);
+                copy(i * kTileBytes<Row> + Row::kScaleBytes);
+            }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
@@ -56,10 +60,11 @@ template <int kChunks, int kRows> class AsyncCopyPipe {
         case 14: wait_group<14>(); break;
         default: wait_group<kMaxSlots - 1>(); break;
         }
+        if constexpr (Row::kScaleBytes > 0) __syncwarp(); // other lanes have copied this lane's scales
     }
 
-    __device__ __forceinline__ uint4 chunk(int slot, int r, int i) const {
-        return *reinterpret_cast<const uint4 *>(ring_ + (slot * kRows + r) * row_bytes_ + i * 512 + lane_offset_);
+    __device__ __forceinline__ typename Row::Packed load(int slot, int r, int i) const {
+        return Row::load(ring_ + (slot * kRows + r) * segment_bytes_ + i * kTileBytes<Row>, threadIdx.x % 32);
     }
 
   private:
@@ -68,17 +73,17 @@ template <int kChunks, int kRows> class AsyncCopyPipe {
     }
 
     uint8_t *ring_;
-    uint32_t row_bytes_, bytes_, lane_offset_;
+    uint32_t segment_bytes_, bytes_, lane_offset_;
 };
 
-// sm_90: one lane asks the copy engine for the whole part; it completes on the slot's mbarrier.
-template <int kChunks, int kRows> class BulkCopyPipe {
+// sm_90: one lane asks the copy engine for the whole part, and the copy completes on the slot's mbarrier.
+template <class Row, int kChunks, int kRows> class BulkCopyPipe {
   public:
-    static constexpr int kBarrierBytes = 8;
+    static constexpr int kBarrierBytes = sizeof(uint64_t);
     static constexpr int kMinArch = 900;
 
-    __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t row_bytes, uint32_t bytes)
-        : ring_(ring), barriers_(barriers), row_bytes_(row_bytes), bytes_(bytes), policy_(read_once_policy()) {
+    __device__ BulkCopyPipe(uint8_t *ring, uint64_t *barriers, int slots, uint32_t segment_bytes, uint32_t bytes)
+        : ring_(ring), barriers_(barriers), segment_bytes_(segment_bytes), bytes_(bytes), policy_(read_once_policy()) {
         const int lane = threadIdx.x % 32;
         if (lane < slots) init_barrier(barriers + lane, 1);
         publish_barriers();
@@ -93,7 +98,7 @@ template <int kChunks, int kRows> class BulkCopyPipe {
         }
         __syncwarp();
         if (lane < count && bytes_)
-            copy_bulk(ring_ + (slot * kRows + lane) * row_bytes_, address(lane), bytes_, barriers_ + slot, policy_);
+            copy_bulk(ring_ + (slot * kRows + lane) * segment_bytes_, address(lane), bytes_, barriers_ + slot, policy_);
     }
 
     __device__ __forceinline__ void wait(int slot, int) {
@@ -101,15 +106,14 @@ template <int kChunks, int kRows> class BulkCopyPipe {
         phases_ ^= 1u << slot;
     }
 
-    __device__ __forceinline__ uint4 chunk(int slot, int r, int i) const {
-        return *reinterpret_cast<const uint4 *>(ring_ + (slot * kRows + r) * row_bytes_ + i * 512 +
-                                                threadIdx.x % 32 * 16);
+    __device__ __forceinline__ typename Row::Packed load(int slot, int r, int i) const {
+        return Row::load(ring_ + (slot * kRows + r) * segment_bytes_ + i * kTileBytes<Row>, threadIdx.x % 32);
     }
 
   private:
     uint8_t *ring_;
     uint64_t *barriers_;
-    uint32_t row_bytes_, bytes_, phases_ = 0;
+    uint32_t segment_bytes_, bytes_, phases_ = 0;
     uint64_t policy_;
 };
 

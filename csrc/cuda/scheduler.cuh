@@ -1,41 +1,33 @@
-// The scheduler warp of sparse_mlp_batched.cuh: decides which rows are read. It keeps the ring full, sums the worker
+// The scheduler warp of sparse_mlp_batched.cuh decides which rows are read. It keeps the ring full, sums the worker
 // warps' partial dot products, applies the activation and the thresholds, and queues the up and down rows of the
-// neurons that some token keeps. Those go before further gate rows, so that queues stay short and little is left to do
-// when the last gate row has been seen.
+// neurons that some token keeps. These rows go before further gate rows: then the queues stay short, and little is left
+// to do after the last gate row.
 //
-// All of this is one warp's chain of dependent instructions, some 5 cycles each. A batch must pass through it in less
-// time than its rows take to arrive, so there is one copy of each step in the loop and as little in it as possible.
+// This is one warp's chain of dependent instructions, some 5 cycles each. A batch must pass through it in less time
+// than its rows take to arrive, so the loop has one copy of each step and does as little as possible.
 #pragma once
 
 #include "activation.cuh"
 #include "ring.cuh"
-#include "row_format.cuh"
 
 namespace cats {
 
-// Room of a queue of neurons whose up or down row is still to be asked for, a power of two. A batch decides at most 8
-// neurons, and full batches of pending rows go first, so neither queue can hold more than the rows in the ring and one
-// batch.
-constexpr uint32_t kMaxPending = 64;
-
-template <typename T, bool kBulk> class Scheduler {
+template <class Row, typename T, bool kBulk> class Scheduler {
     static constexpr uint32_t kAll = 0xffffffffu;
 
   public:
-    static constexpr int kBytes = 2 * kMaxPending * sizeof(RowState);
-
-    __device__ Scheduler(const BatchedArguments &args, const Ring &ring, uint8_t *smem)
+    __device__ Scheduler(const RingArguments &args, const Ring &ring, uint8_t *smem)
         : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)),
           row_bytes_(uint32_t(args.mlp.hidden_size * sizeof(T))), intermediate_(uint32_t(args.mlp.intermediate_size)),
           batches_((intermediate_ + kBatchRows - 1) / kBatchRows), next_batch_(blockIdx.x) {}
 
-    // The weights do not depend on the kernel before; but it may still be writing them, so only into L2.
-    static __device__ void prefetch_first_batches(const BatchedArguments &args) {
+    // Only into L2, because the previous kernel may still be writing the weights.
+    static __device__ void prefetch_first_batches(const RingArguments &args) {
         const SparseMlpParams &p = args.mlp;
-        for (int i = threadIdx.x % 32; i < args.plan.first_batches * kBatchRows; i += 32) {
+        for (int i = threadIdx.x % 32; i < args.ring.first_batches * kBatchRows; i += 32) {
             const uint32_t j = (blockIdx.x + i / kBatchRows * gridDim.x) * kBatchRows + i % kBatchRows;
             if (j < p.intermediate_size)
-                prefetch_l2(row_address<T>(p, BatchKind::kGate, j), uint32_t(p.hidden_size * sizeof(T)));
+                prefetch_l2(row_address<Row>(p, RowKind::kGate, j), uint32_t(p.hidden_size * sizeof(T)));
         }
     }
 
@@ -44,16 +36,16 @@ template <typename T, bool kBulk> class Scheduler {
         if (p_.down_threshold) down_threshold_ = *p_.down_threshold; // otherwise 0: keeps all
         draw(), draw();
         while (true) {
-            while (in_flight_ < args_.plan.slots && ask()) {
+            while (in_flight_ < args_.ring.slots && ask()) {
             }
             if (!in_flight_) break;
             wait(ring_.done(head_.slot), head_.parity);
-            if (kind_in(head_.slot) != BatchKind::kDown) decide();
+            if (kind_in(head_.slot) != RowKind::kDown) decide();
             __syncwarp();
             head_.advance(ring_);
             in_flight_--;
         }
-        if (lane_ == 0) ring_.state(tail_.slot).kind = BatchKind::kEnd;
+        if (lane_ == 0) ring_.state(tail_.slot).kind = RowKind::kEnd;
         __syncwarp();
         if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
         arrive_as_warp(ring_.full(tail_.slot));
@@ -63,54 +55,54 @@ template <typename T, bool kBulk> class Scheduler {
 
   private:
     // Gate batches. A CTA starts with batches b, b + CTAs, ..., as many as are prefetched; from then on it draws the
-    // next from a counter in global memory. How many rows a batch leads to depends on the input, so with fixed shares
-    // the CTAs would end up to a tenth of the whole time apart. A draw takes a while, so two are always on their way.
-    // For deterministic results shares are fixed all the same.
+    // next from a counter in global memory. How many rows a batch leads to depends on the input: with fixed batches the
+    // CTAs would end up to a tenth of the whole time apart. A draw takes a while, so two are always on their way.
+    // For deterministic results nothing is drawn, and a CTA goes on as it started.
     __device__ __forceinline__ void draw() {
         const bool even = draws_++ % 2 == 0;
-        if (lane_ || args_.workspace.shares) return;
+        if (lane_ || args_.workspace.partial_sums) return;
         if (even) draw_ticket(drawn_[0], args_.workspace.next_batch);
         else draw_ticket(drawn_[1], args_.workspace.next_batch);
     }
 
     __device__ __forceinline__ void learn_next_batch() {
         if (next_known_) return;
-        next_batch_ = gridDim.x * args_.plan.first_batches;
+        next_batch_ = gridDim.x * args_.ring.first_batches;
         if (draws_ % 2 == 0) next_batch_ += __shfl_sync(kAll, drawn_[0], 0);
         else next_batch_ += __shfl_sync(kAll, drawn_[1], 0);
         next_known_ = true;
         if (next_batch_ < batches_) draw();
     }
 
-    __device__ __forceinline__ RowState *pending(BatchKind kind, uint32_t i) const {
-        return pending_ + (kind == BatchKind::kDown ? kMaxPending : 0) + i % kMaxPending;
+    __device__ __forceinline__ RowState *pending(RowKind kind, uint32_t i) const {
+        return pending_ + (kind == RowKind::kDown ? kMaxPending : 0) + i % kMaxPending;
     }
 
-    __device__ __forceinline__ BatchKind kind_in(int slot) const { return BatchKind(kinds_ >> 2 * slot & 3); }
+    __device__ __forceinline__ RowKind kind_in(int slot) const { return RowKind(kinds_ >> 2 * slot & 3); }
 
-    // Asks for one batch, if there is one to ask for.
+    // Asks for one batch; false if there is none to ask for.
     __device__ __forceinline__ bool ask() {
-        BatchKind kind = BatchKind::kGate;
-        const RowState *from = nullptr; // of this lane's row, lane % 8, if something is known already
+        RowKind kind = RowKind::kGate;
+        const RowState *from = nullptr; // up and down: what is known of this lane's row, lane % 8
         uint32_t count = kBatchRows;
         const bool owed = owing_ != kNoSlot;
-        if (owed) { // the down rows of that slot's up rows, before it is known what becomes of them
+        if (owed) { // the down rows of that slot's up rows, whose dot products are not known yet
             BatchState &state = ring_.state(owing_);
-            kind = BatchKind::kDown;
+            kind = RowKind::kDown;
             from = &state.rows[lane_ % kBatchRows];
             if (lane_ == 0) state.down_slot = tail_.slot;
         } else {
             bool full = true;
-            if (downs_ >= kBatchRows) kind = BatchKind::kDown;
-            else if (ups_ >= kBatchRows) kind = BatchKind::kUp;
+            if (downs_ >= kBatchRows) kind = RowKind::kDown;
+            else if (ups_ >= kBatchRows) kind = RowKind::kUp;
             else {
                 learn_next_batch();
-                if (next_batch_ >= batches_) // there is no more to come
-                    kind = downs_ ? BatchKind::kDown : BatchKind::kUp, full = false;
+                if (next_batch_ >= batches_) // no gate rows are left: the batch need not be full
+                    kind = downs_ ? RowKind::kDown : RowKind::kUp, full = false;
                 else if (ups_ + (gates_in_flight_ + 1) * kBatchRows > kMaxPending) return false;
             }
-            if (kind != BatchKind::kGate) {
-                const bool down = kind == BatchKind::kDown;
+            if (kind != RowKind::kGate) {
+                const bool down = kind == RowKind::kDown;
                 if (!full) count = min(down ? downs_ : ups_, uint32_t(kBatchRows));
                 if (!count) return false;
                 from = pending(kind, (down ? first_down_ : first_up_) + lane_ % kBatchRows);
@@ -121,16 +113,16 @@ template <typename T, bool kBulk> class Scheduler {
 
         BatchState &state = ring_.state(tail_.slot);
         uint32_t neuron = next_batch_ * kBatchRows + lane_, tokens = 0;
-        if (kind == BatchKind::kGate) {
+        if (kind == RowKind::kGate) {
             if (neuron >= intermediate_) neuron = kNoNeuron;
-            if (args_.workspace.shares || next_batch_ < gridDim.x * (args_.plan.first_batches - 1))
+            if (args_.workspace.partial_sums || next_batch_ < gridDim.x * (args_.ring.first_batches - 1))
                 next_batch_ += gridDim.x;
             else next_known_ = false;
             gates_in_flight_++;
         } else {
             neuron = from->neuron, tokens = from->tokens;
             if (lane_ >= count) neuron = kNoNeuron, tokens = 0;
-            // Lane l has two of the values of row l / 4; its lane of the row's knows where they are.
+            // Lane l copies two of the values of row l / 4. Lane l / 4 knows where they are.
             const auto *row =
                 reinterpret_cast<const RowState *>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(from), lane_ / 4));
             *reinterpret_cast<float2 *>(&state.rows[lane_ / 4].values[lane_ % 4 * 2]) =
@@ -140,9 +132,9 @@ template <typename T, bool kBulk> class Scheduler {
         if (lane_ < kBatchRows) state.rows[lane_].neuron = neuron, state.rows[lane_].tokens = tokens;
         const uint32_t rows = __popc(__ballot_sync(kAll, present));
         kinds_ = (kinds_ & ~(3u << 2 * tail_.slot)) | uint32_t(kind) << 2 * tail_.slot;
-        // Without a second test nothing is left to decide after a gate row: the down rows can follow at once. Their h
-        // is still missing then.
-        owing_ = kind == BatchKind::kUp && !p_.down_threshold ? tail_.slot : kNoSlot;
+        // Without a second test nothing is left to decide after a gate row: the down rows follow their up rows at once.
+        // Their h comes later.
+        owing_ = kind == RowKind::kUp && !p_.down_threshold ? tail_.slot : kNoSlot;
         if (lane_ == 0) {
             state.kind = kind, state.down_slot = kNoSlot;
             if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_ * rows);
@@ -153,7 +145,7 @@ template <typename T, bool kBulk> class Scheduler {
         if (kBulk) {
             if (present) {
                 copy_threshold(p_, state, lane_);
-                copy_bulk(ring_.row(tail_.slot, lane_), row_address<T>(p_, kind, neuron), row_bytes_,
+                copy_bulk(ring_.row(tail_.slot, lane_), row_address<Row>(p_, kind, neuron), row_bytes_,
                           ring_.full(tail_.slot), policy_);
             }
             if (thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
@@ -163,13 +155,13 @@ template <typename T, bool kBulk> class Scheduler {
         return true;
     }
 
-    // What becomes of the neurons of the batch at the head: act(g) and the first threshold, or h and the second. Lane l
-    // has neuron l / 4 and tokens 2 * (l % 4) and the next.
+    // Applies act(g) and the first threshold, or h and the second, to the neurons of the batch at the head. Lane l has
+    // neuron l / 4 and tokens 2 * (l % 4) and the next.
     __device__ __forceinline__ void decide() {
         const int slot = head_.slot, r = lane_ / 4, part = lane_ % 4;
         BatchState &state = ring_.state(slot);
         RowState &row = state.rows[r];
-        const bool gate = kind_in(slot) == BatchKind::kGate;
+        const bool gate = kind_in(slot) == RowKind::kGate;
         const uint32_t neuron = row.neuron;
         const int down_slot = state.down_slot;
         const void *biases = gate ? p_.gate_bias : p_.up_bias;
@@ -200,14 +192,14 @@ template <typename T, bool kBulk> class Scheduler {
         }
         if (gate) gates_in_flight_--;
 
-        RowState *to = nullptr;     // where the neuron goes, if it goes on
+        RowState *to = nullptr;     // where the neuron goes next, if some token keeps it
         if (down_slot != kNoSlot) { // its down row is on its way already
             to = &ring_.state(down_slot).rows[r];
         } else {
             const uint32_t kept_rows = __ballot_sync(kAll, part == 0 && tokens);
             const uint32_t rank = __popc(kept_rows & ((1u << 4 * r) - 1)), count = __popc(kept_rows);
             if (tokens)
-                to = pending(gate ? BatchKind::kUp : BatchKind::kDown,
+                to = pending(gate ? RowKind::kUp : RowKind::kDown,
                              (gate ? first_up_ + ups_ : first_down_ + downs_) + rank);
             if (gate) ups_ += count;
             else downs_ += count;
@@ -233,15 +225,14 @@ template <typename T, bool kBulk> class Scheduler {
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
-    const BatchedArguments &args_;
+    const RingArguments &args_;
     const SparseMlpParams &p_;
     const Ring &ring_;
-    RowState
-        *pending_; // in shared memory: neurons whose up rows, and whose down rows are to be asked for, kMaxPending each
+    RowState *pending_; // in shared memory: two queues of kMaxPending, of neurons whose up and down rows come next
     const uint32_t lane_ = threadIdx.x % 32;
     const uint32_t row_bytes_, intermediate_, batches_;
     const uint64_t policy_ = read_once_policy();
-    float threshold_ = 0.f, down_threshold_ = 0.f; // where there is one for all neurons
+    float threshold_ = 0.f, down_threshold_ = 0.f; // if all neurons have the same
     uint32_t next_batch_, drawn_[2] = {}, draws_ = 0;
     bool next_known_ = true;
     Ring::Cursor head_, tail_;

@@ -1,10 +1,10 @@
 // The one-pass sparse gated MLP for 3 to 8 tokens. On the CUDA cores the arithmetic of 4 tokens takes longer than the
 // rows take to arrive, so it is done on the tensor cores, in batches of 8 rows. y of 8 tokens fills half the registers
-// of a multiprocessor at H 4096, so a CTA has one team of worker warps (mma_worker.cuh), each with its own columns, and
-// a warp that decides for all of them (scheduler.cuh). Workers never wait for a decision, only for rows.
+// of a multiprocessor at H 4096. So a CTA has one team of worker warps (mma_worker.cuh), each with its own columns, and
+// one warp that decides for all of them (scheduler.cuh). Workers never wait for a decision, only for rows.
 //
-// A row is read if any token keeps its neuron, and read once. As to programmatic dependent launch, the same holds as in
-// sparse_mlp_kernel.cuh.
+// A row is read once, if any token keeps its neuron. Its stored bytes are the tensor cores' operand as they are, so
+// only row formats with an MmaOperand have this kernel. Programmatic dependent launch: as in sparse_mlp_kernel.cuh.
 #pragma once
 
 #include "mma_worker.cuh"
@@ -12,14 +12,14 @@
 
 namespace cats {
 
-template <typename T, bool kBulk, int kGroups, int kInside>
-__device__ __forceinline__ void sparse_mlp_batched_body(const BatchedArguments &args) {
+template <class Row, typename T, bool kBulk, int kGroups, int kTokenPadding>
+__device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &args) {
     const SparseMlpParams &p = args.mlp;
     const int warp = threadIdx.x / 32;
-    const OutputOrder<kInside> order{int(p.tokens), int(p.hidden_size)};
+    const OutputOrder<kTokenPadding> order{int(p.tokens), int(p.hidden_size)};
     extern __shared__ __align__(128) uint8_t smem[];
-    const Ring ring(smem, args.plan);
-    using Scheduler = Scheduler<T, kBulk>;
+    const Ring ring(smem, args.ring);
+    using Scheduler = Scheduler<Row, T, kBulk>;
     const bool schedules = warp == kWorkerWarps;
     launch_dependents();
     if (schedules) {
@@ -29,25 +29,25 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const BatchedArguments &
     __syncthreads();
     wait_for_previous_kernel();
     if (schedules) {
-        Scheduler(args, ring, smem + Ring::bytes(args.plan)).run();
+        Scheduler(args, ring, smem + ring_bytes(args.ring.slots, args.ring.row_stride)).run();
     } else {
-        MmaWorker<T, kBulk, kGroups> worker(p, ring, warp);
+        MmaWorker<Row, T, kBulk, kGroups> worker(p, ring, warp);
         worker.run();
         worker.add_to_output([&](int column, int token, float2 v) {
-            add_share(args.workspace, order.size(), column * kInside + token, v);
+            add_to_output(args.workspace, order.size(), column * kTokenPadding + token, v);
         });
     }
     finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. The longest
-// rows do not fit where shared memory is small. kBulk: for sm_90. kInside: 4 or 8 tokens in y_sum.
-template <typename T, bool kBulk, int kGroups, int kInside>
+// Every architecture gets the code of the instances that plan() picks on it; the others would trap. kBulk: for sm_90.
+// kTokenPadding: 4 or 8 tokens in y_sum.
+template <class Row, typename T, bool kBulk, int kGroups, int kTokenPadding>
 __global__ void __launch_bounds__((kWorkerWarps + 1) * 32, 1)
-    sparse_mlp_batched_kernel(const __grid_constant__ BatchedArguments args) {
+    sparse_mlp_batched_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
-    if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800) && (kGroups < 12 || has_large_shared_memory(__CUDA_ARCH__)))
-        sparse_mlp_batched_body<T, kBulk, kGroups, kInside>(args);
+    if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800) && has_batched_instance(kGroups, __CUDA_ARCH__))
+        sparse_mlp_batched_body<Row, T, kBulk, kGroups, kTokenPadding>(args);
     else __trap();
 #endif
 }

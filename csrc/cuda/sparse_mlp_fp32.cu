@@ -1,9 +1,10 @@
-// The kernel instances for fp32 rows.
+// The kernel instances for dense rows of fp32, with x of the same type.
+#include "rows/dense.cuh"
 #include "sparse_mlp_dispatch.cuh"
 
 namespace cats {
 
-template cudaError_t launch_group<DenseRow<float>>(const SparseMlpParams &, const DeviceLimits &, SparseMlpKernel,
-                                                   const Workspace &, cudaStream_t, const SparseMlpLaunchOptions &);
+template cudaError_t launch_choice<DenseRow<float>, float>(const Choice &, const SparseMlpParams &, const Workspace &,
+                                                           const LaunchTarget &);
 
 } // namespace cats

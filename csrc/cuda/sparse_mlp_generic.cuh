@@ -1,20 +1,17 @@
-// The sparse gated MLP for whatever the pipelined kernel does not take: a hidden size that is no multiple of 16 bytes,
-// misaligned rows, rows too long for its registers. Element by element, one CTA a neuron; right first, no more.
+// The sparse gated MLP for what the other kernels do not take: misaligned rows, rows of no whole number of 16-byte
+// chunks, rows too long for the registers. Column by column, one CTA a neuron: simple, not fast.
 #pragma once
 
-#include "../sparse_mlp.h"
 #include "activation.cuh"
 #include "finish.cuh"
-#include "row_format.cuh"
+#include "rows/row.cuh"
 
 namespace cats {
-
-constexpr int kGenericThreads = 256;
 
 __device__ __forceinline__ float block_sum(float v) {
     __shared__ float warp_sums[kGenericThreads / 32];
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
-    __syncthreads(); // the last sum has been read
+    __syncthreads(); // every thread has read the last sum
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = v;
     __syncthreads();
     float sum = 0.f;
@@ -22,27 +19,27 @@ __device__ __forceinline__ float block_sum(float v) {
     return sum;
 }
 
-template <typename T>
+template <class Row, typename T>
 __global__ void __launch_bounds__(kGenericThreads)
     sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
     const OutputOrder<0> order{int(p.tokens), hidden};
-    // Thread c has columns c, c + kGenericThreads, ... of its CTA's share to itself.
-    float *share = workspace.shares ? workspace.shares + blockIdx.x * int64_t(order.size()) : nullptr;
-    if (share)
+    // Only thread c touches columns c, c + kGenericThreads, ... of its CTA's part.
+    float *part = workspace.partial_sums ? workspace.partial_sums + blockIdx.x * int64_t(order.size()) : nullptr;
+    if (part)
         for (int m = 0; m < p.tokens; m++)
-            for (int c = threadIdx.x; c < hidden; c += kGenericThreads) share[m * hidden + c] = 0.f;
+            for (int c = threadIdx.x; c < hidden; c += kGenericThreads) part[m * hidden + c] = 0.f;
     auto row_of = [&](const void *base, int64_t stride, int64_t j) {
-        return static_cast<const T *>(base) + j * stride;
+        return static_cast<const typename Row::Storage *>(base) + j * stride;
     };
     for (int64_t j = blockIdx.x; j < p.intermediate_size; j += gridDim.x) {
         for (int m = 0; m < p.tokens; m++) {
             const T *x = static_cast<const T *>(p.x) + int64_t(m) * hidden;
-            auto dot = [&](const T *w, const void *bias) {
+            auto dot = [&](const void *w, const void *bias) {
                 float sum = 0.f;
                 for (int c = threadIdx.x; c < hidden; c += kGenericThreads)
-                    sum = fmaf(to_float(w[c]), to_float(x[c]), sum);
+                    sum = fmaf(Row::column(w, c), to_float(x[c]), sum);
                 return block_sum(sum) + (bias ? to_float(static_cast<const T *>(bias)[j]) : 0.f);
             };
             evaluated++;
@@ -52,10 +49,10 @@ __global__ void __launch_bounds__(kGenericThreads)
             const float h = v * dot(row_of(p.w_up, p.w_up_stride, j), p.up_bias);
             if (p.down_threshold && !keep(h, p.down_threshold[j * p.down_threshold_stride])) continue;
             kept_down++;
-            const T *down = row_of(p.w_down_t, p.w_down_t_stride, j);
+            const void *down = row_of(p.w_down_t, p.w_down_t_stride, j);
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads) {
-                const float product = to_float(down[c]) * h;
-                if (share) share[m * hidden + c] += product;
+                const float product = Row::column(down, c) * h;
+                if (part) part[m * hidden + c] += product;
                 else atomicAdd(workspace.y_sum + m * hidden + c, product);
             }
         }

@@ -1,20 +1,20 @@
 // The one-pass sparse gated MLP: gate, threshold, and the up and down rows of kept neurons, in one persistent kernel.
 //
-// At a few tokens the MLP takes as long as its weights take to read, so the kernel is a queue of weight rows that never
-// runs dry. kTeamWarps warps form a team; each warp has its own segment of the columns. A team treats a batch of kRows
-// rows of one kind at a time, so that what a row costs beside its columns (waiting, reducing, deciding, asking for the
-// next) is shared by the batch. Batches pass through the warps' rings (row_pipe.cuh) in the order of their requests:
-// gate batches of consecutive neurons, and up and down batches of neurons that passed, which go before the next gate
-// batch. While a batch is computed the next `slots - 1` are on their way. Down rows are accumulated in registers; y
+// At a few tokens the MLP takes as long as its weights take to read, so the kernel keeps weight rows on their way all
+// the time. kTeamWarps warps form a team, and each warp has its own segment of the columns. A team treats a batch of
+// kRows rows of one kind at a time, which share what a row costs beside its columns: waiting, reducing, deciding,
+// asking for the next. Batches pass through the warps' rings (row_pipe.cuh) in the order of their requests. There are
+// gate batches of consecutive neurons, and up and down batches of neurons that passed; these go before the next gate
+// batch. While a batch is computed the next `slots - 1` are on their way. Down rows are accumulated in registers, and y
 // leaves the CTA once, at the end (finish.cuh).
 //
 // The warps of a team run the same control flow on the same values, each with its own copy of the queues, and sum dot
-// products in the same order. All they exchange is partial dot products, at one barrier a gate or up batch.
+// products in the same order. They exchange partial dot products only, at one barrier a gate or up batch.
 //
-// Weights do not depend on the previous kernel, x does. With programmatic dependent launch this kernel starts while the
+// x depends on the previous kernel, the weights do not. With programmatic dependent launch this kernel starts while the
 // previous one still runs, and only prefetches its first rows into L2 before it waits. Everything it computes with is
-// read after the wait, so a kernel that writes weights, x or thresholds just before is always seen. In the form for a
-// step of decoding it asks for its first rows before: its caller says that nobody writes them.
+// read after the wait, so what the previous kernel writes (weights, x, thresholds) is always seen. The form for a step
+// of decoding asks for its first rows before the wait: its caller guarantees that no kernel writes them.
 #pragma once
 
 #include "activation.cuh"
@@ -22,67 +22,68 @@
 
 namespace cats {
 
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows, bool kStep>
-__device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
-    using T = typename Row::Element;
+template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
+          bool kStep>
+__device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
+    using Columns = Values<T, Row::kPerChunk>; // of x
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
-    constexpr int kLanesPerDot = 32 / kDots; // lane l has to do with dot product l / kLanesPerDot
+    constexpr int kLanesPerDot = 32 / kDots; // lane l has dot product l / kLanesPerDot
     constexpr uint32_t kAll = 0xffffffffu;
     using State = WarpState<kTokens, kRows>;
     using Team = TeamState<kDots, kTeamWarps>;
     const SparseMlpParams &p = args.mlp;
-    const SparseMlpPlan &plan = args.plan;
+    const RingSizes &ring = args.ring;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int team = warp / kTeamWarps, team_warp = warp % kTeamWarps;
     const int my_row = lane / kLanesPerDot / kTokens, my_token = lane / kLanesPerDot % kTokens;
-    const bool spokesman = lane % kLanesPerDot == 0; // of the lanes that have the same dot product, the one that writes
+    const bool writes_result = lane % kLanesPerDot == 0; // one of the lanes that have the same dot product
     const int hidden = int(p.hidden_size);
 
     extern __shared__ __align__(128) uint8_t smem[];
-    const SharedLayout layout(plan, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes, sizeof(State), sizeof(Team));
+    static_assert(sizeof(State) == warp_state_bytes(kTokens, kRows));
+    static_assert(sizeof(Team) == team_state_bytes(kDots, kTeamWarps));
+    const int segment_bytes = row_bytes(ring.segment_chunks, Row::kScaleBytes);
+    const SharedLayout layout(ring.slots, segment_bytes, hidden, kWarps, kTeams, kRows, Pipe::kBarrierBytes,
+                              sizeof(State), sizeof(Team));
     State &state = reinterpret_cast<State *>(smem + layout.warp_states)[warp];
     Team &team_state = reinterpret_cast<Team *>(smem + layout.team_states)[team];
-#ifdef CATS_FOR_RACECHECK
-    if (team_warp == 0 && lane == 0) init_barrier(&team_state.barrier, kTeamWarps * 32);
-    __syncthreads();
-#endif
+    const TeamBarrier<kTeams, kTeamWarps> team_barrier;
 
     // This warp's columns.
     const int row_chunks = hidden / kPerChunk;
-    const int first_chunk = min(team_warp * plan.segment_chunks, row_chunks);
-    const int chunks = min(plan.segment_chunks, row_chunks - first_chunk);
-    const auto row_address = [&](RowKind kind, uint32_t j) { // one wide multiply-add; the launcher checks the strides
-        const void *base = kind == kGate ? p.w_gate : (kind == kUp ? p.w_up : p.w_down_t);
-        const int64_t stride = kind == kGate ? p.w_gate_stride : (kind == kUp ? p.w_up_stride : p.w_down_t_stride);
-        return static_cast<const uint8_t *>(base) + first_chunk * 16 + uint64_t(j) * uint32_t(stride * sizeof(T));
+    const int first_chunk = min(team_warp * ring.segment_chunks, row_chunks);
+    const int chunks = min(ring.segment_chunks, row_chunks - first_chunk);
+    const int bytes = row_bytes(chunks, Row::kScaleBytes);
+    const auto address = [&](RowKind kind, uint32_t j) {
+        return row_address<Row>(p, kind, j, row_bytes(first_chunk, Row::kScaleBytes));
     };
 
     // Gate batches. A team starts with batches team, team + teams, ..., as many as are prefetched; from then on it
-    // draws the next from a counter in global memory. How many rows a batch leads to depends on the input, so with
-    // fixed shares the CTAs would end up to a tenth of the whole time apart.
+    // draws the next from a counter in global memory. How many rows a batch leads to depends on the input: with fixed
+    // batches the CTAs would end up to a tenth of the whole time apart.
     const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
     const uint32_t first_batch = blockIdx.x * kTeams + team;
-    const auto teams = [&] { return gridDim.x * kTeams; }; // not worth a register
+    const auto teams = [&] { return gridDim.x * kTeams; }; // computed again, to save a register
 
     launch_dependents();
-    if (lane < plan.first_batches * kRows) {
-        const uint32_t j = (first_batch + lane / kRows * teams()) * kRows + lane % kRows; // lane by lane, one row each
-        if (j < intermediate) prefetch_l2(row_address(kGate, j), chunks * 16);
+    if (lane < ring.first_batches * kRows) {
+        const uint32_t j = (first_batch + lane / kRows * teams()) * kRows + lane % kRows; // one row a lane
+        if (j < intermediate) prefetch_l2(address(RowKind::kGate, j), bytes);
     }
-    Pipe pipe(smem + warp * plan.slots * kRows * plan.segment_chunks * 16,
-              reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * plan.slots, plan.slots,
-              plan.segment_chunks * 16, chunks * 16);
+    Pipe pipe(smem + warp * ring.slots * kRows * segment_bytes,
+              reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * ring.slots, ring.slots, segment_bytes,
+              bytes);
     if constexpr (!kStep) wait_for_previous_kernel();
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
     uint32_t drawn = 0, next_batch = first_batch;
-    bool next_known = true;                                                      // by every warp of the team
-    const auto deterministic = [&] { return args.workspace.shares != nullptr; }; // then shares are fixed
+    bool next_known = true;                                                            // by every warp of the team
+    const auto deterministic = [&] { return args.workspace.partial_sums != nullptr; }; // then nothing is drawn
     const auto draw = [&] {
         if (leader && !deterministic()) draw_ticket(drawn, args.workspace.next_batch);
     };
-    const auto after_first = [&](uint32_t ticket) { return teams() * plan.first_batches + ticket; };
+    const auto after_first = [&](uint32_t ticket) { return teams() * ring.first_batches + ticket; };
     if constexpr (!kStep) draw();
 
     // The queues. Slots are filled and emptied in ring order.
@@ -93,29 +94,28 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
     const auto request = [&](RowKind kind, uint32_t row, uint32_t count) { // lane r has row r of count <= kRows
         if (lane < kRows) state.slot_rows[tail][lane] = lane < count ? row : kNoRow;
         __syncwarp();
-        pipe.request(tail, count,
-                     [&](int r) { return row_address(kind, state.slot_rows[tail][r] & (kMaxNeurons - 1)); });
-        slot_kinds = (slot_kinds & ~(3u << 2 * tail)) | kind << 2 * tail;
-        tail = tail + 1 == plan.slots ? 0 : tail + 1;
+        pipe.request(tail, count, [&](int r) { return address(kind, state.slot_rows[tail][r] & (kMaxNeurons - 1)); });
+        slot_kinds = (slot_kinds & ~(3u << 2 * tail)) | uint32_t(kind) << 2 * tail;
+        tail = tail + 1 == ring.slots ? 0 : tail + 1;
         in_flight++;
     };
     const auto request_gates = [&](uint32_t batch) {
         const uint32_t first = batch * kRows;
-        request(kGate, first + lane, min(intermediate - first, uint32_t(kRows)));
+        request(RowKind::kGate, first + lane, min(intermediate - first, uint32_t(kRows)));
         gates_in_flight++;
     };
     const auto refill = [&] {
-        while (in_flight < plan.slots) {
+        while (in_flight < ring.slots) {
             const bool last = next_known && next_batch >= batches; // no more gates: a batch need not be full
             if (downs >= kRows || (last && downs)) {
                 const uint32_t count = min(downs, uint32_t(kRows));
-                request(kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
+                request(RowKind::kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
                 down_head += count, downs -= count;
             } else if (ups >= kRows || (last && ups)) {
                 const uint32_t count = min(ups, uint32_t(kRows)), row = state.up_queue[(up_head + lane) % kMaxValues];
-                request(kUp, row, count);
+                request(RowKind::kUp, row, count);
                 up_head += count, ups -= count;
-                if (!p.down_threshold) { // nothing more to decide: the down rows follow their up rows
+                if (!p.down_threshold) { // nothing is left to decide: the down rows follow their up rows
                     if (lane < count) state.down_queue[(down_head + downs + lane) % kMaxValues] = row;
                     downs += count;
                     __syncwarp();
@@ -130,13 +130,14 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         }
     };
     refill();
-    uint4 norm[kChunks];
+    Columns norm[kChunks];
     if constexpr (kStep) {
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
-            norm[i] = make_uint4(0, 0, 0, 0);
+            norm[i] = {};
             if (i * 32 + lane < chunks)
-                norm[i] = static_cast<const uint4 *>(p.norm_weight)[first_chunk + i * 32 + lane];
+                norm[i] =
+                    Columns::load(static_cast<const T *>(p.norm_weight) + (first_chunk + i * 32 + lane) * kPerChunk);
         }
         wait_for_previous_kernel();
         draw();
@@ -148,10 +149,10 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
             const int chunk = i * 32 + lane;
-            uint4 packed = make_uint4(0, 0, 0, 0);
+            Columns columns{};
             if (m < p.tokens && chunk < chunks)
-                packed = reinterpret_cast<const uint4 *>(static_cast<const T *>(p.x) + m * hidden)[first_chunk + chunk];
-            Row::decode(packed, x[m][i]);
+                columns = Columns::load(static_cast<const T *>(p.x) + m * hidden + (first_chunk + chunk) * kPerChunk);
+            columns.decode(x[m][i]);
 #pragma unroll
             for (int e = 0; e < kPerChunk; e++) acc[m][i][e] = 0.f;
         }
@@ -159,16 +160,16 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 
     uint32_t kept = 0, kept_down = 0; // token-neuron pairs
     int turn = 0;
-    // Sums over the team, each lane getting its dot product; and tells the warps the next batch if they do not know it.
+    // Sums over the team, and each lane gets its dot product. Also tells the warps the next batch if it is unknown.
     const auto sum_over_team = [&](float (&dots)[kDots]) {
         float sum = warp_sum(dots);
         if constexpr (kTeamWarps == 1) {
             if (!next_known) next_batch = after_first(__shfl_sync(kAll, drawn, 0));
         } else {
             auto &exchange = team_state.exchanges[turn];
-            if (spokesman) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
+            if (writes_result) exchange.dots[lane / kLanesPerDot][team_warp] = sum;
             if (leader && !next_known) exchange.next_batch = after_first(drawn);
-            team_state.synchronise(team, turn);
+            team_barrier.synchronise(team, turn);
             turn ^= 1;
             const float *partial = exchange.dots[lane / kLanesPerDot];
             sum = partial[0];
@@ -181,7 +182,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         return sum;
     };
 
-    if constexpr (kStep) { // while the first rows are on their way; rounded where separate operations round
+    if constexpr (kStep) { // normalises x while the first rows are on their way; rounds where separate operations do
         float squares[kDots];
 #pragma unroll
         for (int d = 0; d < kDots; d++) {
@@ -195,15 +196,15 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
             float w[kPerChunk];
-            Row::decode(norm[i], w);
+            norm[i].decode(w);
 #pragma unroll
             for (int e = 0; e < kPerChunk; e++)
-                x[0][i][e] = to_float(from_float<T>(to_float(from_float<T>(x[0][i][e] * scale)) * w[e]));
+                x[0][i][e] = to_float(round_to<T>(to_float(round_to<T>(x[0][i][e] * scale)) * w[e]));
         }
     }
 
     while (true) {
-        if (!in_flight) { // nothing on its way, and perhaps nothing left
+        if (!in_flight) { // nothing is on its way, and perhaps nothing is left
             if (next_known && next_batch >= batches) break;
             float none[kDots] = {};
             sum_over_team(none);
@@ -212,12 +213,12 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         }
         const RowKind kind = RowKind(slot_kinds >> 2 * head & 3);
         const uint32_t row = state.slot_rows[head][my_row], j = row & (kMaxNeurons - 1), v = row >> 24 & 31;
-        const bool mine = row != kNoRow && my_token < p.tokens; // this lane has a dot product to look after
+        const bool mine = row != kNoRow && my_token < p.tokens; // this lane's dot product exists
         float bias = 0.f, threshold = 0.f;                      // asked for now, needed after the dot product
-        if (kind == kGate && mine) {
+        if (kind == RowKind::kGate && mine) {
             threshold = p.threshold[j * p.threshold_stride];
             if (p.gate_bias) bias = to_float(static_cast<const T *>(p.gate_bias)[j]);
-        } else if (kind == kUp && mine) {
+        } else if (kind == RowKind::kUp && mine) {
             if (p.down_threshold) threshold = p.down_threshold[j * p.down_threshold_stride];
             if (p.up_bias) bias = to_float(static_cast<const T *>(p.up_bias)[j]);
         }
@@ -229,13 +230,13 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 kChunks % 4 == 0 && kRows == 1 && kPerChunk == 8 ? 4 : (kChunks % 2 == 0 && kPerChunk == 8 ? 2 : 1);
 #pragma unroll
             for (int first = 0; first < kChunks; first += kBatch) {
-                uint4 packed[kRows][kBatch];
+                typename Row::Packed packed[kRows][kBatch];
 #pragma unroll
                 for (int r = 0; r < kRows; r++)
 #pragma unroll
                     for (int b = 0; b < kBatch; b++) {
-                        packed[r][b] = make_uint4(0, 0, 0, 0);
-                        if ((first + b) * 32 + lane < chunks) packed[r][b] = pipe.chunk(head, r, first + b);
+                        packed[r][b] = {};
+                        if ((first + b) * 32 + lane < chunks) packed[r][b] = pipe.load(head, r, first + b);
                     }
 #pragma unroll
                 for (int b = 0; b < kBatch; b++)
@@ -247,7 +248,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                     }
             }
         };
-        if (kind == kDown) {
+        if (kind == RowKind::kDown) {
             float h[kRows][kTokens];
             uint32_t tokens[kRows], freed = 0;
 #pragma unroll
@@ -283,8 +284,8 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                     dots[r * kTokens + m] += even + odd;
                 }
             });
-            float result = sum_over_team(dots) + bias; // of a slot's absent rows: of no meaning, and not `mine`
-            if (kind == kGate) {
+            float result = sum_over_team(dots) + bias; // meaningless for a slot's absent rows, which are not `mine`
+            if (kind == RowKind::kGate) {
                 gates_in_flight--;
                 result = activate(result, p.activation);
                 const uint32_t keeps = __ballot_sync(kAll, mine && keep(result, threshold));
@@ -297,7 +298,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                     const int free = __ffs(~values_used) - 1;
                     values_used |= 1u << free;
                     kept += __popc(tokens);
-                    if (my_row == r && spokesman) {
+                    if (my_row == r && writes_result) {
                         state.values[free][my_token] = result;
                         state.value_tokens[free] = tokens;
                         state.up_queue[(up_head + ups) % kMaxValues] = j | free << 24;
@@ -316,7 +317,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
 #pragma unroll
                     for (int m = 0; m < kTokens; m++) tokens |= (keeps >> (r * kTokens + m) * kLanesPerDot & 1) << m;
                     kept_down += __popc(tokens);
-                    if (my_row == r && row != kNoRow && spokesman) {
+                    if (my_row == r && row != kNoRow && writes_result) {
                         state.values[v][my_token] = result;
                         state.value_tokens[v] = tokens;
                     }
@@ -333,7 +334,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
             }
         }
         __syncwarp(); // the slot has been read, the queues have been written
-        head = head + 1 == plan.slots ? 0 : head + 1;
+        head = head + 1 == ring.slots ? 0 : head + 1;
         in_flight--;
         refill();
     }
@@ -345,7 +346,7 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
-    // Sum the teams through the rings, which nobody uses any more, and add to the other CTAs' sums.
+    // Sum the teams in the rings' space, which is free now, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
     const OutputOrder<0> order{int(p.tokens), hidden};
 #pragma unroll
@@ -369,22 +370,23 @@ __device__ __forceinline__ void sparse_mlp_body(const KernelArguments &args) {
                 const float4 other = *reinterpret_cast<const float4 *>(team_sums + t * hidden + c);
                 sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
             }
-            add_share(args.workspace, order.size(), m * hidden + c, sum);
+            add_to_output(args.workspace, order.size(), m * hidden + c, sum);
         }
     }
     if constexpr (!kStep)
         finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// Every architecture gets the code of the instances that the launcher picks on it; the others would trap. kStep: the
-// form for a step of decoding. As a choice at run time, it made the ordinary form 0.3 to 1 us slower.
-template <class Row, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows, bool kStep>
+// Every architecture gets the code of the instances that plan() picks on it; the others would trap. kStep: the form for
+// a step of decoding. As a choice at run time, it made the ordinary form 0.3 to 1 us slower.
+template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
+          bool kStep>
 __global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
-    sparse_mlp_kernel(const __grid_constant__ KernelArguments args) {
+    sparse_mlp_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&
                   kRows == rows_per_batch(kTokens, kChunks, has_large_shared_memory(__CUDA_ARCH__)))
-        sparse_mlp_body<Row, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kStep>(args);
+        sparse_mlp_body<Row, T, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kStep>(args);
     else __trap();
 #endif
 }

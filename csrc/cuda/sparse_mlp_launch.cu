@@ -1,67 +1,71 @@
-// Splits the tokens into groups and picks the kernel for each; the instances are in sparse_mlp_{bf16,fp16,fp32}.cu.
+// Asks plan() for a kernel for each group of tokens and launches it. The kernel instances are in
+// sparse_mlp_{bf16,fp16,fp32}.cu.
 #include "sparse_mlp_launch.h"
 
 #include <algorithm>
 #include <mutex>
 
+#include "rows/dense.cuh"
 #include "sparse_mlp_dispatch.h"
 
 namespace cats {
 
 namespace {
 
-cudaError_t device_limits(DeviceLimits *limits) {
-    constexpr int kMaxDevices = 64;
+cudaError_t device_limits(int *device, DeviceLimits *limits) {
     static std::mutex mutex;
     static DeviceLimits known[kMaxDevices];
-    int device;
-    cudaError_t error = cudaGetDevice(&device);
+    cudaError_t error = cudaGetDevice(device);
     if (error != cudaSuccess) return error;
-    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    if (*device >= kMaxDevices) return cudaErrorInvalidDevice;
     const std::lock_guard<std::mutex> lock(mutex);
-    if (known[device].multiprocessors == 0) {
-        DeviceLimits found{};
-        int major, minor;
+    DeviceLimits &found = known[*device];
+    if (found.multiprocessors == 0) {
+        int major, minor, shared_bytes, multiprocessors;
         const auto get = [&](int *value, cudaDeviceAttr attribute) {
-            if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+            if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, *device);
         };
         get(&major, cudaDevAttrComputeCapabilityMajor);
         get(&minor, cudaDevAttrComputeCapabilityMinor);
-        get(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        get(&found.multiprocessors, cudaDevAttrMultiProcessorCount);
+        get(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        get(&multiprocessors, cudaDevAttrMultiProcessorCount);
         if (error != cudaSuccess) return error;
-        found.index = device;
-        found.compute_capability = 10 * major + minor;
-        found.large_shared_memory = has_large_shared_memory(10 * found.compute_capability);
-        found.shared_bytes -= 1024; // for what the kernels declare statically
-        known[device] = found;
+        found = {10 * major + minor, multiprocessors, shared_bytes};
     }
-    *limits = known[device];
+    *limits = found;
     return cudaSuccess;
 }
 
-int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Copies of 16 bytes need every row, and x, to start at a multiple of 16 bytes and to be as long; the pipelined
-// kernel's row numbers have 24 bits, its strides 32.
-bool fits_pipelined_kernel(const SparseMlpParams &p) {
-    const int bytes = element_bytes(p.dtype);
+bool is_aligned(const SparseMlpParams &p, const RowLayout &row) {
     const auto fits = [&](const void *base, int64_t stride) {
-        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes % 16 == 0 && stride * bytes < 1ll << 32;
+        const int64_t bytes = stride * row.storage_bytes;
+        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && bytes % 16 == 0 && bytes < 1ll << 32;
     };
-    return p.intermediate_size < 1 << 24 && fits(p.norm_weight, 0) && fits(p.y_sum, 0) && fits(p.x, p.hidden_size) &&
-           fits(p.w_gate, p.w_gate_stride) && fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
+    return fits(p.norm_weight, 0) && fits(p.y_sum, 0) && fits(p.x, 0) && fits(p.w_gate, p.w_gate_stride) &&
+           fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
 }
 
-cudaError_t launch_group_of_dtype(const SparseMlpParams &params, const DeviceLimits &device, SparseMlpKernel kernel,
-                                  const Workspace &workspace, cudaStream_t stream,
-                                  const SparseMlpLaunchOptions &options) {
-    switch (params.dtype) {
-    case DType::kFloat32: return launch_group<DenseRow<float>>(params, device, kernel, workspace, stream, options);
-    case DType::kFloat16: return launch_group<DenseRow<__half>>(params, device, kernel, workspace, stream, options);
-    case DType::kBFloat16:
-        return launch_group<DenseRow<__nv_bfloat16>>(params, device, kernel, workspace, stream, options);
-    case DType::kFloat64: break;
+// plan() and the kernels must agree on a format.
+template <class Row> constexpr bool has_layout(RowLayout b) {
+    constexpr RowLayout a = layout_of<Row>();
+    return a.columns_per_chunk == b.columns_per_chunk && a.storage_bytes == b.storage_bytes &&
+           a.scale_bytes == b.scale_bytes && a.mma_operand == b.mma_operand;
+}
+static_assert(has_layout<DenseRow<float>>(row_layout(RowFormat::kDense, DType::kFloat32)));
+static_assert(has_layout<DenseRow<__half>>(row_layout(RowFormat::kDense, DType::kFloat16)));
+static_assert(has_layout<DenseRow<__nv_bfloat16>>(row_layout(RowFormat::kDense, DType::kBFloat16)));
+
+cudaError_t launch_format(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                          const LaunchTarget &target) {
+    switch (params.format) {
+    case RowFormat::kDense:
+        switch (params.dtype) {
+        case DType::kFloat32: return launch_choice<DenseRow<float>, float>(choice, params, workspace, target);
+        case DType::kFloat16: return launch_choice<DenseRow<__half>, __half>(choice, params, workspace, target);
+        case DType::kBFloat16:
+            return launch_choice<DenseRow<__nv_bfloat16>, __nv_bfloat16>(choice, params, workspace, target);
+        case DType::kFloat64: break;
+        }
     }
     return cudaErrorInvalidValue;
 }
@@ -77,52 +81,48 @@ size_t sparse_mlp_workspace_bytes(const SparseMlpParams &params) {
     return size_t(kCounters + y_sum_size(params)) * sizeof(float);
 }
 
-cudaError_t sparse_mlp_shares_bytes(const SparseMlpParams &params, size_t *bytes) {
-    DeviceLimits device{};
-    const cudaError_t error = device_limits(&device);
-    *bytes = size_t(max_ctas(params, device) * y_sum_size(params)) * sizeof(float);
+cudaError_t sparse_mlp_partial_sums_bytes(const SparseMlpParams &params, size_t *bytes) {
+    int device;
+    DeviceLimits limits{};
+    const cudaError_t error = device_limits(&device, &limits);
+    *bytes = size_t(max_ctas(params.intermediate_size, limits) * y_sum_size(params)) * sizeof(float);
     return error;
 }
 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
                             const SparseMlpLaunchOptions &options) {
-    DeviceLimits device;
-    cudaError_t error = device_limits(&device);
-    if (error != cudaSuccess) return error;
-    SparseMlpKernel kernel = options.kernel;
-    if (kernel == SparseMlpKernel::kAuto)
-        kernel = device.compute_capability >= 90 ? SparseMlpKernel::kBulkCopy : SparseMlpKernel::kAsyncCopy;
-    if (!fits_pipelined_kernel(params)) kernel = SparseMlpKernel::kGeneric;
+    int device;
+    DeviceLimits limits;
+    if (const cudaError_t error = device_limits(&device, &limits)) return error;
+    const RowLayout row = row_layout(params.format, params.dtype);
+    if (!row.columns_per_chunk) return cudaErrorInvalidValue;
+    const bool step = params.y_sum;
 
     Workspace parts{};
     parts.next_batch = static_cast<unsigned *>(workspace);
     parts.done_ctas = parts.next_batch + 1;
     parts.y_sum = static_cast<float *>(workspace) + kCounters;
-    parts.shares = static_cast<float *>(options.shares);
-    if (params.y_sum) { // the sum and the counter are the launch's own
-        if (params.tokens != 1 || params.counts || params.down_bias || parts.shares) return cudaErrorInvalidValue;
+    parts.partial_sums = static_cast<float *>(options.partial_sums);
+    if (step) { // the sum and the counter are the launch's own
+        if (params.tokens != 1 || params.counts || params.down_bias || parts.partial_sums) return cudaErrorInvalidValue;
         parts.y_sum = params.y_sum, parts.done_ctas = nullptr;
         parts.next_batch = reinterpret_cast<unsigned *>(params.y_sum + params.hidden_size);
-        return launch_group_of_dtype(params, device, kernel, parts, stream, options);
     }
 
-    const int64_t row_bytes = params.hidden_size * element_bytes(params.dtype);
-    int group = kMaxTokensPerLaunch;
+    const LaunchTarget target{stream, device, options.programmatic_launch && limits.compute_capability >= 90};
+    Shape shape{params.tokens, params.hidden_size,           params.intermediate_size, row, is_aligned(params, row),
+                step,          parts.partial_sums != nullptr};
+    const int64_t x_row_bytes = params.hidden_size * (params.dtype == DType::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < params.tokens;) {
+        shape.tokens = params.tokens - first;
+        const Choice choice = plan(shape, limits, options);
+        if (choice.kernel == Kernel::kNone) return cudaErrorNotSupported;
         SparseMlpParams part = params;
-        part.tokens = std::min<int64_t>(group, params.tokens - first);
-        part.x = static_cast<const uint8_t *>(params.x) + first * row_bytes;
-        part.y = static_cast<uint8_t *>(params.y) + first * row_bytes;
-        error = launch_group_of_dtype(part, device, kernel, parts, stream, options);
-        if (error == cudaErrorNotSupported && group > 1) {
-            group /= 2;
-        } else if (error == cudaErrorNotSupported && kernel != SparseMlpKernel::kGeneric) {
-            kernel = SparseMlpKernel::kGeneric, group = kMaxTokensPerLaunch;
-        } else if (error != cudaSuccess) {
-            return error;
-        } else {
-            first += part.tokens;
-        }
+        part.tokens = choice.tokens;
+        part.x = static_cast<const uint8_t *>(params.x) + first * x_row_bytes;
+        part.y = static_cast<uint8_t *>(params.y) + first * x_row_bytes;
+        if (const cudaError_t error = launch_format(choice, part, parts, target)) return error;
+        first += choice.tokens;
     }
     return cudaSuccess;
 }

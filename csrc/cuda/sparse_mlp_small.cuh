@@ -1,64 +1,59 @@
-// The sparse gated MLP of layers so small that to read them is faster than to ask twice: at H 576, I 1536 all weights
-// take 2 us, and every read that has to wait for a decision takes 1. So every warp has its neurons, and asks for their
-// gate, up and down rows at once. Neurons under the threshold are left out of the sum, but their rows are read. This is
-// the only kernel that does so.
+// The sparse gated MLP of layers so small that reading all rows is faster than deciding first: at H 576, I 1536 all
+// weights take 2 us, and every read that has to wait for a decision takes 1 us. So every warp asks for the gate, up and
+// down rows of its neurons at once. Neurons under the threshold are left out of the sum, but their rows are read. This
+// is the only kernel that does so.
 //
-// All of it is on its way into L2 before the previous kernel ends; otherwise as in sparse_mlp_kernel.cuh.
+// All rows are prefetched into L2 before the previous kernel ends. Otherwise as in sparse_mlp_kernel.cuh.
 #pragma once
 
-#include "../sparse_mlp.h"
 #include "activation.cuh"
 #include "finish.cuh"
-#include "row_format.cuh"
 #include "team.cuh"
 
 namespace cats {
 
-constexpr int kSmallWarps = 8; // and room for two CTAs on a multiprocessor: the next kernel's wait ready beside these
-
-template <class Row, int kChunks, int kRows>
+template <class Row, typename T, int kChunks, int kRows>
 __global__ void __launch_bounds__(kSmallWarps * 32, 2)
     sparse_mlp_small_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
-    using T = typename Row::Element;
+    using Packed = typename Row::Packed;
     constexpr int kPerChunk = Row::kPerChunk, kLanesPerDot = 32 / (2 * kRows);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, hidden = int(p.hidden_size);
     const int row_chunks = hidden / kPerChunk;
     const uint32_t intermediate = uint32_t(p.intermediate_size);
-    // The CTAs' loads are even, down to one row.
+    // No CTA has more than one neuron more than another.
     const auto neuron = [&](int r) { return (r * kSmallWarps + warp) * gridDim.x + blockIdx.x; };
-    const auto row_of = [&](const void *base, int64_t stride, uint32_t j) {
-        return reinterpret_cast<const uint4 *>(static_cast<const T *>(base) + j * stride);
-    };
 
     launch_dependents();
     if (lane < 3 * kRows) {
         const uint32_t j = neuron(lane % kRows);
-        const int kind = lane / kRows;
         if (j < intermediate)
-            prefetch_l2(kind == 0   ? row_of(p.w_gate, p.w_gate_stride, j)
-                        : kind == 1 ? row_of(p.w_up, p.w_up_stride, j)
-                                    : row_of(p.w_down_t, p.w_down_t_stride, j),
-                        row_chunks * 16);
+            prefetch_l2(row_address<Row>(p, RowKind(lane / kRows), j), row_bytes(row_chunks, Row::kScaleBytes));
     }
     wait_for_previous_kernel();
 
-    uint4 x_packed[kChunks], gate[kRows][kChunks], up[kRows][kChunks], down[kRows][kChunks];
-    const auto load = [&](const uint4 *row, bool exists, uint4(&chunks)[kChunks]) {
+    Values<T, kPerChunk> x_loaded[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; i++) {
+        x_loaded[i] = {};
+        if (i * 32 + lane < row_chunks)
+            x_loaded[i] = Values<T, kPerChunk>::load(static_cast<const T *>(p.x) + (i * 32 + lane) * kPerChunk);
+    }
+    Packed gate[kRows][kChunks], up[kRows][kChunks], down[kRows][kChunks];
+    const auto load = [&](RowKind kind, uint32_t j, Packed(&chunks)[kChunks]) {
+        const uint8_t *row = row_address<Row>(p, kind, j);
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
-            chunks[i] = make_uint4(0, 0, 0, 0);
-            if (exists && i * 32 + lane < row_chunks) chunks[i] = row[i * 32 + lane];
+            chunks[i] = {};
+            if (j < intermediate && i * 32 + lane < row_chunks) chunks[i] = Row::load(row + i * kTileBytes<Row>, lane);
         }
     };
-    load(static_cast<const uint4 *>(p.x), true, x_packed);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-        const bool exists = neuron(r) < intermediate;
-        load(row_of(p.w_gate, p.w_gate_stride, neuron(r)), exists, gate[r]);
-        load(row_of(p.w_up, p.w_up_stride, neuron(r)), exists, up[r]);
-        load(row_of(p.w_down_t, p.w_down_t_stride, neuron(r)), exists, down[r]);
+        load(RowKind::kGate, neuron(r), gate[r]);
+        load(RowKind::kUp, neuron(r), up[r]);
+        load(RowKind::kDown, neuron(r), down[r]);
     }
-    // Lane l has to do with dot product l / kLanesPerDot: gate products first, then up products.
+    // Lane l has dot product l / kLanesPerDot: gate products first, then up products.
     const int my_row = lane / kLanesPerDot % kRows;
     const bool is_up = lane / kLanesPerDot >= kRows;
     const uint32_t mine = neuron(my_row);
@@ -72,8 +67,8 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2)
 
     float x[kChunks][kPerChunk], dots[2 * kRows];
 #pragma unroll
-    for (int i = 0; i < kChunks; i++) Row::decode(x_packed[i], x[i]);
-    const auto dot = [&](const uint4(&chunks)[kChunks]) {
+    for (int i = 0; i < kChunks; i++) x_loaded[i].decode(x[i]);
+    const auto dot = [&](const Packed(&chunks)[kChunks]) {
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
@@ -137,7 +132,7 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2)
             const float4 other = *reinterpret_cast<const float4 *>(warp_sums + w * hidden + c);
             total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
         }
-        add_share(workspace, order.size(), c, total);
+        add_to_output(workspace, order.size(), c, total);
     }
     finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }

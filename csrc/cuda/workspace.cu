@@ -1,5 +1,5 @@
-// See workspace.h. Allocation happens on the first call only and is legal while a stream is being captured: the thread
-// is in relaxed capture mode for as long as it takes, and the memory is zeroed on a stream of its own.
+// See workspace.h. Only the first call allocates. That is legal while a stream is being captured: the thread is in
+// relaxed capture mode meanwhile, and the memory is zeroed on another stream.
 #include "workspace.h"
 
 #include <map>
@@ -18,7 +18,7 @@ struct Buffer {
     size_t bytes;
 };
 
-using Key = std::tuple<int, Contents, cudaStream_t, unsigned long long>; // the last: capture, 0 for none
+using Key = std::tuple<int, Contents, cudaStream_t, unsigned long long>; // the last: the capture's id, or 0
 
 std::mutex mutex;
 std::map<Key, Buffer *> in_use;
@@ -44,7 +44,7 @@ cudaError_t allocate(int device, Contents contents, size_t bytes, Buffer **buffe
     return cudaSuccess;
 }
 
-// A graph's last reference is gone. No CUDA call is allowed here.
+// Called when a graph's last reference is gone. CUDA calls are not allowed here.
 void CUDART_CB release_from_graph(void *user_data) {
     Buffer *buffer = static_cast<Buffer *>(user_data);
     const std::lock_guard<std::mutex> lock(mutex);
@@ -93,7 +93,7 @@ cudaError_t get_workspace(cudaStream_t stream, size_t bytes, Contents contents, 
         *workspace = found->second->memory;
         return cudaSuccess;
     }
-    // A larger one. The smaller one stays allocated: earlier launches may still be using it.
+    // A larger buffer. The smaller one stays allocated: earlier launches may still be using it.
     Buffer *buffer = take_free(device, contents, bytes);
     if (!buffer) {
         size_t rounded = 64 * 1024;

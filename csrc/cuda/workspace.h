@@ -1,7 +1,7 @@
 // Scratch memory for the kernels, cached so that a call allocates nothing.
 //
-// One buffer for each device and stream, since calls on one stream never overlap; and for each stream in each graph
-// capture, since a graph may later run beside anything. A graph's buffer is handed on when the graph is destroyed.
+// There is one buffer for each device and stream, because calls on one stream never overlap. Each graph capture has its
+// own, one for each stream, because a graph may later run beside anything. When the graph is destroyed they are reused.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace cats {
 
-// What the users of a buffer leave to each other.
+// What a buffer holds between launches.
 enum class Contents { kZero, kAnything };
 
 // At least `bytes` of memory of the current device for a launch on `stream`.

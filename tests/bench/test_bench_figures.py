@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import sys
-from pathlib import Path
-
 import pytest
+
+from bench.lib.results import write_rows
 
 pytest.importorskip("matplotlib")
 
@@ -25,18 +23,14 @@ ROWS = [
 ]
 
 
-def test_figure_3_draws_one_token_of_one_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "bench"), *sys.path])
-    import plot_mlp
+def test_figure_3_draws_one_token_of_one_dtype(tmp_path):
+    from bench.tables import mlp_figure
 
     file = tmp_path / "mlp.csv"
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, [*COLUMNS, *MACHINE])
-        writer.writeheader()
-        writer.writerows(dict(zip(COLUMNS, row, strict=True)) | MACHINE for row in ROWS)
-    figure = plot_mlp.draw(file)
+    write_rows(file, [dict(zip(COLUMNS, row, strict=True)) | MACHINE for row in ROWS])
+    figure = mlp_figure.draw(file)
     lines = [{str(line.get_label()): line.get_xydata().tolist() for line in axis.lines} for axis in figure.axes]
-    label = {path: text for path, (text, *_) in plot_mlp.PATHS.items()}
+    label = {path: text for path, (text, *_) in mlp_figure.PATHS.items()}
     assert lines[0] == {
         label["dense"]: [[0, 10], [90, 10]],
         label["teal_triton"]: [[50, 7]],
@@ -45,4 +39,4 @@ def test_figure_3_draws_one_token_of_one_dtype(tmp_path, monkeypatch):
     assert lines[1] == {label["dense"]: [[0, 20], [50, 20]], label["sparse_mlp"]: [[50, 15]]}
     figure.savefig(tmp_path / "mlp.png")
     with pytest.raises(SystemExit, match="no row with dtype fp64"):
-        plot_mlp.draw(file, "fp64")
+        mlp_figure.draw(file, "fp64")

@@ -1,31 +1,18 @@
-"""The tuning experiment's tables say what was measured."""
+"""The tuning experiment's tables say what was measurement."""
 
 from __future__ import annotations
 
-import csv
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.models import VOCABULARY, tiny_model, tokens
 
 import cats_ext
+from bench.lib.results import read_rows
+from bench.training import measurement, steps
 
 FACTS = {"device": "a card", "torch": "2", "commit": "abc", "date": "today"}
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "bench"), *sys.path])
-    return importlib.import_module
-
-
-@pytest.fixture
-def measured(bench):
-    return bench("finetune_measure")
 
 
 @pytest.fixture
@@ -44,12 +31,7 @@ def line(step, ppl, first, second, layers=None, **more):
     return {"step": step, "c4": ppl, "wikitext": ppl / 2, "answers": answers, "layers": layers} | more
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(measured, tmp_path):
+def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(tmp_path):
     work, out = tmp_path / "work", tmp_path
     work.mkdir()
     lines = {
@@ -62,8 +44,8 @@ def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(measured, 
     for name, each in lines.items():
         text = "".join(json.dumps(row) + "\n" for row in each)
         (work / f"{name}.jsonl").write_text(text + '{"step": 50, "c4"')  # being written
-    measured.write_tables(work, out, [*lines, "waiting"], FACTS)
-    quality = {(row["name"], row["step"], row["task"]): row for row in rows(out / "quality.csv")}
+    measurement.write_tables(work, out, [*lines, "waiting"], FACTS)
+    quality = {(row["name"], row["step"], row["task"]): row for row in read_rows(out / "quality.csv")}
     assert len(quality) == 4 * 3
     found = quality["sparse", "25", "mean"]
     assert float(found["accuracy"]) == pytest.approx((0.75 + 0.25) / 2)
@@ -71,7 +53,7 @@ def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(measured, 
     assert (found["c4_ppl"], found["bytes"], found["items"], found["commit"]) == ("25", "0.7", "8", "abc")
     assert float(quality["sparse", "0", "first"]["from_dense"]) == -0.75
     assert quality["dense", "25", "mean"]["from_dense"] == "0" and quality["dense", "0", "mean"]["bytes"] == ""
-    layers = rows(out / "layers.csv")
+    layers = read_rows(out / "layers.csv")
     assert [(row["name"], row["step"], row["up"], row["down_target"]) for row in layers] == [
         ("sparse", "0", "0.4", "0.7"),
         ("sparse", "25", "0.3", "0.7"),
@@ -79,22 +61,21 @@ def test_each_variant_is_compared_with_the_dense_one_at_the_same_step(measured, 
     assert not (out / "tuned.csv").exists()
 
 
-def test_what_is_measured_is_the_model_with_merged_adapters(measured, adapted, tmp_path):
+def test_what_is_measured_is_the_model_with_merged_adapters(adapted, tmp_path):
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     requests = [[[1, 2, 3], [token]] for token in range(2, VOCABULARY, 5)]
     tasks = {"task": [{"answer": 0, "requests": requests[:2]}, {"answer": None, "requests": requests[2:3]}]}
     ids = {"c4": tokens(300), "wikitext": tokens(200)}
-    measured.Measure(tmp_path / "rows", [0], ids, tasks, 64).measure(adapted, 0)
-    (row,) = measured._lines(tmp_path / "rows")
+    measurement.Measure(tmp_path / "rows", [0], ids, tasks, 64).measure(adapted, 0)
+    (row,) = measurement._lines(tmp_path / "rows")
     assert adapted.training and all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
     assert row["bytes"] == pytest.approx(0.6, abs=0.1) and len(row["answers"]["task"]) == 2
     merged = adapted.merge_and_unload().eval()
     assert row["c4"] == pytest.approx(cats_ext.evaluation.perplexity(merged, ids["c4"], progress=False).ppl, rel=1e-4)
 
 
-def test_training_steps_in_turns(bench):
-    steps = bench("bench_training")
-    for tuning in ("lora", "full"):
-        times, peaks = steps.measure("tiny", tuning, (1, 20), 2, torch.device("cpu"))
-        assert {kind: len(each) for kind, each in times.items()} == dict.fromkeys(steps.KINDS, 2)
-        assert peaks.keys() == times.keys()
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_training_steps_of_both_kinds_in_turns(tuning):
+    times, peaks = steps.measure("tiny", tuning, (1, 20), 2, torch.device("cpu"))
+    assert {kind: len(each) for kind, each in times.items()} == {"dense": 2, "patched": 2}
+    assert all(seconds > 0 for each in times.values() for seconds in each) and set(peaks) == {"dense", "patched"}

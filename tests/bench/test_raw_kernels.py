@@ -1,10 +1,8 @@
-"""The raw launchers in Python (bench/raw_kernels.py): the op's result with every kernel, errors as exceptions."""
+"""The raw launchers in Python (kernels.raw_kernels): the op's result with every kernel, errors as exceptions."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def raw():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    import raw_kernels
+    from bench.kernels import raw_kernels
 
     return raw_kernels, raw_kernels.load()
 

@@ -89,7 +89,7 @@ def test_a_checkpoint_of_other_text_is_refused(checkpoint):
 
 
 def test_a_checkpoint_of_another_version_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr("cats_ext.calibration.run.__version__", "0")
+    monkeypatch.setattr("cats_ext.calibration.settings.__version__", "0")
     with pytest.raises(ValueError, match="other arguments, text, model or version"):
         calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
 

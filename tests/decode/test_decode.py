@@ -1,4 +1,4 @@
-"""The decode engine gives the tokens of ``model.generate``, in every way it can run on this machine."""
+"""The decode engine gives the tokens of ``model.generate``, in all modes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import cats_ext
-from cats_ext.decode import engine as decode
 from cats_ext.decode import fused as decode_fused
+from cats_ext.decode import session as decode
 from cats_ext.decode.engine import DecodeEngine
 
 PADDED = ("mistral", "gemma2")
 FUSED_FAMILIES = ("llama", "llama-bias", "llama-relu", "mistral", "ministral", "qwen2", "qwen3", "phi3", "smollm3")
 ENDS = [5, 9, 40, 77]  # tokens that some of the texts below reach
-WAYS = {
+MODES = {
     "greedy": {},
     "repetition penalty": {"repetition_penalty": 1.3},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
@@ -38,8 +38,10 @@ WAYS = {
     "several ends": {"eos_token_id": ENDS},
 }
 NEW = 24  # with the prompt of 20 tokens past the window of mistral, 32
-OPTIONS = {way: {"max_new_tokens": NEW, "eos_token_id": 1, **options} for way, options in WAYS.items()}
-CASES = [("llama", way) for way in WAYS] + [(family, "greedy") for family in installed(FAMILIES) if family != "llama"]
+OPTIONS = {mode: {"max_new_tokens": NEW, "eos_token_id": 1, **options} for mode, options in MODES.items()}
+CASES = [("llama", mode) for mode in MODES] + [
+    (family, "greedy") for family in installed(FAMILIES) if family != "llama"
+]
 
 
 pytestmark = [
@@ -62,7 +64,7 @@ class Recorder(BaseStreamer):
 class _Replay:
     """Stands in for a CUDA graph on a machine without one: runs the step that would have been captured."""
 
-    def __init__(self, session: decode._Session, selection: object) -> None:
+    def __init__(self, session: decode.Session, selection: object) -> None:
         self.replay = lambda: session._advance(selection, selection.graph_key is not None)
 
 
@@ -74,8 +76,8 @@ class _Event:
 @pytest.fixture
 def static_steps(monkeypatch) -> None:
     """The steps that are captured on CUDA, with their static cache and buffers, run one by one on the CPU."""
-    monkeypatch.setattr(decode._Session, "_graph", lambda self, selection: _Replay(self, selection))
-    monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
+    monkeypatch.setattr(decode.Session, "_graph", lambda self, selection: _Replay(self, selection))
+    monkeypatch.setattr(decode.Session, "_send", lambda self: (self.token.clone(), _Event()))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,8 @@ def generated(model: torch.nn.Module, ids: torch.Tensor, **options: object) -> t
 
 
 @functools.cache
-def expected(family: str, way: str) -> torch.Tensor:
-    return generated(dense_model(family), tokens(20)[None], **OPTIONS[way])
+def expected(family: str, mode: str) -> torch.Tensor:
+    return generated(dense_model(family), tokens(20)[None], **OPTIONS[mode])
 
 
 def decoded(engine: DecodeEngine, ids: torch.Tensor, **options: object) -> torch.Tensor:
@@ -109,23 +111,23 @@ def statically(engine: DecodeEngine) -> DecodeEngine:
     return engine
 
 
-@pytest.mark.parametrize(("family", "way"), CASES)
-def test_same_tokens_as_generate(family, way):
-    out = decoded(DecodeEngine(dense_model(family)), tokens(20)[None], **OPTIONS[way])
-    assert torch.equal(out, expected(family, way))
+@pytest.mark.parametrize(("family", "mode"), CASES)
+def test_same_tokens_as_generate(family, mode):
+    out = decoded(DecodeEngine(dense_model(family)), tokens(20)[None], **OPTIONS[mode])
+    assert torch.equal(out, expected(family, mode))
 
 
-@pytest.mark.parametrize(("family", "way"), CASES)
-def test_static_steps_give_the_same_tokens(family, way, static_steps):
+@pytest.mark.parametrize(("family", "mode"), CASES)
+def test_static_steps_give_the_same_tokens(family, mode, static_steps):
     engine = statically(DecodeEngine(dense_model(family), fused=False))
-    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[way]), expected(family, way))
+    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[mode]), expected(family, mode))
     assert not engine.fused_active
 
 
-@pytest.mark.parametrize(("family", "way"), [case for case in CASES if case[0] in FUSED_FAMILIES])
-def test_fused_steps_give_the_same_tokens(family, way, static_steps):
+@pytest.mark.parametrize(("family", "mode"), [case for case in CASES if case[0] in FUSED_FAMILIES])
+def test_fused_steps_give_the_same_tokens(family, mode, static_steps):
     engine = statically(DecodeEngine(dense_model(family), fused=True))
-    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[way]), expected(family, way))
+    assert torch.equal(decoded(engine, tokens(20)[None], **OPTIONS[mode]), expected(family, mode))
     assert engine.fused_active
 
 
@@ -160,8 +162,8 @@ def test_fused_steps_after_a_dense_prompt(static_steps):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", PADDED)
-@pytest.mark.parametrize("way", ["greedy", "repetition penalty", "without a mask"])
-def test_batch_with_left_padding(way, family, static, request):
+@pytest.mark.parametrize("mode", ["greedy", "repetition penalty", "without a mask"])
+def test_batch_with_left_padding(mode, family, static, request):
     ids = tokens(60).view(3, 20).clone()
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :3] = 0, 0
@@ -171,10 +173,10 @@ def test_batch_with_left_padding(way, family, static, request):
     if static:
         request.getfixturevalue("static_steps")
         statically(engine)
-    options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ENDS, **WAYS.get(way, {})}
-    if way == "without a mask":  # then generate takes tokens 0 for padding
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ENDS, **MODES.get(mode, {})}
+    if mode == "without a mask":  # then generate takes tokens 0 for padding
         options["attention_mask"] = None
-    elif way == "repetition penalty":  # which is for what a mask leaves
+    elif mode == "repetition penalty":  # which is for what a mask leaves
         ids[mask == 0] = generated(model, ids, **options | {"repetition_penalty": 1.0})[0, 20]
     assert torch.equal(decoded(engine, ids, **options), generated(model, ids, **options))
 
@@ -227,9 +229,9 @@ def test_conversation_keeps_the_common_prefix(llama, static, request, monkeypatc
         statically(engine)
     first = engine.generate(tokens(20)[None], max_new_tokens=10)
     session, computed = engine._session, []
-    forward = decode._Session._forward
+    forward = decode.Session._forward
     monkeypatch.setattr(
-        decode._Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
+        decode.Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
     )
     longer = torch.cat((first, tokens(6, seed=1)[None]), dim=1)
     out = engine.generate(longer, max_new_tokens=10, reuse_prefix=True)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.installed import skip_unless_transformers_takes_peft
 from support.models import tiny_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cats_ext
-from cats_ext.decode import engine as decode
+from cats_ext.decode import session as decode
 from cats_ext.decode.engine import DecodeEngine
 from cats_ext.patching.apply import current_config
 
@@ -66,8 +67,8 @@ def recorded_steps(monkeypatch) -> None:
                 self._advance(selection, key is not None)
         return self._graphs[key]
 
-    monkeypatch.setattr(decode._Session, "_graph", graph)
-    monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
+    monkeypatch.setattr(decode.Session, "_graph", graph)
+    monkeypatch.setattr(decode.Session, "_send", lambda self: (self.token.clone(), _Event()))
 
 
 @pytest.fixture
@@ -78,8 +79,8 @@ def called_steps(monkeypatch) -> None:
         def __init__(self, session, selection):
             self.replay = lambda: session._advance(selection, selection.graph_key is not None)
 
-    monkeypatch.setattr(decode._Session, "_graph", lambda self, selection: Step(self, selection))
-    monkeypatch.setattr(decode._Session, "_send", lambda self: (self.token.clone(), _Event()))
+    monkeypatch.setattr(decode.Session, "_graph", lambda self, selection: Step(self, selection))
+    monkeypatch.setattr(decode.Session, "_send", lambda self: (self.token.clone(), _Event()))
 
 
 def engine_of(model: nn.Module, fused: bool) -> DecodeEngine:
@@ -95,6 +96,7 @@ def patched(neuron_rows: bool = True) -> nn.Module:
 
 
 def adapted() -> nn.Module:
+    skip_unless_transformers_takes_peft()
     from peft import LoraConfig
 
     model = tiny_model()
@@ -216,9 +218,9 @@ def test_tracking_that_starts_and_stops(called_steps):
 def test_a_reused_prefix_is_that_of_the_same_model(fused, called_steps, monkeypatch):
     model, computed = patched(), []
     engine = engine_of(model, fused)
-    forward = decode._Session._forward
+    forward = decode.Session._forward
     monkeypatch.setattr(
-        decode._Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
+        decode.Session, "_forward", lambda self, ids, start: computed.append(ids.shape[1]) or forward(self, ids, start)
     )
 
     def scale_weights() -> None:

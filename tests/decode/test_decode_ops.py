@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_ext.decode import launch as ops
-from cats_ext.decode.launch import Attention, Norm, Shares
+from cats_ext.decode.launch import Attention, AttentionPartials, Norm
+from cats_ext.ops.reference import ACTIVATIONS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative, of the whole row
@@ -33,10 +34,10 @@ def check(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
-def joined(shares: Shares) -> Tensor:
-    """What a product takes from shares: ``[heads * D]``."""
-    weights = shares.largest.double().exp()[..., None]
-    return ((shares.weighted * weights).sum(0) / (shares.total[..., None] * weights).sum(0)).flatten().float().cpu()
+def merged(partials: AttentionPartials) -> Tensor:
+    """The attention ``[heads * D]`` that partial results stand for."""
+    weights = partials.largest.double().exp()[..., None]
+    return ((partials.weighted * weights).sum(0) / (partials.total[..., None] * weights).sum(0)).flatten().float().cpu()
 
 
 def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -47,13 +48,13 @@ def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 @pytest.mark.parametrize(
     ("inputs", "outputs", "form", "dtype"),
     [
-        (64, (64, 32, 32), "norm, delta, bias", F32),
-        (64, (64, 32, 32), "norm", F16),
-        (576, (576, 192, 192), "norm, delta", BF16),
-        (80, (33,), "plain", F32),
-        (4096, (7, 5), "norm, bias", BF16),
-        (4096, (3000,), "norm, delta", BF16),
-        (5120, (9,), "norm", BF16),
+        (64, (64, 32, 32), "delta, bias", F32),
+        (64, (64, 32, 32), "", F16),
+        (576, (576, 192, 192), "delta", BF16),
+        (80, (33,), "", F32),
+        (4096, (7, 5), "bias", BF16),
+        (4096, (3000,), "delta", BF16),
+        (5120, (9,), "", BF16),
     ],
 )
 def test_linear(device, inputs, outputs, form, dtype):
@@ -61,7 +62,7 @@ def test_linear(device, inputs, outputs, form, dtype):
     weights = [rounded(random(n, inputs, seed=i) / inputs**0.5, dtype) for i, n in enumerate(outputs)]
     biases = [rounded(random(n, seed=i), dtype) for i, n in enumerate(outputs)]
     row = rounded(x + delta, dtype) if "delta" in form else x
-    inner = rms(row, weight) if "norm" in form else row
+    inner = rms(row, weight)
     expected = torch.cat(
         [F.linear(inner, w, b if "bias" in form else None) for w, b in zip(weights, biases, strict=True)]
     )
@@ -73,7 +74,7 @@ def test_linear(device, inputs, outputs, form, dtype):
         there(x),
         [there(w) for w in weights],
         [there(b) if "bias" in form else None for b in biases],
-        norm=Norm(there(weight), 1e-5) if "norm" in form else None,
+        norm=Norm(there(weight), 1e-5),
         delta=there(delta) if "delta" in form else None,
     )
     check(y, expected, dtype)
@@ -101,20 +102,20 @@ def test_add_linear(device, inputs, outputs, bias, dtype):
     ("heads", "head_dim", "outputs", "dtype"),
     [(4, 16, 50, F32), (32, 128, 4096, BF16), (9, 64, 576, F16), (32, 96, 40, BF16), (28, 128, 33, BF16)],
 )
-def test_joining_shares(device, heads, head_dim, outputs, dtype):
-    """The output projection of an attention in shares, some of them without keys, and its normalisation."""
+def test_merging_partials(device, heads, head_dim, outputs, dtype):
+    """The output projection of an attention from partial results, some of them without keys, and its normalisation."""
     count = 4
-    shares = Shares.create(count, heads, head_dim, torch.device(device))
-    shares.weighted.copy_(random(count, heads, head_dim))
-    shares.largest.copy_(random(count, heads, seed=1) * 5)
-    shares.total.copy_(random(count, heads, seed=2).abs() + 1)
-    for field, empty in ((shares.weighted, 0), (shares.largest, -1e30), (shares.total, 0)):
+    partials = AttentionPartials.create(count, heads, head_dim, torch.device(device))
+    partials.weighted.copy_(random(count, heads, head_dim))
+    partials.largest.copy_(random(count, heads, seed=1) * 5)
+    partials.total.copy_(random(count, heads, seed=2).abs() + 1)
+    for field, empty in ((partials.weighted, 0), (partials.largest, -1e30), (partials.total, 0)):
         field[1, ::2] = empty
-    row = joined(shares)
+    row = merged(partials)
     weight = random(outputs, heads * head_dim) / (heads * head_dim) ** 0.5
     weight, residual, norm = (rounded(t, dtype) for t in (weight, random(outputs), random(outputs, seed=3)))
     expected = F.linear(rounded(row, dtype), weight) + residual
-    x = shares if device == "cuda" else row.to(dtype)
+    x = partials if device == "cuda" else row.to(dtype)
     weight, residual, norm = (t.to(device, dtype) for t in (weight, residual, norm))
     for _ in range(2):  # the second time with what the first has left
         y, normed = ops.add_linear(x, weight, None, residual, norm=Norm(norm, 1e-5))
@@ -142,8 +143,18 @@ def test_gate_up(device, hidden, intermediate, bias, activation, dtype):
     act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "relu": F.relu}
     expected = act[activation](F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias)
     operands = [None if t is None else t.to(device, dtype) for t in (x, w_gate, w_up, gate_bias, up_bias)]
-    h, _ = ops.gate_up(*operands, activation, Norm(weight.to(device, dtype), 1e-5))
+    h = ops.gate_up(*operands, activation, Norm(weight.to(device, dtype), 1e-5))
     check(h, expected, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gate_up_keeps_nan(device, activation):
+    w_gate, w_up = (random(48, 64, seed=s).to(device) for s in range(2))
+    w_gate[5, 3] = float("nan")
+    norm = Norm(torch.ones(64, device=device), 1e-5)
+    h = ops.gate_up(random(64).to(device), w_gate, w_up, None, None, activation, norm)
+    assert h.isnan().nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,10 +175,10 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
     angles = torch.arange(length)[:, None] * 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     cos, sin = (rounded(torch.cat((t, t), dim=1), dtype) for t in (angles.cos(), angles.sin()))
     q_norm, k_norm = (rounded(random(head_dim, seed=s).abs() + 0.5, dtype) for s in (5, 6))
-    shares = None
+    partials = None
     if device == "cuda":
-        shares = Shares.create(
-            ops.attention_shares(kv_heads, torch.device(device)), heads, head_dim, torch.device(device)
+        partials = AttentionPartials.create(
+            ops.attention_splits(kv_heads, torch.device(device)), heads, head_dim, torch.device(device)
         )
     for position, window in (
         (0, None),
@@ -185,10 +196,10 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
             cos.to(device, dtype), sin.to(device, dtype), window,
             Norm(q_norm.to(device, dtype), 1e-5) if normed else None,
             Norm(k_norm.to(device, dtype), 1e-5) if normed else None,
-            shares,
+            partials,
         )  # fmt: skip
         got = ops.attention(qkv.to(device, dtype), layer, torch.tensor([position], device=device))
-        got = joined(got).to(dtype) if isinstance(got, Shares) else got
+        got = merged(got).to(dtype) if isinstance(got, AttentionPartials) else got
 
         q, k, v = qkv.view(-1, head_dim).split([heads, kv_heads, kv_heads])
         if normed:
@@ -213,4 +224,4 @@ def test_attention(device, kv_heads, group, head_dim, normed, dtype):
 def test_rows_must_be_contiguous():
     weight = random(64, 64).cuda().t()
     with pytest.raises(ValueError, match=r"weights\[0\] must have unit stride in its last dimension, got strides"):
-        ops.linear(random(64).cuda(), [weight], [None])
+        ops.linear(random(64).cuda(), [weight], [None], norm=Norm(weight[0], 1e-5))

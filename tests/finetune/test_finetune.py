@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import cats_ext
 from cats_ext.evaluation.comparison import perplexity
-from cats_ext.finetune.run import FinetuneSettings, finetune, relufy
-from cats_ext.finetune.trainer import TrainingStoppedError, last_checkpoint
+from cats_ext.finetune import FinetuneSettings, TrainingStoppedError, finetune, relufy
+from cats_ext.finetune.trainer import last_checkpoint
 from cats_ext.patching.mlp import CatsMLP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,7 +206,7 @@ def test_full_disk_at_a_checkpoint_and_at_the_end(tmp_path, monkeypatch):
     assert not (tmp_path / "training" / "checkpoint-2").exists()
     monkeypatch.undo()
     monkeypatch.setattr("cats_ext.finetune.run.write_together", no_space)
-    with pytest.raises(OSError, match=r"tuned model cannot be written to .*No space left.*checkpoint-2, is whole"):
+    with pytest.raises(OSError, match=r"tuned model cannot be written to .*No space left.*checkpoint-2, is complete"):
         tune(tmp_path, settings, save_every=1)
     monkeypatch.undo()
     assert tune(tmp_path, settings, save_every=1)["resumed_from"] == "checkpoint-2"

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.installed import skip_unless_transformers_takes_peft
 from support.models import tiny_model
 from support.patched import assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -296,6 +297,7 @@ def test_saving_that_fails_leaves_the_model_as_it_was(tmp_path, config):
 
 
 def test_an_adapter_of_transformers_own_is_saved_by_itself(tmp_path, config):
+    skip_unless_transformers_takes_peft()
     from peft import LoraConfig
 
     model = apply_cats(tiny_model(), config)

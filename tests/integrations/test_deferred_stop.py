@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria
 from transformers.generation import utils
 
 import cats_ext
+from cats_ext.decode.cache import cache_argument
 from cats_ext.integrations import deferred_stop as stopping
 
 OLD = Version(transformers.__version__) < Version("5.17")
@@ -116,7 +117,7 @@ def test_the_same_output_compiled():
     model = tiny_model("llama")
     cats_ext.apply_cats(model, config_for(model)).to("cuda")
     cache = StaticCache(config=model.config, max_cache_len=40)
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "past_key_values": cache}
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, cache_argument(model): cache}
     options["attention_mask"] = torch.ones(1, PROMPT.shape[1], dtype=torch.int64, device="cuda")
 
     def text(**arguments):
@@ -150,7 +151,7 @@ def test_a_cache_that_was_passed_in_is_left_as_ever(model, kind):
     for deferred in (False, True):
         size = {"max_cache_len": 40} if kind is StaticCache else {}
         cache = kind(config=model.config, **size)
-        arguments = {"past_key_values": cache, "disable_compile": True}
+        arguments = {cache_argument(model): cache, "disable_compile": True}
         text, forwards = generate(model, deferred, eos_token_id=end, **arguments)
         length = int(cache.get_seq_length())
         longer, _ = generate(model, False, text.cpu(), eos_token_id=NEVER, **arguments)
@@ -164,7 +165,7 @@ def test_a_cache_that_cannot_go_back_is_not_deferred(device):
     counts = []
     for deferred in (False, True):
         cache = StaticCache(config=model.config, max_cache_len=40)
-        end = {"stopping_criteria": [AfterThree()], "past_key_values": cache, "disable_compile": True}
+        end = {"stopping_criteria": [AfterThree()], cache_argument(model): cache, "disable_compile": True}
         counts.append(generate(model, deferred, eos_token_id=NEVER, **end)[1].count)
     assert counts[0] == counts[1]
 

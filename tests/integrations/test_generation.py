@@ -99,7 +99,7 @@ def test_with_a_quantised_cache(backend):
     assert torch.equal(generate(set_sparsity(model, 0.0), **arguments), dense)
 
 
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "padded": {},
     "beams": {"num_beams": 3},
     "sampling": {"do_sample": True},
@@ -108,8 +108,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_batches_with_padding(way, called):
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_with_padding(mode, called):
     model = tiny_model()
     prompts = torch.stack([tokens(10), tokens(10, seed=1)])
     mask = torch.ones_like(prompts)
@@ -117,7 +117,7 @@ def test_batches_with_padding(way, called):
 
     def run():
         torch.manual_seed(0)
-        return model.generate(prompts, attention_mask=mask, **(GREEDY | WAYS[way]))
+        return model.generate(prompts, attention_mask=mask, **(GREEDY | MODES[mode]))
 
     dense = run()
     apply_cats(model, config_for(model))

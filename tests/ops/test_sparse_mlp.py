@@ -201,6 +201,17 @@ def test_layouts(change, hidden, dtype, device):
     assert_close(ops.sparse_mlp(*change(case)), case.expected())
 
 
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thresholds_with_a_stride(dtype, tokens, device):
+    """Every second value of a tensor, with NaN between them, which would keep all neurons."""
+    case = make_case(tokens, 64, 3000, dtype, device, "vector, vector")
+    threshold, down_threshold = scattered(case.threshold), scattered(case.down_threshold)
+    args = case.args(threshold=threshold, down_threshold=down_threshold)
+    assert args[4].stride() == args[5].stride() == (2,)
+    assert_close(ops.sparse_mlp(*args), case.expected())
+
+
 def test_leading_dimensions(device):
     case = make_case(6, 42, 17, device=device)
     flat = ops.sparse_mlp(*case.args())

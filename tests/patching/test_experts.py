@@ -1,4 +1,4 @@
-"""Mixtures of experts: the formula's numbers in every family, each way of running experts, checkpoints, training."""
+"""Mixtures of experts: the formula's numbers in every family, each implementation of experts, checkpoints, training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import HIDDEN, MIXTURES, installed, keeps_experts_together, tiny_model, tokens
+from support.experts import experts_ref, routed
+from support.models import MIXTURES, installed, keeps_experts_together, tiny_model, tokens
 from support.patched import assert_unchanged, config_for, few, logits, many, snapshot
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from cats_ext import (
     track_sparsity,
 )
 from cats_ext.functional import MAX_EXPERT_TOKENS, MAX_KERNEL_TOKENS
-from cats_ext.ops.experts import sparse_experts
 from cats_ext.patching.detection import find_gated_mlps
 from cats_ext.patching.experts import CatsExperts
 
@@ -40,30 +40,8 @@ def experts_of(model) -> dict[str, torch.nn.Module]:
 def mixture(name="mixtral", **arguments):
     model = tiny_model(name, **arguments)
     if not keeps_experts_together(model):
-        pytest.skip("this version of transformers keeps the experts' weights in another way")
+        pytest.skip("this version of transformers keeps the experts' weights in lists")
     return model
-
-
-def formula(x, chosen, routing, gate_up, down, threshold, down_threshold, act=F.silu):
-    """Token by token, expert by expert."""
-    y = torch.zeros_like(x)
-    for t, experts in enumerate(chosen.tolist()):
-        for k, e in enumerate(experts):
-            gate, up = (gate_up[e] @ x[t]).chunk(2)
-            v = act(gate)
-            h = torch.where(v.abs() >= threshold, v * up, 0)
-            if down_threshold is not None:
-                h = torch.where(h.abs() >= down_threshold, h, 0)
-            y[t] += routing[t, k] * (down[e] @ h)
-    return y
-
-
-def routed(count, experts=4, each=2, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(count)
-    x = torch.randn(count, HIDDEN, generator=generator)
-    chosen = torch.rand(count, experts, generator=generator).argsort(-1)[:, :each]
-    routing = torch.rand(count, each, generator=generator)
-    return x.to(device, dtype), chosen.to(device), routing.to(device, dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -84,13 +62,13 @@ def test_family(name, device, called):
     apply_cats(model, config)
     for block_name, block in blocks.items():
         assert type(block) is CatsExperts and block.down_proj.mT.is_contiguous()
-        rule = config.thresholds[block_name].to(device), config.down_thresholds[block_name].to(device)
+        thresholds = config.thresholds[block_name].to(device), config.down_thresholds[block_name].to(device)
         weights = block.gate_up_proj.detach(), block.down_proj.detach()
         for count in (1, MAX_EXPERT_TOKENS[device], 40):
             arguments = routed(count, device=device)
             with torch.no_grad():
                 torch.testing.assert_close(
-                    block(*arguments), formula(*arguments, *weights, *rule), rtol=1e-4, atol=1e-4
+                    block(*arguments), experts_ref(*arguments, *weights, *thresholds), rtol=1e-4, atol=1e-4
                 )
     called.clear()
     by_kernel = logits(model, short)
@@ -113,10 +91,10 @@ def test_family(name, device, called):
     assert torch.equal(logits(model, long), dense[1])
 
 
-@pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
-def test_every_way_of_running_experts_is_masked(way, called):
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_every_implementation_of_experts_is_masked(implementation, called):
     model = mixture()
-    model.config._experts_implementation = way
+    model.config._experts_implementation = implementation
     dense = logits(model, many())
     apply_cats(model, config_for(model))
     called.clear()
@@ -180,21 +158,21 @@ def test_generate_and_pickle():
         assert torch.equal(again.generate(prompt, **greedy, **options), expected), options
 
 
-@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
-def test_gradients_are_those_of_the_formula(way):
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_gradients_are_those_of_the_formula(implementation):
     model = mixture()
-    model.config._experts_implementation = way
+    model.config._experts_implementation = implementation
     block = experts_of(model)["model.layers.0.mlp.experts"]
     config = config_for(model)
     apply_cats(model, config)
     x, chosen, routing = routed(5)
-    rule = block.threshold, block.down_threshold
+    thresholds = block.threshold, block.down_threshold
     inputs = [x, routing, block.gate_up_proj, block.down_proj]
     for tensor in inputs:
         tensor.requires_grad_()
     got = torch.autograd.grad(block(x, chosen, routing).square().sum(), inputs)
     want = torch.autograd.grad(
-        formula(x, chosen, routing, block.gate_up_proj, block.down_proj, *rule).square().sum(), inputs
+        experts_ref(x, chosen, routing, block.gate_up_proj, block.down_proj, *thresholds).square().sum(), inputs
     )
     for gradient, expected in zip(got, want, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
@@ -322,91 +300,3 @@ def test_other_experts_are_refused(name):
     with pytest.raises(ValueError, match=rf"layers.1.mlp.experts \(OtherExperts\) cannot run sparsely: .*{message}"):
         apply_cats(model, config)
     assert_unchanged(model, before)
-
-
-# --- the op ---------------------------------------------------------------------------------------------------------
-
-
-def op_arguments(count, device="cpu", dtype=torch.float32, intermediate=20):
-    x, chosen, routing = routed(count, device=device, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(4, 2 * intermediate, HIDDEN, generator=generator).to(device, dtype) / HIDDEN**0.5
-    down_t = torch.randn(4, intermediate, HIDDEN, generator=generator).to(device, dtype)
-    rule = torch.tensor(0.2, device=device), torch.tensor(0.1, device=device)
-    return [x, chosen, routing, gate_up, down_t, *rule]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    for arguments in (op_arguments(2, device), op_arguments(1, device, torch.bfloat16)[:6], op_arguments(0, device)):
-        torch.library.opcheck(sparse_experts, tuple(arguments))
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (0, torch.zeros(2, 5), r"x must have shape \[T, 64\], got \[2, 5\]"),
-        (0, torch.zeros(2, 64, dtype=torch.float64), "x must be float32, float16 or bfloat16"),
-        (1, torch.zeros(2, 2), r"experts must be int64 \[2, K\], got torch.float32"),
-        (1, torch.tensor([[0, 4], [1, 2]]), r"experts must be in \[0, 4\), got 4"),
-        (2, torch.zeros(2, 3), r"routing must be floating point \[2, 2\], got torch.float32 \[2, 3\]"),
-        (3, torch.zeros(4, 20, 64), r"w_gate_up must have shape \[4, 40, 64\], got \[4, 20, 64\]"),
-        (4, torch.zeros(4, 64, 20).mT, r"w_down_t must have unit stride in its last dimension"),
-        (5, torch.zeros(20), r"threshold must be float32 of shape \[\], got torch.float32 \[20\]"),
-    ],
-)
-def test_op_errors(place, value, message):
-    arguments = op_arguments(2)
-    arguments[place] = value
-    with pytest.raises(RuntimeError, match=f"sparse_experts: {message}"):
-        sparse_experts(*arguments)
-
-
-def test_nan_is_kept():
-    arguments = op_arguments(1)
-    expert = int(arguments[1][0, 0])
-    arguments[3][expert, 3] = float("nan")
-    assert sparse_experts(*arguments).isnan().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "activation"),
-    [
-        (torch.float32, "silu"),
-        (torch.bfloat16, "gelu"),
-        (torch.float16, "gelu_tanh"),
-        (torch.bfloat16, "relu"),
-    ],
-    ids=str,
-)
-def test_kernels_of_experts_on_cuda(dtype, activation):
-    from cats_ext.ops.reference import ACTIVATIONS
-
-    for count, intermediate in ((1, 20), (3, 77), (2, 5000)):
-        arguments = op_arguments(count, "cuda", dtype, intermediate)
-        wide = [t.double() if t.is_floating_point() else t for t in arguments]
-        wide[4] = wide[4].mT
-        got, want = sparse_experts(*arguments, activation), formula(*wide, ACTIVATIONS[activation])
-        error = (got.double() - want).norm() / want.norm()
-        assert error < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-        assert torch.equal(sparse_experts(*arguments, activation), got)
-    arguments[3][int(arguments[1][0, 0]), 3] = float("nan")
-    assert sparse_experts(*arguments, activation)[0].isnan().all()
-    arguments = op_arguments(2, "cuda", dtype)
-    arguments[1][1, 0] = 4
-    assert sparse_experts(*arguments, activation).isnan().all(-1).tolist() == [False, True]
-
-
-@pytest.mark.gpu
-def test_captured_step_follows_routing_and_thresholds():
-    arguments = op_arguments(1, "cuda", torch.bfloat16, 200)
-    for _ in range(2):
-        sparse_experts(*arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = sparse_experts(*arguments)
-    arguments[1].copy_(3 - arguments[1])
-    arguments[5].fill_(0.5)
-    graph.replay()
-    assert torch.equal(y, sparse_experts(*arguments))

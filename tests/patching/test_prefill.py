@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import tiny_model, tokens
+from transformers import DynamicCache
 
 from cats_ext import CatsConfig, apply_cats, calibrate, masking_disabled
+from cats_ext.decode.cache import cache_argument
 
 
 @torch.no_grad()
 def step(model, ids, cache=None):
-    out = model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    return out.logits[0], out.past_key_values
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    return model(input_ids=ids[None], use_cache=True, **{cache_argument(model): cache}).logits[0], cache
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from support.patched import config_for, few, layers_of, many
 
 from cats_ext import apply_cats, functional, ops
 from cats_ext.ops import reference
-from cats_ext.ops.masked_product import masked_product
+from cats_ext.ops.definitions import masked_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from cats_ext.cli import app
 
 
 def cats(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "CATS_DEBUG": "0"})
 
 
 def json_of(*arguments: object) -> dict:

@@ -34,6 +34,12 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def to_device(t: Tensor, device: torch.device | str) -> Tensor:
+    """``t`` on ``device`` with its strides, which ``Tensor.to`` drops where they leave gaps."""
+    storage = t.new_empty(0).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def clear_of(threshold: Tensor, values: Tensor, margin: float = 1e-5) -> Tensor:
     """``threshold`` ([] or [I]) raised until no ``values`` ([M, I]) are so near that rounding could change the mask."""
     threshold = threshold.double().clone()
@@ -61,7 +67,7 @@ class Case:
         x, threshold, down_threshold = (
             changed.get(name, getattr(self, name)) for name in ("x", "threshold", "down_threshold")
         )
-        on = lambda t: None if t is None else t.to(x.device)  # noqa: E731
+        on = lambda t: None if t is None else to_device(t, x.device)  # noqa: E731
         weights = changed.get("weights", self.weights)
         return x, *weights, on(threshold), on(down_threshold), self.activation, *self.biases
 

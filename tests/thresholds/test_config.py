@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import INTERMEDIATE, LAYERS, tiny_model, tokens
 
 from cats_ext import CatsConfig, apply_cats, calibrate
-from cats_ext.thresholds.config import CONFIG_FILE, THRESHOLDS_FILE
+from cats_ext.thresholds.files import CONFIG_FILE, THRESHOLDS_FILE
 
 NAME = "model.layers.0.mlp"
 

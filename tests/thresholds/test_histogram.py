@@ -27,7 +27,8 @@ def check_bounds(values: torch.Tensor, q: float, mantissa_bits: int = 9) -> None
     bits = lambda x: torch.as_tensor(x).view(torch.int32) >> (23 - mantissa_bits)  # noqa: E731
     bucket = (bits(magnitudes) == bits(torch.tensor(exact))).float().mean().item()
     missed = (magnitudes < got).double().mean().item() - q
-    if bucket > 1 / 16:
+    last = bits(torch.tensor(exact)) == bits(torch.tensor(torch.finfo(torch.float32).max))  # its upper edge is infinite
+    if bucket > 1 / 16 or last:
         assert -bucket - 1e-6 <= missed <= 1e-6
     else:
         assert abs(missed) <= bucket / 2 + 1e-6
@@ -91,16 +92,13 @@ def test_where_silu_turns_back_many_values_share_a_bucket():
         assert (values < histogram.quantile(q)).float().mean().item() == pytest.approx(q, abs=most / 2)
 
 
-def test_order_chunks_and_merging_do_not_matter():
+def test_order_and_chunks_do_not_matter():
     values = DISTRIBUTIONS["heavy tails"]
-    whole, pieces, left, right = (Histogram() for _ in range(4))
+    whole, pieces = Histogram(), Histogram()
     whole.add(values)
     for piece in values[torch.randperm(len(values))].split(997):
         pieces.add(piece)
-    left.add(values[:5000])
-    right.add(values[5000:])
-    left.merge(right)
-    assert whole == pieces == left
+    assert whole == pieces
     assert whole.total == len(values)
 
 
@@ -154,7 +152,5 @@ def test_errors():
         Histogram().quantile(0.5)
     with pytest.raises(ValueError, match="mantissa_bits must be in"):
         Histogram(17)
-    with pytest.raises(ValueError, match="mantissa_bits differ: 9 and 8"):
-        Histogram(9).merge(Histogram(8))
     with pytest.raises(ValueError, match="exceed"):
         Histogram.from_trimmed((255 << 9) - 1, torch.ones(2, dtype=torch.int64), 9)

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 
 from cats_ext.cli import op_benchmark as benchmark
 from cats_ext.cli.common import (
@@ -16,10 +14,12 @@ from cats_ext.cli.common import (
     Json,
     escape,
     note_uncompiled,
+    numbers,
     one_sentence_errors,
     output,
     pick_device,
     print_json,
+    result_table,
     status,
 )
 
@@ -36,10 +36,10 @@ def bench(
 ) -> None:
     """Time the sparse op against the dense PyTorch MLP on this machine.
 
-    Both run in turns over layers of distinct random weights, larger together than
-    any cache; on a GPU inside a CUDA graph, timed by device events. Each time is set
-    against the bytes that had to be read and this machine's own read rate, measured
-    in the same run.
+    Both alternate over layers of distinct random weights that fit into no cache;
+    on a GPU inside a CUDA graph, timed by device events. Each time is compared with
+    the bytes that had to be read and the read rate of this machine, measured in the
+    same run.
 
     Examples:
 
@@ -50,10 +50,7 @@ def bench(
     $ cats bench --shape 2048x8192 --tokens 4 --json
     """
     hidden, intermediate = benchmark.parse_shape(shape)
-    try:
-        sparsities = [float(part) for part in sparsity.split(",")]
-    except ValueError:
-        raise ValueError(f"--sparsity must be numbers separated by commas, got '{sparsity}'") from None
+    sparsities = numbers("--sparsity", sparsity)
     where = pick_device(device)
     note_uncompiled(where)
     default = torch.float32 if where.type == "cpu" else torch.bfloat16
@@ -77,12 +74,10 @@ def bench(
         f"{escape(shape)}: H {hidden}, I {intermediate}, {tokens} token{'s' * (tokens > 1)}, {result.dtype}, "
         f"{result.device}{threads}; {result.layers} layers, median of {result.passes} passes"
     )
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"limit: plain reading of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s",
+    table = result_table(
+        ("", "skipped", "us/layer", "MB read", "GB/s", "of limit", "speed-up"),
+        caption=f"limit: a plain read of memory in the same run, {result.read_limit_gb_per_s:,.1f} GB/s",
     )
-    for title in ("", "skipped", "us/layer", "MB read", "GB/s", "of limit", "speed-up"):
-        table.add_column(title, justify="right" if title else "left")
     for row in result.rows:
         table.add_row(
             row.variant,

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from enum import Enum
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import cats_ext
+from cats_ext.calibration.settings import CalibrationSettings
 from cats_ext.cli.common import (
     Device,
     DType,
     Json,
     Model,
     TextFiles,
+    check_output,
+    choices,
     escape,
     load,
     one_sentence_errors,
     output,
     pick_device,
     print_json,
+    show_next,
 )
 from cats_ext.cli.text import read_texts
+from cats_ext.thresholds.allocation import ALLOCATIONS
+from cats_ext.thresholds.rules import IMPORTANCES, RULES
 
-
-class Rule(str, Enum):
-    PLAIN = "plain"
-    WEIGHTED = "weighted"
-    TWO_THRESHOLD = "two_threshold"
-
-
-class Importance(str, Enum):
-    NORM = "norm"
-    GRADIENT = "gradient"
-
-
-class Allocation(str, Enum):
-    UNIFORM = "uniform"
-    SEARCH = "search"
+Rule = choices("Rule", RULES)
+Importance = choices("Importance", IMPORTANCES)
+Allocation = choices("Allocation", ALLOCATIONS)
+DEFAULTS = CalibrationSettings()
 
 
 @one_sentence_errors
@@ -51,7 +46,7 @@ def calibrate(
         float | None,
         typer.Option(help="Instead: share of the MLP weights that a token may read, in (1/3, 1]; 2/3 without either."),
     ] = None,
-    rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = Rule.TWO_THRESHOLD,
+    rule: Annotated[Rule, typer.Option(help="plain: the paper's, one threshold a layer.")] = DEFAULTS.rule,
     down_sparsity: Annotated[
         float | None, typer.Option(help="two_threshold: share of down rows to skip; without it sparsity + 0.125.")
     ] = None,
@@ -61,29 +56,29 @@ def calibrate(
     last_gate_power: Annotated[float | None, typer.Option(help="The same of the last layer.")] = None,
     importance: Annotated[
         Importance | None,
-        typer.Option(help="What weighs a neuron: norms, or gradients of the predictions (with a search, gradients)."),
+        typer.Option(help="Weights of neurons: norms, or gradients of the predictions. Without it the rule's own."),
     ] = None,
     allocation: Annotated[
-        Allocation | None, typer.Option(help="All layers alike, or searched (without it, alike for a --sparsity).")
+        Allocation | None, typer.Option(help="All layers alike, or searched; without it alike for a --sparsity.")
     ] = None,
     spread: Annotated[
-        float, typer.Option(help="Of a search: how far a layer's sparsity may be from that of all layers alike.")
-    ] = 1.0,
+        float, typer.Option(help="search: largest difference of a layer's sparsity from that of all layers alike.")
+    ] = DEFAULTS.spread,
     dense_prefill: Annotated[bool, typer.Option("--dense-prefill", help="Compute prompts densely.")] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File that an interrupted calibration goes on from, called again.")
+        Path | None, typer.Option(help="File from which the same command continues after an interruption.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Windows run together.")] = 1,
-    seed: Annotated[int, typer.Option(help="Chooses the windows where there are more than needed.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = DEFAULTS.max_tokens,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = DEFAULTS.sequence_length,
+    batch_size: Annotated[int, typer.Option(help="Windows run together.")] = DEFAULTS.batch_size,
+    seed: Annotated[int, typer.Option(help="Chooses the windows where there are more than needed.")] = DEFAULTS.seed,
     device: Device = None,
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Find the thresholds at which a model skips a share of its neurons, on text of yours.
+    """Find the thresholds at which a model skips a share of its neurons, on your text.
 
-    Choose text like the one the model will work on; thirty thousand tokens are enough.
+    Choose text like that of the model's later use; thirty thousand tokens are enough.
 
     Examples:
 
@@ -91,20 +86,7 @@ def calibrate(
 
     $ cats calibrate ./mistral-7b --text a.txt --text b.jsonl.gz --budget 0.6 -o out
     """
-    import cats_ext
-    from cats_ext.thresholds.rules import sparsity_split
-
-    if sparsity is not None:
-        sparsity_split(sparsity, rule.value, down_sparsity)
-    texts = read_texts(text)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
-    where = pick_device(device)
-    network, tokenizer = load(model, where, dtype)
-    config = cats_ext.calibrate(
-        network,
-        texts,
-        tokenizer=tokenizer,
+    settings = CalibrationSettings(
         sparsity=sparsity,
         budget=budget,
         rule=rule.value,
@@ -114,12 +96,15 @@ def calibrate(
         importance=importance and importance.value,
         allocation=allocation and allocation.value,
         spread=spread,
-        checkpoint=checkpoint,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
     )
+    texts = read_texts(text)
+    check_output(out, directory=True)
+    network, tokenizer = load(model, pick_device(device), dtype)
+    config = cats_ext.calibrate(network, texts, tokenizer=tokenizer, checkpoint=checkpoint, **asdict(settings))
     config = replace(config, sparse_prefill=not dense_prefill)
     config.save_pretrained(out)
     if json:
@@ -136,6 +121,5 @@ def calibrate(
             "KL from the dense model, in nats a token: {uniform_kl:.4f} with all layers alike, {searched_kl:.4f} with "
             "the budget searched.".format(**search)
         )
-    console.print(f"Thresholds are in [bold]{escape(str(out))}[/]. Next:", soft_wrap=True)
-    for command in (f"eval {model} --cats {out} --text FILE", f"generate {model} --cats {out} --prompt TEXT"):
-        console.print(f"  cats {escape(command)}", soft_wrap=True)
+    commands = (f"eval {model} --cats {out} --text FILE", f"generate {model} --cats {out} --prompt TEXT")
+    show_next(console, f"Thresholds are in [bold]{escape(str(out))}[/].", commands)

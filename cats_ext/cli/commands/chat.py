@@ -36,7 +36,9 @@ def chat(
         int | None, typer.Option(min=1, help="Tokens of an answer at most; without it half the context, up to 512.")
     ] = None,
     context: Annotated[int, typer.Option(min=16, help="Tokens that the model looks back on at most.")] = 4096,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy), above 0 samples.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     device: Device = None,
     dtype: DType = None,
@@ -44,8 +46,8 @@ def chat(
     """Talk to a model: sparsely with --cats, or if it was saved with thresholds.
 
     Answers go to standard output, the rest to standard error.
-    /reset starts anew, /exit or the end of the input leaves, Ctrl-C ends an answer.
-    Where the conversation outgrows --context, its oldest exchanges are forgotten.
+    /reset clears the conversation, /exit or the end of the input ends it, Ctrl-C stops
+    an answer. If the conversation outgrows --context, its oldest exchanges are dropped.
 
     Examples:
 

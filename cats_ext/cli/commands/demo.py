@@ -1,12 +1,11 @@
-"""``cats demo``: a real model calibrated, made sparse, and compared with itself, in a few minutes on any machine."""
+"""``cats demo``: calibrates a real model, makes it sparse and compares it with the dense one, in a few minutes."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,8 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 
+import cats_ext
+from cats_ext._inputs import window_bos
 from cats_ext.cli import models
 from cats_ext.cli.common import (
     Device,
@@ -27,19 +28,24 @@ from cats_ext.cli.common import (
     notes,
     one_sentence_errors,
     output,
+    patched,
     pick_device,
     print_json,
+    result_table,
     status,
 )
-from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize, window_bos
+from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize
+from cats_ext.evaluation.comparison import perplexity
+from cats_ext.evaluation.plots import ActivationPanel, plot_activations
+from cats_ext.ops.library import LIBRARIES
+from cats_ext.patching.detection import find_gated_mlps
+from cats_ext.thresholds.rules import sparsity_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cats_ext import CatsConfig, SparsityReport
-
 DENSE, PLAIN, TWO = "dense", "CATS, one threshold", "CATS, two thresholds"
-_ROUNDS = 3  # of timing, dense and sparse in turns
+_ROUNDS = 3  # of timing; dense and sparse alternate
 
 
 @dataclass
@@ -47,28 +53,17 @@ class Variant:
     """The model in one of its three forms, and what was measured of it."""
 
     name: str
-    config: CatsConfig | None
+    config: cats_ext.CatsConfig | None  # None: dense
     perplexity: float = 0.0
-    report: SparsityReport | None = None
+    report: cats_ext.SparsityReport | None = None
+
+    @property
+    def patch(self) -> Callable[[PreTrainedModel], object] | None:
+        return None if self.config is None else lambda network: cats_ext.apply_cats(network, self.config)
 
     def to_dict(self) -> dict[str, Any]:
         reached = None if self.report is None else self.report.to_dict()
         return {"name": self.name, "perplexity": self.perplexity, "reached": reached}
-
-
-@contextmanager
-def patched(network: PreTrainedModel, variant: Variant) -> Iterator[None]:
-    """The model as ``variant`` inside, dense again after."""
-    from cats_ext import apply_cats, remove_cats
-
-    if variant.config is None:
-        yield
-        return
-    apply_cats(network, variant.config)
-    try:
-        yield
-    finally:
-        remove_cats(network)
 
 
 @one_sentence_errors
@@ -78,7 +73,7 @@ def demo(
     ] = models.DEMO_MODEL.name,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file of yours (.txt, .jsonl, .gz), instead of Python's own documentation. Repeatable."),
+        typer.Option(help="Your text file (.txt, .jsonl, .gz), instead of Python's own documentation. Repeatable."),
     ] = None,
     out: Annotated[Path, typer.Option("--output", "-o", help="The figure: a .png, or a directory for it.")] = Path(),
     sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
@@ -89,9 +84,9 @@ def demo(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Watch a real language model become sparse: thresholds, perplexity, text, speed and a figure.
+    """Make a real language model sparse: thresholds, perplexity, text, speed and a figure.
 
-    Everything is measured on this machine while you watch.
+    Everything is measured on this machine in this run.
 
     Examples:
 
@@ -102,7 +97,6 @@ def demo(
     $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
     """
     from cats_ext.cli.generation import encode_prompt
-    from cats_ext.thresholds.rules import sparsity_split
 
     started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
@@ -121,14 +115,14 @@ def demo(
     evaluate_variants(network, tokenizer, variants, held_out)
     document |= show_thresholds(console, variants[PLAIN], source)
     document["variants"] = show_quality(console, variants, held_out.numel())
-    _heading(console, "Text", f"The likeliest continuation of: [italic]{escape(prompt)}[/]")
+    _heading(console, "Text", f"The most probable continuation of: [italic]{escape(prompt)}[/]")
     document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
     document["tokens_per_second"] = show_speed(
         console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
     )
     document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
     document["seconds"] = time.perf_counter() - started
-    console.print(f"\n[dim]{document['seconds']:.0f} s in all. On a model of yours:[/]")
+    console.print(f"\n[dim]{document['seconds']:.0f} s in total. For your own model:[/]")
     console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
     console.print("  cats generate MODEL --cats thresholds --prompt TEXT")
     if json:
@@ -136,7 +130,7 @@ def demo(
 
 
 def _figure_path(out: Path) -> Path:
-    """Where the figure goes; found out before the work, so that nothing is lost for a wrong path."""
+    """The path of the figure, checked before the work, which would be lost."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
@@ -149,7 +143,7 @@ def _figure_path(out: Path) -> Path:
 
 
 def _texts(files: list[Path] | None) -> tuple[str, str, str]:
-    """Text to calibrate on, other text to measure on, and what they are."""
+    """Text to calibrate on, other text to measure on, and a description of the first."""
     if not files:
         source = "docstrings of Python's standard library"
         return docstrings(CALIBRATION_MODULES), docstrings(HELD_OUT_MODULES), source
@@ -159,16 +153,13 @@ def _texts(files: list[Path] | None) -> tuple[str, str, str]:
 
 
 def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[str, Any]:
-    from cats_ext.ops import library as _library
-    from cats_ext.patching.detection import find_gated_mlps
-
     mlps = find_gated_mlps(network)
     mlp_weights = sum(3 * mlp.hidden_size * mlp.intermediate_size for mlp in mlps)
-    # what a token reads: everything but an input embedding of its own, of which it reads one row
+    # a token reads all weights; of an input embedding that is not the output layer too, only one row
     weights = sum(parameter.numel() for parameter in network.parameters())
     if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
         weights -= network.get_input_embeddings().weight.numel()
-    compiled = _library.LIBRARIES["_C_cuda" if network.device.type == "cuda" else "_C"].loaded
+    compiled = LIBRARIES["_C_cuda" if network.device.type == "cuda" else "_C"].loaded
     title = models.DEMO_MODEL.title if name == models.DEMO_MODEL.name else name
     threads = torch.get_num_threads()
     cpu = f"a CPU with {threads} thread{'s' * (threads != 1)}"
@@ -189,12 +180,10 @@ def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[st
 def calibrate_variants(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, sparsity: float, tokens: int
 ) -> dict[str, Variant]:
-    from cats_ext import calibrate
-
     variants = {DENSE: Variant(DENSE, None)}
     for name, rule in ((PLAIN, "plain"), (TWO, "two_threshold")):
         notes.print(f"[dim]Calibrating: {name}[/]")
-        config = calibrate(network, text, tokenizer=tokenizer, sparsity=sparsity, rule=rule, max_tokens=tokens)
+        config = cats_ext.calibrate(network, text, tokenizer=tokenizer, sparsity=sparsity, rule=rule, max_tokens=tokens)
         variants[name] = Variant(name, config)
     return variants
 
@@ -202,17 +191,14 @@ def calibrate_variants(
 def evaluate_variants(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variants: dict[str, Variant], ids: torch.Tensor
 ) -> None:
-    from cats_ext import sparsity_report, track_sparsity
-    from cats_ext.evaluation.comparison import perplexity
-
     bos = window_bos(tokenizer)
     for variant in variants.values():
         notes.print(f"[dim]Measuring: {variant.name}[/]")
-        with patched(network, variant):
+        with patched(network, variant.patch):
             if variant.config is not None:
-                track_sparsity(network)
+                cats_ext.track_sparsity(network)
             variant.perplexity = perplexity(network, ids, bos_token_id=bos).ppl
-            variant.report = None if variant.config is None else sparsity_report(network)
+            variant.report = None if variant.config is None else cats_ext.sparsity_report(network)
 
 
 def _three(names: list[str]) -> list[tuple[int, str]]:
@@ -274,7 +260,7 @@ def show_text(
     written = {}
     grid = Table.grid(padding=(0, 2))
     for variant in variants.values():
-        with status(f"Writing: {variant.name} ..."), patched(network, variant):
+        with status(f"Writing: {variant.name} ..."), patched(network, variant.patch):
             written[variant.name] = continue_prompt(network, tokenizer, question, new_tokens)
         grid.add_row(variant.name, escape(written[variant.name].text.strip()))
     _show(console, grid)
@@ -290,7 +276,7 @@ def show_speed(
     mlp_share: float,
     load: float,
 ) -> dict[str, Any]:
-    """Decode speed, dense and sparse in turns, each warmed up, over the same number of tokens of the same text."""
+    """Decode speed, dense and sparse alternating, each warmed up, for the same number of tokens after the same text."""
     from cats_ext.cli.generation import continue_prompt, decoder, encode_prompt
 
     engine = decoder(network)
@@ -300,7 +286,7 @@ def show_speed(
         for turn in range(_ROUNDS):
             for name, times in rates.items():
                 report(f"Timing: {name}, round {turn + 1} of {_ROUNDS} ...")
-                with patched(network, variants[name]):
+                with patched(network, variants[name].patch):
                     continue_prompt(network, tokenizer, ids, 4, exact_length=True, engine=engine)
                     timed = continue_prompt(network, tokenizer, ids, new_tokens, exact_length=True, engine=engine)
                     times.append(timed.tokens_per_second)
@@ -309,7 +295,7 @@ def show_speed(
     _heading(
         console,
         "Speed",
-        f"Median of {_ROUNDS} rounds in turns, one token at a time. At equal bandwidth the weights left unread are "
+        f"Median of {_ROUNDS} alternating rounds, one token at a time. At equal bandwidth the weights not read are "
         f"worth {worth:.2f}x; attention and the output layer stay as they are.",
     )
     grid = Table.grid(padding=(0, 2))
@@ -326,8 +312,6 @@ def show_speed(
 
 
 def show_figure(console: Console, plain: Variant, path: Path) -> Path:
-    from cats_ext.evaluation.plots import ActivationPanel, plot_activations
-
     config = plain.config
     panels = [
         ActivationPanel(f"layer {index}", config.statistics[name].gate, config.thresholds[name].item())
@@ -335,14 +319,14 @@ def show_figure(console: Console, plain: Variant, path: Path) -> Path:
     ]
     title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"
     written = plot_activations(panels, path, title=title)
-    peak = " The peak at 0.28 is SiLU's lowest value, -0.28." if _is_silu(config) else ""
+    peak = (
+        " The peak at 0.28 is SiLU's lowest value, -0.28."
+        if all(layer.activation == "silu" for layer in config.layers.values())
+        else ""
+    )
     _heading(console, "Figure", f"|act(gate)| in {len(panels)} layers, with the thresholds.{peak}")
     console.print(f"  [bold]{escape(str(written))}[/]", soft_wrap=True)
     return written
-
-
-def _is_silu(config: CatsConfig) -> bool:
-    return all(layer.activation == "silu" for layer in config.layers.values())
 
 
 def _heading(console: Console, title: str, explanation: str) -> None:
@@ -350,10 +334,7 @@ def _heading(console: Console, title: str, explanation: str) -> None:
 
 
 def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right")
-    return table
+    return result_table(titles, box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
 
 
 def _show(console: Console, content: Any) -> None:

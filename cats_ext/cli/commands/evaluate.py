@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
-import json as json_module
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import cats_ext
+from cats_ext._inputs import window_bos
 from cats_ext.cli.common import (
     CatsDirectory,
     Device,
     DType,
     Json,
     Model,
+    OptionalTextFiles,
+    check_output,
     escape,
-    finite,
+    json_text,
     load_patched,
     note_drift,
+    numbers,
     one_sentence_errors,
     output,
+    patched,
     pick_device,
     print_json,
+    result_table,
 )
-from cats_ext.cli.text import NAMED_TEXTS, named_text, read_texts, tokenize, window_bos
+from cats_ext.cli.text import NAMED_TEXTS, named_text, read_texts, tokenize
+from cats_ext.evaluation.comparison import compare, perplexity
+from cats_ext.evaluation.tasks import answers, compare_answers, local_task
+from cats_ext.thresholds.rules import check_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cats_ext import CatsConfig
 
 
 @one_sentence_errors
 def evaluate(
     model: Model,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable."),
-    ] = None,
+    text: OptionalTextFiles = None,
     named: Annotated[
         str | None, typer.Option("--set", help=f"Instead of a file: {', '.join(NAMED_TEXTS)} (needs a network).")
     ] = None,
@@ -74,7 +76,7 @@ def evaluate(
     """Measure a model on text and tasks, dense and (with thresholds) sparse side by side.
 
     Text: perplexity, the KL divergence from the dense model and how often both find
-    the same token likeliest, with standard errors over windows; the sparsity reached
+    the same token most probable, with standard errors over windows; the sparsity reached
     and the share of the MLP weights read. Tasks: accuracies with the significance of
     the difference (exact McNemar test).
 
@@ -86,8 +88,6 @@ def evaluate(
 
     $ cats eval ./mistral-7b --cats thresholds --tasks arc_easy,piqa --output thresholds/eval.json
     """
-    import cats_ext
-
     if text and named:
         raise ValueError(f"give --text or --set, not both, got '{text[0]}' and '{named}'")
     if not (text or named or tasks):
@@ -95,9 +95,8 @@ def evaluate(
     curve = _curve(sparsities)
     texts = named_text(named) if named else read_texts(text) if text else []
     chosen = _tasks(tasks, task_data)
-    _check_output(out)
-    where = pick_device(device)
-    network, tokenizer, config = load_patched(model, where, dtype, cats)
+    check_output(out, directory=False)
+    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats)
     if config is not None:
         cats_ext.remove_cats(network)
     if config is None and curve:
@@ -112,14 +111,14 @@ def evaluate(
         options: dict[str, Any] = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
         document["text"] = {
             "source": named or [str(path) for path in text],
-            **measure_text(network, ids, config, curve, relufication, options),
+            **measure_text(network, ids, variants_of(config, curve, relufication), options),
         }
     if chosen:
         run = {"limit": limit, "batch_size": batch_size}
-        document["tasks"] = measure_tasks(network, tokenizer, chosen, config, relufication, run)
+        document["tasks"] = measure_tasks(network, tokenizer, chosen, variants_of(config, [], relufication), run)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_module.dumps(finite(document), indent=2) + "\n", encoding="utf-8")
+        out.write_text(json_text(document), encoding="utf-8")
     if json:
         print_json(document)
         return
@@ -131,77 +130,63 @@ def evaluate(
 
 
 def _curve(sparsities: str | None) -> list[float]:
-    from cats_ext.thresholds.rules import check_sparsity
-
-    try:
-        values = [float(part) for part in sparsities.split(",")] if sparsities else []
-    except ValueError:
-        raise ValueError(f"--curve must be numbers separated by commas, got '{sparsities}'") from None
+    values = numbers("--curve", sparsities) if sparsities else []
     for value in values:
         check_sparsity("--curve", value)
     return values
 
 
 def _tasks(tasks: str | None, task_data: Path | None) -> list[Any]:
-    from cats_ext.evaluation.tasks import local_task
-
     names = [name.strip() for name in tasks.split(",")] if tasks else []
     return [name if task_data is None else local_task(name, task_data) for name in names]
 
 
-def _check_output(out: Path | None) -> None:
-    """Found out before the work, so that nothing is lost for a wrong path."""
-    if out is not None and out.is_dir():
-        raise IsADirectoryError(f"--output '{out}' is a directory")
+@dataclass(frozen=True)
+class Variant:
+    """A sparse form of the model: with ``config``, or ReLUfied if that is None."""
+
+    config: cats_ext.CatsConfig | None
+
+    @property
+    def name(self) -> str:
+        return "ReLUfication" if self.config is None else f"{self.config.rule} {self.config.sparsity:.0%}"
+
+    @property
+    def patch(self) -> Callable[[PreTrainedModel], object]:
+        if self.config is None:
+            return cats_ext.apply_relufication
+        return lambda network: cats_ext.apply_cats(network, self.config)
 
 
-@contextlib.contextmanager
-def _variant(network: PreTrainedModel, config: CatsConfig | None) -> Iterator[None]:
-    """The model with ``config``, or ReLUfied; dense again after."""
-    import cats_ext
-
-    if config is None:
-        cats_ext.apply_relufication(network)
-    else:
-        cats_ext.apply_cats(network, config)
-    try:
-        yield
-    finally:
-        cats_ext.remove_cats(network)
+def variants_of(config: cats_ext.CatsConfig | None, curve: list[float], relufication: bool) -> list[Variant]:
+    """``config`` as it is and at the sparsities of ``curve``, and the ReLUfied model if wanted."""
+    configs = [] if config is None else [config, *(config.at_sparsity(sparsity) for sparsity in curve)]
+    return [Variant(each) for each in (*configs, *([None] if relufication else []))]
 
 
 def measure_text(
-    network: PreTrainedModel,
-    ids: Any,
-    config: CatsConfig | None,
-    curve: list[float],
-    relufication: bool,
-    options: dict[str, Any],
+    network: PreTrainedModel, ids: Any, variants: list[Variant], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The dense model's perplexity, and a row for each sparse variant of it."""
-    import cats_ext
-    from cats_ext.evaluation.comparison import compare, perplexity
-
-    variants: list[tuple[str, CatsConfig | None]] = []
-    if config is not None:
-        for each in (config, *(config.at_sparsity(sparsity) for sparsity in curve)):
-            variants.append((f"{each.rule} {each.sparsity:.0%}", each))
-    if relufication:
-        variants.append(("ReLUfication", None))
+    """The dense model's perplexity, and a row for each sparse variant; ``options`` are those of :func:`compare`."""
     if not variants:
         dense = perplexity(network, ids, **options)
         return {"window": options["window"], "dense": asdict(dense), "variants": []}
     rows = []
-    for name, each in variants:
-        with _variant(network, each):
+    for variant in variants:
+        with patched(network, variant.patch):
             with cats_ext.track_sparsity(network):
                 found = compare(network, ids, **options)
             report = cats_ext.sparsity_report(network)
-        row = {"name": name, "sparsity": each and each.sparsity, "bytes_share_target": each and each.bytes_share}
+        config = variant.config
+        row = {
+            "name": variant.name,
+            "sparsity": config and config.sparsity,
+            "bytes_share_target": config and config.bytes_share,
+        }
         row |= {key: value for key, value in found.to_dict().items() if key != "dense"}
         rows.append(row | {"reached": report.to_dict()})
-        if each is not None:
-            note_drift(report, name)
+        if config is not None:
+            note_drift(report, variant.name)
     return {"window": options["window"], "dense": asdict(found.dense), "variants": rows}
 
 
@@ -209,35 +194,28 @@ def measure_tasks(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Any],
-    config: CatsConfig | None,
-    relufication: bool,
+    variants: list[Variant],
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """The dense model's accuracies, and those of each sparse variant beside them with their tests."""
-    from cats_ext.evaluation.tasks import answers, compare_answers
-
+    """The dense model's accuracies, and those of each sparse variant with the tests of the difference."""
     dense = answers(network, tokenizer, tasks, **run)
-    accuracy = {name: sum(right) / len(right) for name, right in dense.items()}
-    document: dict[str, Any] = {"items": {name: len(right) for name, right in dense.items()}, "dense": accuracy}
-    document["variants"] = []
-    for name, each in ((config and f"{config.rule} {config.sparsity:.0%}", config), ("ReLUfication", None)):
-        if (each is None) if name != "ReLUfication" else not relufication:
-            continue
-        with _variant(network, each):
+    rows = []
+    for variant in variants:
+        with patched(network, variant.patch):
             found, mean = compare_answers(dense, answers(network, tokenizer, tasks, **run))
-        rows = [task.to_dict() for task in (*found.values(), mean)]
-        document["variants"].append({"name": name, "tasks": rows})
-    return document
+        rows.append({"name": variant.name, "tasks": [task.to_dict() for task in (*found.values(), mean)]})
+    return {
+        "items": {name: len(right) for name, right in dense.items()},
+        "dense": {name: sum(right) / len(right) for name, right in dense.items()},
+        "variants": rows,
+    }
 
 
 def show_text(console: Console, found: dict[str, Any]) -> None:
     dense = found["dense"]
     caption = f"{dense['tokens']:,} predicted tokens in windows of {found['window']}; read: share of the MLP weights"
-    table = _table(console, caption=caption)
-    table.add_column("")
-    titles = ("perplexity", "change", "KL, nats", "same top\ntoken", "up\nskipped", "down\nskipped", "read")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("", "perplexity", "change", "KL, nats", "same top\ntoken", "up\nskipped", "down\nskipped", "read")
+    table = _table(console, titles, caption=caption)
     table.add_row("dense", f"{dense['ppl']:.2f}", "", "", "", "0.0%", "0.0%", "100.0%")
     for row in found["variants"]:
         reached, ppl = row["reached"], row["sparse"]["ppl"]
@@ -253,12 +231,10 @@ def show_text(console: Console, found: dict[str, Any]) -> None:
 
 
 def show_tasks(console: Console, found: dict[str, Any]) -> None:
-    columns = ("items", "dense", "sparse", "difference", "lost", "gained", "p")
+    titles = ("task", "items", "dense", "sparse", "difference", "lost", "gained", "p")
     for variant in found["variants"] or [{"name": "dense", "tasks": []}]:
-        table = _table(console, title=escape(variant["name"]))
-        table.add_column("task", no_wrap=True)
-        for title in columns:
-            table.add_column(title, justify="right", no_wrap=True)
+        table = _table(console, titles, title=escape(variant["name"]))
+        table.columns[0].no_wrap = True
         for task in variant["tasks"]:
             table.add_row(
                 task["task"],
@@ -276,11 +252,11 @@ def show_tasks(console: Console, found: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _table(console: Console, **options: Any) -> Table:
-    """A table whose columns fit into 80 characters, and stand further apart where there is room."""
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), **options)
+def _table(console: Console, titles: tuple[str, ...], **options: Any) -> Table:
+    """A table whose columns fit into 80 characters, with more space between them where the console is wider."""
+    return result_table(titles, padding=(0, 1 if console.width >= 100 else 0), **options)
 
 
 def _error(value: float, form: str, unit: str = "") -> str:
-    """A standard error to be put under a value; nothing where there is none."""
+    """A standard error for the line under a value; empty if it is NaN."""
     return "" if value != value else f"\n±{value:{form}}{unit}"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 
+import cats_ext
 from cats_ext.cli.common import (
     CatsDirectory,
     Device,
@@ -21,6 +19,8 @@ from cats_ext.cli.common import (
     Model,
     Precision,
     TextFiles,
+    check_output,
+    choices,
     escape,
     load_patched,
     notes,
@@ -28,14 +28,15 @@ from cats_ext.cli.common import (
     output,
     pick_device,
     print_json,
+    result_table,
+    show_next,
 )
 from cats_ext.cli.text import dataset_texts, read_texts
+from cats_ext.finetune import METHODS, FinetuneSettings
+from cats_ext.finetune import finetune as tune
 
-
-class Method(str, Enum):
-    CATS = "cats"
-    RELUFICATION = "relufication"
-    DENSE = "dense"
+Method = choices("Method", METHODS)
+DEFAULTS = FinetuneSettings()
 
 
 @one_sentence_errors
@@ -51,39 +52,39 @@ def finetune(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows of --dataset are read at most.")] = 10_000,
-    method: Annotated[Method, typer.Option(help="cats: masked by thresholds; dense: as it is.")] = Method.CATS,
+    method: Annotated[
+        Method, typer.Option(help="cats: masked by thresholds; relufication: with ReLU; dense: as it is.")
+    ] = DEFAULTS.method,
     sparsity: Annotated[
         float | None, typer.Option(help="cats: share of neurons to skip; without it 0.5, or that of the thresholds.")
     ] = None,
     cats: CatsDirectory = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
     full: Annotated[bool, typer.Option("--full", help="Tune all weights instead of LoRA adapters.")] = False,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = DEFAULTS.lora_rank,
     lora_targets: Annotated[
         str | None, typer.Option(help="Linear modules to adapt, with commas; without it all but the output layer.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its highest; 2e-4, or 2e-5 with --full.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest; without it 2e-4, 2e-5 with --full.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = DEFAULTS.batch_size,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = DEFAULTS.sequence_length,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
-    recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Set the thresholds anew after the tuning.")
-    ] = False,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Calibrate again after the tuning.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the last two are kept.")] = 50,
     report_to: Annotated[
         str | None, typer.Option(help="Where Trainer logs to, with commas, or none; tensorboard if it is installed.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the windows' order and the adapters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the windows' order and the adapters.")] = DEFAULTS.seed,
     device: Device = None,
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Tune a model while its neurons are skipped, so that it wins back what that cost.
+    """Tune a model while its neurons are skipped, so that it recovers the lost quality.
 
-    Interrupted, the same command goes on from the last checkpoint. The result is a model with
-    merged adapters that every other command takes, and the sparsity it has kept.
+    After an interruption, the same command continues from the last checkpoint. The result is
+    a model with merged adapters, which every other command takes, and the sparsity it reached.
 
     Examples:
 
@@ -93,11 +94,7 @@ def finetune(
 
     $ cats finetune ./mistral-7b --cats thresholds --text a.jsonl.gz --steps 1000 --recalibrate -o tuned
     """
-    import cats_ext
-    from cats_ext.finetune.run import FinetuneSettings
-    from cats_ext.finetune.run import finetune as tune
-
-    if method is not Method.CATS and (sparsity is not None or cats is not None):
+    if method.value != "cats" and (sparsity is not None or cats is not None):
         option = f"--sparsity {sparsity}" if sparsity is not None else f"--cats {cats}"
         raise ValueError(f"{option} is for --method cats, got --method {method.value}")
     if bool(text) == (dataset is not None):
@@ -105,16 +102,15 @@ def finetune(
         raise ValueError(f"give --text or --dataset, {given}")
     if full and lora_targets is not None:
         raise ValueError(f"give --full or --lora-targets, not both, got --lora-targets {lora_targets}")
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
+    check_output(out, directory=True)
     settings = FinetuneSettings(
         method=method.value,
-        sparsity=0.5 if sparsity is None else sparsity,
+        sparsity=DEFAULTS.sparsity if sparsity is None else sparsity,
         steps=steps,
         lora_rank=0 if full else lora_rank,
         lora_alpha=2.0 * lora_rank,
         lora_targets=tuple(name.strip() for name in lora_targets.split(",")) if lora_targets else None,
-        learning_rate=learning_rate if learning_rate is not None else 2e-5 if full else 2e-4,
+        learning_rate=learning_rate if learning_rate is not None else 2e-5 if full else DEFAULTS.learning_rate,
         batch_size=batch_size,
         sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing,
@@ -131,7 +127,7 @@ def finetune(
     network, tokenizer, config = load_patched(model, where, dtype, cats)
     if config is not None:
         cats_ext.remove_cats(network)
-        if method is not Method.CATS:
+        if method.value != "cats":
             config = None
         elif sparsity is not None:
             config = config.at_sparsity(sparsity)
@@ -162,9 +158,8 @@ def _integrations(report_to: str | None) -> tuple[str, ...]:
 
 def _show(found: dict[str, Any], console: Any, out: Path) -> None:
     caption = f"{found['held_out_tokens']:,} tokens held out"
-    table = Table("", box=box.SIMPLE_HEAD, caption=caption)
-    for title in ("perplexity", "up skipped", "down skipped", "read", "furthest layer"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("", "perplexity", "up skipped", "down skipped", "read", "furthest layer")
+    table = result_table(titles, caption=caption)
     for name in ("before", "after", "recalibrated"):
         row = found[name]
         if row is None:
@@ -179,10 +174,9 @@ def _show(found: dict[str, Any], console: Any, out: Path) -> None:
     last = found["recalibrated"] or found["after"]
     if found["settings"]["method"] == "cats" and last["sparsity"]["drift"] > 0.05:
         notes.print(
-            "[yellow]In some layers the sparsity is more than 5% from its target: --recalibrate, called again, sets "
-            "the thresholds anew.[/]",
+            "[yellow]In some layers the sparsity differs from its target by more than 5%. The same command with "
+            "--recalibrate sets new thresholds.[/]",
             soft_wrap=True,
         )
-    console.print(f"The tuned model is in [bold]{escape(str(out))}[/]. Next:", soft_wrap=True)
-    for command in (f"eval {out} --text FILE", f"generate {out} --prompt TEXT"):
-        console.print(f"  cats {escape(command)}", soft_wrap=True)
+    commands = (f"eval {out} --text FILE", f"generate {out} --prompt TEXT")
+    show_next(console, f"The tuned model is in [bold]{escape(str(out))}[/].", commands)

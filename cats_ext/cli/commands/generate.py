@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+import cats_ext
 from cats_ext.cli.common import (
     CatsDirectory,
     Device,
@@ -33,7 +34,9 @@ def generate(
     sparsity: Sparsity = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy), above 0 samples.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
     device: Device = None,
@@ -50,7 +53,6 @@ def generate(
 
     $ cats generate ./mistral-7b --cats thresholds --chat --prompt "What is a cat?"
     """
-    import cats_ext
     from cats_ext.cli.generation import continue_prompt, encode_prompt
 
     network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats, sparsity)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cats_ext.cli.common import escape, notes, one_sentence_errors
+from cats_ext.cli.common import check_output, escape, notes, one_sentence_errors
+from cats_ext.evaluation.html_report import html_report
 
 
 @one_sentence_errors
@@ -28,11 +29,8 @@ def report(
 
     $ cats eval MODEL --cats thresholds --text held-out.txt --curve 0.3,0.7 -o thresholds/eval.json
     """
-    from cats_ext.evaluation.html_report import html_report
-
     target = out or directory / "report.html"
-    if target.is_dir():
-        raise IsADirectoryError(f"--output '{target}' is a directory")
+    check_output(target, directory=False)
     page = html_report(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Whole models that generate, and what patching them costs."""

@@ -1,0 +1,1 @@
+"""Time of single ops and modules."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: result files, timing, CUDA graphs, layers and models, facts about the machine."""

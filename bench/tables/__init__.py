@@ -1,0 +1,1 @@
+"""Tables and figures of the documents, made from bench/results alone."""

@@ -1,0 +1,46 @@
+"""Markdown tables from result files, and their places in a document: between ``<!-- NAME: begin -->`` and ``end``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.lib import results
+from bench.lib.machine import ROOT
+
+
+def read(name: str) -> list[dict[str, str]]:
+    return results.read_rows(ROOT / "bench" / "results" / name)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def link(name: str) -> str:
+    return f"[`{name}`](bench/results/{name})"
+
+
+def source(name: str, row: dict[str, str]) -> str:
+    return f"{link(name)}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+
+
+class Page:
+    """A document, ``path`` from the repository's root, and what makes each of its tables."""
+
+    def __init__(self, path: str, tables: dict[str, Callable[[], str]]) -> None:
+        self.path, self.tables = ROOT / path, tables
+        self.up = "../" * path.count("/")
+
+    def render(self) -> str:
+        """The document with every table as the result files have it."""
+        page = self.path.read_text()
+        for name, make in self.tables.items():
+            begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+            before, rest = page.split(begin)
+            text = make().replace("(bench/", f"({self.up}bench/")
+            page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+        return page
+
+    def write(self) -> None:
+        self.path.write_text(self.render())

@@ -1,0 +1,102 @@
+"""The passes of a calibration in their order: what each of them counts in every layer, and what follows from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from cats_ext._inputs import batches_of
+from cats_ext._progress import note
+from cats_ext.calibration.accumulator import LayerAccumulator
+from cats_ext.calibration.checkpoint import Checkpoint
+from cats_ext.calibration.data import sample_windows
+from cats_ext.calibration.passes import run_gradient_pass, run_pass
+from cats_ext.calibration.search import CHECK_TOKENS
+from cats_ext.calibration.settings import CalibrationSettings
+from cats_ext.patching.detection import GatedMLP
+from cats_ext.thresholds.allocation import search_options
+
+_GRADIENT_TOKENS = 16384  # of the passes with gradients, in whole windows from all parts of the data
+_GRADIENT_COST = 4  # of a token with gradients, in tokens without (measured on two CPU cores: 3.6)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the data."""
+
+    observe: Callable[..., None]  # gets an MLP and its activations
+    finish: Callable[[LayerAccumulator], None] = lambda layer: None  # of every layer, after the pass
+    gradient: bool = False
+
+
+def count_activations(
+    model: nn.Module,
+    layers: dict[str, LayerAccumulator],
+    windows: list[Tensor],
+    settings: CalibrationSettings,
+    checkpoint: Checkpoint,
+    progress: bool,
+) -> None:
+    """Run all passes, from the place that ``checkpoint`` has reached, and count into ``layers``.
+
+    Args:
+        model: dense.
+        layers: by name of the MLP, in the model's order.
+        windows: token ids, ``[T]`` each.
+        settings: for this model.
+        progress: show a bar a pass, and how long a search takes, on standard error.
+
+    Raises:
+        ValueError: activations of a layer are NaN, infinite or all zero, or no token reached it.
+    """
+    mlps = [layer.mlp for layer in layers.values()]
+    batches = batches_of(windows, settings.batch_size)
+    single = [window[None] for window in sample_windows(windows, _GRADIENT_TOKENS)]  # gradients need the memory
+    passes = _passes(layers, settings)
+    seconds_a_token = 0.0
+    for number in range(checkpoint.step, len(passes)):
+        this = passes[number]
+        if settings.allocation == "search" and number == len(passes) - 1 and progress and seconds_a_token:
+            # the check of the search runs two models, dense and sparse
+            tokens = _GRADIENT_COST * sum(batch.numel() for batch in single) + 4 * CHECK_TOKENS
+            note(f"search for an allocation: about {max(1, round(seconds_a_token * tokens)):,} s")
+        title = f"calibration, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibration"
+        todo = single if this.gradient else batches
+        start = checkpoint.batch if number == checkpoint.step else 0
+        run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else run_pass
+        started = time.monotonic()
+        after = partial(checkpoint.save, number)
+        run(model, mlps, todo, this.observe, title=title, progress=progress, start=start, after=after)
+        if not this.gradient:
+            seconds_a_token = (time.monotonic() - started) / sum(batch.numel() for batch in todo[start:] or todo)
+        for layer in layers.values():
+            this.finish(layer)
+
+
+def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) -> list[_Pass]:
+    def each(method: Callable[..., None]) -> Callable[..., None]:
+        return lambda mlp, *activations: method(layers[mlp.name], *activations)
+
+    passes = []
+    if settings.importance == "gradient":
+        passes.append(_Pass(each(LayerAccumulator.add_gradient), LayerAccumulator.finish_weights, gradient=True))
+    elif settings.gate_power or settings.last_gate_power:
+        passes.append(_Pass(each(LayerAccumulator.add_up), LayerAccumulator.finish_weights))
+    passes.append(_Pass(each(LayerAccumulator.add_gate), LayerAccumulator.finish_gate))
+    if settings.rule == "two_threshold":
+        passes.append(_Pass(each(LayerAccumulator.add_joint)))
+    if settings.allocation == "search":
+        cuts: dict[str, list[tuple[float, float]]] = {}
+
+        def add_losses(mlp: GatedMLP, *activations: Tensor) -> None:
+            if mlp.name not in cuts:
+                statistics = layers[mlp.name].statistics()
+                cuts[mlp.name] = [statistics.cuts(*option) for option in search_options(settings.rule)]
+            layers[mlp.name].add_losses(*activations, cuts[mlp.name])
+
+        passes.append(_Pass(add_losses, gradient=True))
+    return passes

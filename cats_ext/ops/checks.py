@@ -1,0 +1,61 @@
+"""The ops' argument checks (``csrc/checks.h``) for torch.compile's tracing and the reference: the kernels' sentences.
+
+The compiled CPU library holds them; in a source tree that is not built nothing is checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cats_ext.ops.library import LIBRARIES
+
+
+class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_char_p),
+        ("device_type", ctypes.c_char_p),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("dim", ctypes.c_int64),
+        ("device_index", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def _cats_check() -> Callable[..., bytes | None]:
+    function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
+    function.argtypes = [ctypes.c_char_p, ctypes.POINTER(_NamedTensor), ctypes.c_int64, ctypes.c_char_p]
+    function.restype = ctypes.c_char_p
+    return function
+
+
+def _numbers(sizes: Sequence[int | torch.SymInt]) -> ctypes.Array:
+    """Symbolic sizes by their example, which adds no guard to the graph: the kernels check every call's own sizes."""
+    known = [size if isinstance(size, int) else getattr(size.node, "hint", None) for size in sizes]
+    return (ctypes.c_int64 * len(known))(*(1 if size is None else int(size) for size in known))
+
+
+def _named_tensor(name: str, t: Tensor) -> _NamedTensor:
+    dtype, index = str(t.dtype).removeprefix("torch.").encode(), t.device.index
+    sizes, strides = _numbers(t.shape), _numbers(t.stride())
+    return _NamedTensor(
+        name.encode(), dtype, t.device.type.encode(), sizes, strides, t.dim(), -1 if index is None else index
+    )
+
+
+def check(op: str, arguments: dict[str, Any]) -> None:
+    """Raise ``RuntimeError`` if a call of ``op`` with these arguments, all by name, is wrong."""
+    if not LIBRARIES["_C"].loaded:
+        return
+    tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
+    array = (_NamedTensor * len(tensors))(*tensors)
+    sentence = _cats_check()(op.encode(), array, len(tensors), arguments["activation"].encode())
+    if sentence is not None:
+        raise RuntimeError(sentence.decode())

@@ -1,0 +1,140 @@
+"""Which CUDA kernel serves a shape, with what sizes and why: csrc/cuda/plan.h asked from Python, without a GPU.
+
+The launchers ask the same function before every launch. Both compiled libraries have it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cats_ext.ops.library import LIBRARIES
+
+KERNELS = ("none", "pipelined", "small", "batched", "generic")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # DType in csrc/sparse_mlp.h
+_DENSE = 0  # RowFormat
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a plan depends on beside the shape. ``shared_bytes``: the most shared memory that a CTA can opt in to."""
+
+    compute_capability: int  # 90 for 9.0
+    multiprocessors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch, for the first ``tokens`` of the tokens that were asked for. Sizes that a kernel has not are 0."""
+
+    kernel: str  # one of KERNELS
+    tokens: int
+    ctas: int
+    threads: int
+    shared_bytes: int  # dynamic, of a CTA
+    bulk_copy: int  # 1: the copy engine copies the rows; 0: the warps do
+    teams: int
+    team_warps: int
+    chunks: int  # 16-byte chunks of a row for each lane
+    rows_per_batch: int
+    column_groups: int  # of 32 columns, for each worker warp
+    token_padding: int
+    slots: int  # batches of rows in the ring
+    first_batches: int
+    segment_chunks: int
+    row_stride: int
+    reason: str
+
+    @property
+    def supported(self) -> bool:
+        return self.kernel != "none"
+
+
+_INTEGERS = tuple(name for name in Plan.__dataclass_fields__ if name != "reason")
+
+
+class _Query(ctypes.Structure):  # CatsPlanQuery in csrc/cuda/plan.cpp
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("tokens", "hidden_size", "intermediate_size", "dtype", "format", "aligned", "step", "deterministic"),
+            *("compute_capability", "multiprocessors", "shared_bytes"),
+        )
+    )
+
+
+class _Answer(ctypes.Structure):  # CatsPlanAnswer
+    _fields_ = (*((name, ctypes.c_int64) for name in _INTEGERS), ("reason", ctypes.c_char_p))
+
+
+@cache
+def _cats_plan() -> ctypes._CFuncPtr:
+    loaded = [library.path for library in LIBRARIES.values() if library.loaded]
+    if not loaded:
+        reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
+        raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
+    function = ctypes.CDLL(loaded[0]).cats_plan
+    function.argtypes, function.restype = (ctypes.POINTER(_Query), ctypes.POINTER(_Answer)), None
+    return function
+
+
+def plan(
+    hidden_size: int,
+    intermediate_size: int,
+    tokens: int,
+    dtype: torch.dtype,
+    limits: DeviceLimits,
+    *,
+    step: bool = False,
+    aligned: bool = True,
+    deterministic: bool = False,
+) -> Plan:
+    """The next launch for ``tokens`` tokens of a layer of dense weights.
+
+    Args:
+        step: the form for a step of decoding, ``sparse_mlp_step``.
+        aligned: all rows and vectors start at multiples of 16 bytes, as those of whole tensors do.
+        deterministic: the same bits in every run.
+
+    Raises:
+        RuntimeError: no compiled library is loaded.
+        ValueError: the op has no such dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], _DENSE, aligned, step, deterministic)
+    answer = _Answer()
+    _cats_plan()(_Query(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes), answer)
+    integers = {name: getattr(answer, name) for name in _INTEGERS}
+    return Plan(**integers | {"kernel": KERNELS[answer.kernel]}, reason=answer.reason.decode())
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    # All but 1 KiB of a multiprocessor's shared memory, on every architecture so far.
+    most = properties.shared_memory_per_multiprocessor - 1024
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", most)
+    return DeviceLimits(10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
+
+
+def step_supported(weights: Sequence[Tensor], *others: Tensor) -> bool:
+    """Whether ``sparse_mlp_step`` takes a layer: ``weights`` ``[I, H]`` each, ``others`` the rest that must be aligned.
+
+    True where the op runs on its reference, which takes every layer.
+    """
+    gate = weights[0]
+    if gate.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:
+        return True
+    strides = [weight.stride(0) * weight.element_size() for weight in weights]
+    aligned = all(t.data_ptr() % 16 == 0 for t in (*weights, *others))
+    aligned = aligned and all(stride % 16 == 0 and stride < 2**32 for stride in strides)
+    intermediate_size, hidden_size = gate.shape
+    limits = device_limits(gate.device)
+    return plan(hidden_size, intermediate_size, 1, gate.dtype, limits, step=True, aligned=aligned).supported

@@ -1,0 +1,228 @@
+// See plan.h. Every number that decides stands here with the measurement that it comes from.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace cats {
+
+namespace {
+
+constexpr int kStaticSharedBytes = 1024; // room for what the kernels declare statically
+
+int shared_limit(const DeviceLimits &device) { return device.shared_bytes - kStaticSharedBytes; }
+bool large_shared_memory(const DeviceLimits &device) { return has_large_shared_memory(10 * device.compute_capability); }
+
+// Why every kernel but the generic one is out of the question; or null.
+const char *why_generic(const Shape &shape, const PlanOverrides &overrides) {
+    if (overrides.kernel == SparseMlpKernel::kGeneric) return "the generic kernel was asked for";
+    if (!shape.aligned) return "a row or vector does not start at a multiple of 16 bytes";
+    if (shape.hidden_size % shape.row.columns_per_chunk) return "a row is no whole number of 16-byte chunks";
+    if (shape.intermediate_size >= kMaxNeurons) return "neuron numbers have 24 bits";
+    return nullptr;
+}
+
+// Chunks a lane of the instance for a layer so small that every warp gets at most kSmallRows neurons; or 0.
+int small_chunks(const Shape &shape, const DeviceLimits &device) {
+    const int64_t row_chunks = shape.hidden_size / shape.row.columns_per_chunk;
+    if (shape.intermediate_size > int64_t(device.multiprocessors) * kSmallWarps * kSmallRows) return 0;
+    for (int chunks = 1; chunks <= 3; chunks++)
+        if (has_small_instance(chunks, shape.row.columns_per_chunk) && row_chunks <= chunks * kTileChunks)
+            return chunks;
+    return 0;
+}
+
+Choice small(const Shape &shape, const DeviceLimits &device, int chunks) {
+    Choice choice{};
+    choice.kernel = Kernel::kSmall;
+    choice.ctas = int(max_ctas(shape.intermediate_size, device));
+    choice.threads = kSmallWarps * 32;
+    choice.shared_bytes = int(kSmallWarps * shape.hidden_size * sizeof(float));
+    choice.team.chunks = chunks;
+    choice.rows_per_batch = kSmallRows;
+    choice.reason = "one token, and every warp gets at most 2 neurons: reading all rows is faster than asking twice";
+    return choice;
+}
+
+// The pipelined kernel with these warps, or kNone if its shared memory does not fit.
+Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
+                 int tokens, TeamShape team) {
+    const int row_chunks = int(shape.hidden_size / shape.row.columns_per_chunk);
+    Choice choice{};
+    choice.bulk_copy = bulk_copy;
+    choice.team = team;
+    choice.rows_per_batch = rows_per_batch(tokens, team.chunks, large_shared_memory(device));
+    choice.threads = team.warps * 32;
+    // One CTA a multiprocessor, for the shared memory. Fewer where there are fewer neurons than teams.
+    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, team.teams()));
+    RingSizes &ring = choice.ring;
+    // Equal segments of whole 128-byte lines, or of whole tiles where each has its scales.
+    ring.segment_chunks = round_up(ceil_div(row_chunks, team.team_warps), shape.row.scale_bytes ? kTileChunks : 8);
+    // Two slots of up to 64 KiB a CTA keep enough on its way. With more, up and down rows queue behind more gate rows
+    // and the end of the launch gets longer: bench/results/h100/microbench_plan.csv. A step asks for its first rows
+    // before the previous kernel has ended, and fills a third slot meanwhile, where there is room for it.
+    ring.slots = overrides.slots ? std::min({overrides.slots, kMaxValues / choice.rows_per_batch, kMaxSlots})
+                                 : (shape.step ? 3 : 2);
+    // The more is in L2 when the previous kernel ends, the less the start costs: 1 / 2 / 4 batches a team take 83.0 /
+    // 82.2 / 81.4 us (same file), 6 / 8 / 10 / 12 take 80.3 / 80.3 / 80.4 / 81.8 at 50 % sparsity and 51.4 / 51.1
+    // / 51.0 / 52.0 at 90 % (kernel_experiments.csv). A team's first batches are fixed, not drawn. A step was tuned
+    // with 6.
+    ring.first_batches = overrides.first_batches ? overrides.first_batches : (shape.step ? 6 : 8);
+    ring.first_batches = std::clamp(ring.first_batches, 1, 32 / choice.rows_per_batch);
+    const auto shared_bytes = [&] {
+        const int rows = choice.rows_per_batch, barrier_bytes = bulk_copy ? int(sizeof(uint64_t)) : 0;
+        return int(SharedLayout(ring.slots, row_bytes(ring.segment_chunks, shape.row.scale_bytes),
+                                int(shape.hidden_size), team.warps, team.teams(), rows, barrier_bytes,
+                                warp_state_bytes(tokens, rows), team_state_bytes(rows * tokens, team.team_warps))
+                       .total);
+    };
+    if (shape.step && !overrides.slots && shared_bytes() > shared_limit(device)) ring.slots = 2;
+    choice.shared_bytes = shared_bytes();
+    if (choice.shared_bytes > shared_limit(device)) return {};
+    choice.kernel = Kernel::kPipelined;
+    choice.reason = "the smallest team whose registers hold its columns";
+    return choice;
+}
+
+// team_shapes(), computed once.
+const TeamShapes &known_team_shapes(int tokens, int columns_per_chunk) {
+    static constexpr TeamShapes kKnown[][2] = {{team_shapes(1, 4), team_shapes(2, 4)},
+                                               {team_shapes(1, 8), team_shapes(2, 8)},
+                                               {team_shapes(1, 16), team_shapes(2, 16)},
+                                               {team_shapes(1, 32), team_shapes(2, 32)}};
+    return kKnown[columns_per_chunk <= 4 ? 0 : (columns_per_chunk <= 8 ? 1 : (columns_per_chunk <= 16 ? 2 : 3))]
+                 [tokens - 1];
+}
+
+// The first team that covers the row and fits the shared memory; or kNone.
+Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
+                 int tokens) {
+    const int64_t row_chunks = shape.hidden_size / shape.row.columns_per_chunk;
+    const TeamShapes &shapes = known_team_shapes(tokens, shape.row.columns_per_chunk);
+    TeamShape tried{};
+    for (int i = 0; i < shapes.count; i++) {
+        const TeamShape &team = shapes.list[i];
+        if (row_chunks > int64_t(team.team_warps) * team.chunks * kTileChunks) continue;
+        if (team.warps == tried.warps && team.team_warps == tried.team_warps) continue; // more chunks take no less
+        tried = team;
+        const Choice choice = pipelined(shape, device, overrides, bulk_copy, tokens, team);
+        if (choice.kernel != Kernel::kNone) return choice;
+    }
+    return {};
+}
+
+// Rows that the tensor cores take as they are, and whose y fits the workers' registers; otherwise kNone.
+Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
+               int tokens) {
+    if (!shape.row.mma_operand || shape.hidden_size % kGroupColumns) return {};
+    Choice choice{};
+    for (int groups : kColumnGroups)
+        if (!choice.column_groups && shape.hidden_size <= kWorkerWarps * groups * kGroupColumns &&
+            has_batched_instance(groups, 10 * device.compute_capability))
+            choice.column_groups = groups;
+    if (!choice.column_groups) return {};
+    choice.bulk_copy = bulk_copy;
+    choice.rows_per_batch = kBatchRows;
+    choice.token_padding = tokens <= 4 ? 4 : 8;
+    choice.threads = (kWorkerWarps + 1) * 32;
+    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, kBatchRows));
+    RingSizes &ring = choice.ring;
+    ring.row_stride =
+        row_bytes(int(shape.hidden_size / shape.row.columns_per_chunk), 0) + 16; // ldmatrix: 8 rows from all banks
+    ring.first_batches = std::max(1, overrides.first_batches ? overrides.first_batches : 2);
+    ring.slots = std::min(overrides.slots ? overrides.slots : 2, int(kMaxPending) / kBatchRows - 1);
+    const auto shared_bytes = [&] { return ring_bytes(ring.slots, ring.row_stride) + kSchedulerBytes; };
+    while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
+    choice.shared_bytes = shared_bytes();
+    if (choice.shared_bytes > shared_limit(device)) return {};
+    choice.kernel = Kernel::kBatched;
+    choice.reason = "3 to 8 tokens: the CUDA cores would take longer than the rows to arrive";
+    return choice;
+}
+
+Choice generic(const Shape &shape, const DeviceLimits &device, const char *reason) {
+    Choice choice{};
+    choice.kernel = Kernel::kGeneric;
+    choice.tokens = int(std::min<int64_t>(kMaxTokensPerLaunch, shape.tokens));
+    choice.threads = kGenericThreads;
+    choice.ctas = int(shape.deterministic ? max_ctas(shape.intermediate_size, device)
+                                          : std::min<int64_t>(8 * device.multiprocessors, shape.intermediate_size));
+    choice.reason = reason;
+    return choice;
+}
+
+Choice none(const char *reason) {
+    Choice choice{};
+    choice.reason = reason;
+    return choice;
+}
+
+} // namespace
+
+Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides) {
+    if (shape.tokens < 1 || shape.hidden_size < 1 || shape.intermediate_size < 1 || shape.row.columns_per_chunk < 1)
+        return none("there is nothing to compute, or no such row format");
+    if (shape.step && (shape.tokens != 1 || shape.deterministic))
+        return none("a step has one token, and its sum is not deterministic");
+    const bool has_bulk_copy = device.compute_capability >= 90;
+    if (overrides.kernel == SparseMlpKernel::kBulkCopy && !has_bulk_copy)
+        return none("the copy engine needs compute capability 9.0");
+    const bool bulk_copy = has_bulk_copy && overrides.kernel != SparseMlpKernel::kAsyncCopy;
+
+    const char *reason = why_generic(shape, overrides);
+    if (shape.step && reason) return none(reason);
+    if (shape.step && small_chunks(shape, device))
+        return none("the kernel for small layers is faster, and has no step");
+    for (int64_t most = kMaxTokensPerLaunch; !reason && most; most /= 2) {
+        const int tokens = int(std::min(most, shape.tokens));
+        const int chunks = tokens == 1 && !shape.step ? small_chunks(shape, device) : 0;
+        Choice choice = chunks        ? small(shape, device, chunks)
+                        : tokens <= 2 ? pipelined(shape, device, overrides, bulk_copy, tokens)
+                                      : batched(shape, device, overrides, bulk_copy, tokens);
+        choice.tokens = tokens;
+        if (choice.kernel != Kernel::kNone) return choice;
+    }
+    if (!reason) reason = "the row is too long for the registers or the shared memory";
+    return shape.step ? none(reason) : generic(shape, device, reason);
+}
+
+} // namespace cats
+
+// ---- For Python (cats_ext/ops/plan.py, which mirrors these structures) ----
+
+struct CatsPlanQuery {
+    int64_t tokens, hidden_size, intermediate_size, dtype, format, aligned, step, deterministic;
+    int64_t compute_capability, multiprocessors, shared_bytes;
+};
+
+struct CatsPlanAnswer {
+    int64_t kernel, tokens, ctas, threads, shared_bytes, bulk_copy, teams, team_warps, chunks, rows_per_batch;
+    int64_t column_groups, token_padding, slots, first_batches, segment_chunks, row_stride;
+    const char *reason;
+};
+
+extern "C" __attribute__((visibility("default"))) void cats_plan(const CatsPlanQuery *q, CatsPlanAnswer *a) {
+    using namespace cats;
+    const RowLayout row = row_layout(RowFormat(q->format), DType(q->dtype));
+    const Shape shape{q->tokens,       q->hidden_size, q->intermediate_size, row,
+                      q->aligned != 0, q->step != 0,   q->deterministic != 0};
+    const DeviceLimits device{int(q->compute_capability), int(q->multiprocessors), int(q->shared_bytes)};
+    const Choice c = plan(shape, device);
+    const int teams = c.kernel == Kernel::kPipelined ? c.team.teams() : 0;
+    *a = {int64_t(c.kernel),
+          c.tokens,
+          c.ctas,
+          c.threads,
+          c.shared_bytes,
+          c.bulk_copy,
+          teams,
+          c.team.team_warps,
+          c.team.chunks,
+          c.rows_per_batch,
+          c.column_groups,
+          c.token_padding,
+          c.ring.slots,
+          c.ring.first_batches,
+          c.ring.segment_chunks,
+          c.ring.row_stride,
+          c.reason};
+}

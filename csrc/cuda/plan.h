@@ -1,0 +1,221 @@
+// Which kernel serves a shape, and with what sizes. plan() depends on nothing but its arguments, and no CUDA or torch
+// header is included, so that the choices can be tested without a GPU: the CPU library has plan.cpp too.
+//
+// The sizes that plan() and the kernels must agree on stand here once: the instances that are compiled, and the shared
+// memory that they use.
+#pragma once
+
+#include <cstdint>
+
+#include "../sparse_mlp.h"
+
+#ifdef __CUDACC__
+#define CATS_HOST_DEVICE __host__ __device__
+#else
+#define CATS_HOST_DEVICE
+#endif
+
+namespace cats {
+
+CATS_HOST_DEVICE constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+CATS_HOST_DEVICE constexpr int round_up(int64_t a, int64_t b) { return int((a + b - 1) / b * b); }
+
+constexpr int kMaxTokensPerLaunch = 8; // more tokens are launched in groups
+
+// ---- What plan() is asked ----
+
+struct DeviceLimits {
+    int compute_capability; // 90 for 9.0
+    int multiprocessors;
+    int shared_bytes; // the most that a CTA can have, after opting in
+};
+
+// Data-center architectures have 163 or 227 KiB of shared memory for a CTA, the others 99. arch is as __CUDA_ARCH__.
+CATS_HOST_DEVICE constexpr bool has_large_shared_memory(int arch) {
+    return arch == 800 || arch == 870 || (arch >= 900 && arch < 1200);
+}
+
+// What matters here of a row format (rows/row.cuh). A row is stored in chunks of 16 bytes.
+struct RowLayout {
+    int columns_per_chunk; // 4, 8, 16 or 32; 0: no such format
+    int storage_bytes;     // the unit of row strides
+    int scale_bytes;       // before every tile of 32 chunks, a multiple of 16; 0: the format has no scales
+    bool mma_operand;      // the tensor cores can multiply the stored bytes with x as they are
+};
+
+constexpr int kChunkBytes = 16, kTileChunks = 32; // a tile is what a warp reads at a time
+
+// No columns: there are no kernels for such rows. dtype is x's.
+constexpr RowLayout row_layout(RowFormat format, DType dtype) {
+    switch (format) {
+    case RowFormat::kDense:
+        if (dtype == DType::kFloat32) return {4, 4, 0, false};
+        if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) return {8, 2, 0, true};
+    }
+    return {};
+}
+
+CATS_HOST_DEVICE constexpr int row_bytes(int chunks, int scale_bytes) {
+    return chunks * kChunkBytes + (chunks + kTileChunks - 1) / kTileChunks * scale_bytes;
+}
+
+struct Shape {
+    int64_t tokens, hidden_size, intermediate_size;
+    RowLayout row;
+    bool aligned;       // every row and vector starts at a multiple of 16 bytes; row strides are below 4 GiB
+    bool step;          // the form for a step of decoding, see SparseMlpParams::y_sum
+    bool deterministic; // the same bits in every run
+};
+
+// For benchmarks and tests: kAuto and 0 leave the choice to plan().
+enum class SparseMlpKernel : int32_t { kAuto, kBulkCopy, kAsyncCopy, kGeneric };
+
+struct PlanOverrides {
+    SparseMlpKernel kernel = SparseMlpKernel::kAuto; // kBulkCopy needs compute capability 9.0
+    int slots = 0;                                   // batches of rows in flight
+    int first_batches = 0;                           // gate batches that are prefetched into L2
+};
+
+// ---- What it answers ----
+
+enum class Kernel : int32_t { kNone, kPipelined, kSmall, kBatched, kGeneric };
+
+// What the kernels with a ring of batches are told. With `slots` first, nvcc 13.0 takes 20 instructions more.
+struct RingSizes {
+    int row_stride;     // batched: bytes between the rows of a batch in shared memory
+    int slots;          // batches in the ring: of a team, or of the CTA in the batched kernel
+    int segment_chunks; // pipelined: chunks of a row for each warp; the last warps of a team may have fewer or none
+    int first_batches;  // gate batches that a team starts with: brought into L2 before the previous kernel ends
+};
+
+// Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.
+struct TeamShape {
+    int warps, team_warps, chunks;
+    constexpr int teams() const { return warps / team_warps; }
+};
+
+struct Choice {
+    Kernel kernel;
+    int tokens; // that this launch takes; the next launch has a choice of its own
+    int ctas, threads, shared_bytes;
+    bool bulk_copy;     // pipelined, batched: rows are copied by the copy engine, not by the warps
+    TeamShape team;     // pipelined; small: chunks only
+    int rows_per_batch; // pipelined, batched; small: rows a warp
+    int column_groups;  // batched: groups of 32 columns a warp
+    int token_padding;  // of y_sum: 0, or 4 or 8 for the batched kernel
+    RingSizes ring;
+    const char *reason; // why this kernel
+};
+
+// One launch for the first tokens of the shape. kNone: there is no kernel.
+Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides = {});
+
+// The most CTAs of a launch that can be deterministic, each of which needs memory for its part of y.
+constexpr int64_t max_ctas(int64_t intermediate_size, const DeviceLimits &device) {
+    return intermediate_size < device.multiprocessors ? intermediate_size : device.multiprocessors;
+}
+
+// ---- The pipelined kernel (sparse_mlp_kernel.cuh) ----
+
+constexpr int kMaxSlots = 16;
+constexpr uint32_t kMaxNeurons = 1 << 24; // neuron numbers have 24 bits
+constexpr int kMaxValues = 32;            // neurons of a team between their gate row and their down row
+
+// A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
+// hidden by the other teams. Where a CTA has less shared memory, single rows.
+CATS_HOST_DEVICE constexpr int rows_per_batch(int tokens, int chunks, bool large_shared_memory) {
+    const int rows = chunks <= 2 ? 4 : (chunks <= 4 ? 2 : 1), most = large_shared_memory ? 4 / tokens : 1;
+    return rows < most ? rows : most;
+}
+
+struct TeamShapes {
+    TeamShape list[16];
+    int count;
+};
+
+// All instances for 1 or 2 tokens, in the order in which they are tried. x and the accumulators of a thread take
+// tokens * chunks * columns_per_chunk fp32 registers each: up to 32 fit the 128 registers of 16 warps (16 of fp32 rows,
+// whose chunks hold half as many columns and need as many addresses), up to 64 the 255 of 8 warps.
+//
+// Small teams come first. What all warps of a team repeat (waiting, reducing, deciding, asking for the next rows) is
+// about 190 instructions a batch and warp: at H 4096, teams of 8 warps and one row a batch issued for 500 of the 600
+// cycles that a row takes to arrive.
+constexpr TeamShapes team_shapes(int tokens, int columns_per_chunk) {
+    constexpr int kTeams[5][2] = {{16, 1}, {16, 2}, {16, 4}, {16, 8}, {8, 8}}; // warps, warps of a team
+    constexpr int kChunks[8] = {1, 2, 3, 4, 6, 8, 12, 16};
+    TeamShapes shapes{};
+    for (const auto &team : kTeams) {
+        const int registers = team[0] == 16 ? (columns_per_chunk < 8 ? 16 : 32) : 64;
+        const int most = registers / columns_per_chunk / tokens;
+        for (int chunks : kChunks) // half as many chunks belong to a team of half the warps
+            if (chunks <= most && (team[1] == 1 || 2 * chunks > most))
+                shapes.list[shapes.count++] = {team[0], team[1], chunks};
+    }
+    return shapes;
+}
+
+CATS_HOST_DEVICE constexpr int warp_state_bytes(int tokens, int rows) {
+    return int(sizeof(uint32_t)) * (kMaxValues * (3 + tokens) + kMaxSlots * rows);
+}
+CATS_HOST_DEVICE constexpr int team_state_bytes(int dots, int team_warps) {
+    return 2 * round_up(int(sizeof(float)) * (dots * team_warps + 1), 16);
+}
+
+// Shared memory: rings | barriers | warp states | team states. At the end the teams are summed through the rings'
+// space.
+struct SharedLayout {
+    uint32_t barriers, warp_states, team_states, total; // offsets in bytes; the rings start at 0
+
+    CATS_HOST_DEVICE constexpr SharedLayout(int slots, int segment_bytes, int hidden_size, int warps, int teams,
+                                            int rows, int barrier_bytes, int warp_state_bytes, int team_state_bytes)
+        : barriers(), warp_states(), team_states(), total() {
+        const uint32_t rings = warps * slots * rows * segment_bytes;
+        const uint32_t team_sums = teams * uint32_t(hidden_size) * uint32_t(sizeof(float));
+        barriers = rings > team_sums ? rings : team_sums;
+        warp_states = barriers + warps * slots * barrier_bytes;
+        team_states = warp_states + warps * warp_state_bytes;
+        total = team_states + teams * team_state_bytes;
+    }
+};
+
+// ---- The kernel for small layers (sparse_mlp_small.cuh) ----
+
+constexpr int kSmallWarps = 8; // and room for two CTAs on a multiprocessor: the next kernel's wait ready beside these
+constexpr int kSmallRows = 2;  // neurons a warp
+
+// Whether there is an instance with up to so many chunks a lane. With more columns, or more rows, the registers would
+// not do for two CTAs on a multiprocessor.
+constexpr bool has_small_instance(int chunks, int columns_per_chunk) {
+    const int most = 32 / columns_per_chunk < 3 ? 32 / columns_per_chunk : 3;
+    return chunks >= 1 && chunks <= most && (chunks >= 2 || most == 1);
+}
+
+// ---- The batched kernel (sparse_mlp_batched.cuh) ----
+
+// As of the tensor cores' instructions: tokens padded to 8, batches of 8 rows, 32 columns at a time.
+constexpr int kBatchTokens = 8, kBatchRows = 8, kBatchDots = kBatchTokens * kBatchRows, kGroupColumns = 32;
+constexpr int kWorkerWarps = 11;               // with the scheduler 12, which leaves 168 registers a thread
+constexpr int kColumnGroups[] = {3, 6, 9, 12}; // groups of columns a worker warp, one instance each
+
+// The longest rows do not fit where shared memory is small.
+CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch) {
+    return column_groups < 12 || has_large_shared_memory(arch);
+}
+
+// Neurons whose up row, or whose down row, is still to be asked for, a power of two. A batch decides at most 8 neurons,
+// and full batches of pending rows go first, so neither queue can hold more than the rows in the ring and one batch.
+constexpr uint32_t kMaxPending = 64;
+
+constexpr int kRowStateBytes = 8 + kBatchTokens * 4, kBatchStateBytes = 368;
+
+CATS_HOST_DEVICE constexpr int ring_bytes(int slots, int row_stride) {
+    return slots * (kBatchRows * row_stride + kWorkerWarps * kBatchDots * int(sizeof(float)) + kBatchStateBytes +
+                    3 * int(sizeof(uint64_t)));
+}
+constexpr int kSchedulerBytes = 2 * int(kMaxPending) * kRowStateBytes;
+
+// ---- The generic kernel (sparse_mlp_generic.cuh) ----
+
+constexpr int kGenericThreads = 256;
+
+} // namespace cats

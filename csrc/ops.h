@@ -1,0 +1,168 @@
+// The torch ops, for CPU and CUDA alike: argument lists, outputs, and the copies that the kernels need. Torch's stable
+// ABI only (target 2.10). A Backend has what differs between devices:
+//
+//     Backend::OnDevice(index)                     makes a device the current one while it lives
+//     Backend::empty_contiguous_like(tensor)
+//     Backend::run(params, device_index, ...)      launches sparse_mlp, gated_threshold or its backward
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+
+namespace cats {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// An op's argument of type str. Not std::string itself: torch 2.10 to 2.13 convert to it with a leak, one a call.
+struct StringArgument {
+    std::string value;
+};
+
+inline TensorArgument argument(const char *name, const Tensor &tensor) {
+    const AtenTensorHandle handle = tensor.get();
+    int64_t *sizes, *strides;
+    TensorArgument t{};
+    t.name = name;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &t.dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &t.dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &t.device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &t.device_index));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &t.data));
+    t.sizes = sizes;
+    t.strides = strides;
+    return t;
+}
+
+inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
+    if (tensor.has_value()) return argument(name, *tensor);
+    TensorArgument absent{};
+    absent.name = name;
+    absent.dim = -1;
+    return absent;
+}
+
+// --- sparse_mlp and sparse_mlp_counted -------------------------------------------------------------------------------
+
+template <class Backend>
+Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
+                  const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
+                  const StringArgument &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
+                  const OptionalTensor &down_bias, bool deterministic) {
+    SparseMlpParams params = check_sparse_mlp(
+        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+         argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
+         activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
+         argument("down_bias", down_bias)});
+    const int32_t device_index = x.get_device_index();
+    const typename Backend::OnDevice on_device(device_index);
+    Tensor y = Backend::empty_contiguous_like(x);
+    if (params.tokens == 0) return y;
+    const Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+    params.x = x_rows.const_data_ptr();
+    params.y = y.mutable_data_ptr();
+    if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
+    Backend::run(params, device_index, deterministic);
+    return y;
+}
+
+// Two ops from the one function above: without `counts`, its fifth argument, and with it.
+template <auto function> struct WithAndWithoutCounts;
+
+template <class... Rest, Tensor (*function)(const Tensor &, const Tensor &, const Tensor &, const Tensor &,
+                                            const OptionalTensor &, Rest...)>
+struct WithAndWithoutCounts<function> {
+    static Tensor plain(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
+                        Rest... rest) {
+        return function(x, w_gate, w_up, w_down_t, std::nullopt, rest...);
+    }
+    static Tensor counted(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
+                          const Tensor &counts, Rest... rest) {
+        return function(x, w_gate, w_up, w_down_t, counts, rest...);
+    }
+};
+
+// --- gated_threshold and its backward --------------------------------------------------------------------------------
+
+// The same values in rows of one stride: `t` itself, or a copy, whose stride is then set. A copy is contiguous.
+inline Tensor with_uniform_rows(const Tensor &t, int64_t *stride) {
+    if (*stride >= 0) return t;
+    Tensor copy = torch::stable::contiguous(t);
+    *stride = copy.size(copy.dim() - 1);
+    return copy;
+}
+
+template <class Backend>
+Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &threshold,
+                       const OptionalTensor &down_threshold, const StringArgument &activation) {
+    GatedThresholdParams params = check_gated_threshold({argument("grad_h", std::nullopt), argument("gate", gate),
+                                                         argument("up", up), argument("threshold", threshold),
+                                                         argument("down_threshold", down_threshold), activation.value});
+    const int32_t device_index = gate.get_device_index();
+    const typename Backend::OnDevice on_device(device_index);
+    Tensor h = Backend::empty_contiguous_like(gate);
+    if (params.rows == 0) return h;
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up_stride);
+    params.gate = gate_rows.const_data_ptr();
+    params.up = up_rows.const_data_ptr();
+    params.h = h.mutable_data_ptr();
+    Backend::run(params, device_index);
+    return h;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const Tensor &gate, const Tensor &up,
+                                                    const Tensor &threshold, const OptionalTensor &down_threshold,
+                                                    const StringArgument &activation) {
+    GatedThresholdParams params = check_gated_threshold({argument("grad_h", grad_h), argument("gate", gate),
+                                                         argument("up", up), argument("threshold", threshold),
+                                                         argument("down_threshold", down_threshold), activation.value});
+    const int32_t device_index = gate.get_device_index();
+    const typename Backend::OnDevice on_device(device_index);
+    Tensor grad_gate = Backend::empty_contiguous_like(gate), grad_up = Backend::empty_contiguous_like(gate);
+    if (params.rows == 0) return {grad_gate, grad_up};
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up_stride),
+                 grad_rows = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);
+    params.gate = gate_rows.const_data_ptr();
+    params.up = up_rows.const_data_ptr();
+    params.grad_h = grad_rows.const_data_ptr();
+    params.grad_gate = grad_gate.mutable_data_ptr();
+    params.grad_up = grad_up.mutable_data_ptr();
+    Backend::run_backward(params, device_index);
+    return {grad_gate, grad_up};
+}
+
+template <class Backend, class Library> void implement_ops(Library &m) {
+    m.impl("sparse_mlp", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::plain));
+    m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
+    m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
+    m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));
+    m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward<Backend>));
+}
+
+} // namespace cats
+
+template <> struct torch::stable::detail::ToImpl<cats::StringArgument> {
+    static cats::StringArgument call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
+        const auto handle = to<StringHandle>(value);
+        size_t length;
+        const char *data;
+        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+        cats::StringArgument argument{{data, length}};
+        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        return argument;
+    }
+};
