@@ -2,7 +2,7 @@
 
 The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
 ``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
-microseconds a call even under ``no_grad``. Training goes through ``gated_threshold``; :func:`masked_product` calls it at little cost.
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see :func:`masked_product`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops.dispatch import Operands, Projections
-from cats_ext.patching.accelerate import only_aligns_devices
-from cats_ext.patching.wrappers import under_idle_adapter
+from cats_ext.patching.wrappers import only_aligns_devices, under_idle_adapter
 
 
 class SeparateProjections(Projections):

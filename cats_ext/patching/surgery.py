@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cats_ext.patching.accelerate import rebind_forward
 from cats_ext.patching.detection import GatedMLP
 from cats_ext.patching.experts import CatsExperts
 from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings
+from cats_ext.patching.wrappers import rebind_forward
 from cats_ext.thresholds.config import CatsConfig
 
 
