@@ -189,11 +189,11 @@ def test_lora_with_a_frozen_base():
 
 
 @pytest.mark.slow  # two processes that import torch
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes(way, tmp_path):
+@pytest.mark.parametrize("method", ["ddp", "fsdp"])
+def test_two_processes(method, tmp_path):
     """With half a batch each they train as one with all of it."""
     script = [sys.executable, str(Path(__file__).parents[1] / "support" / "data_parallel.py")]
-    arguments = [way, str(tmp_path / "store"), str(tmp_path / "weights")]
+    arguments = [method, str(tmp_path / "store"), str(tmp_path / "weights")]
     processes = [subprocess.Popen([*script, str(rank), *arguments]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     network = patched_network()
