@@ -46,21 +46,21 @@ def one_thread():
 
 @pytest.fixture
 def called(monkeypatch):
-    """Which of the two ways the patched MLPs took."""
+    """The ops that patched MLPs call, in order: which implementation was chosen."""
     from cats_ext.ops import definitions as ops
     from cats_ext.ops import experts as expert_ops
 
-    ways = []
+    names = []
 
     def spy(module, name):
         real = getattr(module, name)
-        way = name.removesuffix("_forward")
-        monkeypatch.setattr(module, name, lambda *arguments: (ways.append(way), real(*arguments))[1])
+        op = name.removesuffix("_forward")
+        monkeypatch.setattr(module, name, lambda *arguments: (names.append(op), real(*arguments))[1])
 
     for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold", "gated_threshold_forward"):
         spy(ops, name)
     spy(expert_ops, "sparse_experts")
-    return ways
+    return names
 
 
 @pytest.fixture(scope="session")

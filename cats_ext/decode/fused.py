@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from cats_ext.decode import launch as ops
 from cats_ext.decode.fingerprint import version
 from cats_ext.decode.launch import Attention, AttentionPartials, Norm
-from cats_ext.functional import deterministic
 from cats_ext.ops.definitions import sparse_mlp_step
+from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import step_supported
 from cats_ext.patching.detection import recognise_activation
 from cats_ext.patching.mlp import CatsMLP
@@ -196,10 +196,10 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
 
     operands = _sparse_operands(mlp, norm, y_sum)
     if operands is not None:
-        weights, rule = operands[:3], operands[3:]
+        weights, mask_and_biases = operands
 
         def sparse(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, Tensor]:
-            sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *rule)
+            sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *mask_and_biases)
             return x, y_sum[: len(x)]
 
         return sparse, None
@@ -210,15 +210,16 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
     return module, norm
 
 
-def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[Tensor | str | None, ...] | None:
-    """What ``sparse_mlp_step`` takes for a patched MLP, without its norm and sum; None if it cannot serve."""
-    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.cats_form.tracking or deterministic():
+def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[tuple[Tensor, ...], tuple] | None:
+    """What ``sparse_mlp_step`` takes for a patched MLP, before and after its sum; None if it cannot serve."""
+    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.forward_settings.tracking or deterministic():
         return None
-    operands = mlp.kernel_operands()
-    if operands is None or operands[-1] is not None:  # the sum has no bias
+    operands = mlp.operands()
+    if operands is None or operands[1][-1] is not None:  # the sum has no bias
         return None
-    operands = operands[:-1]
-    return operands if step_supported(operands[:3], norm.weight, y_sum) else None
+    weights, (gate_bias, up_bias, _) = operands
+    mask = mlp.threshold, mlp.down_threshold, mlp.forward_settings.activation
+    return (weights, (*mask, gate_bias, up_bias)) if step_supported(weights, norm.weight, y_sum) else None
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

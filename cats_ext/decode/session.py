@@ -71,7 +71,7 @@ class Session:
         self.versions: list[int] = []  # of the model, when they were computed
         self.prompt_length = 0
         # While sparsity is tracked no step is launched ahead: one after the end of the text would be counted.
-        self._launches_ahead = not any(module.cats_form.tracking for module in sparse_mlps(model).values())
+        self._launches_ahead = not any(module.forward_settings.tracking for module in sparse_mlps(model).values())
         self._graphs: dict[tuple | None, torch.cuda.CUDAGraph] | None = {}  # None if the step cannot be captured
         self._parameters = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)

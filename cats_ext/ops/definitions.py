@@ -2,7 +2,7 @@
 
 The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
 ``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
-microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see ``functional.py``).
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see :func:`masked_product`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from cats_ext.ops import reference
 from cats_ext.ops.checks import check
@@ -34,7 +35,7 @@ SCHEMAS = {
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
-    # The same without a derivative: what is called where none is asked for.
+    # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_THRESHOLDS}) -> (Tensor, Tensor)",
 }
@@ -145,7 +146,7 @@ class _GatedThreshold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h):
-        if torch.is_grad_enabled():  # create_graph
+        if is_grad_enabled():  # create_graph
             return _backward_once(ctx, grad_h)
         with torch._C._AutoDispatchBelowAutograd():
             return _backward(ctx, grad_h)
@@ -158,28 +159,52 @@ def _backward(ctx, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
 _backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative is an error
 
 
-# What Function.apply calls after looking for functorch's transforms, which takes as long as all the rest of it.
+# What Function.apply calls after it has looked for functorch's transforms, which takes as long as all the rest of it.
 _apply = super(torch.autograd.Function, _GatedThreshold).apply
+# Bound at import: a lookup in torch's large modules at each call misses the processor's cache between layers.
+_transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 def _gated_threshold_autograd(gate, up, threshold, down_threshold=None, activation="silu"):
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _GatedThreshold.apply(gate, up, (threshold, down_threshold, activation))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.cats.gated_threshold.default(gate, up, threshold, down_threshold, activation)
 
 
-def eager_gated_threshold(
-    gate: Tensor, up: Tensor, threshold: Tensor, down_threshold: Tensor | None, activation: str
+def masked_product(
+    gate: Tensor,
+    up: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None,
+    activation: str,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """``gated_threshold``, past the dispatcher's way to autograd: the host's time is what small layers wait for.
+    """``act(gate) * up`` of the neurons above their thresholds, and 0 elsewhere. Differentiable by ``gate`` and ``up``.
 
-    Between layers the processor forgets code that only this calls: setting the dispatcher's state for the call, as
-    ``gated_threshold`` does, then takes several times as long as it does in a loop.
+    Small layers wait for the host. ``gated_threshold`` goes through the dispatcher's autograd keys, whose code is cold
+    between layers: inside a model the call took 57 to 59 us, and 10 in a loop. So it is used only where it is needed,
+    by torch.compile and functorch; otherwise the autograd function or the op below autograd is called directly
+    (bench/results/h100/decode_host.log).
+
+    Args:
+        gate, up: ``[..., I]``, float32, float16, bfloat16 or float64.
+        threshold, down_threshold: float32, ``[]`` or ``[I]``.
+        activation: silu, gelu, gelu_tanh or relu.
+        counts: int64 ``[3]``, added to: token-neuron pairs evaluated, kept by ``threshold``, kept by both.
+
+    Returns:
+        ``[..., I]`` in the dtype of ``gate``.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if counts is not None:
+        with torch.no_grad():
+            counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
+    if is_compiling() or _transforms_are_active():
         return gated_threshold(gate, up, threshold, down_threshold, activation)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _apply(gate, up, (threshold, down_threshold, activation))
     return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from cats_ext._progress import finish_despite_interrupt
-from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
-from cats_ext.patching.mlp import CatsMLP, make_dense, make_sparse, set_class, sparse_class
+from cats_ext.patching import listeners
+from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, check_module, find_gated_mlps, recognise_activation
+from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.surgery import make_dense, make_sparse, set_class, sparse_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.rules import check_bool
@@ -28,6 +28,22 @@ def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
     """
     check_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
+
+
+def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dict[str, CatsMLP]:
+    """As :func:`sparse_mlps`, of a model that has to be patched.
+
+    Args:
+        advice: how the error's sentence ends.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: the model is not patched.
+    """
+    patched = sparse_mlps(model)
+    if not patched:
+        raise ValueError(f"model of class {type(model).__name__} is not patched: {advice}")
+    return patched
 
 
 def apply_cats(
@@ -62,21 +78,11 @@ def apply_cats(
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
     check_bool("neuron_rows", neuron_rows)
-    mlps, inner = find_dense_mlps(model), unwrapped(model)
+    mlps = find_dense_mlps(model)
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
     config.validate()
-    config = config.for_part(inner, mlps)
-    config.check_fits(inner, mlps)
-    try:
-        for mlp in mlps:
-            make_sparse(mlp, config, neuron_rows)
-        if _is_transformers(inner):
-            _checkpoints().attach(inner, config)
-        return model
-    except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps])
-        raise
+    return _patch(model, mlps, config, neuron_rows)
 
 
 def apply_relufication(model: nn.Module) -> nn.Module:
@@ -86,27 +92,47 @@ def apply_relufication(model: nn.Module) -> nn.Module:
     without tuning the model is another one (arXiv 2404.08763, section 4; arXiv 2310.04564). :func:`remove_cats` undoes
     it.
 
+    ``save_pretrained`` of a transformers model then writes a checkpoint that ``from_pretrained`` loads ReLUfied and
+    patched. Its ``config.json`` names ReLU as the activation, so that it is the ReLUfied model without cats_ext too;
+    where the model's config names no activation, saving warns that it is not.
+
     Returns:
         ``model``.
 
     Raises:
         TypeError, ValueError: as :func:`apply_cats`.
     """
+    return patch_with_relu(model)
+
+
+def patch_with_relu(model: nn.Module, config: CatsConfig | None = None) -> nn.Module:
+    """As :func:`apply_relufication`; ``config`` has the thresholds of a ReLUfied model that was saved."""
     mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
-    config = CatsConfig(
-        thresholds={mlp.name: torch.tensor(SMALLEST) for mlp in mlps},  # drops exact zeros, and nothing else
-        layers={
-            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, "relu", 0.0, 0.0, mlp.experts) for mlp in mlps
-        },
-        model_type=getattr(getattr(model, "config", None), "model_type", None),
-        sparsity=0.0,
-    )
+    if config is None:
+        layers = {
+            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, 0.0, 0.0, mlp.experts)
+            for mlp in mlps
+        }
+        config = CatsConfig(
+            thresholds={name: torch.tensor(SMALLEST) for name in layers},  # drops exact zeros, and nothing else
+            layers=layers,
+            model_type=getattr(getattr(unwrapped(model), "config", None), "model_type", None),
+            sparsity=0.0,
+        )
+    return _patch(model, mlps, config)
+
+
+def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_rows: bool = True) -> nn.Module:
+    inner = unwrapped(model)
+    config = config.for_part(inner, mlps)
+    config.check_fits(inner, mlps)
     try:
         for mlp in mlps:
-            make_sparse(mlp, config)
+            make_sparse(mlp, config, neuron_rows)
+        listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(model, [mlp.module for mlp in mlps])
+        _make_dense(inner, [mlp.module for mlp in mlps])
         raise
 
 
@@ -120,9 +146,7 @@ def remove_cats(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: the model is not patched.
     """
-    patched = sparse_mlps(model)
-    if not patched:
-        raise ValueError(f"model of class {type(model).__name__} is not patched: there is nothing to remove")
+    patched = patched_mlps(model, "there is nothing to remove")
     finish_despite_interrupt(lambda: _make_dense(model, list(patched.values())))
     return model
 
@@ -133,10 +157,7 @@ def current_config(model: nn.Module) -> CatsConfig:
     Raises:
         ValueError: the model is not patched.
     """
-    patched = sparse_mlps(model)
-    if not patched:
-        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
-    states = {module.cats.name: module for module in patched.values()}
+    states = {module.cats.name: module for module in patched_mlps(model).values()}
 
     def read(buffer: str) -> dict[str, Tensor]:
         tensors = {name: getattr(module, buffer) for name, module in states.items()}
@@ -184,9 +205,7 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    patched = sparse_mlps(model)
-    if not patched:
-        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
+    patched = patched_mlps(model)
     try:
         for module in patched.values():
             set_class(module, module.cats.original_class)
@@ -195,31 +214,25 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
         finish_despite_interrupt(lambda: [set_class(module, sparse_class(module)) for module in patched.values()])
 
 
+def replaced_activation(model: nn.Module) -> str | None:
+    """The activation that the patched MLPs of ``model`` compute instead of their own; None if it is their own."""
+    for module in sparse_mlps(model).values():
+        own = next(getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name))
+        if recognise_activation(own) != module.forward_settings.activation:
+            return module.forward_settings.activation
+    return None
+
+
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     """As :func:`find_gated_mlps`, in what ``model`` may be wrapped in; refuses one that is patched already."""
     model = unwrapped(model)
     if sparse_mlps(model):
         raise ValueError(f"model of class {type(model).__name__} is patched already: call remove_cats first")
-    if _is_transformers(model):
-        _checkpoints().check_not_quantised(model)
+    listeners.check(model)
     return find_gated_mlps(model)
 
 
 def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
-    for part in unwrapped(model).modules():
-        if _is_transformers(part):
-            _checkpoints().detach(part)
+    listeners.removing(unwrapped(model))
     for module in modules:
         make_dense(module)
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    modeling = sys.modules.get("transformers.modeling_utils")  # importing it takes seconds, and others need it not
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
-
-
-def _checkpoints() -> ModuleType:
-    """What makes transformers save and load a patched model, imported with transformers only."""
-    from cats_ext.integrations import transformers
-
-    return transformers

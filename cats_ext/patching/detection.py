@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.ops.reference import ACTIVATIONS
-from cats_ext.patching.accelerate import only_aligns_devices
+from cats_ext.patching.wrappers import only_aligns_devices
 
 SEPARATE = ("gate_proj", "up_proj", "down_proj")
 MERGED = ("gate_up_proj", "down_proj")

@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cats_ext.functional import experts_fit, masked_product, needs_grad
 from cats_ext.ops import experts as expert_ops
+from cats_ext.ops.definitions import masked_product
+from cats_ext.ops.dispatch import DENSE, KERNEL, choose_experts
 from cats_ext.patching.mlp import CatsMLP
-
-# transformers' ways to run experts that leave the gate to the module's _apply_gate
-_GROUPED, _BATCHED = "grouped_mm", "batched_mm"
 
 
 class CatsExperts(CatsMLP):
@@ -24,39 +22,43 @@ class CatsExperts(CatsMLP):
 
     Few tokens without gradients run ``torch.ops.cats.sparse_experts``. Otherwise transformers' own products run, with
     the mask between them: grouped or batched as the model is configured, or a loop over the experts. Counting
-    neurons takes that way too. ``threshold`` and ``down_threshold`` are float32 ``[]``.
+    neurons does too. ``threshold`` and ``down_threshold`` are float32 ``[]``.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H]`` and, of each token, its experts and their weights ``[T, K]``; returns ``[T, H]``."""
-        cats, form, x = self.cats, self.cats_form, hidden_states
-        cats.masking = not (form.dense_prefill and len(x) > 1)
-        if not cats.masking:
+        cats, settings, x = self.cats, self.forward_settings, hidden_states
+        operands = self.operands()
+        implementation = choose_experts(
+            x, top_k_weights, operands, counted=settings.tracking, dense_prefill=settings.dense_prefill
+        )
+        cats.masking = implementation != DENSE  # for _apply_gate
+        if implementation == DENSE:
             return cats.original_class.forward(self, x, top_k_index, top_k_weights)
         if top_k_weights.shape != top_k_index.shape:  # of all experts, in early versions of transformers
             top_k_weights = top_k_weights.gather(-1, top_k_index)
-        if not form.tracking and _kernel_fits(self, x, top_k_weights):
-            return expert_ops.sparse_experts(
-                x,
-                top_k_index,
-                top_k_weights,
-                self.gate_up_proj,
-                self.down_proj.mT,
-                self.threshold,
-                self.down_threshold,
-                form.activation,
-            )
-        if form.tracking:
+        if implementation == KERNEL:
+            mask = self.threshold, self.down_threshold, settings.activation
+            return expert_ops.sparse_experts(x, top_k_index, top_k_weights, *operands, *mask)
+        if settings.tracking:
             cats.experts_per_token = top_k_index.shape[-1]
         return self._masked(x, top_k_index, top_k_weights)
 
-    def _masked(self, x: Tensor, experts: Tensor, routing: Tensor) -> Tensor:
-        way = getattr(getattr(self, "config", None), "_experts_implementation", None)
-        if way in (None, "eager"):
-            return self._one_by_one(x, experts, routing)
-        from transformers.integrations import moe
+    def operands(self) -> tuple[Tensor, Tensor] | None:
+        """``w_gate_up`` ``[E, 2 I, H]`` and ``w_down_t`` ``[E, I, H]``; None if an adapter computes them."""
+        parameters = self._parameters
+        if "gate_up_proj" not in parameters or "down_proj" not in parameters:
+            return None
+        return parameters["gate_up_proj"], parameters["down_proj"].mT
 
-        run = moe.batched_mm_experts_forward if way == _BATCHED else moe.grouped_mm_experts_forward
+    def _masked(self, x: Tensor, experts: Tensor, routing: Tensor) -> Tensor:
+        implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        if implementation in (None, "eager"):
+            return self._one_by_one(x, experts, routing)
+        # Both leave the gate to the module's _apply_gate.
+        from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+        run = batched_mm_experts_forward if implementation == "batched_mm" else grouped_mm_experts_forward
         return run(self, x, experts, routing)
 
     def _one_by_one(self, x: Tensor, experts: Tensor, routing: Tensor) -> Tensor:
@@ -73,18 +75,5 @@ class CatsExperts(CatsMLP):
         if not self.cats.masking:
             return self.cats.original_class._apply_gate(self, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        counts = self.counts if self.cats_form.tracking else None
-        return masked_product(gate, up, self.threshold, self.down_threshold, self.cats_form.activation, counts)
-
-
-def _kernel_fits(module: CatsExperts, x: Tensor, routing: Tensor) -> bool:
-    parameters = module._parameters
-    if "gate_up_proj" not in parameters or "down_proj" not in parameters:  # an adapter is at work
-        return False
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    return (
-        experts_fit(x)
-        and (not x.is_cuda or expert_ops.triton_installed())
-        and down.stride(-2) == 1  # one contiguous row a neuron
-        and not (torch.is_grad_enabled() and needs_grad(x, routing, gate_up, down))
-    )
+        counts = self.counts if self.forward_settings.tracking else None
+        return masked_product(gate, up, self.threshold, self.down_threshold, self.forward_settings.activation, counts)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cats_ext.patching.apply import sparse_mlps
+from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.thresholds.rules import bytes_share
 
@@ -141,8 +141,8 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
     Raises:
         ValueError: the model is not patched.
     """
-    modules = _patched(model)
-    before = {module: module.cats_form.tracking for module in modules.values()}
+    modules = patched_mlps(model)
+    before = {module: module.forward_settings.tracking for module in modules.values()}
     for module in modules.values():
         module.track(enabled)
     return _Tracking(before)
@@ -150,7 +150,7 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
 
 def reset_sparsity(model: nn.Module) -> None:
     """Forget what has been counted. Raises ValueError if the model is not patched."""
-    for module in _patched(model).values():
+    for module in patched_mlps(model).values():
         module.counts.zero_()
 
 
@@ -167,7 +167,7 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
     layers = []
-    for name, module in _patched(model).items():
+    for name, module in patched_mlps(model).items():
         evaluated, kept_up, kept_down = module.counts.tolist()
         if evaluated == 0:
             raise ValueError(
@@ -198,10 +198,3 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             stacklevel=2,
         )
     return report
-
-
-def _patched(model: nn.Module) -> dict[str, CatsMLP]:
-    modules = sparse_mlps(model)
-    if not modules:
-        raise ValueError(f"model of class {type(model).__name__} is not patched: call apply_cats first")
-    return modules

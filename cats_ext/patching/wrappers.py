@@ -1,6 +1,15 @@
-"""What people put around models and layers: torch.compile, data parallelism, PEFT. Judged without importing them."""
+"""What is put around models and layers: torch.compile, data parallelism, PEFT, accelerate. None of them is imported.
+
+With ``device_map``, accelerate puts a hook on every module of a model that is spread over devices: it replaces
+``forward`` on the instance and keeps the earlier one as ``_old_forward``. A hook that only moves inputs to the module's
+device changes nothing about what is computed. One that offloads leaves weights on the meta device between calls: such
+modules cannot be patched, and patched modules that are offloaded later are called instead of bypassed. Hooks are
+recognised by the attributes that accelerate documents.
+"""
 
 from __future__ import annotations
+
+from types import MethodType
 
 from torch import nn
 
@@ -28,3 +37,20 @@ def under_idle_adapter(module: nn.Module) -> nn.Module | None:
     if base is None or not hasattr(module, "adapter_layer_names") or module._forward_hooks or module._forward_pre_hooks:
         return None
     return base if bool(module.merged) != bool(module.disable_adapters) else None
+
+
+def only_aligns_devices(module: nn.Module) -> bool:
+    """Whether the ``forward`` set on the instance is the class's own behind a hook that offloads nothing."""
+    attributes = vars(module)
+    hook = attributes.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and getattr(attributes.get("_old_forward"), "__func__", None) is type(module).forward
+    )
+
+
+def rebind_forward(module: nn.Module) -> None:
+    """After the class of ``module`` has changed, let a hook on it call the new class's forward."""
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(type(module).forward, module)

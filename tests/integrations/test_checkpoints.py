@@ -1,4 +1,4 @@
-"""The second door: thresholds travel with transformers checkpoints, which stay dense checkpoints for everyone else."""
+"""Thresholds travel with transformers checkpoints, which stay dense checkpoints where cats_ext is not imported."""
 
 from __future__ import annotations
 
@@ -122,15 +122,54 @@ def test_without_the_package_the_checkpoint_is_the_dense_model(cats_directory, t
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("first", ["cats_ext", "transformers"])
-def test_registered_whichever_is_imported_first(first):
-    check = "assert 'transformers' not in sys.modules"
-    lines = ["import sys, cats_ext", check, "import transformers.quantizers.auto as auto"]
-    if first == "transformers":
-        lines = ["import transformers.quantizers.auto as auto", "import cats_ext"]
-    script = "\n".join([*lines, "assert auto.AUTO_QUANTIZER_MAPPING['cats'].__name__ == 'CatsQuantizer'"])
+# Whatever is imported first, and however its import ends.
+IMPORTS = {
+    "cats_ext": "import cats_ext; assert 'transformers' not in sys.modules",
+    "transformers, lazily": "import transformers, cats_ext",
+    "quantizers": "import transformers.quantizers.auto, cats_ext",
+    "models": "import transformers.modeling_utils, cats_ext",
+    "models without quantizers": (
+        "sys.modules['transformers.modeling_utils'] = types.ModuleType('transformers.modeling_utils')\n"
+        "import cats_ext\n"
+        "assert cats_ext.patching.listeners._listeners\n"
+        "del sys.modules['transformers.modeling_utils']"
+    ),
+    "an import that fails": (
+        "import cats_ext\n"
+        "sys.modules['transformers.quantizers.base'] = None\n"
+        "try: import transformers.quantizers.auto\n"
+        "except ImportError: pass\n"
+        "else: raise AssertionError\n"
+        "del sys.modules['transformers.quantizers.base']"
+    ),
+    "in the middle of the quantizers": (
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'transformers.quantizers.quantizer_awq':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            import cats_ext\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import transformers.quantizers.auto\n"
+        "assert 'cats_ext' in sys.modules\n"
+        "import transformers.models.llama.modeling_llama"
+    ),
+}
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+def test_registered_in_whatever_order_modules_are_imported(order):
+    script = (
+        f"import sys, types\n{IMPORTS[order]}\n"
+        "import transformers.quantizers.auto as auto\n"
+        "from cats_ext.patching import listeners\n"
+        "assert auto.AUTO_QUANTIZER_MAPPING['cats'].__name__ == 'CatsQuantizer'\n"
+        "assert len(listeners._listeners) == 1\n"
+    )
     # not from the source tree, which python -c would put first
-    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -283,7 +322,7 @@ def test_damaged_checkpoints(cats_directory, tmp_path):
         load(broken)
     (broken / "cats_config.json").unlink()
     with pytest.raises(
-        OSError, match=r"thresholds are not to be had; without that entry .* dense model.*cats_config.json"
+        OSError, match=r"thresholds cannot be read; without that entry .* dense model.*cats_config.json"
     ):
         load(broken)
     around = tmp_path / "around"  # whose thresholds are another checkpoint's

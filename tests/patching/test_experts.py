@@ -277,7 +277,7 @@ CHANGES = {
     ),
     "interleaved": (lambda block: setattr(type(block), "_apply_gate", interleaved), "its forward is not down"),
     "a part": (lambda block: setattr(block, "_is_expert_parallel", True), "only a part of the experts"),
-    "dtype": (lambda block: block.down_proj.data.__class__ and halve(block), "down_proj is torch.float16 on cpu, but"),
+    "dtype": (lambda block: halve(block), "down_proj is torch.float16 on cpu, but"),
 }
 
 

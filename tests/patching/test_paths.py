@@ -1,4 +1,4 @@
-"""Which way a patched MLP computes: the kernel only where nobody needs the projections or their gradients."""
+"""Which implementation computes a patched MLP: the kernel only where nothing needs the projections or gradients."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model, tokens
 
-from cats_ext import apply_cats, calibrate, remove_cats, reset_sparsity, sparsity_report, track_sparsity
+from cats_ext import CatsMLP, apply_cats, calibrate, remove_cats, reset_sparsity, sparsity_report, track_sparsity
 
 
 @pytest.fixture(params=["llama", "phi3"])
@@ -117,6 +117,7 @@ def test_removal_inside_tracking(model):
     with track_sparsity(model):
         run(model, 2)
         remove_cats(model)
+    assert not any(isinstance(module, CatsMLP) for module in model.modules())
 
 
 def test_errors(model):

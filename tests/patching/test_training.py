@@ -16,7 +16,7 @@ from support.patched import config_for, few, layers_of, many
 
 from cats_ext import apply_cats, functional, ops
 from cats_ext.ops import reference
-from cats_ext.ops.definitions import eager_gated_threshold
+from cats_ext.ops.definitions import masked_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def plain_forward(mlp, x):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    v = reference.ACTIVATIONS[mlp.cats_form.activation](gate)
+    v = reference.ACTIVATIONS[mlp.forward_settings.activation](gate)
     h = v * up
     keep = v.detach().abs() >= mlp.threshold
     if mlp.down_threshold is not None:
@@ -108,7 +108,7 @@ def test_the_op_that_is_for_inference_warns_that_it_has_no_gradient():
 def test_a_second_derivative_is_refused():
     gate, up = (torch.randn(3, 7, requires_grad=True) for _ in range(2))
     threshold = torch.tensor(0.1)
-    for h in (ops.gated_threshold(gate, up, threshold), eager_gated_threshold(gate, up, threshold, None, "silu")):
+    for h in (ops.gated_threshold(gate, up, threshold), masked_product(gate, up, threshold, None, "silu")):
         first = torch.autograd.grad(h.square().sum(), (gate, up), create_graph=True)
         assert all(gradient.any() for gradient in first)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -189,11 +189,11 @@ def test_lora_with_a_frozen_base():
 
 
 @pytest.mark.slow  # two processes that import torch
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes(way, tmp_path):
+@pytest.mark.parametrize("method", ["ddp", "fsdp"])
+def test_two_processes(method, tmp_path):
     """With half a batch each they train as one with all of it."""
     script = [sys.executable, str(Path(__file__).parents[1] / "support" / "data_parallel.py")]
-    arguments = [way, str(tmp_path / "store"), str(tmp_path / "weights")]
+    arguments = [method, str(tmp_path / "store"), str(tmp_path / "weights")]
     processes = [subprocess.Popen([*script, str(rank), *arguments]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     network = patched_network()

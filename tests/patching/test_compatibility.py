@@ -1,4 +1,4 @@
-"""Patched models in company: adapters, training, torch.compile, torch.export."""
+"""Patched models with adapters, torch.compile, torch.export, wrappers, and in a multimodal model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,194 @@
+"""How one call of a gated MLP is computed: by the sparse kernel, by masked dense products, or as the dense model does.
+
+:func:`choose` and :func:`choose_experts` are the only places that decide it, from the number of tokens, dtype,
+autocast, gradients and the weights. What the weights are and whether they can be read directly is known by a
+:class:`Projections`. Each limit on the number of tokens is a measured crossover, named beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from cats_ext.ops import definitions as ops
+from cats_ext.ops.experts import triton_installed
+
+# What choose() answers.
+KERNEL = "kernel"  # the sparse kernel, which reads the rows of kept neurons only
+MASKED = "masked"  # dense products of all weights, with the mask between them: differentiable, and fast for many tokens
+DENSE = "dense"  # without a mask: prompts of a config with sparse_prefill=False
+
+# Largest number of tokens for which the sparse kernel is taken, per device type. With more tokens fewer neurons are
+# skipped by all of them, while a dense product reads the weights once for all. At H 4096, I 14336 and 50 % sparsity, on
+# two cores of a Zen 3, fp32, the kernel takes about half the dense time for 16 tokens, and as long as dense for 64
+# (bench/results/cpu-epyc-zen3).
+MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
+
+# 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
+# independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
+# to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
+# capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv).
+MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
+
+MOST_KERNEL_TOKENS = max(*MAX_KERNEL_TOKENS.values(), MAX_BATCHED_TOKENS)
+
+# As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
+# transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
+# 86, 278 and 157 (bench/results/h100/experts.csv).
+MAX_EXPERT_TOKENS = {"cpu": 16, "cuda": 4}
+
+# Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
+# the kernel needs takes 25 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
+# as many tokens as were measured (32), so it takes them all.
+_SCALAR_ON_CPU = tuple(
+    dtype
+    for dtype, query in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, query)()
+)
+
+# Bound at import: a lookup in torch's large modules at each call misses the processor's cache between layers.
+_autocast_is_enabled = torch.is_autocast_enabled
+# Whether the user wants the same bits in every run. Decided when traced under torch.compile.
+deterministic = torch.are_deterministic_algorithms_enabled
+
+# (w_gate, w_up, w_down_t) and (gate_bias, up_bias, down_bias), as torch.ops.cats.sparse_mlp takes them.
+Operands = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
+# (threshold, down_threshold, activation)
+Mask = tuple[Tensor, Tensor | None, str]
+
+
+class Projections:
+    """What the gate, up and down projection of an MLP are, and how to compute with them.
+
+    One subclass for each kind, without instances: ``source``, where the projections are looked up, is passed to every
+    method, since adapters and loaders replace modules and weights between calls. Weights in another format are a
+    subclass with operands and a kernel of its own.
+    """
+
+    @staticmethod
+    def operands(source: Any) -> Operands | None:
+        """The weights and biases for ``kernel``; None if it cannot read them or a projection has to be called."""
+        raise NotImplementedError
+
+    @staticmethod
+    def gate_up(source: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both projections ``[..., I]`` of ``x`` ``[..., H]``, dense."""
+        raise NotImplementedError
+
+    @staticmethod
+    def down(source: Any, h: Tensor) -> Tensor:
+        """The down projection ``[..., H]`` of ``h`` ``[..., I]``, dense."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
+        """The whole MLP of ``x`` ``[..., H]``, reading the rows of kept neurons only."""
+        weights, biases = operands
+        if counts is not None:
+            return ops.sparse_mlp_counted(x, *weights, counts, *mask, *biases, deterministic())
+        # One by one: unpacking them in the call takes the host longer.
+        w_gate, w_up, w_down_t = weights
+        threshold, down_threshold, activation = mask
+        gate_bias, up_bias, down_bias = biases
+        return ops.sparse_mlp(
+            x,
+            w_gate,
+            w_up,
+            w_down_t,
+            threshold,
+            down_threshold,
+            activation,
+            gate_bias,
+            up_bias,
+            down_bias,
+            deterministic(),
+        )
+
+
+def choose(
+    x: Tensor, hidden_size: int, projections: type[Projections], source: Any, dense_prefill: bool = False
+) -> tuple[str, Operands | None]:
+    """KERNEL, MASKED or DENSE for ``x`` ``[..., H]``, and the operands if it is the kernel.
+
+    Args:
+        hidden_size: H, which ``x`` may lack if it is wrong.
+        projections, source: what the weights are and where they are looked up.
+        dense_prefill: compute densely whatever has several positions of a sequence.
+    """
+    if dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
+        return DENSE, None
+    # For many tokens on CUDA no further question; on the CPU some dtypes take the kernel for any number.
+    if (x.numel() <= MOST_KERNEL_TOKENS * hidden_size or not x.is_cuda) and kernel_fits(x, hidden_size):
+        operands = projections.operands(source)
+        if operands is not None and not (is_grad_enabled() and needs_grad(x, *operands[0], *operands[1])):
+            return KERNEL, operands
+    return MASKED, None
+
+
+def choose_experts(
+    x: Tensor,
+    routing: Tensor,
+    operands: tuple[Tensor, Tensor] | None,
+    *,
+    counted: bool,
+    dense_prefill: bool,
+) -> str:
+    """KERNEL, MASKED or DENSE for ``x`` ``[T, H]`` of routed experts. The kernel neither counts nor has a backward.
+
+    Args:
+        routing: the experts' weights ``[T, K]``.
+        operands: ``w_gate_up`` ``[E, 2 I, H]`` and ``w_down_t`` ``[E, I, H]``; None if they are no plain parameters.
+    """
+    if dense_prefill and len(x) > 1:
+        return DENSE
+    if (
+        not counted
+        and operands is not None
+        and experts_fit(x)
+        and (not x.is_cuda or triton_installed())
+        and operands[1].stride(-1) == 1  # one contiguous row a neuron
+        and not needs_grad(x, routing, *operands)
+    ):
+        return KERNEL
+    return MASKED
+
+
+def kernel_fits(x: Tensor, hidden_size: int) -> bool:
+    """Whether ``x`` ``[..., H]`` has few enough tokens for the sparse kernel and a dtype that it takes.
+
+    Not under autocast: the operands would have to be cast first, which the dense path's ``linear`` does.
+    """
+    # Once a layer and token: is_cuda and is_cpu cost a fifth of device.type.
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    tokens_fit = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
+    if not tokens_fit and device == "cuda" and x.numel() <= MAX_BATCHED_TOKENS * hidden_size:
+        tokens_fit = (
+            x.dtype != torch.float32
+            and hidden_size in BATCHED_HIDDEN_SIZES
+            and torch.cuda.get_device_properties(x.device).major == BATCHED_CAPABILITY
+        )
+    return (
+        (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
+        and x.dtype in ops.SPARSE_DTYPES
+        and not _autocast_is_enabled(device)
+    )
+
+
+def experts_fit(x: Tensor) -> bool:
+    """As :func:`kernel_fits`, for ``x`` ``[T, H]`` and the op of routed experts."""
+    device = x.device.type
+    return (
+        (len(x) <= MAX_EXPERT_TOKENS.get(device, 0) or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
+        and x.dtype in ops.SPARSE_DTYPES
+        and not _autocast_is_enabled(device)
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the operation. The sparse kernel has no backward."""
+    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,100 @@
+"""What the gate, up and down projections of a patched module are: ``nn.Linear`` children, separate or merged.
+
+Each kind looks its children up at every call, since PEFT replaces them. An adapter at work, a hook or a replaced
+forward means that a child has to be called; one that only moves inputs to its device (accelerate) or an idle adapter
+does not. A module with other projections (quantised rows, parallel linears) is one more kind.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import linear as linear_product
+
+from cats_ext.ops.dispatch import Operands, Projections
+from cats_ext.patching.wrappers import only_aligns_devices, under_idle_adapter
+
+
+class SeparateProjections(Projections):
+    """The children gate_proj, up_proj and down_proj (Llama and its relatives). The source is the module's children."""
+
+    @staticmethod
+    def operands(source: dict[str, nn.Module]) -> Operands | None:
+        found = readable_parameters(source["gate_proj"], source["up_proj"], source["down_proj"])
+        if found is None:
+            return None
+        gate, up, down = found
+        w_down = down["weight"]
+        if w_down.stride(0) != 1:  # not one contiguous row a neuron
+            return None
+        return (gate["weight"], up["weight"], w_down.t()), (gate["bias"], up["bias"], down["bias"])
+
+    @staticmethod
+    def gate_up(source: dict[str, nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+        return call_linear(source["gate_proj"], x), call_linear(source["up_proj"], x)
+
+    @staticmethod
+    def down(source: dict[str, nn.Module], h: Tensor) -> Tensor:
+        return call_linear(source["down_proj"], h)
+
+
+class MergedProjections(SeparateProjections):
+    """The children gate_up_proj, with the gate's rows before those of up, and down_proj (Phi-3)."""
+
+    @staticmethod
+    def operands(source: dict[str, nn.Module]) -> Operands | None:
+        found = readable_parameters(source["gate_up_proj"], source["down_proj"])
+        if found is None:
+            return None
+        gate_up, down = found
+        w_down, bias = down["weight"], gate_up["bias"]
+        if w_down.stride(0) != 1:
+            return None
+        w_gate, w_up = gate_up["weight"].chunk(2)
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        return (w_gate, w_up, w_down.t()), (gate_bias, up_bias, down["bias"])
+
+    @staticmethod
+    def gate_up(source: dict[str, nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = call_linear(source["gate_up_proj"], x).chunk(2, dim=-1)
+        return gate, up
+
+
+# By the name in a module's ForwardSettings.
+KINDS: dict[str, type[Projections]] = {"separate": SeparateProjections, "merged": MergedProjections}
+
+
+def readable_parameters(*modules: nn.Module) -> list[dict[str, Tensor | None]] | None:
+    """Weight and bias of each module's ``nn.Linear``; None if one of the modules has to be called instead."""
+    found = []
+    for module in modules:
+        linear = module if type(module) is nn.Linear else under_idle_adapter(module)
+        if type(linear) is not nn.Linear:
+            return None
+        # The dictionary is read directly: nn.Module's attribute lookup costs more than the checks.
+        attributes = linear.__dict__
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            return None
+        if "forward" in attributes and not only_aligns_devices(linear):
+            return None
+        found.append(attributes["_parameters"])
+    return found
+
+
+def call_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)``, without the host's time for calling a module where it is an ``nn.Linear`` and nothing is on it.
+
+    Prompts of a few hundred tokens wait for that time.
+    """
+    if type(linear) is not nn.Linear:
+        return linear(x)
+    attributes = linear.__dict__
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+    ):
+        return linear(x)
+    parameters = attributes["_parameters"]
+    return linear_product(x, parameters["weight"], parameters["bias"])
