@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import cats_ext
 from bench.lib.timing import synchronize
+from cats_ext.decode.cache import cache_argument
 from cats_ext.decode.engine import DecodeEngine
 
 COMPILED = ("compiled", "deferred")
@@ -43,7 +44,7 @@ class Generator:
         else:
             if self.cache is not None:
                 self.cache.reset()
-                options["past_key_values"] = self.cache
+                options[cache_argument(self.model)] = self.cache
             with cats_ext.deferred_stop() if self.mode == "deferred" else contextlib.nullcontext():
                 self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         _, first, *later = arrivals.times  # before them the prompt

@@ -30,6 +30,7 @@ from bench.lib.command import command
 from bench.lib.results import ResultFile
 from bench.quality.task_scores import answers
 from bench.quality.texts import load_requests, load_texts, token_ids
+from cats_ext.decode.cache import cache_argument
 from cats_ext.evaluation.comparison import compare
 from cats_ext.evaluation.plots import linear_bins
 from cats_ext.evaluation.significance import mean_accuracy, paired_accuracy
@@ -221,7 +222,7 @@ class Bench:
     @torch.no_grad()
     def prefill(self, facts: dict[str, Any]) -> None:
         """Perplexity of the sparse model on each window's second half, behind a first half read sparse or dense."""
-        half = self.args.window // 2
+        half, name = self.args.window // 2, cache_argument(self.model)
         rows = self.windows("wikitext", self.args.windows).view(-1, 2 * half).to(self.device)
         for prompt in ("sparse", "dense"):
             total = 0.0
@@ -231,7 +232,8 @@ class Bench:
                         out = self.model(input_ids=ids[None, :half], use_cache=True)
                 else:
                     out = self.model(input_ids=ids[None, :half], use_cache=True)
-                logits = self.model(input_ids=ids[None, half:], past_key_values=out.past_key_values).logits[0, :-1]
+                cache = {name: getattr(out, name)}
+                logits = self.model(input_ids=ids[None, half:], **cache).logits[0, :-1]
                 total += float(torch.nn.functional.cross_entropy(logits.float(), ids[half + 1 :]))
             ppl = float(torch.tensor(total / len(rows)).exp())
             self.tables["prefill"].add(facts | {"prompt": prompt, "tokens": len(rows) * (half - 1), "ppl": ppl})
