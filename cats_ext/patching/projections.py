@@ -70,13 +70,12 @@ def readable_parameters(*modules: nn.Module) -> list[dict[str, Tensor | None]] |
         linear = module if type(module) is nn.Linear else under_idle_adapter(module)
         if type(linear) is not nn.Linear:
             return None
-        # The dictionary is read directly: nn.Module's attribute lookup costs more than the checks.
-        attributes = linear.__dict__
-        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+        # Attributes, not items of __dict__, for which torch.compile's guards would look at every layer.
+        if linear._forward_hooks or linear._forward_pre_hooks:
             return None
-        if "forward" in attributes and not only_aligns_devices(linear):
+        if "forward" in linear.__dict__ and not only_aligns_devices(linear):
             return None
-        found.append(attributes["_parameters"])
+        found.append(linear._parameters)
     return found
 
 
@@ -85,16 +84,14 @@ def call_linear(linear: nn.Module, x: Tensor) -> Tensor:
 
     Prompts of a few hundred tokens wait for that time.
     """
-    if type(linear) is not nn.Linear:
-        return linear(x)
-    attributes = linear.__dict__
     if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
+        type(linear) is not nn.Linear
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in linear.__dict__
     ):
         return linear(x)
-    parameters = attributes["_parameters"]
+    parameters = linear._parameters
     return linear_product(x, parameters["weight"], parameters["bias"])

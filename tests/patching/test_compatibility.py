@@ -95,10 +95,11 @@ def test_a_model_compiled_before_patching_notices(called):
     torch.testing.assert_close(logits(compiled, few()), dense)
 
 
-def test_guards_stop_at_unchanged_modules():
+@pytest.mark.parametrize("tokens", [1, 40], ids=["kernel", "dense path"])
+def test_guards_stop_at_unchanged_modules(tokens):
     """A compiled step looks at the layers of a patched model as little as at those of a dense one."""
     mlp = layers_of(apply_cats(tiny_model(), config_for(tiny_model())))[0]
-    block, x = nn.Sequential(mlp), torch.randn(1, HIDDEN)
+    block, x = nn.Sequential(mlp), torch.randn(tokens, HIDDEN)
 
     def step(x):
         return block(x)
