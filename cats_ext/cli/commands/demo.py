@@ -19,21 +19,8 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext._inputs import window_bos
-from cats_ext.cli import models
-from cats_ext.cli.common import (
-    Device,
-    Json,
-    escape,
-    load,
-    notes,
-    one_sentence_errors,
-    output,
-    patched,
-    pick_device,
-    print_json,
-    result_table,
-    status,
-)
+from cats_ext.cli import models, options
+from cats_ext.cli.common import escape, load, notes, output, patched, print_json, result_table, status
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.evaluation.plots import ActivationPanel, plot_activations
@@ -66,7 +53,6 @@ class Variant:
         return {"name": self.name, "perplexity": self.perplexity, "reached": reached}
 
 
-@one_sentence_errors
 def demo(
     model: Annotated[
         str, typer.Option(help="Directory, hub name or .gguf file. The demo model is downloaded once (98 MB).")
@@ -81,8 +67,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to write, and to time.")] = 48,
     calibration_tokens: Annotated[int, typer.Option(min=128, help="Tokens to calibrate on.")] = 8192,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure perplexity on.")] = 4096,
-    device: Device = None,
-    json: Json = False,
+    device: options.Device = None,
+    json: options.Json = False,
 ) -> None:
     """Make a real language model sparse: thresholds, perplexity, text, speed and a figure.
 
@@ -101,11 +87,11 @@ def demo(
     started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
     figure_path = _figure_path(out)
-    where = pick_device(device)
+    where = options.pick_device(device)
     calibration_text, held_out_text, source = _texts(text)
 
     console = output(json)
-    network, tokenizer = load(model, where)
+    network, tokenizer, _ = load(model, where)
     question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
     held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
     document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}

@@ -10,38 +10,23 @@ import torch
 import typer
 
 import cats_ext
-from cats_ext.cli.common import (
-    CatsDirectory,
-    Device,
-    DType,
-    Json,
-    Model,
-    Sparsity,
-    load_patched,
-    note_drift,
-    notes,
-    one_sentence_errors,
-    pick_device,
-    print_json,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import load_patched, note_drift, notes, print_json
 
 
-@one_sentence_errors
 def generate(
-    model: Model,
+    model: options.Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    cats: CatsDirectory = None,
-    sparsity: Sparsity = None,
+    cats: options.CatsDirectory = None,
+    sparsity: options.Sparsity = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    temperature: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
     stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
-    device: Device = None,
-    dtype: DType = None,
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    json: options.Json = False,
 ) -> None:
     """Continue a prompt: sparsely with --cats, or if the model was saved with thresholds.
 
@@ -55,7 +40,7 @@ def generate(
     """
     from cats_ext.cli.generation import continue_prompt, encode_prompt
 
-    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats, sparsity)
+    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
     input_ids = encode_prompt(tokenizer, prompt, chat)
     if config is not None:
         cats_ext.track_sparsity(network)
