@@ -135,18 +135,13 @@ def compare(
             rows.append([len(targets), len(dense), *sums.tolist()])
             advance()
     predicted, positions, nll_dense, nll_sparse, divergence, agree = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    increase, increase_se = _ratio(nll_sparse - nll_dense, predicted)
-    (kl, kl_se), (top1, top1_se) = _ratio(divergence, positions), _ratio(agree, positions)
     tokens, count = int(predicted.sum()), len(windows)
     return Comparison(
-        dense=_perplexity(float(nll_dense.sum()), tokens, count),
-        sparse=_perplexity(float(nll_sparse.sum()), tokens, count),
-        nll_increase=increase,
-        nll_increase_se=increase_se,
-        kl=kl,
-        kl_se=kl_se,
-        top1=top1,
-        top1_se=top1_se,
+        _perplexity(float(nll_dense.sum()), tokens, count),
+        _perplexity(float(nll_sparse.sum()), tokens, count),
+        *_ratio(nll_sparse - nll_dense, predicted),
+        *_ratio(divergence, positions),
+        *_ratio(agree, positions),
     )
 
 

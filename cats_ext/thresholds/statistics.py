@@ -50,8 +50,6 @@ class JointHistogram:
             and torch.equal(self.trimmed().counts, other.trimmed().counts)
         )
 
-    __hash__ = None  # mutable
-
     def add(self, gate: Tensor, contribution: Tensor) -> None:
         """Count pairs of ``|gate|`` and ``|contribution|``, float32 of one shape.
 
