@@ -25,7 +25,7 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext.cli import models
-from cats_ext.cli.options import Precision
+from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
 
@@ -171,7 +171,7 @@ def load_patched(
         # Before the spinner starts: the download shows its own progress.
         models.obtain(models.DEMO_MODEL)
     with status(f"Loading {escape(name)} ..."):
-        network, tokenizer = models.load_model(name, device=device, dtype=precision and precision.dtype)
+        network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision))
     if config is not None:
         cats_ext.apply_cats(cats_ext.remove_cats(network) if sparse_mlps(network) else network, config)
     patched = bool(sparse_mlps(network))

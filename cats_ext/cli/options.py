@@ -13,23 +13,12 @@ import typer
 from cats_ext.cli import models
 
 
-class Precision(str, Enum):
-    """Dtypes of the command line, by their names in torch."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.value)
-
-
 def choices(name: str, values: Iterable[str]) -> type[Enum]:
     """An Enum for an option: typer lists its ``values`` in --help and exits with code 2 for any other."""
     return Enum(name, {value.upper(): value for value in values}, type=str)
 
 
+Precision = choices("Precision", ("float32", "bfloat16", "float16"))
 _MODEL_HELP = f"Directory, hub name, .gguf file, or '{models.DEMO_MODEL.name}' for the demo model."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; without it cuda if there is one.")]
@@ -45,6 +34,11 @@ CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory wr
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")]
 SamplingSeed = Annotated[int, typer.Option(help="For sampling.")]
 Window = Annotated[int, typer.Option(help="Tokens in a window.")]
+
+
+def torch_dtype(precision: Precision | None, default: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype of that name in torch."""
+    return default if precision is None else getattr(torch, precision.value)
 
 
 def numbers(option: str, text: str) -> list[float]:

@@ -96,17 +96,17 @@ def _text_section(name: str, document: dict[str, Any]) -> list[str]:
     source = text["source"] if isinstance(text["source"], str) else ", ".join(text["source"])
     dense, variants = text["dense"], text["variants"]
     rows = [("dense", _number(dense["ppl"], ".2f"), "", "", "", "100.0%")]
-    for row in variants:
-        rows.append(
-            (
-                row["name"],
-                _number(row["sparse"]["ppl"], ".2f"),
-                _number(row["nll_increase"], "+.4f") + _error(row["nll_increase_se"], ".4f"),
-                _number(row["kl"], ".4f") + _error(row["kl_se"], ".4f"),
-                _number(row["top1"], ".1%"),
-                f"{row['reached']['bytes_share']:.1%}",
-            )
+    rows += [
+        (
+            row["name"],
+            _number(row["sparse"]["ppl"], ".2f"),
+            _number(row["nll_increase"], "+.4f") + _error(row["nll_increase_se"], ".4f"),
+            _number(row["kl"], ".4f") + _error(row["kl_se"], ".4f"),
+            _number(row["top1"], ".1%"),
+            f"{row['reached']['bytes_share']:.1%}",
         )
+        for row in variants
+    ]
     header = ("", "perplexity", "nats a token", "KL, nats", "same top token", "MLP weights read")
     parts = [
         f"<h2>Text: {escape(source)}</h2>",

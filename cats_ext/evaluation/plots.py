@@ -140,7 +140,10 @@ def curves_figure(
     figure = _figure(6.4, 4)
     axis = figure.subplots()
     for curve in curves:
-        axis.errorbar(curve.x, curve.y, yerr=curve.error, marker="o", markersize=4, capsize=2, label=curve.name)
+        if curve.error is not None:
+            axis.errorbar(curve.x, curve.y, yerr=curve.error, marker="o", markersize=4, capsize=2, label=curve.name)
+        else:
+            axis.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.name)
     if dense is not None:
         axis.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
     if log:
@@ -176,9 +179,11 @@ def reached_figure(layers: Sequence[Mapping[str, Any]], *, title: str | None = N
         reached, target = ([100 * layer[f"{key}_{kind}"] for layer in layers] for kind in ("sparsity", "target"))
         axis.plot(numbers, reached, marker="o", markersize=3, color=colour, label=f"{key}, reached")
         axis.step(numbers, target, where="mid", color=colour, alpha=0.5)
-    axis.plot([], [], color="grey", alpha=0.5, label="target")
     axis.set(ylim=(0, 100), xlabel="layer", ylabel="neurons skipped (%)")
-    axis.legend(fontsize=8, frameon=False, ncols=3)
+    from matplotlib.lines import Line2D
+
+    target = Line2D([], [], color="grey", alpha=0.5, label="target")
+    axis.legend(handles=[*axis.get_lines()[::2], target], fontsize=8, frameon=False, ncols=3)
     _finish(axis, title)
     return figure
 

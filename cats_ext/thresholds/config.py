@@ -148,13 +148,7 @@ class CatsConfig:
             name: replace(layer, up_sparsity=targets[name][0], down_sparsity=targets[name][1])
             for name, layer in self.layers.items()
         }
-        return replace(
-            self,
-            thresholds=thresholds,
-            down_thresholds=down_thresholds,
-            layers=layers,
-            sparsity=sparsity,
-        )
+        return replace(self, thresholds=thresholds, down_thresholds=down_thresholds, layers=layers, sparsity=sparsity)
 
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""

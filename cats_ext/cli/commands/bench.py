@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import torch
@@ -47,13 +48,13 @@ def bench(
             intermediate,
             sparsities=sparsities,
             tokens=tokens,
-            dtype=dtype.dtype if dtype else default,
+            dtype=options.torch_dtype(dtype, default),
             device=where,
             passes=passes,
             report=report,
         )
     if json:
-        print_json(result.to_dict())
+        print_json(asdict(result))
         return
     console = output(json)
     threads = f", {result.threads} thread{'s' * (result.threads != 1)}" if result.threads else ""

@@ -69,8 +69,7 @@ def chat(
 
         def write(text: str, said: list[str] = said) -> None:
             said.append(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
 
         try:
             answer = continue_prompt(
@@ -80,7 +79,7 @@ def chat(
         except KeyboardInterrupt:
             speed = "stopped"
         messages.append({"role": "assistant", "content": "".join(said)})
-        sys.stdout.write("\n")
+        print()
         notes.print(f"[dim]{speed}[/]")
 
 
@@ -104,7 +103,6 @@ def _fit(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], fir
         if ids.shape[1] <= longest:
             return ids
         if len(messages) <= first + 1:
-            messages.pop()
             raise ValueError(f"the message has {ids.shape[1]} tokens, but the context leaves room for {longest}")
         del messages[first : first + 2]
         notes.print("[dim]The oldest exchange no longer fits the context and is forgotten.[/]")

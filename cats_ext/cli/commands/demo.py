@@ -123,8 +123,7 @@ def _figure_path(out: Path) -> Path:
         raise ImportError("the demo's figure needs matplotlib: pip install 'cats_ext[demo]'")
     path = out if out.suffix == ".png" else out / "cats_demo.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(f"--output '{path}' is a directory")
+    options.check_output(path, directory=False)
     return path
 
 
@@ -305,11 +304,8 @@ def show_figure(console: Console, plain: Variant, path: Path) -> Path:
     ]
     title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"
     written = plot_activations(panels, path, title=title)
-    peak = (
-        " The peak at 0.28 is SiLU's lowest value, -0.28."
-        if all(layer.activation == "silu" for layer in config.layers.values())
-        else ""
-    )
+    silu = all(layer.activation == "silu" for layer in config.layers.values())
+    peak = " The peak at 0.28 is SiLU's lowest value, -0.28." if silu else ""
     _heading(console, "Figure", f"|act(gate)| in {len(panels)} layers, with the thresholds.{peak}")
     console.print(f"  [bold]{escape(str(written))}[/]", soft_wrap=True)
     return written

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from cats_ext import env as environment
 from cats_ext.cli import options
 from cats_ext.cli.common import print_json
@@ -22,4 +20,4 @@ def env(json: options.Json = False) -> None:
     if json:
         print_json(report)
     else:
-        sys.stdout.write(environment.describe(report) + "\n")
+        print(environment.describe(report))

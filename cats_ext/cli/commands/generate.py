@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -45,21 +45,15 @@ def generate(
     if config is not None:
         cats_ext.track_sparsity(network)
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     torch.manual_seed(seed)
-    live = stream and not json
-    result = continue_prompt(
-        network, tokenizer, input_ids, max_new_tokens, temperature=temperature, write=write if live else None
-    )
+    write = partial(print, end="", flush=True) if stream and not json else None
+    result = continue_prompt(network, tokenizer, input_ids, max_new_tokens, temperature=temperature, write=write)
     report = None if config is None else cats_ext.sparsity_report(network)
     if json:
         sparsity = None if report is None else {**report.to_dict(), "target": config.sparsity}
         print_json({"model": model, "prompt": prompt, **asdict(result), "sparsity": sparsity})
         return
-    sys.stdout.write("\n" if live else result.text + "\n")
+    print("" if write else result.text)
     notes.print(
         f"[dim]{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; first token after "
         f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens), {result.prepare_seconds:.1f} s to "
