@@ -65,9 +65,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat needs a model whose tokenizer has a chat template, and this one has none")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
+    """Token ids ``[1, T]`` of a conversation in the model's chat template, up to where the answer begins."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return encoded.input_ids
 
 
 def continue_prompt(

@@ -124,11 +124,8 @@ def _time_passes(passes: list[Callable[[], Any]], device: torch.device, count: i
     for one_pass in passes:
         for _ in range(2):
             one_pass()
-    seconds: list[list[float]] = [[] for _ in passes]
-    for _ in range(count):
-        for one_pass, times in zip(passes, seconds, strict=True):
-            times.append(_time(one_pass, device))
-    return seconds
+    turns = [[_time(one_pass, device) for one_pass in passes] for _ in range(count)]
+    return [list(seconds) for seconds in zip(*turns, strict=True)]
 
 
 def captured(one_pass: Callable[[], Any]) -> Callable[[], Any]:

@@ -20,10 +20,11 @@ from cats_ext.thresholds.files import (
     save_config_files,
 )
 from cats_ext.thresholds.rules import (
+    RULES,
     budget_of,
     bytes_share,
     check_bool,
-    check_rule,
+    check_choice,
     check_sparsity,
     check_weights,
     sparsity_split,
@@ -153,7 +154,7 @@ class CatsConfig:
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
         check_sparsity("sparsity", self.sparsity)
-        check_rule(self.rule)
+        check_choice("rule", self.rule, RULES)
         check_weights(self.rule, self.gate_power, self.last_gate_power, self.importance)
         check_bool("sparse_prefill", self.sparse_prefill)
         if not self.layers:

@@ -97,9 +97,10 @@ def _read() -> str | None:
 
 def _fit(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int, longest: int) -> torch.Tensor:
     """Token ids ``[1, T]`` of the conversation, with T at most ``longest``; drops its oldest exchanges if need be."""
+    from cats_ext.cli.generation import encode_messages
+
     while True:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = encode_messages(tokenizer, messages)
         if ids.shape[1] <= longest:
             return ids
         if len(messages) <= first + 1:

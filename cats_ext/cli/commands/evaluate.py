@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,25 +123,18 @@ def _tasks(tasks: str | None, task_data: Path | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A sparse form of the model: with ``config``, or ReLUfied if that is None."""
+    """A sparse form of the model, and the function that makes a dense one so; without a config it is ReLUfied."""
 
-    config: cats_ext.CatsConfig | None
-
-    @property
-    def name(self) -> str:
-        return "ReLUfication" if self.config is None else f"{self.config.rule} {self.config.sparsity:.0%}"
-
-    @property
-    def patch(self) -> Callable[[PreTrainedModel], object]:
-        if self.config is None:
-            return cats_ext.apply_relufication
-        return lambda network: cats_ext.apply_cats(network, self.config)
+    name: str
+    patch: Callable[[PreTrainedModel], object]
+    config: cats_ext.CatsConfig | None = None
 
 
 def variants_of(config: cats_ext.CatsConfig | None, curve: list[float], relufication: bool) -> list[Variant]:
     """``config`` as it is and at the sparsities of ``curve``, and the ReLUfied model if wanted."""
     configs = [] if config is None else [config, *(config.at_sparsity(sparsity) for sparsity in curve)]
-    return [Variant(each) for each in (*configs, *([None] if relufication else []))]
+    variants = [Variant(f"{c.rule} {c.sparsity:.0%}", partial(cats_ext.apply_cats, config=c), c) for c in configs]
+    return [*variants, Variant("ReLUfication", cats_ext.apply_relufication)] if relufication else variants
 
 
 def measure_text(
