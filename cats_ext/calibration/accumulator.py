@@ -11,7 +11,8 @@ from cats_ext.thresholds.histogram import Histogram
 from cats_ext.thresholds.statistics import JointHistogram, LayerStatistics
 
 _UNREACHED = "no token of the data reached {}; of a multimodal model, calibrate and patch the language model alone"
-_SUMS = ("tokens", "loss_tokens", "up_squares", "row_squares", "down_weight", "gate_weight", "losses")
+# Tensors of an accumulator that a checkpoint keeps under their own names; None where there are none.
+_KEPT = ("tokens", "loss_tokens", "up_squares", "row_squares", "down_weight", "gate_weight", "losses")
 
 
 class LayerAccumulator:
@@ -140,7 +141,7 @@ class LayerAccumulator:
     # --- checkpoints: what an interrupted calibration continues from --------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {key: getattr(self, key) for key in _SUMS} | {"gate_counts": self.gate.counts}
+        tensors = {key: getattr(self, key) for key in _KEPT} | {"gate_counts": self.gate.counts}
         if self.joint is not None:
             tensors |= {"joint_edges": self.joint.edges, "joint_counts": self.joint.counts}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
@@ -148,7 +149,7 @@ class LayerAccumulator:
     def load(self, tensors: dict[str, Tensor]) -> None:
         device = self.down_weight.device
         moved = {key: tensor if key.endswith("tokens") else tensor.to(device) for key, tensor in tensors.items()}
-        for key in _SUMS:
+        for key in _KEPT:
             setattr(self, key, moved.get(key))
         self.gate.counts = moved["gate_counts"]
         if "joint_edges" in moved:

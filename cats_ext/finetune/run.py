@@ -107,14 +107,14 @@ def finetune(
     ids = torch.cat(held_out)
     run = {"batch_size": settings.batch_size, "progress": progress}
     measure = partial(_measure, model, ids, window=length, **run)
-    calibrate_again = partial(calibrate, model, train, sequence_length=length, seed=settings.seed, **run)
+    calibrate_on_train = partial(calibrate, model, train, sequence_length=length, seed=settings.seed, **run)
 
     if settings.method == "cats":
         directory = training / "thresholds"  # those that the tuning began with
         if (directory / CONFIG_FILE).is_file():
             config = CatsConfig.from_pretrained(directory)
         else:
-            config = config or calibrate_again(sparsity=settings.sparsity)
+            config = config or calibrate_on_train(sparsity=settings.sparsity)
             config.save_pretrained(directory)
         apply_cats(model, config)
     elif settings.method == "relufication":
@@ -129,7 +129,7 @@ def finetune(
     model.requires_grad_(True).eval()
     after, recalibrated = measure(), None
     if recalibrate:
-        _recalibrate(model, calibrate_again)
+        _recalibrate(model, calibrate_on_train)
         recalibrated = measure()
     result = {
         "output": str(output),
@@ -221,12 +221,12 @@ def _measure(model: nn.Module, ids: Tensor, **options: Any) -> dict[str, Any]:
     return {"ppl": found.ppl, "nll": found.nll, "sparsity": sparsity}
 
 
-def _recalibrate(model: nn.Module, calibrate_again: Callable[..., CatsConfig]) -> None:
+def _recalibrate(model: nn.Module, calibrate_on_train: Callable[..., CatsConfig]) -> None:
     """Set new thresholds by the same rule for the same targets, layer by layer."""
     old = current_config(model)
     same = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
-    new = calibrate_again(allocation="uniform", **same)
+    new = calibrate_on_train(allocation="uniform", **same)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
     new = new.with_targets(targets, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))
