@@ -11,6 +11,8 @@ from cats_ext.thresholds.histogram import Histogram
 from cats_ext.thresholds.statistics import JointHistogram, LayerStatistics
 
 _UNREACHED = "no token of the data reached {}; of a multimodal model, calibrate and patch the language model alone"
+# Tensors of an accumulator that a checkpoint keeps under their own names; None where there are none.
+_KEPT = ("tokens", "loss_tokens", "up_squares", "row_squares", "down_weight", "gate_weight", "losses")
 
 
 class LayerAccumulator:
@@ -81,18 +83,16 @@ class LayerAccumulator:
         v = self.act(gate.float())
         h = v * up.float()
         product = h * self._row_gradient(gradient)
-        device = v.device
-        gate_cuts = torch.tensor(sorted({cut for cut, _ in cuts}), device=device)
-        down_cuts = torch.tensor(sorted({cut for _, cut in cuts}), device=device)
+        (gate_cuts, gate_places), (down_cuts, down_places) = (
+            column.unique(return_inverse=True) for column in torch.tensor(cuts, device=v.device).unbind(1)
+        )
         columns = len(down_cuts) + 1
         cell = torch.bucketize(self._score(v).abs(), gate_cuts, right=True) * columns
         cell += torch.bucketize((h * self.down_weight).abs(), down_cuts, right=True)
-        table = torch.zeros(len(h), (len(gate_cuts) + 1) * columns, dtype=torch.float32, device=device)
+        table = torch.zeros(len(h), (len(gate_cuts) + 1) * columns, dtype=torch.float32, device=v.device)
         table = table.scatter_add_(1, cell, product).view(len(h), -1, columns)
         kept = table.flip(1, 2).cumsum(1).cumsum(2).flip(1, 2)  # [T, reached i gate cuts or more, j down cuts or more]
-        rows = torch.bucketize(torch.tensor([cut for cut, _ in cuts], device=device), gate_cuts, right=True)
-        places = torch.bucketize(torch.tensor([cut for _, cut in cuts], device=device), down_cuts, right=True)
-        dropped = product.sum(1, keepdim=True) - kept[:, rows, places]
+        dropped = product.sum(1, keepdim=True) - kept[:, gate_places + 1, down_places + 1]
         sums = dropped.double().square().sum(0) / 2
         self.losses = sums if self.losses is None else self.losses + sums
         self.loss_tokens += len(h)
@@ -141,19 +141,16 @@ class LayerAccumulator:
     # --- checkpoints: what an interrupted calibration continues from --------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {"tokens": self.tokens, "loss_tokens": self.loss_tokens, "up_squares": self.up_squares}
-        tensors |= {"down_weight": self.down_weight, "gate_counts": self.gate.counts}
-        optional = {"gate_weight": self.gate_weight, "row_squares": self.row_squares, "losses": self.losses}
+        tensors = {key: getattr(self, key) for key in _KEPT} | {"gate_counts": self.gate.counts}
         if self.joint is not None:
-            optional |= {"joint_edges": self.joint.edges, "joint_counts": self.joint.counts}
-        return tensors | {key: tensor for key, tensor in optional.items() if tensor is not None}
+            tensors |= {"joint_edges": self.joint.edges, "joint_counts": self.joint.counts}
+        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         device = self.down_weight.device
-        moved = {key: tensor.to(device) for key, tensor in tensors.items() if not key.endswith("tokens")}
-        self.tokens, self.loss_tokens = tensors["tokens"], tensors["loss_tokens"]
-        self.up_squares, self.down_weight = moved["up_squares"], moved["down_weight"]
-        self.gate.counts, self.gate_weight = moved["gate_counts"], moved.get("gate_weight")
-        self.row_squares, self.losses = moved.get("row_squares"), moved.get("losses")
+        moved = {key: tensor if key.endswith("tokens") else tensor.to(device) for key, tensor in tensors.items()}
+        for key in _KEPT:
+            setattr(self, key, moved.get(key))
+        self.gate.counts = moved["gate_counts"]
         if "joint_edges" in moved:
             self.joint = JointHistogram(moved["joint_edges"], moved["joint_counts"])

@@ -157,7 +157,7 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
         for name in names:
             projection = getattr(mlp.module, name)
             hook = projection.register_forward_hook(lambda module, args, output, name=name: catch(name, output))
-            stack.callback(hook.remove)
+            stack.enter_context(hook)
         yield
 
 
@@ -172,13 +172,10 @@ def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
             with _naming(mlp, f", expert {expert}"):
                 observe(mlp, gate, up)
 
-    hook = mlp.module.register_forward_pre_hook(
+    with mlp.module.register_forward_pre_hook(
         lambda module, args, named: catch(module, *args, *named.values()), with_kwargs=True
-    )
-    try:
+    ):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -203,10 +200,5 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
         probe.register_hook(deliver)
         return output + probe
 
-    with _projections_caught(mlp, keep):
-        hook = mlp.module.register_forward_hook(open_output)
-        try:
-            yield
-        finally:
-            hook.remove()
-            caught.clear()
+    with _projections_caught(mlp, keep), mlp.module.register_forward_hook(open_output):
+        yield

@@ -147,9 +147,7 @@ def _uniform_config(
         thresholds=thresholds,
         down_thresholds=down_thresholds,
         layers={
-            mlp.name: LayerConfig(
-                mlp.hidden_size, mlp.intermediate_size, mlp.activation, *settings.split, experts=mlp.experts
-            )
+            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, *settings.split, mlp.experts)
             for mlp in mlps
         },
         model_type=getattr(getattr(model, "config", None), "model_type", None),

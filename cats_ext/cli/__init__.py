@@ -9,6 +9,7 @@ import typer
 
 from cats_ext._version import __version__
 from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
+from cats_ext.cli.common import one_sentence_errors
 
 app = typer.Typer(
     name="cats",
@@ -19,15 +20,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("calibrate")(calibrate.calibrate)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("eval")(evaluate.evaluate)
-app.command("finetune")(finetune.finetune)
-app.command("report")(report.report)
-app.command("bench")(bench.bench)
-app.command("env")(env.env)
+for name, command in {
+    "demo": demo.demo,
+    "calibrate": calibrate.calibrate,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "eval": evaluate.evaluate,
+    "finetune": finetune.finetune,
+    "report": report.report,
+    "bench": bench.bench,
+    "env": env.env,
+}.items():
+    app.command(name)(one_sentence_errors(command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: options and their checks, consoles, JSON, tables, one-sentence errors, and loading.
+"""What the commands share beside their options: consoles, JSON, tables, one-sentence errors, and loading.
 
 With ``--json`` standard output has the JSON document alone; everything for people goes to standard error.
 """
@@ -13,9 +13,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -26,6 +25,7 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext.cli import models
+from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
 
@@ -36,38 +36,6 @@ notes = Console(stderr=True, highlight=False)
 """The console for progress and remarks, with and without ``--json``."""
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
-
-
-class Precision(str, Enum):
-    """Dtypes of the command line, by their names in torch."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.value)
-
-
-def choices(name: str, values: Iterable[str]) -> type[Enum]:
-    """An Enum for an option: typer lists its ``values`` in --help and exits with code 2 for any other."""
-    return Enum(name, {value.upper(): value for value in values}, type=str)
-
-
-MODEL_HELP = f"Directory, hub name, .gguf file, or '{models.DEMO_MODEL.name}' for the demo model."
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; without it cuda if there is one.")]
-DType = Annotated[Precision | None, typer.Option(help="Without it float32 on cpu and bfloat16 on cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else.")]
-_TEXT = typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), either also .gz. Repeatable.")
-TextFiles = Annotated[list[Path], _TEXT]
-OptionalTextFiles = Annotated[list[Path] | None, _TEXT]
-Sparsity = Annotated[
-    float | None, typer.Option(help="In [0, 1); without it the one that the thresholds were saved with.")
-]
-CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory written by 'cats calibrate'.")]
 
 
 def debugging() -> bool:
@@ -137,43 +105,6 @@ def show_next(console: Console, result: str, commands: Iterable[str]) -> None:
         console.print(f"  cats {escape(command)}", soft_wrap=True)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """The numbers in ``text``, which are separated by commas. Raises ValueError, with the option's name."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} must be numbers separated by commas, got '{text}'") from None
-
-
-def check_output(out: Path | None, *, directory: bool) -> None:
-    """Raise OSError if ``--output`` cannot be a directory, or a file. Called before the work, which would be lost."""
-    if out is not None and directory and out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
-    if out is not None and not directory and out.is_dir():
-        raise IsADirectoryError(f"--output '{out}' is a directory")
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name; None is CUDA if there is one, else the CPU. Raises ValueError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got '{name}'")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device ('cats env' says more)")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
-
-
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal, plain lines elsewhere. Yields a function that shows another message."""
@@ -213,11 +144,11 @@ def note_drift(report: cats_ext.SparsityReport, what: str, tolerance: float = 0.
 
 
 def load(
-    name: str, device: torch.device, precision: Precision | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense model and its tokenizer, also of a checkpoint with thresholds."""
-    network, tokenizer = _load(name, device, precision)
-    return (cats_ext.remove_cats(network) if sparse_mlps(network) else network), tokenizer
+    name: str, device: torch.device, precision: Precision | None = None, cats: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
+    """As :func:`load_patched`, with the model dense: the config is left to be applied."""
+    network, tokenizer, config = load_patched(name, device, precision, cats)
+    return network if config is None else cats_ext.remove_cats(network), tokenizer, config
 
 
 def load_patched(
@@ -229,8 +160,18 @@ def load_patched(
         cats: directory of thresholds; without it those of the checkpoint are used, if it has any.
         sparsity: another sparsity than the thresholds were saved with.
     """
+    from transformers.utils import logging
+
     config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
-    network, tokenizer = _load(name, device, precision)
+    note_uncompiled(device)
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if name == models.DEMO_MODEL.name and not Path(name).is_dir():
+        # Before the spinner starts: the download shows its own progress.
+        models.obtain(models.DEMO_MODEL)
+    with status(f"Loading {escape(name)} ..."):
+        network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision))
     if config is not None:
         cats_ext.apply_cats(cats_ext.remove_cats(network) if sparse_mlps(network) else network, config)
     patched = bool(sparse_mlps(network))
@@ -252,20 +193,3 @@ def patched(network: PreTrainedModel, patch: Callable[[PreTrainedModel], object]
         yield
     finally:
         cats_ext.remove_cats(network)
-
-
-def _load(
-    name: str, device: torch.device, precision: Precision | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``models.load_model``, without transformers' own bars and remarks."""
-    from transformers.utils import logging
-
-    note_uncompiled(device)
-    if not debugging():
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    if name == models.DEMO_MODEL.name and not Path(name).is_dir():
-        # Before the spinner starts: the download shows its own progress.
-        models.obtain(models.DEMO_MODEL)
-    with status(f"Loading {escape(name)} ..."):
-        return models.load_model(name, device=device, dtype=precision and precision.dtype)

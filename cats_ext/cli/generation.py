@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
-from transformers.generation.streamers import BaseStreamer
 
 from cats_ext.decode.engine import DecodeEngine
 
@@ -29,32 +28,22 @@ class Continuation:
     tokens_per_second: float  # of the tokens after the first; 0 if there are none
 
 
-class _Clock(BaseStreamer):
-    """Records when each token arrived; transformers passes the prompt first."""
+class _Streamer(TextStreamer):
+    """Records when each token arrived (transformers passes the prompt first); gives complete words to ``write``."""
 
-    def __init__(self, inner: BaseStreamer | None) -> None:
-        self.inner = inner
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
         self.times = [time.perf_counter()]
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        if self.inner is not None:
-            self.inner.put(value)
-
-    def end(self) -> None:
-        if self.inner is not None:
-            self.inner.end()
-
-
-class _Printer(TextStreamer):
-    """Passes complete words to ``write`` as they are generated."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+        if self.write is not None:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.write(text)
+        if self.write is not None:
+            self.write(text)
 
 
 def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrainedModel:
@@ -76,9 +65,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat needs a model whose tokenizer has a chat template, and this one has none")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
+    """Token ids ``[1, T]`` of a conversation in the model's chat template, up to where the answer begins."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return encoded.input_ids
 
 
 def continue_prompt(
@@ -121,7 +115,7 @@ def continue_prompt(
     if exact_length:
         sampling["eos_token_id"] = model.get_input_embeddings().num_embeddings  # no token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    clock = _Clock(None if write is None else _Printer(tokenizer, write))
+    streamer = _Streamer(tokenizer, write)
     ids = input_ids.to(model.device)
     with torch.inference_mode():
         output = (engine or decoder(model)).generate(
@@ -129,12 +123,12 @@ def continue_prompt(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            streamer=clock,
+            streamer=streamer,
             **sampling,
             **options,
         )
     new = output[0, prompt_tokens:]
-    start, prompt, *arrivals = clock.times
+    start, prompt, *arrivals = streamer.times
     decode = arrivals[-1] - arrivals[0]
     return Continuation(
         text=tokenizer.decode(new, skip_special_tokens=True),

@@ -80,10 +80,8 @@ def load_model(
         model, tokenizer = _load_gguf(path, dtype)
     elif path.is_file():
         raise ModelUnavailableError(f"model '{name}' is a file: expected a directory, a .gguf file or a hub name")
-    elif name == DEMO_MODEL.name:
-        model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)), dtype)
     else:
-        model, tokenizer = _load_pretrained(name, dtype)
+        model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)) if name == DEMO_MODEL.name else name, dtype)
     return model.to(device).eval(), tokenizer
 
 
@@ -98,11 +96,9 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # the loaders raise a dozen types, from OSError to SafetensorError and KeyError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if local:
-            raise ModelUnavailableError(f"model directory '{name}' cannot be loaded: {reason}") from error
-        raise ModelUnavailableError(
-            f"model '{name}' is neither a local directory nor loadable from the hub: {reason}"
-        ) from error
+        hub = f"model '{name}' is neither a local directory nor loadable from the hub"
+        what = f"model directory '{name}' cannot be loaded" if local else hub
+        raise ModelUnavailableError(f"{what}: {reason}") from error
     return model, tokenizer
 
 

@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.library import LIBRARIES
+from cats_ext.thresholds.rules import check_sparsity
 
 # (hidden_size H, intermediate_size I) by name
 SHAPES = {
@@ -76,9 +77,6 @@ class Result:
     torch_version: str
     rows: list[Row]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class _Layer:
@@ -126,11 +124,8 @@ def _time_passes(passes: list[Callable[[], Any]], device: torch.device, count: i
     for one_pass in passes:
         for _ in range(2):
             one_pass()
-    seconds: list[list[float]] = [[] for _ in passes]
-    for _ in range(count):
-        for one_pass, times in zip(passes, seconds, strict=True):
-            times.append(_time(one_pass, device))
-    return seconds
+    turns = [[_time(one_pass, device) for one_pass in passes] for _ in range(count)]
+    return [list(seconds) for seconds in zip(*turns, strict=True)]
 
 
 def captured(one_pass: Callable[[], Any]) -> Callable[[], Any]:
@@ -193,8 +188,7 @@ def run(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+        check_sparsity("sparsity", sparsity)
     device = torch.device(device)
     row_bytes = hidden_size * dtype.itemsize
     dense_bytes = 3 * intermediate_size * row_bytes

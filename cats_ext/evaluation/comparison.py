@@ -125,9 +125,10 @@ def compare(
             sparse = model(input_ids=ids[None].to(device)).logits[0]
             targets = ids[1:].to(dense.device).long()
             sums = torch.zeros(4, dtype=torch.float64)
-            pieces = (dense.split(_POSITIONS), sparse.split(_POSITIONS), _pieces(targets, len(dense)))
-            for one, other, wanted in zip(*pieces, strict=True):
-                p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
+            for start in range(0, len(dense), _POSITIONS):
+                piece = slice(start, start + _POSITIONS)
+                wanted = targets[piece]  # one fewer at the end: the last position has none
+                p, q = (logits[piece].float().log_softmax(-1) for logits in (dense, sparse))
                 nll = (-t[: len(wanted)].gather(1, wanted[:, None]).double().sum() for t in (p, q))
                 divergence = (p.exp() * (p - q)).double().sum()
                 agree = (p.argmax(-1) == q.argmax(-1)).double().sum()
@@ -135,18 +136,13 @@ def compare(
             rows.append([len(targets), len(dense), *sums.tolist()])
             advance()
     predicted, positions, nll_dense, nll_sparse, divergence, agree = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    increase, increase_se = _ratio(nll_sparse - nll_dense, predicted)
-    (kl, kl_se), (top1, top1_se) = _ratio(divergence, positions), _ratio(agree, positions)
     tokens, count = int(predicted.sum()), len(windows)
     return Comparison(
-        dense=_perplexity(float(nll_dense.sum()), tokens, count),
-        sparse=_perplexity(float(nll_sparse.sum()), tokens, count),
-        nll_increase=increase,
-        nll_increase_se=increase_se,
-        kl=kl,
-        kl_se=kl_se,
-        top1=top1,
-        top1_se=top1_se,
+        _perplexity(float(nll_dense.sum()), tokens, count),
+        _perplexity(float(nll_sparse.sum()), tokens, count),
+        *_ratio(nll_sparse - nll_dense, predicted),
+        *_ratio(divergence, positions),
+        *_ratio(agree, positions),
     )
 
 
@@ -167,11 +163,6 @@ def _windows(
     if not windows:
         raise ValueError(f"input_ids must have at least two tokens, got {input_ids.numel()}")
     return windows
-
-
-def _pieces(targets: Tensor, positions: int) -> list[Tensor]:
-    """The targets of each piece of the logits: the last position has none."""
-    return [targets[i : i + _POSITIONS] for i in range(0, positions, _POSITIONS)]
 
 
 def _perplexity(total: float, tokens: int, windows: int) -> Perplexity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from cats_ext.evaluation import plots
 from cats_ext.thresholds.config import CatsConfig
-from cats_ext.thresholds.files import CONFIG_FILE
+from cats_ext.thresholds.files import CONFIG_FILE, read_json
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
@@ -55,10 +54,7 @@ def _results(directory: Path) -> list[tuple[str, dict[str, Any]]]:
     for path in sorted(directory.glob("*.json")):
         if path.name == CONFIG_FILE:
             continue
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        document = read_json(path)
         if isinstance(document, dict) and "model" in document and ("text" in document or "tasks" in document):
             found.append((path.name, document))
     return found
@@ -100,17 +96,17 @@ def _text_section(name: str, document: dict[str, Any]) -> list[str]:
     source = text["source"] if isinstance(text["source"], str) else ", ".join(text["source"])
     dense, variants = text["dense"], text["variants"]
     rows = [("dense", _number(dense["ppl"], ".2f"), "", "", "", "100.0%")]
-    for row in variants:
-        rows.append(
-            (
-                row["name"],
-                _number(row["sparse"]["ppl"], ".2f"),
-                _number(row["nll_increase"], "+.4f") + _error(row["nll_increase_se"], ".4f"),
-                _number(row["kl"], ".4f") + _error(row["kl_se"], ".4f"),
-                _number(row["top1"], ".1%"),
-                f"{row['reached']['bytes_share']:.1%}",
-            )
+    rows += [
+        (
+            row["name"],
+            _number(row["sparse"]["ppl"], ".2f"),
+            _number(row["nll_increase"], "+.4f") + _error(row["nll_increase_se"], ".4f"),
+            _number(row["kl"], ".4f") + _error(row["kl_se"], ".4f"),
+            _number(row["top1"], ".1%"),
+            f"{row['reached']['bytes_share']:.1%}",
         )
+        for row in variants
+    ]
     header = ("", "perplexity", "nats a token", "KL, nats", "same top token", "MLP weights read")
     parts = [
         f"<h2>Text: {escape(source)}</h2>",

@@ -50,7 +50,9 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _plain(axis: Axes) -> None:
+def _finish(axis: Axes, title: str | None = None) -> None:
+    if title:
+        axis.set_title(title, fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
@@ -100,10 +102,8 @@ def activations_figure(
             color=_LINE,
             fontsize=9,
         )
-        axis.set_title(panel.title, fontsize=11)
-        axis.set_xlabel(label)
-        axis.set_xlim(0, edges[-1])
-        _plain(axis)
+        axis.set(xlabel=label, xlim=(0, edges[-1]))
+        _finish(axis, panel.title)
     axes[0].set_ylabel("share of values (%)")
     if title:
         figure.suptitle(title, fontsize=12)
@@ -153,13 +153,10 @@ def curves_figure(
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.minorticks_off()
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
+    axis.set(xlabel=x_label, ylabel=y_label)
     axis.legend(fontsize=8, frameon=False)
     axis.grid(alpha=0.25)
-    _plain(axis)
-    if title:
-        axis.set_title(title, fontsize=11)
+    _finish(axis, title)
     return figure
 
 
@@ -179,22 +176,15 @@ def reached_figure(layers: Sequence[Mapping[str, Any]], *, title: str | None = N
     axis = figure.subplots()
     numbers = range(len(layers))
     for key, colour in (("up", _KEPT), ("down", _LINE)):
-        axis.plot(numbers, [100 * layer[f"{key}_sparsity"] for layer in layers], marker="o", markersize=3, color=colour)
-        axis.step(numbers, [100 * layer[f"{key}_target"] for layer in layers], where="mid", color=colour, alpha=0.5)
-    axis.set_ylim(0, 100)
-    axis.set_xlabel("layer")
-    axis.set_ylabel("neurons skipped (%)")
+        reached, target = ([100 * layer[f"{key}_{kind}"] for layer in layers] for kind in ("sparsity", "target"))
+        axis.plot(numbers, reached, marker="o", markersize=3, color=colour, label=f"{key}, reached")
+        axis.step(numbers, target, where="mid", color=colour, alpha=0.5)
+    axis.set(ylim=(0, 100), xlabel="layer", ylabel="neurons skipped (%)")
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=_KEPT, marker="o", markersize=3, label="up, reached"),
-        Line2D([], [], color=_LINE, marker="o", markersize=3, label="down, reached"),
-        Line2D([], [], color="grey", alpha=0.5, label="target"),
-    ]
-    axis.legend(handles=handles, fontsize=8, frameon=False, ncols=3)
-    _plain(axis)
-    if title:
-        axis.set_title(title, fontsize=11)
+    target = Line2D([], [], color="grey", alpha=0.5, label="target")
+    axis.legend(handles=[*axis.get_lines()[::2], target], fontsize=8, frameon=False, ncols=3)
+    _finish(axis, title)
     return figure
 
 

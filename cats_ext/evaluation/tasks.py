@@ -7,7 +7,6 @@ has only ``text``, whose last word is the target. Prompts are the harness's own 
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,12 +90,17 @@ def answers(
         ImportError: lm_eval is not installed.
         ValueError: a task has no metric ``acc`` (generative tasks and groups of tasks report others).
     """
-    evaluator, huggingface, manager = (_module(name) for name in ("evaluator", "models.huggingface", "tasks"))
+    try:
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(f"tasks need the evaluation harness: pip install 'cats_ext[eval]' ({error})") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Not simple_evaluate: it takes ten seconds a call to describe the machine.
-    loaded = manager.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)).load(list(tasks))
-    lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    loaded = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)).load(list(tasks))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     result = {}
     for name, samples in found["samples"].items():
         ordered = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -112,10 +116,3 @@ def compare_answers(
     """Each task with its paired test, and the mean over tasks."""
     tasks = {name: paired_accuracy(name, dense[name], sparse[name]) for name in dense}
     return tasks, mean_accuracy(tasks)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(f"lm_eval.{name}")
-    except ImportError as error:
-        raise ImportError(f"tasks need the evaluation harness: pip install 'cats_ext[eval]' ({error})") from error

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from cats_ext.patching.apply import (
 from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.tracking import reset_sparsity, sparsity_report, track_sparsity
 from cats_ext.thresholds.config import CatsConfig
-from cats_ext.thresholds.files import write_together
+from cats_ext.thresholds.files import CONFIG_FILE, write_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -103,14 +104,22 @@ def finetune(
     output = Path(output_dir)
     training = output / "training"
     check_continues(training, facts_of(model, train, held_out, settings, config))
+    ids = torch.cat(held_out)
+    run = {"batch_size": settings.batch_size, "progress": progress}
+    measure = partial(_measure, model, ids, window=length, **run)
+    calibrate_on_train = partial(calibrate, model, train, sequence_length=length, seed=settings.seed, **run)
 
     if settings.method == "cats":
-        config = _thresholds(model, training, train, length, settings, config, progress)
+        directory = training / "thresholds"  # those that the tuning began with
+        if (directory / CONFIG_FILE).is_file():
+            config = CatsConfig.from_pretrained(directory)
+        else:
+            config = config or calibrate_on_train(sparsity=settings.sparsity)
+            config.save_pretrained(directory)
         apply_cats(model, config)
     elif settings.method == "relufication":
         relufy(model)
-    ids = torch.cat(held_out)
-    before = _measure(model, ids, length, settings, progress)
+    before = measure()
     tuned = _with_adapters(model, settings)
     with progress_bar(f"tuning, {settings.method}", settings.steps, progress) as advance:
         trainer = make_trainer(tuned, train, training, settings, save_every, report_to, advance, callbacks)
@@ -118,10 +127,10 @@ def finetune(
     if settings.lora_rank:
         tuned.merge_and_unload()
     model.requires_grad_(True).eval()
-    after, recalibrated = _measure(model, ids, length, settings, progress), None
+    after, recalibrated = measure(), None
     if recalibrate:
-        _recalibrate(model, train, length, settings, progress)
-        recalibrated = _measure(model, ids, length, settings, progress)
+        _recalibrate(model, calibrate_on_train)
+        recalibrated = measure()
     result = {
         "output": str(output),
         "settings": asdict(settings),
@@ -182,31 +191,6 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
             raise ValueError(f"lora_targets: {type(model).__name__} has no linear module {target!r}; it has {have}")
 
 
-def _thresholds(
-    model: nn.Module,
-    training: Path,
-    train: list[Tensor],
-    length: int,
-    settings: FinetuneSettings,
-    config: CatsConfig | None,
-    progress: bool,
-) -> CatsConfig:
-    """The thresholds that the tuning began with; at its beginning ``config``, or calibrated ones without it."""
-    directory = training / "thresholds"
-    if directory.is_dir() and any(directory.glob("cats_config.json")):
-        return CatsConfig.from_pretrained(directory)
-    if config is None:
-        config = calibrate(
-            model, train, sparsity=settings.sparsity, **_calibration(settings, length), progress=progress
-        )
-    config.save_pretrained(directory)
-    return config
-
-
-def _calibration(settings: FinetuneSettings, length: int) -> dict[str, int]:
-    return {"sequence_length": length, "batch_size": settings.batch_size, "seed": settings.seed}
-
-
 def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Module:
     if not settings.lora_rank:
         return model
@@ -222,12 +206,13 @@ def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Mod
     return get_peft_model(model, adapters)
 
 
-def _measure(model: nn.Module, ids: Tensor, length: int, settings: FinetuneSettings, progress: bool) -> dict[str, Any]:
+def _measure(model: nn.Module, ids: Tensor, **options: Any) -> dict[str, Any]:
+    """Perplexity, with ``options`` of :func:`perplexity`, and of a patched model the sparsity reached."""
     patched = bool(sparse_mlps(model))
     if patched:
         reset_sparsity(model)
     with track_sparsity(model) if patched else nullcontext():
-        found = perplexity(model, ids, window=length, batch_size=settings.batch_size, progress=progress)
+        found = perplexity(model, ids, **options)
     sparsity = None
     if patched:
         report = sparsity_report(model)
@@ -236,27 +221,23 @@ def _measure(model: nn.Module, ids: Tensor, length: int, settings: FinetuneSetti
     return {"ppl": found.ppl, "nll": found.nll, "sparsity": sparsity}
 
 
-def _recalibrate(
-    model: nn.Module, train: list[Tensor], length: int, settings: FinetuneSettings, progress: bool
-) -> None:
+def _recalibrate(model: nn.Module, calibrate_on_train: Callable[..., CatsConfig]) -> None:
     """Set new thresholds by the same rule for the same targets, layer by layer."""
     old = current_config(model)
     same = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
-    new = calibrate(model, train, allocation="uniform", **same, **_calibration(settings, length), progress=progress)
+    new = calibrate_on_train(allocation="uniform", **same)
     targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
     new = new.with_targets(targets, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, output: Path, training: Path, result: dict[str, Any]) -> None:
-    steps: list[Callable[[], Any]] = [lambda: model.save_pretrained(output)]
-    if tokenizer is not None:
-        steps.append(lambda: tokenizer.save_pretrained(output))
-    steps.append(lambda: write_together({training / "result.json": (json.dumps(result, indent=2) + "\n").encode()}))
     try:
-        for step in steps:
-            step()
+        model.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+        write_together({training / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the tuned model cannot be written to {output}: {error}. The last checkpoint, "

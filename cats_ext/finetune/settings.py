@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import write_together
-from cats_ext.thresholds.rules import check_sparsity
+from cats_ext.thresholds.rules import check_choice, check_sparsity
 
 METHODS = ("cats", "relufication", "dense")
 
@@ -53,8 +53,7 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice("method", self.method, METHODS)
         check_sparsity("sparsity", self.sparsity)
         for name in ("steps", "lora_rank", "batch_size", "sequence_length"):
             value, least = getattr(self, name), 0 if name == "lora_rank" else 1

@@ -121,8 +121,8 @@ def make_trainer(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance()
 
-    on_cuda = next(model.parameters()).is_cuda
     weights = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    on_cuda = weights.is_cuda
     arguments = TrainingArguments(
         output_dir=str(training),
         max_steps=settings.steps,

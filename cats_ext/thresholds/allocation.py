@@ -47,8 +47,6 @@ class LossTable:
             and self.spread == other.spread
         )
 
-    __hash__ = None
-
     def targets(self, budget: float, sizes: Sequence[int], uniform: tuple[float, float]) -> list[tuple[float, float]]:
         """Up and down sparsity of each layer with the smallest sum of losses; the last layer keeps the uniform ones.
 

@@ -20,17 +20,20 @@ from cats_ext.thresholds.files import (
     save_config_files,
 )
 from cats_ext.thresholds.rules import (
+    RULES,
     budget_of,
     bytes_share,
     check_bool,
-    check_rule,
+    check_choice,
     check_sparsity,
     check_weights,
     sparsity_split,
 )
 from cats_ext.thresholds.statistics import LayerStatistics
 
-_PLAIN_FIELDS = ("model_type", "sparsity", "rule", "gate_power", "importance", "sparse_prefill", "calibration")
+_PLAIN_FIELDS = (
+    *("rule", "sparsity", "gate_power", "last_gate_power", "importance", "sparse_prefill", "model_type", "calibration"),
+)
 
 
 class MLPShape(Protocol):
@@ -146,18 +149,12 @@ class CatsConfig:
             name: replace(layer, up_sparsity=targets[name][0], down_sparsity=targets[name][1])
             for name, layer in self.layers.items()
         }
-        return replace(
-            self,
-            thresholds=thresholds,
-            down_thresholds=down_thresholds,
-            layers=layers,
-            sparsity=sparsity,
-        )
+        return replace(self, thresholds=thresholds, down_thresholds=down_thresholds, layers=layers, sparsity=sparsity)
 
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
         check_sparsity("sparsity", self.sparsity)
-        check_rule(self.rule)
+        check_choice("rule", self.rule, RULES)
         check_weights(self.rule, self.gate_power, self.last_gate_power, self.importance)
         check_bool("sparse_prefill", self.sparse_prefill)
         if not self.layers:
@@ -165,13 +162,10 @@ class CatsConfig:
         for name, layer in self.layers.items():
             check_sparsity(f"layers[{name!r}].up_sparsity", layer.up_sparsity)
             check_sparsity(f"layers[{name!r}].down_sparsity", layer.down_sparsity)
-        for field_name in ("thresholds", "down_thresholds"):
+        down_layers = self.layers if self.rule == "two_threshold" else {}
+        for field_name, expected in (("thresholds", self.layers), ("down_thresholds", down_layers)):
             thresholds: dict[str, Tensor] = getattr(self, field_name)
-            if field_name == "down_thresholds" and self.rule != "two_threshold":
-                expected: Iterable[str] = ()
-            else:
-                expected = self.layers
-            if thresholds.keys() != set(expected):
+            if thresholds.keys() != expected.keys():
                 raise ValueError(
                     f"{field_name} must have one entry per layer for rule {self.rule!r}: "
                     + _difference(expected, thresholds, "layers", field_name)
@@ -217,15 +211,8 @@ class CatsConfig:
         """All but the tensors, ready for JSON."""
         return {
             "format_version": FORMAT_VERSION,
-            "rule": self.rule,
-            "sparsity": self.sparsity,
-            "gate_power": self.gate_power,
-            "last_gate_power": self.last_gate_power,
-            "importance": self.importance,
-            "sparse_prefill": self.sparse_prefill,
+            **{key: getattr(self, key) for key in _PLAIN_FIELDS},
             "bytes_share": self.bytes_share,
-            "model_type": self.model_type,
-            "calibration": self.calibration,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
@@ -269,6 +256,7 @@ class CatsConfig:
 
     @classmethod
     def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
+        document = {"last_gate_power": document["gate_power"], **document}  # earlier files had one power
         layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*layers, *document["statistics"], "search")}
         for key, tensor in tensors.items():
@@ -288,7 +276,6 @@ class CatsConfig:
             layers=layers,
             statistics=statistics,
             losses=losses,
-            last_gate_power=document.get("last_gate_power", document["gate_power"]),  # earlier files had one power
             **{key: document[key] for key in _PLAIN_FIELDS},
         )
         unknown = [f"{name}.{key}" for name, left in parts.items() for key in left]

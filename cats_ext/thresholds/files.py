@@ -42,7 +42,7 @@ def load_config_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor
         ValueError: a file is damaged, of another format version, or the two do not belong together.
     """
     path, tensors_path = directory / CONFIG_FILE, directory / THRESHOLDS_FILE
-    document = _read_json(path)
+    document = _read_config(path)
     if not tensors_path.is_file():
         raise FileNotFoundError(f"{tensors_path} is missing; {path} refers to it")
     blob = tensors_path.read_bytes()
@@ -58,15 +58,20 @@ def load_config_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor
         raise ValueError(f"{tensors_path} is not a safetensors file: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """What ``path`` holds; ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a directory with a CATS config")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {path.parent} has no CATS config")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    document = read_json(path)
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")

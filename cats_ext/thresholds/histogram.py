@@ -41,8 +41,6 @@ class Histogram:
             and torch.equal(self.counts.cpu(), other.counts.cpu())
         )
 
-    __hash__ = None  # mutable
-
     def add(self, values: Tensor) -> None:
         """Count ``|values|`` (any shape, computed as float32).
 

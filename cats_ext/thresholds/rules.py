@@ -5,6 +5,8 @@ A rule is a calibration method: "plain", "weighted" or "two_threshold", see :fun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 RULES = ("plain", "weighted", "two_threshold")
 IMPORTANCES = ("norm", "gradient")
 
@@ -35,9 +37,10 @@ def check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_rule(rule: str) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def budget_of(sparsity: float) -> float:
@@ -63,14 +66,13 @@ def check_weights(rule: str, gate_power: float, last_gate_power: float, importan
             raise ValueError(f"{name} must be in [0, 1], got {power}")
         if rule == "plain" and power:
             raise ValueError(f"{name} must be 0 for the rule 'plain', which has no weights, got {power}")
-    if importance not in IMPORTANCES:
-        raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
+    check_choice("importance", importance, IMPORTANCES)
 
 
 def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> tuple[float, float]:
     """The up and down sparsity at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
     check_sparsity("sparsity", sparsity)
-    check_rule(rule)
+    check_choice("rule", rule, RULES)
     if rule != "two_threshold":
         if down_sparsity is not None:
             raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with '{rule}'")

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from cats_ext.thresholds.histogram import Histogram, bucket_edge
 
-SMALLEST = torch.finfo(
-    torch.float32
-).tiny  # a threshold that drops exact zeros, which contribute nothing, and nothing else
+SMALLEST = torch.finfo(torch.float32).tiny  # this threshold drops exact zeros, and nothing else
 GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
 
@@ -49,8 +47,6 @@ class JointHistogram:
             and self.trimmed().first == other.trimmed().first
             and torch.equal(self.trimmed().counts, other.trimmed().counts)
         )
-
-    __hash__ = None  # mutable
 
     def add(self, gate: Tensor, contribution: Tensor) -> None:
         """Count pairs of ``|gate|`` and ``|contribution|``, float32 of one shape.

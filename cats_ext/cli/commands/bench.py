@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import torch
 import typer
 
 from cats_ext.cli import op_benchmark as benchmark
-from cats_ext.cli.common import (
-    Device,
-    DType,
-    Json,
-    escape,
-    note_uncompiled,
-    numbers,
-    one_sentence_errors,
-    output,
-    pick_device,
-    print_json,
-    result_table,
-    status,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import escape, note_uncompiled, output, print_json, result_table, status
 
 
-@one_sentence_errors
 def bench(
     shape: Annotated[str, typer.Option(help=f"HxI, or one of {', '.join(benchmark.SHAPES)}.")] = "mistral-7b",
     sparsity: Annotated[str, typer.Option(help="Shares of neurons to skip, comma-separated.")] = "0,0.5,0.7,0.9",
     tokens: Annotated[int, typer.Option(help="Tokens in one call.")] = 1,
-    dtype: DType = None,
-    device: Device = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
     passes: Annotated[int, typer.Option(help="Passes over all layers; the median counts.")] = 20,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Time the sparse op against the dense PyTorch MLP on this machine.
 
@@ -50,8 +38,8 @@ def bench(
     $ cats bench --shape 2048x8192 --tokens 4 --json
     """
     hidden, intermediate = benchmark.parse_shape(shape)
-    sparsities = numbers("--sparsity", sparsity)
-    where = pick_device(device)
+    sparsities = options.numbers("--sparsity", sparsity)
+    where = options.pick_device(device)
     note_uncompiled(where)
     default = torch.float32 if where.type == "cpu" else torch.bfloat16
     with status("Timing ...") as report:
@@ -60,13 +48,13 @@ def bench(
             intermediate,
             sparsities=sparsities,
             tokens=tokens,
-            dtype=dtype.dtype if dtype else default,
+            dtype=options.torch_dtype(dtype, default),
             device=where,
             passes=passes,
             report=report,
         )
     if json:
-        print_json(result.to_dict())
+        print_json(asdict(result))
         return
     console = output(json)
     threads = f", {result.threads} thread{'s' * (result.threads != 1)}" if result.threads else ""

@@ -10,36 +10,21 @@ import typer
 
 import cats_ext
 from cats_ext.calibration.settings import CalibrationSettings
-from cats_ext.cli.common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    TextFiles,
-    check_output,
-    choices,
-    escape,
-    load,
-    one_sentence_errors,
-    output,
-    pick_device,
-    print_json,
-    show_next,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import escape, load, output, print_json, show_next
 from cats_ext.cli.text import read_texts
 from cats_ext.thresholds.allocation import ALLOCATIONS
 from cats_ext.thresholds.rules import IMPORTANCES, RULES
 
-Rule = choices("Rule", RULES)
-Importance = choices("Importance", IMPORTANCES)
-Allocation = choices("Allocation", ALLOCATIONS)
+Rule = options.choices("Rule", RULES)
+Importance = options.choices("Importance", IMPORTANCES)
+Allocation = options.choices("Allocation", ALLOCATIONS)
 DEFAULTS = CalibrationSettings()
 
 
-@one_sentence_errors
 def calibrate(
-    model: Model,
-    text: TextFiles,
+    model: options.Model,
+    text: options.TextFiles,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the thresholds; made if missing.")],
     sparsity: Annotated[float | None, typer.Option(help="Share of neurons to skip in every layer, in [0, 1).")] = None,
     budget: Annotated[
@@ -69,12 +54,12 @@ def calibrate(
         Path | None, typer.Option(help="File from which the same command continues after an interruption.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = DEFAULTS.max_tokens,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = DEFAULTS.sequence_length,
+    sequence_length: options.Window = DEFAULTS.sequence_length,
     batch_size: Annotated[int, typer.Option(help="Windows run together.")] = DEFAULTS.batch_size,
     seed: Annotated[int, typer.Option(help="Chooses the windows where there are more than needed.")] = DEFAULTS.seed,
-    device: Device = None,
-    dtype: DType = None,
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    json: options.Json = False,
 ) -> None:
     """Find the thresholds at which a model skips a share of its neurons, on your text.
 
@@ -102,8 +87,8 @@ def calibrate(
         seed=seed,
     )
     texts = read_texts(text)
-    check_output(out, directory=True)
-    network, tokenizer = load(model, pick_device(device), dtype)
+    options.check_output(out, directory=True)
+    network, tokenizer, _ = load(model, options.pick_device(device), dtype)
     config = cats_ext.calibrate(network, texts, tokenizer=tokenizer, checkpoint=checkpoint, **asdict(settings))
     config = replace(config, sparse_prefill=not dense_prefill)
     config.save_pretrained(out)

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from cats_ext.cli.common import (
-    CatsDirectory,
-    Device,
-    DType,
-    Model,
-    Sparsity,
-    load_patched,
-    notes,
-    one_sentence_errors,
-    pick_device,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import load_patched, notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,22 +17,19 @@ if TYPE_CHECKING:
 _RESET, _LEAVE = "/reset", ("/exit", "/quit")
 
 
-@one_sentence_errors
 def chat(
-    model: Model,
-    cats: CatsDirectory = None,
-    sparsity: Sparsity = None,
+    model: options.Model,
+    cats: options.CatsDirectory = None,
+    sparsity: options.Sparsity = None,
     system: Annotated[str | None, typer.Option(help="Instructions that the conversation starts with.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most; without it half the context, up to 512.")
     ] = None,
     context: Annotated[int, typer.Option(min=16, help="Tokens that the model looks back on at most.")] = 4096,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
-    device: Device = None,
-    dtype: DType = None,
+    temperature: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
+    device: options.Device = None,
+    dtype: options.DType = None,
 ) -> None:
     """Talk to a model: sparsely with --cats, or if it was saved with thresholds.
 
@@ -59,7 +47,7 @@ def chat(
     """
     from cats_ext.cli.generation import continue_prompt, decoder
 
-    network, tokenizer, _ = load_patched(model, pick_device(device), dtype, cats, sparsity)
+    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
     if not tokenizer.chat_template:
         raise ValueError("cats chat needs a model whose tokenizer has a chat template, and this one has none")
     context = min(context, getattr(network.config, "max_position_embeddings", context))
@@ -67,7 +55,7 @@ def chat(
     if max_new_tokens >= context:
         raise ValueError(f"--max-new-tokens must be less than the context of {context} tokens, got {max_new_tokens}")
     engine = decoder(network, max_length=context)
-    options = {"reuse_prefix": True} if engine is not network else {}
+    reuse = {"reuse_prefix": True} if engine is not network else {}
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     torch.manual_seed(seed)
@@ -81,18 +69,17 @@ def chat(
 
         def write(text: str, said: list[str] = said) -> None:
             said.append(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
 
         try:
             answer = continue_prompt(
-                network, tokenizer, ids, max_new_tokens, temperature=temperature, write=write, engine=engine, **options
+                network, tokenizer, ids, max_new_tokens, temperature=temperature, write=write, engine=engine, **reuse
             )
             speed = f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s"
         except KeyboardInterrupt:
             speed = "stopped"
         messages.append({"role": "assistant", "content": "".join(said)})
-        sys.stdout.write("\n")
+        print()
         notes.print(f"[dim]{speed}[/]")
 
 
@@ -110,13 +97,13 @@ def _read() -> str | None:
 
 def _fit(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int, longest: int) -> torch.Tensor:
     """Token ids ``[1, T]`` of the conversation, with T at most ``longest``; drops its oldest exchanges if need be."""
+    from cats_ext.cli.generation import encode_messages
+
     while True:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = encode_messages(tokenizer, messages)
         if ids.shape[1] <= longest:
             return ids
         if len(messages) <= first + 1:
-            messages.pop()
             raise ValueError(f"the message has {ids.shape[1]} tokens, but the context leaves room for {longest}")
         del messages[first : first + 2]
         notes.print("[dim]The oldest exchange no longer fits the context and is forgotten.[/]")

@@ -19,21 +19,8 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext._inputs import window_bos
-from cats_ext.cli import models
-from cats_ext.cli.common import (
-    Device,
-    Json,
-    escape,
-    load,
-    notes,
-    one_sentence_errors,
-    output,
-    patched,
-    pick_device,
-    print_json,
-    result_table,
-    status,
-)
+from cats_ext.cli import models, options
+from cats_ext.cli.common import escape, load, notes, output, patched, print_json, result_table, status
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.evaluation.plots import ActivationPanel, plot_activations
@@ -66,7 +53,6 @@ class Variant:
         return {"name": self.name, "perplexity": self.perplexity, "reached": reached}
 
 
-@one_sentence_errors
 def demo(
     model: Annotated[
         str, typer.Option(help="Directory, hub name or .gguf file. The demo model is downloaded once (98 MB).")
@@ -81,8 +67,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to write, and to time.")] = 48,
     calibration_tokens: Annotated[int, typer.Option(min=128, help="Tokens to calibrate on.")] = 8192,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure perplexity on.")] = 4096,
-    device: Device = None,
-    json: Json = False,
+    device: options.Device = None,
+    json: options.Json = False,
 ) -> None:
     """Make a real language model sparse: thresholds, perplexity, text, speed and a figure.
 
@@ -101,18 +87,17 @@ def demo(
     started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
     figure_path = _figure_path(out)
-    where = pick_device(device)
+    where = options.pick_device(device)
     calibration_text, held_out_text, source = _texts(text)
 
     console = output(json)
-    network, tokenizer = load(model, where)
+    network, tokenizer, _ = load(model, where)
     question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
     held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
     document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
     document["load_at_start"] = load_at_start
     document |= show_model(console, model, network)
-    variants = calibrate_variants(network, tokenizer, calibration_text, sparsity, calibration_tokens)
-    evaluate_variants(network, tokenizer, variants, held_out)
+    variants = measure_variants(network, tokenizer, calibration_text, held_out, sparsity, calibration_tokens)
     document |= show_thresholds(console, variants[PLAIN], source)
     document["variants"] = show_quality(console, variants, held_out.numel())
     _heading(console, "Text", f"The most probable continuation of: [italic]{escape(prompt)}[/]")
@@ -120,7 +105,8 @@ def demo(
     document["tokens_per_second"] = show_speed(
         console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
     )
-    document["figure"] = str(show_figure(console, variants[PLAIN], figure_path))
+    show_figure(console, variants[PLAIN], figure_path)
+    document["figure"] = str(figure_path)
     document["seconds"] = time.perf_counter() - started
     console.print(f"\n[dim]{document['seconds']:.0f} s in total. For your own model:[/]")
     console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
@@ -137,8 +123,7 @@ def _figure_path(out: Path) -> Path:
         raise ImportError("the demo's figure needs matplotlib: pip install 'cats_ext[demo]'")
     path = out if out.suffix == ".png" else out / "cats_demo.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(f"--output '{path}' is a directory")
+    options.check_output(path, directory=False)
     return path
 
 
@@ -177,28 +162,29 @@ def show_model(console: Console, name: str, network: PreTrainedModel) -> dict[st
     return {"dtype": dtype, "layers": len(mlps), "mlp_share": mlp_weights / weights, "compiled": compiled}
 
 
-def calibrate_variants(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, sparsity: float, tokens: int
+def measure_variants(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    held_out: torch.Tensor,
+    sparsity: float,
+    tokens: int,
 ) -> dict[str, Variant]:
+    """The three forms by name: calibrated on ``tokens`` tokens of ``text``, and measured on ``held_out`` ``[T]``."""
     variants = {DENSE: Variant(DENSE, None)}
     for name, rule in ((PLAIN, "plain"), (TWO, "two_threshold")):
         notes.print(f"[dim]Calibrating: {name}[/]")
         config = cats_ext.calibrate(network, text, tokenizer=tokenizer, sparsity=sparsity, rule=rule, max_tokens=tokens)
         variants[name] = Variant(name, config)
-    return variants
-
-
-def evaluate_variants(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variants: dict[str, Variant], ids: torch.Tensor
-) -> None:
     bos = window_bos(tokenizer)
     for variant in variants.values():
         notes.print(f"[dim]Measuring: {variant.name}[/]")
         with patched(network, variant.patch):
             if variant.config is not None:
                 cats_ext.track_sparsity(network)
-            variant.perplexity = perplexity(network, ids, bos_token_id=bos).ppl
+            variant.perplexity = perplexity(network, held_out, bos_token_id=bos).ppl
             variant.report = None if variant.config is None else cats_ext.sparsity_report(network)
+    return variants
 
 
 def _three(names: list[str]) -> list[tuple[int, str]]:
@@ -215,17 +201,12 @@ def show_thresholds(console: Console, plain: Variant, source: str) -> dict[str, 
         f"In each layer, the value of |act(gate)| below which {config.sparsity:.0%} of the neurons lie, over "
         f"{config.calibration['tokens']:,} tokens of {source}. Reached: the share skipped on text it has not seen.",
     )
-    table = _table("layer", "threshold", "target", "reached")
+    table, target = _table("layer", "threshold", "target", "reached"), f"{config.sparsity:.1%}"
     reached = {layer.name: layer for layer in plain.report.layers}
     for index, name in _three(list(config.layers)):
-        table.add_row(
-            str(index),
-            f"{config.thresholds[name].item():.4f}",
-            f"{config.sparsity:.1%}",
-            f"{reached[name].up_sparsity:.1%}",
-        )
+        table.add_row(str(index), f"{config.thresholds[name].item():.4f}", target, f"{reached[name].up_sparsity:.1%}")
     table.add_section()
-    table.add_row("all", "", f"{config.sparsity:.1%}", f"{plain.report.up_sparsity:.1%}")
+    table.add_row("all", "", target, f"{plain.report.up_sparsity:.1%}")
     _show(console, table)
     thresholds = {name: threshold.item() for name, threshold in config.thresholds.items()}
     return {"calibration": {"source": source, **config.calibration}, "thresholds": thresholds}
@@ -311,22 +292,18 @@ def show_speed(
     return {"dense": dense, "sparse": fast, "speedup": fast / dense, "worth": worth, "rounds": rates}
 
 
-def show_figure(console: Console, plain: Variant, path: Path) -> Path:
+def show_figure(console: Console, plain: Variant, path: Path) -> None:
     config = plain.config
     panels = [
         ActivationPanel(f"layer {index}", config.statistics[name].gate, config.thresholds[name].item())
         for index, name in _three(list(config.layers))
     ]
     title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"
-    written = plot_activations(panels, path, title=title)
-    peak = (
-        " The peak at 0.28 is SiLU's lowest value, -0.28."
-        if all(layer.activation == "silu" for layer in config.layers.values())
-        else ""
-    )
+    plot_activations(panels, path, title=title)
+    silu = all(layer.activation == "silu" for layer in config.layers.values())
+    peak = " The peak at 0.28 is SiLU's lowest value, -0.28." if silu else ""
     _heading(console, "Figure", f"|act(gate)| in {len(panels)} layers, with the thresholds.{peak}")
-    console.print(f"  [bold]{escape(str(written))}[/]", soft_wrap=True)
-    return written
+    console.print(f"  [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
 def _heading(console: Console, title: str, explanation: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 from cats_ext import env as environment
-from cats_ext.cli.common import Json, one_sentence_errors, print_json
+from cats_ext.cli import options
+from cats_ext.cli.common import print_json
 
 
-@one_sentence_errors
-def env(json: Json = False) -> None:
+def env(json: options.Json = False) -> None:
     """Versions, devices, and which kernels are compiled in and loaded. Goes into every bug report.
 
     Examples:
@@ -22,4 +20,4 @@ def env(json: Json = False) -> None:
     if json:
         print_json(report)
     else:
-        sys.stdout.write(environment.describe(report) + "\n")
+        print(environment.describe(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,26 +14,8 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext._inputs import window_bos
-from cats_ext.cli.common import (
-    CatsDirectory,
-    Device,
-    DType,
-    Json,
-    Model,
-    OptionalTextFiles,
-    check_output,
-    escape,
-    json_text,
-    load_patched,
-    note_drift,
-    numbers,
-    one_sentence_errors,
-    output,
-    patched,
-    pick_device,
-    print_json,
-    result_table,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import escape, json_text, load, note_drift, output, patched, print_json, result_table
 from cats_ext.cli.text import NAMED_TEXTS, named_text, read_texts, tokenize
 from cats_ext.evaluation.comparison import compare, perplexity
 from cats_ext.evaluation.tasks import answers, compare_answers, local_task
@@ -42,14 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@one_sentence_errors
 def evaluate(
-    model: Model,
-    text: OptionalTextFiles = None,
+    model: options.Model,
+    text: options.OptionalTextFiles = None,
     named: Annotated[
         str | None, typer.Option("--set", help=f"Instead of a file: {', '.join(NAMED_TEXTS)} (needs a network).")
     ] = None,
-    cats: CatsDirectory = None,
+    cats: options.CatsDirectory = None,
     sparsities: Annotated[
         str | None, typer.Option("--curve", help="Further sparsities to measure, comma-separated, from stored counts.")
     ] = None,
@@ -64,14 +46,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many items of a task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Task requests run together.")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    window: options.Window = 1024,
     max_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the JSON there too; 'cats report' reads it.")
     ] = None,
-    device: Device = None,
-    dtype: DType = None,
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    json: options.Json = False,
 ) -> None:
     """Measure a model on text and tasks, dense and (with thresholds) sparse side by side.
 
@@ -95,10 +77,8 @@ def evaluate(
     curve = _curve(sparsities)
     texts = named_text(named) if named else read_texts(text) if text else []
     chosen = _tasks(tasks, task_data)
-    check_output(out, directory=False)
-    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats)
-    if config is not None:
-        cats_ext.remove_cats(network)
+    options.check_output(out, directory=False)
+    network, tokenizer, config = load(model, options.pick_device(device), dtype, cats)
     if config is None and curve:
         raise ValueError("--curve needs thresholds: --cats DIRECTORY, or a model saved with them")
     document: dict[str, Any] = {
@@ -108,10 +88,10 @@ def evaluate(
     }
     if texts:
         ids = tokenize(tokenizer, texts)
-        options: dict[str, Any] = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
+        windows = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
         document["text"] = {
             "source": named or [str(path) for path in text],
-            **measure_text(network, ids, variants_of(config, curve, relufication), options),
+            **measure_text(network, ids, variants_of(config, curve, relufication), windows),
         }
     if chosen:
         run = {"limit": limit, "batch_size": batch_size}
@@ -130,7 +110,7 @@ def evaluate(
 
 
 def _curve(sparsities: str | None) -> list[float]:
-    values = numbers("--curve", sparsities) if sparsities else []
+    values = options.numbers("--curve", sparsities) if sparsities else []
     for value in values:
         check_sparsity("--curve", value)
     return values
@@ -143,39 +123,32 @@ def _tasks(tasks: str | None, task_data: Path | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A sparse form of the model: with ``config``, or ReLUfied if that is None."""
+    """A sparse form of the model, and the function that makes a dense one so; without a config it is ReLUfied."""
 
-    config: cats_ext.CatsConfig | None
-
-    @property
-    def name(self) -> str:
-        return "ReLUfication" if self.config is None else f"{self.config.rule} {self.config.sparsity:.0%}"
-
-    @property
-    def patch(self) -> Callable[[PreTrainedModel], object]:
-        if self.config is None:
-            return cats_ext.apply_relufication
-        return lambda network: cats_ext.apply_cats(network, self.config)
+    name: str
+    patch: Callable[[PreTrainedModel], object]
+    config: cats_ext.CatsConfig | None = None
 
 
 def variants_of(config: cats_ext.CatsConfig | None, curve: list[float], relufication: bool) -> list[Variant]:
     """``config`` as it is and at the sparsities of ``curve``, and the ReLUfied model if wanted."""
     configs = [] if config is None else [config, *(config.at_sparsity(sparsity) for sparsity in curve)]
-    return [Variant(each) for each in (*configs, *([None] if relufication else []))]
+    variants = [Variant(f"{c.rule} {c.sparsity:.0%}", partial(cats_ext.apply_cats, config=c), c) for c in configs]
+    return [*variants, Variant("ReLUfication", cats_ext.apply_relufication)] if relufication else variants
 
 
 def measure_text(
-    network: PreTrainedModel, ids: Any, variants: list[Variant], options: dict[str, Any]
+    network: PreTrainedModel, ids: Any, variants: list[Variant], windows: dict[str, Any]
 ) -> dict[str, Any]:
-    """The dense model's perplexity, and a row for each sparse variant; ``options`` are those of :func:`compare`."""
+    """The dense model's perplexity, and a row for each sparse variant; ``windows`` are options of :func:`compare`."""
     if not variants:
-        dense = perplexity(network, ids, **options)
-        return {"window": options["window"], "dense": asdict(dense), "variants": []}
+        dense = perplexity(network, ids, **windows)
+        return {"window": windows["window"], "dense": asdict(dense), "variants": []}
     rows = []
     for variant in variants:
         with patched(network, variant.patch):
             with cats_ext.track_sparsity(network):
-                found = compare(network, ids, **options)
+                found = compare(network, ids, **windows)
             report = cats_ext.sparsity_report(network)
         config = variant.config
         row = {
@@ -187,7 +160,7 @@ def measure_text(
         rows.append(row | {"reached": report.to_dict()})
         if config is not None:
             note_drift(report, variant.name)
-    return {"window": options["window"], "dense": asdict(found.dense), "variants": rows}
+    return {"window": windows["window"], "dense": asdict(found.dense), "variants": rows}
 
 
 def measure_tasks(

@@ -10,40 +10,20 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import cats_ext
-from cats_ext.cli.common import (
-    CatsDirectory,
-    Device,
-    DType,
-    Json,
-    Model,
-    Precision,
-    TextFiles,
-    check_output,
-    choices,
-    escape,
-    load_patched,
-    notes,
-    one_sentence_errors,
-    output,
-    pick_device,
-    print_json,
-    result_table,
-    show_next,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import escape, load, notes, output, print_json, result_table, show_next
 from cats_ext.cli.text import dataset_texts, read_texts
 from cats_ext.finetune import METHODS, FinetuneSettings
 from cats_ext.finetune import finetune as tune
 
-Method = choices("Method", METHODS)
+Method = options.choices("Method", METHODS)
 DEFAULTS = FinetuneSettings()
 
 
-@one_sentence_errors
 def finetune(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory for the tuned model and its checkpoints.")],
-    text: TextFiles = [],  # noqa: B006  not written to
+    text: options.OptionalTextFiles = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +38,7 @@ def finetune(
     sparsity: Annotated[
         float | None, typer.Option(help="cats: share of neurons to skip; without it 0.5, or that of the thresholds.")
     ] = None,
-    cats: CatsDirectory = None,
+    cats: options.CatsDirectory = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
     full: Annotated[bool, typer.Option("--full", help="Tune all weights instead of LoRA adapters.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = DEFAULTS.lora_rank,
@@ -67,7 +47,7 @@ def finetune(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest; without it 2e-4, 2e-5 with --full.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = DEFAULTS.batch_size,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = DEFAULTS.sequence_length,
+    sequence_length: options.Window = DEFAULTS.sequence_length,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -77,9 +57,9 @@ def finetune(
         str | None, typer.Option(help="Where Trainer logs to, with commas, or none; tensorboard if it is installed.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the windows' order and the adapters.")] = DEFAULTS.seed,
-    device: Device = None,
-    dtype: DType = None,
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    json: options.Json = False,
 ) -> None:
     """Tune a model while its neurons are skipped, so that it recovers the lost quality.
 
@@ -102,7 +82,7 @@ def finetune(
         raise ValueError(f"give --text or --dataset, {given}")
     if full and lora_targets is not None:
         raise ValueError(f"give --full or --lora-targets, not both, got --lora-targets {lora_targets}")
-    check_output(out, directory=True)
+    options.check_output(out, directory=True)
     settings = FinetuneSettings(
         method=method.value,
         sparsity=DEFAULTS.sparsity if sparsity is None else sparsity,
@@ -117,21 +97,18 @@ def finetune(
         seed=seed,
     )
     texts = read_texts(text) if text else dataset_texts(dataset, rows)
-    where = pick_device(device)
+    where = options.pick_device(device)
     if where.type == "cuda":
         if where.index not in (None, 0):
             raise ValueError(f"--device {device}: tuning takes the first GPU; choose with CUDA_VISIBLE_DEVICES")
         where = torch.device("cuda", 0)
     if full and dtype is None:
-        dtype = Precision.FLOAT32  # small updates vanish in bfloat16 weights
-    network, tokenizer, config = load_patched(model, where, dtype, cats)
+        dtype = options.Precision.FLOAT32  # small updates vanish in bfloat16 weights
+    network, tokenizer, config = load(model, where, dtype, cats)
+    if method.value != "cats":
+        config = None
     if config is not None:
-        cats_ext.remove_cats(network)
-        if method.value != "cats":
-            config = None
-        elif sparsity is not None:
-            config = config.at_sparsity(sparsity)
-    if config is not None:
+        config = config if sparsity is None else config.at_sparsity(sparsity)
         settings = replace(settings, sparsity=config.sparsity)
     found = tune(
         network,

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import torch
 import typer
 
 import cats_ext
-from cats_ext.cli.common import (
-    CatsDirectory,
-    Device,
-    DType,
-    Json,
-    Model,
-    Sparsity,
-    load_patched,
-    note_drift,
-    notes,
-    one_sentence_errors,
-    pick_device,
-    print_json,
-)
+from cats_ext.cli import options
+from cats_ext.cli.common import load_patched, note_drift, notes, print_json
 
 
-@one_sentence_errors
 def generate(
-    model: Model,
+    model: options.Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    cats: CatsDirectory = None,
-    sparsity: Sparsity = None,
+    cats: options.CatsDirectory = None,
+    sparsity: options.Sparsity = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    temperature: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
     stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
-    device: Device = None,
-    dtype: DType = None,
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    json: options.Json = False,
 ) -> None:
     """Continue a prompt: sparsely with --cats, or if the model was saved with thresholds.
 
@@ -55,26 +40,20 @@ def generate(
     """
     from cats_ext.cli.generation import continue_prompt, encode_prompt
 
-    network, tokenizer, config = load_patched(model, pick_device(device), dtype, cats, sparsity)
+    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
     input_ids = encode_prompt(tokenizer, prompt, chat)
     if config is not None:
         cats_ext.track_sparsity(network)
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     torch.manual_seed(seed)
-    live = stream and not json
-    result = continue_prompt(
-        network, tokenizer, input_ids, max_new_tokens, temperature=temperature, write=write if live else None
-    )
+    write = partial(print, end="", flush=True) if stream and not json else None
+    result = continue_prompt(network, tokenizer, input_ids, max_new_tokens, temperature=temperature, write=write)
     report = None if config is None else cats_ext.sparsity_report(network)
     if json:
         sparsity = None if report is None else {**report.to_dict(), "target": config.sparsity}
         print_json({"model": model, "prompt": prompt, **asdict(result), "sparsity": sparsity})
         return
-    sys.stdout.write("\n" if live else result.text + "\n")
+    print("" if write else result.text)
     notes.print(
         f"[dim]{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; first token after "
         f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens), {result.prepare_seconds:.1f} s to "

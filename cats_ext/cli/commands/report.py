@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cats_ext.cli.common import check_output, escape, notes, one_sentence_errors
+from cats_ext.cli import options
+from cats_ext.cli.common import escape, notes
 from cats_ext.evaluation.html_report import html_report
 
 
-@one_sentence_errors
 def report(
     directory: Annotated[Path, typer.Argument(help="Written by 'cats calibrate', with results of 'cats eval' in it.")],
     out: Annotated[
@@ -30,7 +30,7 @@ def report(
     $ cats eval MODEL --cats thresholds --text held-out.txt --curve 0.3,0.7 -o thresholds/eval.json
     """
     target = out or directory / "report.html"
-    check_output(target, directory=False)
+    options.check_output(target, directory=False)
     page = html_report(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
