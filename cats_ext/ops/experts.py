@@ -92,16 +92,9 @@ def _fake(x, *arguments):
 
 
 def _sparse_experts_cpu(
-    x: Tensor,
-    experts: Tensor,
-    routing: Tensor,
-    w_gate_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    down_threshold: Tensor | None = None,
-    activation: str = "silu",
+    x: Tensor, experts: Tensor, routing: Tensor, w_gate_up: Tensor, w_down_t: Tensor, *mask: Tensor | str | None
 ) -> Tensor:
-    _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+    _check(x, experts, routing, w_gate_up, w_down_t, *mask)
     (tokens, per_token), (count, intermediate, hidden) = experts.shape, w_down_t.shape
     out = x.new_empty(tokens * per_token, hidden)
     places: dict[int, list[int]] = {}
@@ -113,7 +106,7 @@ def _sparse_experts_cpu(
         w_gate_up_e = w_gate_up.select(0, expert)  # select and narrow: indexing takes twice the host time
         w_gate, w_up = w_gate_up_e.narrow(0, 0, intermediate), w_gate_up_e.narrow(0, intermediate, intermediate)
         rows = x if tokens == 1 else x[[place // per_token for place in where]]
-        y = ops.sparse_mlp(rows, w_gate, w_up, w_down_t.select(0, expert), threshold, down_threshold, activation)
+        y = ops.sparse_mlp(rows, w_gate, w_up, w_down_t.select(0, expert), *mask)
         if len(where) == 1:
             out.narrow(0, where[0], 1).copy_(y)
         else:
