@@ -7,7 +7,6 @@ too: ``delta`` is the previous block's output before the residual addition, whic
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.ops.plan import device_limits
 from cats_ext.ops.reference import ACTIVATIONS, rms_norm_ref
 
 
@@ -104,11 +104,11 @@ def attention_splits(kv_heads: int, device: torch.device) -> int:
     They leave a quarter of the multiprocessors to the product that starts beside them. For 32 KV heads that makes 3:
     after 100 tokens a step takes 1 % less time than with 4, from 1,000 tokens on 1 % more.
     """
-    return max(1, min(_MAX_SPLITS, _multiprocessors(device) * 3 // 4 // kv_heads))
+    return max(1, min(_MAX_SPLITS, device_limits(device).multiprocessors * 3 // 4 // kv_heads))
 
 
 def _launch_options(x: Tensor) -> dict[str, bool]:
-    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    pdl = device_limits(x.device).compute_capability >= 90
     return {"PDL": pdl, "launch_pdl": pdl}
 
 
@@ -122,9 +122,10 @@ def _tile(
     tile_bytes: int, per_sm: int, stages: int, inputs: int, outputs: int, itemsize: int, device: torch.device
 ) -> Tile:
     """At most ``tile_bytes`` of weights and ``stages``, or fewer, so that they fit into shared memory."""
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // per_sm - _OTHER_SHARED_BYTES
+    limits = device_limits(device)
+    shared = limits.shared_bytes // per_sm - _OTHER_SHARED_BYTES
     row_bytes = _power_of_two(inputs) * itemsize
-    each = max(1, outputs // (2 * _multiprocessors(device)))  # so that each multiprocessor gets two tiles
+    each = max(1, outputs // (2 * limits.multiprocessors))  # so that each multiprocessor gets two tiles
     rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
     while rows > 1 and 2 * rows * row_bytes > shared:
         rows //= 2
@@ -132,12 +133,7 @@ def _tile(
 
 
 def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
-    return (min(blocks, tile.per_sm * _multiprocessors(device)),)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return (min(blocks, tile.per_sm * device_limits(device).multiprocessors),)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
