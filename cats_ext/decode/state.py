@@ -61,14 +61,12 @@ def check_ids(ids: Tensor, model: nn.Module) -> None:
         raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {list(ids.shape)}")
 
 
-def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
+def left_padding(ids: Tensor, mask: Tensor) -> Tensor | None:
     """The attention mask ``[B, T]`` as int64, or None if it masks nothing.
 
     Raises:
         TypeError, ValueError: it is no tensor, has another shape than ``ids``, or zeros elsewhere than on the left.
     """
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape:
