@@ -27,14 +27,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:
     """``windows`` ``[T]`` stacked to batches ``[B, T]`` of equal length, the longest first; nothing is padded."""
-
-    def stacked() -> Iterator[Tensor]:
-        for _, group in itertools.groupby(sorted(windows, key=len, reverse=True), key=len):
-            same_length = list(group)
-            for i in range(0, len(same_length), batch_size):
-                yield torch.stack(same_length[i : i + batch_size])
-
-    return list(stacked())
+    groups = itertools.groupby(sorted(windows, key=len, reverse=True), key=len)
+    return [batch for _, same_length in groups for batch in torch.stack(list(same_length)).split(batch_size)]
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -113,13 +113,12 @@ def check_fusable(model: nn.Module) -> None:
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
-    own = {model, model.model, *model.model.layers}
     for path, module in model.named_modules():
-        mlp = ".mlp." in path or path.endswith(".mlp")  # one that is not plain is called as a module
-        if module in own or not mlp:
-            _check_plain(path, module)
-    for path, module in model.named_modules():
-        if path.endswith(("_proj", "lm_head")) and ".mlp." not in path and type(module) is not nn.Linear:
+        if ".mlp." in f"{path}.":  # one that is not plain is called as a module
+            continue
+        if not _is_plain(module):
+            raise NotFusableError(f"{path or 'the model'} has a hook or a replaced forward")
+        if path.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
             raise NotFusableError(f"{path} is a {type(module).__name__}, not a torch.nn.Linear")
 
 
@@ -129,11 +128,6 @@ def _is_plain(module: nn.Module) -> bool:
     hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _RECORDING_HOOKS]
     forward = getattr(vars(module).get("forward", module.forward), "__func__", None)
     return not (hooks or module._forward_pre_hooks) and forward is type(module).forward
-
-
-def _check_plain(path: str, module: nn.Module) -> None:
-    if not _is_plain(module):
-        raise NotFusableError(f"{path or 'the model'} has a hook or a replaced forward")
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -7,14 +7,14 @@ too: ``delta`` is the previous block's output before the residual addition, whic
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.ops.plan import device_limits
 from cats_ext.ops.reference import ACTIVATIONS, rms_norm_ref
 
 
@@ -81,6 +81,64 @@ class Attention:
     partials: AttentionPartials | None = field(default=None, repr=False)  # on CUDA
 
 
+# --- launch configurations --------------------------------------------------------------------------------------------
+
+
+# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5, 8 and 10.
+_TILE_BYTES = 32768  # weights of a tile
+_STAGES = 4
+_STAGES_AFTER_ATTENTION = 3  # leaves shared memory to start beside the attention: saves 0.7 to 1.7 us a layer
+_OTHER_SHARED_BYTES = 12288  # shared memory that a product takes besides its tiles
+_KEY_BLOCK_BYTES = 16384  # keys that a program of the attention loads at a time
+_LEAST_ROWS = 16  # that a matrix instruction takes
+_MAX_SPLITS = 4  # up to some 1,000 tokens, merging more takes longer than they save
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def attention_splits(kv_heads: int, device: torch.device) -> int:
+    """How many programs share the keys of a KV head.
+
+    They leave a quarter of the multiprocessors to the product that starts beside them. For 32 KV heads that makes 3:
+    after 100 tokens a step takes 1 % less time than with 4, from 1,000 tokens on 1 % more.
+    """
+    return max(1, min(_MAX_SPLITS, device_limits(device).multiprocessors * 3 // 4 // kv_heads))
+
+
+def _launch_options(x: Tensor) -> dict[str, bool]:
+    pdl = device_limits(x.device).compute_capability >= 90
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
+def _check_rows(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.stride(-1) != 1:
+            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {list(t.stride())}")
+
+
+def _tile(
+    tile_bytes: int, per_sm: int, stages: int, inputs: int, outputs: int, itemsize: int, device: torch.device
+) -> Tile:
+    """At most ``tile_bytes`` of weights and ``stages``, or fewer, so that they fit into shared memory."""
+    limits = device_limits(device)
+    shared = limits.shared_bytes // per_sm - _OTHER_SHARED_BYTES
+    row_bytes = _power_of_two(inputs) * itemsize
+    each = max(1, outputs // (2 * limits.multiprocessors))  # so that each multiprocessor gets two tiles
+    rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
+    while rows > 1 and 2 * rows * row_bytes > shared:
+        rows //= 2
+    return Tile(rows, 8, per_sm, max(2, min(stages, 1 + shared // (rows * row_bytes))))
+
+
+def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
+    return (min(blocks, tile.per_sm * device_limits(device).multiprocessors),)
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
 def linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -137,146 +195,6 @@ def add_linear(
     return y, None if norm is None else _rms_norm(y, norm)
 
 
-def gate_up(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-    norm: Norm,
-) -> Tensor:
-    """The first half of a dense gated MLP, ``act(gate) * up`` ``[I]`` of the normalised input.
-
-    Args:
-        x: ``[H]``.
-        w_gate, w_up, gate_bias, up_bias: ``[I, H]`` and ``[I]``; both biases or none.
-        activation: a key of ``ACTIVATIONS``.
-        norm: the normalisation of ``x``.
-
-    Raises:
-        ValueError: see :func:`linear`.
-    """
-    if x.is_cuda:
-        return _gate_up_cuda(x, w_gate, w_up, gate_bias, up_bias, activation, norm)
-    inner = _rms_norm(x, norm)
-    return ACTIVATIONS[activation](F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias)
-
-
-def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor | AttentionPartials:
-    """Attention of one token over the cache and itself; its key and value are written to the cache.
-
-    Args:
-        qkv: ``[(heads + 2 KV heads) * D]``, before the rotary embedding.
-        layer: the layer's attention.
-        position: the token's place, int64 ``[1]``.
-
-    Returns:
-        ``[heads * D]``; on CUDA the partial results, for :func:`add_linear`.
-
-    Raises:
-        ValueError: on CUDA, a row of ``qkv`` or of the cache is not contiguous.
-    """
-    if qkv.is_cuda:
-        return _attention_cuda(qkv, layer, position)
-    at = int(position)
-    heads = qkv.view(-1, layer.head_dim)
-    q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads])
-    if layer.q_norm is not None:
-        q = _rms_norm(q, layer.q_norm)
-    if layer.k_norm is not None:
-        k = _rms_norm(k, layer.k_norm)
-    q, k = (t * layer.cos[at] + _rotate_half(t) * layer.sin[at] for t in (q, k))
-    layer.keys[:, at], layer.values[:, at] = k, v
-    start = 0 if layer.window is None else max(0, at - layer.window + 1)
-    keys, values = (
-        c[:, start : at + 1].repeat_interleave(layer.heads // layer.kv_heads, 0) for c in (layer.keys, layer.values)
-    )
-    return F.scaled_dot_product_attention(q[:, None], keys, values, scale=layer.scaling).reshape(-1)
-
-
-def _rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    return rms_norm_ref(x, norm.weight, norm.eps)
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-# --- launches -------------------------------------------------------------------------------------------------------
-
-
-# Measured on an H100 in steps of Mistral-7B's shape: bench/results/h100/decode_steps.log, runs 5, 8 and 10.
-_TILE_BYTES = 32768  # weights of a tile
-_STAGES = 4
-_STAGES_AFTER_ATTENTION = 3  # leaves shared memory to start beside the attention: saves 0.7 to 1.7 us a layer
-_OTHER_SHARED_BYTES = 12288  # shared memory that a product takes besides its tiles
-_KEY_BLOCK_BYTES = 16384  # keys that a program of the attention loads at a time
-_MAX_SPLITS = 4  # up to some 1,000 tokens, merging more takes longer than they save
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def attention_splits(kv_heads: int, device: torch.device) -> int:
-    """How many programs share the keys of a KV head.
-
-    They leave a quarter of the multiprocessors to the product that starts beside them. For 32 KV heads that makes 3:
-    after 100 tokens a step takes 1 % less time than with 4, from 1,000 tokens on 1 % more.
-    """
-    return max(1, min(_MAX_SPLITS, _multiprocessors(device) * 3 // 4 // kv_heads))
-
-
-def _block_of_group(group: int) -> int:
-    return max(16, _power_of_two(group))  # 16 is the least that a matrix instruction takes
-
-
-def _launch_options(x: Tensor) -> dict[str, bool]:
-    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"PDL": pdl, "launch_pdl": pdl}
-
-
-def _check_rows(**tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.stride(-1) != 1:
-            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {list(t.stride())}")
-
-
-def linear_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    """32 KiB of weights a tile: two programs of 4 stages keep loads of 192 KiB in flight on a multiprocessor.
-
-    One program loads while the other adds up. A single program with as much in flight makes the step 1 % longer, with
-    half as much 6 %.
-    """
-    return _tile(_TILE_BYTES, 2, inputs, outputs, itemsize, device)
-
-
-def gate_up_tile(inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    """64 KiB of gate and up weights together a tile, and one program on a multiprocessor."""
-    return _tile(2 * _TILE_BYTES, 1, 2 * inputs, outputs, itemsize, device)
-
-
-def _tile(tile_bytes: int, per_sm: int, inputs: int, outputs: int, itemsize: int, device: torch.device) -> Tile:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // per_sm - _OTHER_SHARED_BYTES
-    row_bytes = _power_of_two(inputs) * itemsize
-    each = max(1, outputs // (2 * _multiprocessors(device)))  # so that each multiprocessor gets two tiles
-    rows = max(1, min(tile_bytes // row_bytes, 1 << (each.bit_length() - 1)))
-    while rows > 1 and 2 * rows * row_bytes > shared:
-        rows //= 2
-    return Tile(rows, 8, per_sm, max(2, min(_STAGES, 1 + shared // (rows * row_bytes))))
-
-
-def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
-    return (min(blocks, tile.per_sm * _multiprocessors(device)),)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _linear_cuda(
     x: Tensor | AttentionPartials,
     weights: Sequence[Tensor],
@@ -297,9 +215,10 @@ def _linear_cuda(
     heads, head_dim = partials.weighted.shape[1:] if partials else (1, inputs)
     padded_heads = _power_of_two(heads)
     padded_inputs = padded_heads * _power_of_two(head_dim)
-    tile = linear_tile(padded_inputs, sum(outputs), x.element_size(), x.device)
-    if partials is not None:
-        tile = replace(tile, stages=min(tile.stages, _STAGES_AFTER_ATTENTION))
+    # Two programs of 4 stages keep loads of 192 KiB in flight on a multiprocessor: one loads while the other adds up. A
+    # single program with as much in flight makes the step 1 % longer, with half as much 6 %.
+    stages = _STAGES if partials is None else _STAGES_AFTER_ATTENTION
+    tile = _tile(_TILE_BYTES, 2, stages, padded_inputs, sum(outputs), x.element_size(), x.device)
     blocks = sum(-(-n // tile.rows) for n in outputs)
     y = x.new_empty(sum(outputs))
     x_new = x if delta is None else torch.empty_like(x)
@@ -323,7 +242,7 @@ def _linear_cuda(
     return y, normed if residual is not None else x_new
 
 
-def _gate_up_cuda(
+def gate_up(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
@@ -332,11 +251,26 @@ def _gate_up_cuda(
     activation: str,
     norm: Norm,
 ) -> Tensor:
+    """The first half of a dense gated MLP, ``act(gate) * up`` ``[I]`` of the normalised input.
+
+    Args:
+        x: ``[H]``.
+        w_gate, w_up, gate_bias, up_bias: ``[I, H]`` and ``[I]``; both biases or none.
+        activation: a key of ``ACTIVATIONS``.
+        norm: the normalisation of ``x``.
+
+    Raises:
+        ValueError: see :func:`linear`.
+    """
+    if not x.is_cuda:
+        inner = _rms_norm(x, norm)
+        return ACTIVATIONS[activation](F.linear(inner, w_gate, gate_bias)) * F.linear(inner, w_up, up_bias)
     from cats_ext.decode.triton_kernels import gate_up_kernel
 
     _check_rows(x=x, w_gate=w_gate, w_up=w_up)
     intermediate, hidden = w_gate.shape
-    tile = gate_up_tile(hidden, intermediate, x.element_size(), x.device)
+    # 64 KiB of gate and up weights together a tile, and one program on a multiprocessor.
+    tile = _tile(2 * _TILE_BYTES, 1, _STAGES, 2 * hidden, intermediate, x.element_size(), x.device)
     blocks = -(-intermediate // tile.rows)
     y = x.new_empty(intermediate)
     gate_up_kernel[_grid(tile, blocks, x.device)](
@@ -348,20 +282,60 @@ def _gate_up_cuda(
     return y
 
 
-def _attention_cuda(qkv: Tensor, layer: Attention, position: Tensor) -> AttentionPartials:
+def attention(qkv: Tensor, layer: Attention, position: Tensor) -> Tensor | AttentionPartials:
+    """Attention of one token over the cache and itself; its key and value are written to the cache.
+
+    Args:
+        qkv: ``[(heads + 2 KV heads) * D]``, before the rotary embedding.
+        layer: the layer's attention.
+        position: the token's place, int64 ``[1]``.
+
+    Returns:
+        ``[heads * D]``; on CUDA the partial results, for :func:`add_linear`.
+
+    Raises:
+        ValueError: on CUDA, a row of ``qkv`` or of the cache is not contiguous.
+    """
+    if not qkv.is_cuda:
+        return _attention_ref(qkv, layer, int(position))
     from cats_ext.decode.triton_kernels import attention_kernel
 
     _check_rows(qkv=qkv, keys=layer.keys, values=layer.values)
-    group, partials = layer.heads // layer.kv_heads, layer.partials
+    group, partials, block_d = layer.heads // layer.kv_heads, layer.partials, _power_of_two(layer.head_dim)
     attention_kernel[(layer.kv_heads, len(partials.weighted))](
         qkv, qkv if layer.q_norm is None else layer.q_norm.weight,
         qkv if layer.k_norm is None else layer.k_norm.weight, layer.cos, layer.sin, position, layer.keys, layer.values,
         partials.weighted, partials.largest, partials.total, layer.scaling,
         0.0 if layer.q_norm is None else layer.q_norm.eps, 1 << 30 if layer.window is None else layer.window,
         layer.keys.stride(0), layer.keys.stride(1), layer.values.stride(0), layer.values.stride(1),
-        KV_HEADS=layer.kv_heads, GROUP=group, BLOCK_G=_block_of_group(group), D=layer.head_dim,
-        BLOCK_D=_power_of_two(layer.head_dim), QK_NORM=layer.q_norm is not None,
-        BLOCK=max(16, min(128, _KEY_BLOCK_BYTES // (_power_of_two(layer.head_dim) * qkv.element_size()))), STAGES=3,
+        KV_HEADS=layer.kv_heads, GROUP=group, BLOCK_G=max(_LEAST_ROWS, _power_of_two(group)), D=layer.head_dim,
+        BLOCK_D=block_d, QK_NORM=layer.q_norm is not None, STAGES=3,
+        BLOCK=max(_LEAST_ROWS, min(128, _KEY_BLOCK_BYTES // (block_d * qkv.element_size()))),
         num_warps=8, **_launch_options(qkv),
     )  # fmt: skip
     return partials
+
+
+def _attention_ref(qkv: Tensor, layer: Attention, at: int) -> Tensor:
+    heads = qkv.view(-1, layer.head_dim)
+    q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads])
+    if layer.q_norm is not None:
+        q = _rms_norm(q, layer.q_norm)
+    if layer.k_norm is not None:
+        k = _rms_norm(k, layer.k_norm)
+    q, k = (t * layer.cos[at] + _rotate_half(t) * layer.sin[at] for t in (q, k))
+    layer.keys[:, at], layer.values[:, at] = k, v
+    start = 0 if layer.window is None else max(0, at - layer.window + 1)
+    keys, values = (
+        c[:, start : at + 1].repeat_interleave(layer.heads // layer.kv_heads, 0) for c in (layer.keys, layer.values)
+    )
+    return F.scaled_dot_product_attention(q[:, None], keys, values, scale=layer.scaling).reshape(-1)
+
+
+def _rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    return rms_norm_ref(x, norm.weight, norm.eps)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

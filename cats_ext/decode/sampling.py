@@ -146,7 +146,11 @@ def prepare_generation(
         config.min_length = length + config.min_new_tokens
     if config.max_length <= length:
         raise ValueError(f"max_length must exceed the prompt's {length} tokens, got {config.max_length}")
-    _check_sampling(config)
+    # transformers finds it only after the prompt has been computed, or not at all.
+    sampled = config.do_sample and config.temperature is not None
+    if sampled and not (isinstance(config.temperature, Real) and config.temperature > 0):
+        got = short(config.temperature)
+        raise ValueError(f"temperature must be above 0 to sample, got {got} (do_sample=False is greedy)")
 
     model._prepare_special_tokens(config, True, device=input_ids.device)
     mask = (
@@ -188,12 +192,3 @@ def _inferred_padding(model: PreTrainedModel, input_ids: Tensor, config: Generat
             f"input_ids have the padding token {int(config._pad_token_tensor)} elsewhere than on the left: pass "
             "attention_mask, with ones where it is text"
         ) from None
-
-
-def _check_sampling(config: GenerationConfig) -> None:
-    """Raise for values that transformers finds only after the prompt has been computed, or not at all."""
-    if not config.do_sample or config.temperature is None:
-        return
-    if not (isinstance(config.temperature, Real) and config.temperature > 0):
-        got = short(config.temperature)
-        raise ValueError(f"temperature must be above 0 to sample, got {got} (do_sample=False is greedy)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,14 +61,12 @@ def check_ids(ids: Tensor, model: nn.Module) -> None:
         raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {list(ids.shape)}")
 
 
-def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
+def left_padding(ids: Tensor, mask: Tensor) -> Tensor | None:
     """The attention mask ``[B, T]`` as int64, or None if it masks nothing.
 
     Raises:
         TypeError, ValueError: it is no tensor, has another shape than ``ids``, or zeros elsewhere than on the left.
     """
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape:
@@ -81,43 +79,34 @@ def left_padding(ids: Tensor, mask: Tensor | None) -> Tensor | None:
     return kept.long()
 
 
-def _thresholds(model: nn.Module) -> list[Tensor]:
-    return [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
-
-
 @contextmanager
-def uncounted(model: nn.Module) -> Iterator[None]:
-    """Restore the counts of the sparsity report afterwards."""
-    counts = [(module.counts, module.counts.clone()) for module in sparse_mlps(model).values()]
+def _restored(tensors: list[Tensor]) -> Iterator[None]:
+    before = [t.clone() for t in tensors]
     try:
         yield
     finally:
         with torch.inference_mode():  # which can write any tensor, also those made in inference mode
-            for now, before in counts:
-                now.copy_(before)
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def uncounted(model: nn.Module) -> AbstractContextManager[None]:
+    """Restore the counts of the sparsity report afterwards."""
+    return _restored([module.counts for module in sparse_mlps(model).values()])
 
 
 @contextmanager
 def nothing_skipped(model: nn.Module) -> Iterator[None]:
     """Set all thresholds to 0 inside, in place: rounding then cannot move a neuron over its threshold."""
-    buffers = _thresholds(model)
-    thresholds = [t.clone() for t in buffers]
-
-    @torch.inference_mode()
-    def write(values: list[Tensor]) -> None:
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
-
-    try:
-        write([torch.zeros_like(t) for t in thresholds])
+    thresholds = [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
+    with _restored(thresholds):
+        with torch.inference_mode():
+            for threshold in thresholds:
+                threshold.zero_()
         yield
-    finally:
-        write(thresholds)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
     """Length of the longest common prefix."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
+    differences = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))

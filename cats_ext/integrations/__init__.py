@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 # The integration needs the first; whoever has a model of transformers has imported the second.
-_QUANTIZERS, _MODELS = "transformers.quantizers.auto", "transformers.modeling_utils"
+_MODULES = ("transformers.quantizers.auto", "transformers.modeling_utils")
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls ``action`` once, right after the first of the modules ``names`` has been imported.
+    """Registers the quantizer once, right after the first of ``_MODULES`` has been imported.
 
     Of one whose import is in progress already, at the next import of any module after it.
     """
 
-    def __init__(self, names: tuple[str, ...], action: Callable[[], None]) -> None:
-        self.names, self.action = names, action
-        self.searching = False  # for the spec of one of them, by the other finders
+    searching = False  # for the spec of one of them, by the other finders
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if any(_is_imported(name) for name in self.names):
+        if _any_is_imported():
             self.finish()
             return None
-        if fullname not in self.names or self.searching:
+        if fullname not in _MODULES or self.searching:
             return None
         self.searching = True
         try:
@@ -48,12 +45,12 @@ class _AfterImport(MetaPathFinder):
     def finish(self) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-            self.action()
+            _register_quantizer()
 
 
-def _is_imported(name: str) -> bool:
-    module = sys.modules.get(name)
-    return module is not None and not getattr(module.__spec__, "_initializing", False)
+def _any_is_imported() -> bool:
+    modules = [module for name in _MODULES if (module := sys.modules.get(name)) is not None]
+    return any(not getattr(module.__spec__, "_initializing", False) for module in modules)
 
 
 def _register_quantizer() -> None:
@@ -65,7 +62,7 @@ def register_with_transformers() -> None:
 
     transformers is not imported for it, which takes two seconds that ``import cats_ext`` does not need.
     """
-    if _is_imported(_QUANTIZERS) or _is_imported(_MODELS):
+    if _any_is_imported():
         _register_quantizer()
     else:
-        sys.meta_path.insert(0, _AfterImport((_QUANTIZERS, _MODELS), _register_quantizer))
+        sys.meta_path.insert(0, _AfterImport())

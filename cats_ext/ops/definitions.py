@@ -60,20 +60,15 @@ def _sparse_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:  # the refer
     return reference.sparse_mlp_ref(**arguments)
 
 
-def _sparse_mlp_counted_ref(*, counts: Tensor, deterministic: bool, **arguments) -> Tensor:
-    counted = {name: value for name, value in arguments.items() if name not in ("w_down_t", "down_bias")}
-    counts += reference.sparse_mlp_counts_ref(**counted)
-    return reference.sparse_mlp_ref(**arguments)
-
-
-def _sparse_mlp_step_ref(*, y_sum: Tensor, **arguments) -> None:
-    y_sum[: arguments["x"].numel()] += reference.sparse_mlp_step_ref(**arguments).flatten()
+def _sparse_mlp_step_ref(*, x: Tensor, norm_weight: Tensor, norm_eps: float, y_sum: Tensor, **arguments) -> None:
+    row = reference.rms_norm_ref(x, norm_weight, norm_eps).float()  # in x's dtype the result would be rounded
+    y_sum[: x.numel()] += reference.sparse_mlp_ref(row, **arguments).flatten()
 
 
 # The argument that each output has the shape, dtype and device of, and the reference.
 _OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "sparse_mlp": (("x",), _sparse_mlp_ref),
-    "sparse_mlp_counted": (("x",), _sparse_mlp_counted_ref),
+    "sparse_mlp_counted": (("x",), _sparse_mlp_ref),
     "sparse_mlp_step": ((), _sparse_mlp_step_ref),
     "gated_threshold": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),

@@ -42,12 +42,10 @@ MAX_EXPERT_TOKENS = {"cpu": 16, "cuda": 4}
 # Half dtypes for which PyTorch's matrix products on this CPU are scalar code. With those, down_proj in the layout that
 # the kernel needs takes 25 times as long as in its own (bf16, Zen 3), and the kernel is faster than any dense path for
 # as many tokens as were measured (32), so it takes them all.
+_MKLDNN_QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 _SCALAR_ON_CPU = tuple(
     dtype
-    for dtype, query in (
-        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
-        (torch.float16, "_is_mkldnn_fp16_supported"),
-    )
+    for dtype, query in _MKLDNN_QUERIES.items()
     if torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, query)()
 )
 
@@ -146,11 +144,14 @@ def choose_experts(
     """
     if dense_prefill and len(x) > 1:
         return DENSE
+    device = x.device.type
     if (
         not counted
         and operands is not None
-        and experts_fit(x)
-        and (not x.is_cuda or triton_installed())
+        and (len(x) <= MAX_EXPERT_TOKENS.get(device, 0) or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
+        and x.dtype in ops.SPARSE_DTYPES
+        and not _autocast_is_enabled(device)
+        and (device != "cuda" or triton_installed())
         and operands[1].stride(-1) == 1  # one contiguous row a neuron
         and not needs_grad(x, routing, *operands)
     ):
@@ -174,16 +175,6 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
         )
     return (
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
-        and x.dtype in ops.SPARSE_DTYPES
-        and not _autocast_is_enabled(device)
-    )
-
-
-def experts_fit(x: Tensor) -> bool:
-    """As :func:`kernel_fits`, for ``x`` ``[T, H]`` and the op of routed experts."""
-    device = x.device.type
-    return (
-        (len(x) <= MAX_EXPERT_TOKENS.get(device, 0) or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not _autocast_is_enabled(device)
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,50 +42,48 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu"):
-    def require(condition: bool, message: Callable[[], str]) -> None:
-        if not condition:
-            raise RuntimeError("sparse_experts: " + message())
-
-    require(x.dtype in ops.SPARSE_DTYPES, lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    require(x.dim() == 2, lambda: f"x must have shape [T, H], got {list(x.shape)}")
-    require(w_down_t.dim() == 3, lambda: f"w_down_t must have shape [E, I, H], got {list(w_down_t.shape)}")
+def _mistake(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu") -> str | None:
+    """What is wrong with the arguments of a call, if anything is."""
+    if x.dtype not in ops.SPARSE_DTYPES:
+        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+    if x.dim() != 2:
+        return f"x must have shape [T, H], got {list(x.shape)}"
+    if w_down_t.dim() != 3:
+        return f"w_down_t must have shape [E, I, H], got {list(w_down_t.shape)}"
     count, intermediate, hidden = w_down_t.shape
-    require(x.shape[1] == hidden, lambda: f"x must have shape [T, {hidden}], got {list(x.shape)}")
+    if x.shape[1] != hidden:
+        return f"x must have shape [T, {hidden}], got {list(x.shape)}"
     for name, w, rows in (("w_gate_up", w_gate_up, 2 * intermediate), ("w_down_t", w_down_t, intermediate)):
-        shape = (count, rows, hidden)
-        require(w.dtype == x.dtype, lambda n=name, w=w: f"{n} must have x's dtype {x.dtype}, got {w.dtype}")
-        require(w.device == x.device, lambda n=name, w=w: f"{n} must be on x's device {x.device}, got {w.device}")
-        require(
-            tuple(w.shape) == shape, lambda n=name, w=w, s=shape: f"{n} must have shape {list(s)}, got {list(w.shape)}"
-        )
-        require(
-            hidden == 1 or w.stride(2) == 1,
-            lambda n=name, w=w: f"{n} must have unit stride in its last dimension, got {list(w.stride())}",
-        )
-    require(
-        experts.dtype == torch.int64 and experts.dim() == 2 and experts.shape[0] == x.shape[0],
-        lambda: f"experts must be int64 [{x.shape[0]}, K], got {experts.dtype} {list(experts.shape)}",
-    )
-    require(
-        routing.is_floating_point() and routing.shape == experts.shape,
-        lambda: f"routing must be floating point {list(experts.shape)}, got {routing.dtype} {list(routing.shape)}",
-    )
-    for name, t in (("threshold", threshold), ("down_threshold", down_threshold)):
-        require(
-            t is None or (t.dtype == torch.float32 and t.dim() == 0),
-            lambda n=name, t=t: f"{n} must be float32 of shape [], got {t.dtype} {list(t.shape)}",
-        )
-    for name, t in (
-        ("experts", experts), ("routing", routing), ("threshold", threshold), ("down_threshold", down_threshold)
-    ):  # fmt: skip
-        require(
-            t is None or t.device == x.device,
-            lambda n=name, t=t: f"{n} must be on x's device {x.device}, got {t.device}",
-        )
-    require(
-        activation in ACTIVATIONS, lambda: f"activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'"
-    )
+        if w.dtype != x.dtype:
+            return f"{name} must have x's dtype {x.dtype}, got {w.dtype}"
+        if w.device != x.device:
+            return f"{name} must be on x's device {x.device}, got {w.device}"
+        if tuple(w.shape) != (count, rows, hidden):
+            return f"{name} must have shape {[count, rows, hidden]}, got {list(w.shape)}"
+        if hidden != 1 and w.stride(2) != 1:
+            return f"{name} must have unit stride in its last dimension, got {list(w.stride())}"
+    if experts.dtype != torch.int64 or experts.dim() != 2 or experts.shape[0] != x.shape[0]:
+        return f"experts must be int64 [{x.shape[0]}, K], got {experts.dtype} {list(experts.shape)}"
+    if not routing.is_floating_point() or routing.shape != experts.shape:
+        return f"routing must be floating point {list(experts.shape)}, got {routing.dtype} {list(routing.shape)}"
+    thresholds = {"threshold": threshold}
+    if down_threshold is not None:
+        thresholds["down_threshold"] = down_threshold
+    for name, t in thresholds.items():
+        if t.dtype != torch.float32 or t.dim() != 0:
+            return f"{name} must be float32 of shape [], got {t.dtype} {list(t.shape)}"
+    for name, t in {"experts": experts, "routing": routing, **thresholds}.items():
+        if t.device != x.device:
+            return f"{name} must be on x's device {x.device}, got {t.device}"
+    if activation not in ACTIVATIONS:
+        return f"activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'"
+    return None
+
+
+def _check(*arguments) -> None:
+    mistake = _mistake(*arguments)
+    if mistake is not None:
+        raise RuntimeError(f"sparse_experts: {mistake}")
 
 
 def _fake(x, *arguments):
@@ -95,16 +92,9 @@ def _fake(x, *arguments):
 
 
 def _sparse_experts_cpu(
-    x: Tensor,
-    experts: Tensor,
-    routing: Tensor,
-    w_gate_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    down_threshold: Tensor | None = None,
-    activation: str = "silu",
+    x: Tensor, experts: Tensor, routing: Tensor, w_gate_up: Tensor, w_down_t: Tensor, *mask: Tensor | str | None
 ) -> Tensor:
-    _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+    _check(x, experts, routing, w_gate_up, w_down_t, *mask)
     (tokens, per_token), (count, intermediate, hidden) = experts.shape, w_down_t.shape
     out = x.new_empty(tokens * per_token, hidden)
     places: dict[int, list[int]] = {}
@@ -116,7 +106,7 @@ def _sparse_experts_cpu(
         w_gate_up_e = w_gate_up.select(0, expert)  # select and narrow: indexing takes twice the host time
         w_gate, w_up = w_gate_up_e.narrow(0, 0, intermediate), w_gate_up_e.narrow(0, intermediate, intermediate)
         rows = x if tokens == 1 else x[[place // per_token for place in where]]
-        y = ops.sparse_mlp(rows, w_gate, w_up, w_down_t.select(0, expert), threshold, down_threshold, activation)
+        y = ops.sparse_mlp(rows, w_gate, w_up, w_down_t.select(0, expert), *mask)
         if len(where) == 1:
             out.narrow(0, where[0], 1).copy_(y)
         else:
@@ -124,20 +114,11 @@ def _sparse_experts_cpu(
     return (out.view(tokens, per_token, hidden).float() * routing.float()[:, :, None]).sum(1).to(x.dtype)
 
 
-def _sparse_experts_cuda(
-    x: Tensor,
-    experts: Tensor,
-    routing: Tensor,
-    w_gate_up: Tensor,
-    w_down_t: Tensor,
-    threshold: Tensor,
-    down_threshold: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
+def _sparse_experts_cuda(*arguments) -> Tensor:
     from cats_ext.ops.triton_experts import launch
 
-    _check(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
-    return launch(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold, activation)
+    _check(*arguments)
+    return launch(*arguments)
 
 
 torch.library.register_fake("cats::sparse_experts", _fake)

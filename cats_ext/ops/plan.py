@@ -115,6 +115,7 @@ def plan(
     return Plan(**integers | {"kernel": KERNELS[answer.kernel]}, reason=answer.reason.decode())
 
 
+@cache  # a launch of the decode step asks several times
 def device_limits(device: torch.device) -> DeviceLimits:
     """Of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)

@@ -91,8 +91,8 @@ def launch(
     w_gate_up: Tensor,
     w_down_t: Tensor,
     threshold: Tensor,
-    down_threshold: Tensor | None,
-    activation: str,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     """The three kernels; arguments as those of ``cats::sparse_experts``.
 

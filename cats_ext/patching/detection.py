@@ -124,10 +124,8 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
 
 def _tensor_uses(model: nn.Module) -> Counter:
     """How many names each parameter or buffer memory has in the model."""
-    uses: Counter = Counter()
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        uses.update(_memory(tensor) for _, tensor in named)
-    return uses
+    named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    return Counter(_memory(tensor) for _, tensor in named)
 
 
 def _memory(tensor: Tensor) -> object:
@@ -136,7 +134,6 @@ def _memory(tensor: Tensor) -> object:
 
 def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     names = _projections(module)
-    merged = names == MERGED
     if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
     in_one_tensor = any(n in module._parameters for n in names)
@@ -149,16 +146,14 @@ def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     if others:
         raise ValueError(f"it has further children: {', '.join(sorted(others))}")
     if not in_one_tensor:
-        for projection in names:
-            _check_linear(projection, getattr(module, projection), uses)
-        _check_shapes(module, names, merged)
+        _check_linears(module, names, uses)
     function = getattr(module, activation_name)
     activation = recognise_activation(function)
     if activation is None:
         label = getattr(function, "__name__", type(function).__name__)
         raise ValueError(f"its activation {label} is none of {', '.join(ACTIVATIONS)}")
     experts = len(module.down_proj) if in_one_tensor else None
-    mlp = GatedMLP(name, module, activation, merged, experts)
+    mlp = GatedMLP(name, module, activation, names == MERGED, experts)
     _check_formula(mlp)
     return mlp
 
@@ -179,16 +174,6 @@ def _check_experts(module: nn.Module, names: tuple[str, ...], uses: Counter) -> 
     if getattr(module, "_is_expert_parallel", False):
         raise ValueError("it has only a part of the experts (expert parallelism)")
     _check_alike(gate_up, down, names)
-
-
-def _check_linear(projection: str, linear: nn.Module, uses: Counter) -> None:
-    kind = type(linear)
-    if kind is not nn.Linear:
-        raise ValueError(
-            f"{projection} is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear (quantised layers are not "
-            "supported; adapters are added after patching, or merged before)"
-        )
-    _check_weight(f"{projection}.weight", linear.weight, uses)
 
 
 def _check_weight(name: str, weight: Tensor, uses: Counter) -> None:
@@ -213,10 +198,19 @@ def _check_alike(first: Tensor, other: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def _check_shapes(module: nn.Module, names: tuple[str, ...], merged: bool) -> None:
+def _check_linears(module: nn.Module, names: tuple[str, ...], uses: Counter) -> None:
+    """Raise ValueError unless the projections are bare ``nn.Linear`` modules that fit each other."""
+    for projection in names:
+        linear = getattr(module, projection)
+        kind = type(linear)
+        if kind is not nn.Linear:
+            raise ValueError(
+                f"{projection} is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear (quantised layers are not "
+                "supported; adapters are added after patching, or merged before)"
+            )
+        _check_weight(f"{projection}.weight", linear.weight, uses)
     first, down = getattr(module, names[0]), module.down_proj
-    rows = down.in_features * (2 if merged else 1)
-    expected = (rows, down.out_features)
+    expected = (down.in_features * (2 if names == MERGED else 1), down.out_features)
     for projection in names[:-1]:
         weight = getattr(module, projection).weight
         if tuple(weight.shape) != expected:

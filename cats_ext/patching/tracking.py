@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,35 +118,26 @@ class SparsityReport:
         return console.file.getvalue()
 
 
-class _Tracking:
-    """Returned by :func:`track_sparsity`; as a context manager it puts the earlier setting back on exit."""
-
-    def __init__(self, before: dict[CatsMLP, bool]) -> None:
-        self._before = before
-
-    def __enter__(self) -> _Tracking:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for module, tracking in self._before.items():
-            if isinstance(module, CatsMLP):  # not removed meanwhile
-                module.track(tracking)
-
-
-def track_sparsity(model: nn.Module, enabled: bool = True) -> _Tracking:
+def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextManager:
     """Count from now on how many neurons each patched MLP keeps (or stop counting).
 
-    Use as a call, or as ``with track_sparsity(model): ...``. Counts stay until :func:`reset_sparsity`. All positions of
-    a batch count, padding included. Off by default because counting costs time.
+    Use as a call, or as ``with track_sparsity(model): ...``, which puts the earlier setting back on exit. Counts stay
+    until :func:`reset_sparsity`. All positions of a batch count, padding included. Off by default because counting
+    costs time.
 
     Raises:
         ValueError: the model is not patched.
     """
-    modules = patched_mlps(model)
-    before = {module: module.forward_settings.tracking for module in modules.values()}
-    for module in modules.values():
+
+    def put_back(module: nn.Module, tracking: bool) -> None:
+        if isinstance(module, CatsMLP):  # not removed meanwhile
+            module.track(tracking)
+
+    on_exit = ExitStack()
+    for module in patched_mlps(model).values():
+        on_exit.callback(put_back, module, module.forward_settings.tracking)
         module.track(enabled)
-    return _Tracking(before)
+    return on_exit
 
 
 def reset_sparsity(model: nn.Module) -> None:
