@@ -1,5 +1,5 @@
 // The kernels for one instruction set: included by each isa_*.cpp, which sets CATS_ISA and CATS_VECTOR_BYTES.
-// No template of the standard library may be instantiated from here on (see isa_avx2.cpp).
+// No template of the standard library may be instantiated from here on (see isa_x86.inl.h).
 #pragma once
 
 #include "activation.inl.h"
