@@ -6,11 +6,10 @@
 
 namespace {
 
-// What ctypes passes; an absent argument is left out.
+// What ctypes passes: an argument without its numbers, which follow from the names. An absent argument is left out.
 struct NamedTensor {
-    const char *name, *dtype, *device_type; // "w_up", "float32", "cuda"
-    const int64_t *sizes, *strides;
-    int64_t dim, device_index;
+    cats::TensorArgument argument;
+    const char *dtype, *device_type; // "float32", "cuda"
 };
 
 template <size_t n> int32_t number_of(std::string_view name, const char *const (&names)[n]) {
@@ -23,17 +22,14 @@ struct NamedTensors {
     int64_t count;
 
     cats::TensorArgument operator[](const char *name) const {
+        cats::TensorArgument found{name};
         for (const NamedTensor *t = tensors; t < tensors + count; t++)
-            if (t->name == std::string_view(name))
-                return {name,
-                        nullptr,
-                        t->sizes,
-                        t->strides,
-                        t->dim,
-                        number_of(t->dtype, cats::kDtypeNames),
-                        number_of(t->device_type, cats::kDeviceNames),
-                        int32_t(t->device_index)};
-        return {name, nullptr, nullptr, nullptr, -1, -1, -1, -1};
+            if (t->argument.name == std::string_view(name)) {
+                found = t->argument;
+                found.dtype = number_of(t->dtype, cats::kDtypeNames);
+                found.device_type = number_of(t->device_type, cats::kDeviceNames);
+            }
+        return found;
     }
 };
 
@@ -52,8 +48,8 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
             if (op == "sparse_mlp_step") cats::check_sparse_mlp_step(arguments, t["norm_weight"], t["y_sum"]);
             else cats::check_sparse_mlp(arguments);
         } else {
-            cats::check_gated_threshold(
-                {t["grad_h"], t["gate"], t["up"], t["threshold"], t["down_threshold"], activation});
+            cats::check_gated_threshold(t["grad_h"], t["gate"], t["up"], t["threshold"], t["down_threshold"],
+                                        activation);
         }
     } catch (const std::runtime_error &error) {
         thread_local std::string sentence;
