@@ -1,5 +1,6 @@
 // h = mask * act(gate) * up and its gradients, elementwise: the dense masked path of prefill and training.
 #include <algorithm>
+#include <initializer_list>
 
 #include "activation.cuh"
 #include "launch.h"
@@ -83,8 +84,7 @@ template <typename T, int kWidth> cudaError_t launch(const GatedThresholdParams 
 template <typename T> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {
     constexpr int kWidth = std::min<int>(kMaxWidth, 16 / sizeof(T));
     bool wide = p.intermediate_size % kWidth == 0 && p.gate_stride % kWidth == 0 && p.up_stride % kWidth == 0;
-    for (const void *base : {p.gate, p.up, static_cast<const void *>(p.h), p.grad_h,
-                             static_cast<const void *>(p.grad_gate), static_cast<const void *>(p.grad_up)})
+    for (const void *base : std::initializer_list<const void *>{p.gate, p.up, p.h, p.grad_h, p.grad_gate, p.grad_up})
         wide = wide && reinterpret_cast<uintptr_t>(base) % 16 == 0;
     return wide ? launch<T, kWidth>(p, stream) : launch<T, 1>(p, stream);
 }
