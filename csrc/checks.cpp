@@ -4,13 +4,13 @@
 #include <iterator>
 #include <string>
 
+namespace cats {
 namespace {
 
-// What ctypes passes; an absent argument is left out.
+// What ctypes passes: an argument without its numbers, which follow from the names. An absent argument is left out.
 struct NamedTensor {
-    const char *name, *dtype, *device_type; // "w_up", "float32", "cuda"
-    const int64_t *sizes, *strides;
-    int64_t dim, device_index;
+    TensorArgument argument;
+    const char *dtype, *device_type; // "float32", "cuda"
 };
 
 template <size_t n> int32_t number_of(std::string_view name, const char *const (&names)[n]) {
@@ -18,42 +18,34 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
     return found == names + n ? -1 : int32_t(found - names);
 }
 
-struct NamedTensors {
-    const NamedTensor *tensors;
-    int64_t count;
-
-    cats::TensorArgument operator[](const char *name) const {
-        for (const NamedTensor *t = tensors; t < tensors + count; t++)
-            if (t->name == std::string_view(name))
-                return {name,
-                        nullptr,
-                        t->sizes,
-                        t->strides,
-                        t->dim,
-                        number_of(t->dtype, cats::kDtypeNames),
-                        number_of(t->device_type, cats::kDeviceNames),
-                        int32_t(t->device_index)};
-        return {name, nullptr, nullptr, nullptr, -1, -1, -1, -1};
-    }
-};
-
 } // namespace
 
 // The sentence of the check that fails, valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation) {
     const std::string_view op(op_name);
-    const NamedTensors t{tensors, count};
+    const auto argument = [&](const char *name) {
+        TensorArgument found{name};
+        for (const NamedTensor *t = tensors; t < tensors + count; t++)
+            if (t->argument.name == std::string_view(name)) {
+                found = t->argument;
+                found.dtype = number_of(t->dtype, kDtypeNames);
+                found.device_type = number_of(t->device_type, kDeviceNames);
+            }
+        return found;
+    };
     try {
+        const TensorArgument threshold = argument("threshold"), down_threshold = argument("down_threshold");
         if (op.substr(0, 10) == "sparse_mlp") {
-            const cats::SparseMlpArguments arguments{t["x"],         t["w_gate"],    t["w_up"],           t["w_down_t"],
-                                                     t["counts"],    t["threshold"], t["down_threshold"], activation,
-                                                     t["gate_bias"], t["up_bias"],   t["down_bias"]};
-            if (op == "sparse_mlp_step") cats::check_sparse_mlp_step(arguments, t["norm_weight"], t["y_sum"]);
-            else cats::check_sparse_mlp(arguments);
+            const SparseMlpArguments arguments{argument("x"),        argument("w_gate"),   argument("w_up"),
+                                               argument("w_down_t"), argument("counts"),   threshold,
+                                               down_threshold,       activation,           argument("gate_bias"),
+                                               argument("up_bias"),  argument("down_bias")};
+            if (op == "sparse_mlp_step") check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
+            else check_sparse_mlp(arguments);
         } else {
-            cats::check_gated_threshold(
-                {t["grad_h"], t["gate"], t["up"], t["threshold"], t["down_threshold"], activation});
+            check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,
+                                  activation);
         }
     } catch (const std::runtime_error &error) {
         thread_local std::string sentence;
@@ -62,3 +54,5 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
     }
     return nullptr;
 }
+
+} // namespace cats

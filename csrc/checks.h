@@ -27,12 +27,12 @@ constexpr const char *kDeviceNames[] = {
 // clang-format on
 enum : int32_t { kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
 
-// A tensor argument of an op.
+// A tensor argument of an op. _NamedTensor of cats_ext/ops/checks.py begins with these members.
 struct TensorArgument {
     const char *name;
     const void *data;                         // null where only the checks are wanted
     const int64_t *sizes, *strides;           // in elements
-    int64_t dim;                              // -1: an optional argument that is absent
+    int64_t dim = -1;                         // -1: an optional argument that is absent
     int32_t dtype, device_type, device_index; // index -1: of the CPU
 
     bool present() const { return dim >= 0; }
@@ -113,8 +113,10 @@ inline void check_same_shape(const char *op, const TensorArgument &t, const Tens
                  " must have ", like.name, "'s shape ", shape(like), ", got ", shape(t));
 }
 
-inline void check_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
-                         int64_t columns) {
+// The checks below return what the kernels' parameters need: the data, and the stride through a pointer.
+
+inline const void *check_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
+                                int64_t columns, int64_t *stride) {
     check_like(op, w, x);
     CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == columns, op, ": ", w.name, " must have shape [",
                  rows, ", ", columns, "], got ", shape(w));
@@ -122,27 +124,30 @@ inline void check_weight(const char *op, const TensorArgument &w, const TensorAr
                  " must have unit stride in its last dimension, got strides ", strides(w),
                  std::string_view(w.name) == "w_down_t" ? "; lay down_proj.weight out with one contiguous row a neuron"
                                                         : "");
+    *stride = w.strides[0];
+    return w.data;
 }
 
 // Optional. A vector must be contiguous: biases are small, and the caller owns their layout.
-inline void check_vector(const char *op, const TensorArgument &t, const TensorArgument &like, int64_t size) {
-    if (!t.present()) return;
+inline const void *check_vector(const char *op, const TensorArgument &t, const TensorArgument &like, int64_t size) {
+    if (!t.present()) return nullptr;
     check_like(op, t, like);
     CATS_REQUIRE(t.dim == 1 && t.sizes[0] == size, op, ": ", t.name, " must have shape [", size, "], got ", shape(t));
     CATS_REQUIRE(size == 1 || t.strides[0] == 1, op, ": ", t.name, " must be contiguous, got stride ", t.strides[0]);
+    return t.data;
 }
 
-// Sets the parameters' pointer and stride; an absent threshold is null.
-inline void check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
-                            int64_t intermediate_size, const float **data, int64_t *stride) {
-    if (!t.present()) return;
+// An absent threshold is null.
+inline const float *check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
+                                    int64_t intermediate_size, int64_t *stride) {
+    if (!t.present()) return nullptr;
     CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
     CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
                  " of the other arguments, got ", device(t));
     CATS_REQUIRE(t.dim == 0 || (t.dim == 1 && t.sizes[0] == intermediate_size), op, ": ", t.name,
                  " must have shape [] or [", intermediate_size, "], got ", shape(t));
-    *data = static_cast<const float *>(t.data);
     *stride = t.dim == 0 ? 0 : t.strides[0];
+    return static_cast<const float *>(t.data);
 }
 
 // --- checks of an op -------------------------------------------------------------------------------------------------
@@ -169,25 +174,16 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.tokens = x.numel() / hidden_size;
     p.hidden_size = hidden_size;
     p.intermediate_size = intermediate_size;
-    check_weight(op, w_gate, x, intermediate_size, hidden_size);
-    check_weight(op, a.w_up, x, intermediate_size, hidden_size);
-    check_weight(op, a.w_down_t, x, intermediate_size, hidden_size);
     p.x = x.data;
-    p.w_gate = w_gate.data;
-    p.w_up = a.w_up.data;
-    p.w_down_t = a.w_down_t.data;
-    p.w_gate_stride = w_gate.strides[0];
-    p.w_up_stride = a.w_up.strides[0];
-    p.w_down_t_stride = a.w_down_t.strides[0];
-    check_threshold(op, a.threshold, x, intermediate_size, &p.threshold, &p.threshold_stride);
-    check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold, &p.down_threshold_stride);
+    p.w_gate = check_weight(op, w_gate, x, intermediate_size, hidden_size, &p.w_gate_stride);
+    p.w_up = check_weight(op, a.w_up, x, intermediate_size, hidden_size, &p.w_up_stride);
+    p.w_down_t = check_weight(op, a.w_down_t, x, intermediate_size, hidden_size, &p.w_down_t_stride);
+    p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
+    p.down_threshold = check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, a.activation);
-    check_vector(op, a.gate_bias, x, intermediate_size);
-    check_vector(op, a.up_bias, x, intermediate_size);
-    check_vector(op, a.down_bias, x, hidden_size);
-    p.gate_bias = a.gate_bias.data;
-    p.up_bias = a.up_bias.data;
-    p.down_bias = a.down_bias.data;
+    p.gate_bias = check_vector(op, a.gate_bias, x, intermediate_size);
+    p.up_bias = check_vector(op, a.up_bias, x, intermediate_size);
+    p.down_bias = check_vector(op, a.down_bias, x, hidden_size);
     CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
                                        counts.strides[0] == 1 && counts.on_same_device(x)),
                  op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",
@@ -206,8 +202,7 @@ inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const 
                      y_sum.on_same_device(a.x),
                  op, ": y_sum must be contiguous float32 of shape [H + 1] on ", device(a.x), ", got ", dtype(y_sum),
                  " of shape ", shape(y_sum), " on ", device(y_sum));
-    check_vector(op, norm_weight, a.x, p.hidden_size);
-    p.norm_weight = norm_weight.data;
+    p.norm_weight = check_vector(op, norm_weight, a.x, p.hidden_size);
     return p;
 }
 
@@ -225,32 +220,28 @@ inline int64_t collapsed_row_stride(const TensorArgument &t) {
     return row_stride;
 }
 
-struct GatedThresholdArguments {
-    TensorArgument grad_h, gate, up, threshold, down_threshold; // grad_h: of the backward op
-    std::string_view activation;
-};
-
 // All parameters that are read. gate and up are [..., I]; the caller copies those whose stride is -1, because their
 // leading dimensions do not collapse to rows of one stride (contiguous tensors and halves of a merged projection's
-// output do), and grad_h where it is not contiguous.
-inline GatedThresholdParams check_gated_threshold(const GatedThresholdArguments &a) {
+// output do), and grad_h, of the backward op, where it is not contiguous.
+inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, const TensorArgument &gate,
+                                                  const TensorArgument &up, const TensorArgument &threshold,
+                                                  const TensorArgument &down_threshold, std::string_view activation) {
     constexpr const char *op = "gated_threshold";
-    const TensorArgument &gate = a.gate;
     GatedThresholdParams p{};
     p.dtype = check_dtype(op, gate, /*allow_double=*/true);
     CATS_REQUIRE(gate.dim >= 1, op, ": gate must have at least one dimension, got shape []");
-    check_same_shape(op, a.up, gate);
+    check_same_shape(op, up, gate);
     p.intermediate_size = gate.last_size();
     p.rows = p.intermediate_size ? gate.numel() / p.intermediate_size : 0;
     p.gate = gate.data;
-    p.up = a.up.data;
+    p.up = up.data;
     p.gate_stride = collapsed_row_stride(gate);
-    p.up_stride = collapsed_row_stride(a.up);
-    check_threshold(op, a.threshold, gate, p.intermediate_size, &p.threshold, &p.threshold_stride);
-    check_threshold(op, a.down_threshold, gate, p.intermediate_size, &p.down_threshold, &p.down_threshold_stride);
-    p.activation = check_activation(op, a.activation);
-    if (a.grad_h.present()) check_same_shape(op, a.grad_h, gate);
-    p.grad_h = a.grad_h.data;
+    p.up_stride = collapsed_row_stride(up);
+    p.threshold = check_threshold(op, threshold, gate, p.intermediate_size, &p.threshold_stride);
+    p.down_threshold = check_threshold(op, down_threshold, gate, p.intermediate_size, &p.down_threshold_stride);
+    p.activation = check_activation(op, activation);
+    if (grad_h.present()) check_same_shape(op, grad_h, gate);
+    p.grad_h = grad_h.data;
     return p;
 }
 

@@ -3,7 +3,7 @@
 //
 //     Backend::OnDevice(index)                     makes a device the current one while it lives
 //     Backend::empty_contiguous_like(tensor)
-//     Backend::run(params, device_index, ...)      launches sparse_mlp, gated_threshold or its backward
+//     Backend::run(params, device_index, ...)      launches sparse_mlp, or gated_threshold or its backward
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -30,8 +30,7 @@ struct StringArgument {
 inline TensorArgument argument(const char *name, const Tensor &tensor) {
     const AtenTensorHandle handle = tensor.get();
     int64_t *sizes, *strides;
-    TensorArgument t{};
-    t.name = name;
+    TensorArgument t{name};
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &t.dim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
@@ -45,11 +44,7 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
 }
 
 inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
-    if (tensor.has_value()) return argument(name, *tensor);
-    TensorArgument absent{};
-    absent.name = name;
-    absent.dim = -1;
-    return absent;
+    return tensor.has_value() ? argument(name, *tensor) : TensorArgument{name};
 }
 
 // --- sparse_mlp and sparse_mlp_counted -------------------------------------------------------------------------------
@@ -94,28 +89,27 @@ struct WithAndWithoutCounts<function> {
 
 // --- gated_threshold and its backward --------------------------------------------------------------------------------
 
-// The same values in rows of one stride: `t` itself, or a copy, whose stride is then set. A copy is contiguous.
-inline Tensor with_uniform_rows(const Tensor &t, int64_t *stride) {
+// The same values in rows of one stride: `t` itself, or a copy, which is contiguous; its data and stride are then set.
+inline Tensor with_uniform_rows(const Tensor &t, const void **data, int64_t *stride) {
     if (*stride >= 0) return t;
     Tensor copy = torch::stable::contiguous(t);
     *stride = copy.size(copy.dim() - 1);
+    *data = copy.const_data_ptr();
     return copy;
 }
 
 template <class Backend>
 Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &threshold,
                        const OptionalTensor &down_threshold, const StringArgument &activation) {
-    GatedThresholdParams params = check_gated_threshold({argument("grad_h", std::nullopt), argument("gate", gate),
-                                                         argument("up", up), argument("threshold", threshold),
-                                                         argument("down_threshold", down_threshold), activation.value});
+    GatedThresholdParams params = check_gated_threshold(argument("grad_h", std::nullopt), argument("gate", gate),
+                                                        argument("up", up), argument("threshold", threshold),
+                                                        argument("down_threshold", down_threshold), activation.value);
     const int32_t device_index = gate.get_device_index();
     const typename Backend::OnDevice on_device(device_index);
     Tensor h = Backend::empty_contiguous_like(gate);
     if (params.rows == 0) return h;
-    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
-                 up_rows = with_uniform_rows(up, &params.up_stride);
-    params.gate = gate_rows.const_data_ptr();
-    params.up = up_rows.const_data_ptr();
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up, &params.up_stride);
     params.h = h.mutable_data_ptr();
     Backend::run(params, device_index);
     return h;
@@ -125,22 +119,20 @@ template <class Backend>
 std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const Tensor &gate, const Tensor &up,
                                                     const Tensor &threshold, const OptionalTensor &down_threshold,
                                                     const StringArgument &activation) {
-    GatedThresholdParams params = check_gated_threshold({argument("grad_h", grad_h), argument("gate", gate),
-                                                         argument("up", up), argument("threshold", threshold),
-                                                         argument("down_threshold", down_threshold), activation.value});
+    GatedThresholdParams params = check_gated_threshold(argument("grad_h", grad_h), argument("gate", gate),
+                                                        argument("up", up), argument("threshold", threshold),
+                                                        argument("down_threshold", down_threshold), activation.value);
     const int32_t device_index = gate.get_device_index();
     const typename Backend::OnDevice on_device(device_index);
     Tensor grad_gate = Backend::empty_contiguous_like(gate), grad_up = Backend::empty_contiguous_like(gate);
     if (params.rows == 0) return {grad_gate, grad_up};
-    const Tensor gate_rows = with_uniform_rows(gate, &params.gate_stride),
-                 up_rows = with_uniform_rows(up, &params.up_stride),
+    const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
+                 up_rows = with_uniform_rows(up, &params.up, &params.up_stride),
                  grad_rows = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);
-    params.gate = gate_rows.const_data_ptr();
-    params.up = up_rows.const_data_ptr();
     params.grad_h = grad_rows.const_data_ptr();
     params.grad_gate = grad_gate.mutable_data_ptr();
     params.grad_up = grad_up.mutable_data_ptr();
-    Backend::run_backward(params, device_index);
+    Backend::run(params, device_index);
     return {grad_gate, grad_up};
 }
 

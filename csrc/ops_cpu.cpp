@@ -28,11 +28,6 @@ struct CpuBackend {
         const bool fp64 = params.dtype == DType::kFloat64;
         (fp64 ? gated_threshold_double : cpu_kernels().gated_threshold)(params, torch_threads());
     }
-
-    static void run_backward(const GatedThresholdParams &params, int32_t /*device_index*/) {
-        const bool fp64 = params.dtype == DType::kFloat64;
-        (fp64 ? gated_threshold_double_backward : cpu_kernels().gated_threshold_backward)(params, torch_threads());
-    }
 };
 
 } // namespace

@@ -71,7 +71,7 @@ struct GatedThresholdParams {
 
     void *h; // forward: [rows, I], contiguous
 
-    const void *grad_h;        // backward: [rows, I], contiguous
+    const void *grad_h;        // backward: [rows, I], contiguous; null: forward
     void *grad_gate, *grad_up; // backward: [rows, I], contiguous
 
     Activation activation;

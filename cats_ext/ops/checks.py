@@ -19,12 +19,14 @@ from cats_ext.ops.library import LIBRARIES
 class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
     _fields_ = [
         ("name", ctypes.c_char_p),
-        ("dtype", ctypes.c_char_p),
-        ("device_type", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
         ("sizes", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("dim", ctypes.c_int64),
-        ("device_index", ctypes.c_int64),
+        ("numbers", ctypes.c_int32 * 2),  # of the dtype and the type of the device: found by their names
+        ("device_index", ctypes.c_int32),
+        ("dtype", ctypes.c_char_p),
+        ("device_type", ctypes.c_char_p),
     ]
 
 
@@ -43,10 +45,14 @@ def _numbers(sizes: Sequence[int | torch.SymInt]) -> ctypes.Array:
 
 
 def _named_tensor(name: str, t: Tensor) -> _NamedTensor:
-    dtype, index = str(t.dtype).removeprefix("torch.").encode(), t.device.index
-    sizes, strides = _numbers(t.shape), _numbers(t.stride())
     return _NamedTensor(
-        name.encode(), dtype, t.device.type.encode(), sizes, strides, t.dim(), -1 if index is None else index
+        name=name.encode(),
+        sizes=_numbers(t.shape),
+        strides=_numbers(t.stride()),
+        dim=t.dim(),
+        device_index=-1 if t.device.index is None else t.device.index,
+        dtype=str(t.dtype).removeprefix("torch.").encode(),
+        device_type=t.device.type.encode(),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -17,7 +17,6 @@ from cats_ext.ops.library import LIBRARIES
 
 KERNELS = ("none", "pipelined", "small", "batched", "generic")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # DType in csrc/sparse_mlp.h
-_DENSE = 0  # RowFormat
 
 
 @dataclass(frozen=True)
@@ -34,43 +33,33 @@ class Plan:
     """One launch, for the first ``tokens`` of the tokens that were asked for. Sizes that a kernel has not are 0."""
 
     kernel: str  # one of KERNELS
+    reason: str
     tokens: int
     ctas: int
     threads: int
     shared_bytes: int  # dynamic, of a CTA
-    bulk_copy: int  # 1: the copy engine copies the rows; 0: the warps do
+    bulk_copy: bool  # the copy engine copies the rows; otherwise the warps do
     teams: int
     team_warps: int
     chunks: int  # 16-byte chunks of a row for each lane
     rows_per_batch: int
     column_groups: int  # of 32 columns, for each worker warp
     token_padding: int
-    slots: int  # batches of rows in the ring
-    first_batches: int
-    segment_chunks: int
     row_stride: int
-    reason: str
+    slots: int  # batches of rows in the ring
+    segment_chunks: int
+    first_batches: int
 
     @property
     def supported(self) -> bool:
         return self.kernel != "none"
 
 
-_INTEGERS = tuple(name for name in Plan.__dataclass_fields__ if name != "reason")
-
-
-class _Query(ctypes.Structure):  # CatsPlanQuery in csrc/cuda/plan.cpp
+class _Choice(ctypes.Structure):  # Choice in csrc/cuda/plan.h
     _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            *("tokens", "hidden_size", "intermediate_size", "dtype", "format", "aligned", "step", "deterministic"),
-            *("compute_capability", "multiprocessors", "shared_bytes"),
-        )
+        (field.name, {"reason": ctypes.c_char_p, "bulk_copy": ctypes.c_bool}.get(field.name, ctypes.c_int))
+        for field in fields(Plan)
     )
-
-
-class _Answer(ctypes.Structure):  # CatsPlanAnswer
-    _fields_ = (*((name, ctypes.c_int64) for name in _INTEGERS), ("reason", ctypes.c_char_p))
 
 
 @cache
@@ -80,7 +69,8 @@ def _cats_plan() -> ctypes._CFuncPtr:
         reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
         raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
     function = ctypes.CDLL(loaded[0]).cats_plan
-    function.argtypes, function.restype = (ctypes.POINTER(_Query), ctypes.POINTER(_Answer)), None
+    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 3)
+    function.argtypes, function.restype = (*shape, *(ctypes.c_int,) * 3, ctypes.POINTER(_Choice)), None
     return function
 
 
@@ -108,11 +98,11 @@ def plan(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], _DENSE, aligned, step, deterministic)
-    answer = _Answer()
-    _cats_plan()(_Query(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes), answer)
-    integers = {name: getattr(answer, name) for name in _INTEGERS}
-    return Plan(**integers | {"kernel": KERNELS[answer.kernel]}, reason=answer.reason.decode())
+    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic)
+    choice = _Choice()
+    _cats_plan()(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes, choice)
+    members = {field.name: getattr(choice, field.name) for field in fields(Plan)}
+    return Plan(**members | {"kernel": KERNELS[choice.kernel], "reason": choice.reason.decode()})
 
 
 @cache  # a launch of the decode step asks several times

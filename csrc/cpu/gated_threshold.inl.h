@@ -79,24 +79,20 @@ template <class F> static void over_columns(const GatedThresholdParams &p, const
     });
 }
 
-template <class F> static void dispatch(const GatedThresholdParams &p, F f) {
+static void gated_threshold(const GatedThresholdParams &p, const Parallel &parallel) {
+    const auto run = [&](auto kernel) {
+        if (p.grad_h) over_columns(p, parallel, [&](auto... range) { kernel.backward(range...); });
+        else over_columns(p, parallel, [&](auto... range) { kernel.forward(range...); });
+    };
     with_activation(p.activation, [&](auto activation) {
         constexpr Activation A = decltype(activation)::value;
         switch (p.dtype) {
-        case DType::kFloat32: return f(GatedThreshold<A, float>{p});
-        case DType::kFloat16: return f(GatedThreshold<A, Half>{p});
-        case DType::kBFloat16: return f(GatedThreshold<A, BFloat16>{p});
+        case DType::kFloat32: return run(GatedThreshold<A, float>{p});
+        case DType::kFloat16: return run(GatedThreshold<A, Half>{p});
+        case DType::kBFloat16: return run(GatedThreshold<A, BFloat16>{p});
         case DType::kFloat64: break; // gated_threshold_double
         }
     });
-}
-
-static void gated_threshold(const GatedThresholdParams &p, const Parallel &parallel) {
-    dispatch(p, [&](auto kernel) { over_columns(p, parallel, [&](auto... range) { kernel.forward(range...); }); });
-}
-
-static void gated_threshold_backward(const GatedThresholdParams &p, const Parallel &parallel) {
-    dispatch(p, [&](auto kernel) { over_columns(p, parallel, [&](auto... range) { kernel.backward(range...); }); });
 }
 
 } // namespace cats::CATS_ISA

@@ -30,36 +30,28 @@ ValueAndGrad activate(Activation activation, double g) {
     return {};
 }
 
-// Calls f(index of the contiguous result, value of gate with its derivative, up, whether the neuron is kept).
-template <class F> void over_elements(const GatedThresholdParams &p, const Parallel &parallel, const F &f) {
+} // namespace
+
+void gated_threshold_double(const GatedThresholdParams &p, const Parallel &parallel) {
     auto row = [&](int64_t i) {
         const double *gate = static_cast<const double *>(p.gate) + i * p.gate_stride;
         const double *up = static_cast<const double *>(p.up) + i * p.up_stride;
         for (int64_t j = 0; j < p.intermediate_size; j++) {
             const ValueAndGrad v = activate(p.activation, gate[j]);
+            const double h = v.value * up[j];
             bool keep = !(std::fabs(v.value) < p.threshold[j * p.threshold_stride]);
-            if (p.down_threshold)
-                keep = keep && !(std::fabs(v.value * up[j]) < p.down_threshold[j * p.down_threshold_stride]);
-            f(i * p.intermediate_size + j, v, up[j], keep);
+            if (p.down_threshold) keep = keep && !(std::fabs(h) < p.down_threshold[j * p.down_threshold_stride]);
+            const int64_t at = i * p.intermediate_size + j;
+            if (p.grad_h) {
+                const double grad = static_cast<const double *>(p.grad_h)[at];
+                static_cast<double *>(p.grad_gate)[at] = keep ? grad * up[j] * v.grad : 0;
+                static_cast<double *>(p.grad_up)[at] = keep ? grad * v.value : 0;
+            } else {
+                static_cast<double *>(p.h)[at] = keep ? h : 0;
+            }
         }
     };
     parallel.for_each(p.rows, [](void *context, int64_t i) { (*static_cast<decltype(row) *>(context))(i); }, &row);
-}
-
-} // namespace
-
-void gated_threshold_double(const GatedThresholdParams &p, const Parallel &parallel) {
-    over_elements(p, parallel, [&](int64_t i, ValueAndGrad v, double up, bool keep) {
-        static_cast<double *>(p.h)[i] = keep ? v.value * up : 0;
-    });
-}
-
-void gated_threshold_double_backward(const GatedThresholdParams &p, const Parallel &parallel) {
-    over_elements(p, parallel, [&](int64_t i, ValueAndGrad v, double up, bool keep) {
-        const double grad = static_cast<const double *>(p.grad_h)[i];
-        static_cast<double *>(p.grad_gate)[i] = keep ? grad * up * v.grad : 0;
-        static_cast<double *>(p.grad_up)[i] = keep ? grad * v.value : 0;
-    });
 }
 
 } // namespace cats

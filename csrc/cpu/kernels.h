@@ -31,8 +31,7 @@ struct Parallel {
 struct CpuKernels {
     const char *isa;
     void (*sparse_mlp)(const SparseMlpParams &, const Parallel &);
-    void (*gated_threshold)(const GatedThresholdParams &, const Parallel &); // fp32, fp16 and bf16
-    void (*gated_threshold_backward)(const GatedThresholdParams &, const Parallel &);
+    void (*gated_threshold)(const GatedThresholdParams &, const Parallel &); // or its backward; fp32, fp16 and bf16
 };
 
 // clang-format off
@@ -53,7 +52,6 @@ std::string cpu_kernels_info();
 
 // fp64, for gradcheck: scalar code, the same on every machine.
 void gated_threshold_double(const GatedThresholdParams &, const Parallel &);
-void gated_threshold_double_backward(const GatedThresholdParams &, const Parallel &);
 
 // Scratch memory of the calling thread, aligned to 64 bytes and kept for its next call; one buffer for each slot.
 constexpr int kWorkspaceSlots = 6;

@@ -1,5 +1,5 @@
 // The kernels for one instruction set: included by each isa_*.cpp, which sets CATS_ISA and CATS_VECTOR_BYTES.
-// No template of the standard library may be instantiated from here on (see isa_avx2.cpp).
+// No template of the standard library may be instantiated from here on (see isa_x86.inl.h).
 #pragma once
 
 #include "activation.inl.h"
@@ -12,6 +12,6 @@
 
 namespace cats::CATS_ISA {
 
-const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, gated_threshold, gated_threshold_backward};
+const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, gated_threshold};
 
 } // namespace cats::CATS_ISA

@@ -1,5 +1,6 @@
 // h = mask * act(gate) * up and its gradients, elementwise: the dense masked path of prefill and training.
 #include <algorithm>
+#include <initializer_list>
 
 #include "activation.cuh"
 #include "launch.h"
@@ -18,18 +19,11 @@ template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Pack {
     T v[kWidth];
 };
 
-template <typename T> struct ComputeType {
-    using type = float;
-};
-template <> struct ComputeType<double> {
-    using type = double;
-};
-
 // Each thread keeps the thresholds of kWidth neurons in registers and computes every gridDim.y-th row. The next row is
 // loaded while one is computed.
 template <typename T, int kWidth, bool kBackward>
 __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
-    using C = typename ComputeType<T>::type;
+    using C = std::conditional_t<std::is_same_v<T, double>, double, float>; // the type of the arithmetic
     using Packed = Pack<T, kWidth>;
     const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
     if (first >= p.intermediate_size) return;
@@ -76,44 +70,35 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
     }
 }
 
-template <typename T, int kWidth, bool kBackward>
-cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
+template <typename T, int kWidth> cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
     const int64_t packs = p.intermediate_size / kWidth;
     if (packs == 0 || p.rows == 0) return cudaSuccess;
     const int64_t threads = std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads),
                   blocks = (packs + threads - 1) / threads;
     const int64_t row_blocks = std::clamp<int64_t>(kBlocks / blocks, 1, std::min<int64_t>(p.rows, 65535));
-    return launch_kernel<gated_threshold_kernel<T, kWidth, kBackward>>(
-        LaunchSize{dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads)}, LaunchTarget{stream}, p);
+    const LaunchSize size{dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads)};
+    return p.grad_h ? launch_kernel<gated_threshold_kernel<T, kWidth, true>>(size, LaunchTarget{stream}, p)
+                    : launch_kernel<gated_threshold_kernel<T, kWidth, false>>(size, LaunchTarget{stream}, p);
 }
 
-template <typename T, bool kBackward> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {
+template <typename T> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {
     constexpr int kWidth = std::min<int>(kMaxWidth, 16 / sizeof(T));
     bool wide = p.intermediate_size % kWidth == 0 && p.gate_stride % kWidth == 0 && p.up_stride % kWidth == 0;
-    for (const void *base : {p.gate, p.up, static_cast<const void *>(p.h), p.grad_h,
-                             static_cast<const void *>(p.grad_gate), static_cast<const void *>(p.grad_up)})
+    for (const void *base : std::initializer_list<const void *>{p.gate, p.up, p.h, p.grad_h, p.grad_gate, p.grad_up})
         wide = wide && reinterpret_cast<uintptr_t>(base) % 16 == 0;
-    return wide ? launch<T, kWidth, kBackward>(p, stream) : launch<T, 1, kBackward>(p, stream);
-}
-
-template <bool kBackward> cudaError_t launch_dtype(const GatedThresholdParams &p, cudaStream_t stream) {
-    switch (p.dtype) {
-    case DType::kFloat32: return launch_width<float, kBackward>(p, stream);
-    case DType::kFloat16: return launch_width<__half, kBackward>(p, stream);
-    case DType::kBFloat16: return launch_width<__nv_bfloat16, kBackward>(p, stream);
-    case DType::kFloat64: return launch_width<double, kBackward>(p, stream);
-    }
-    return cudaErrorInvalidValue;
+    return wide ? launch<T, kWidth>(p, stream) : launch<T, 1>(p, stream);
 }
 
 } // namespace
 
 cudaError_t gated_threshold_cuda(const GatedThresholdParams &params, cudaStream_t stream) {
-    return launch_dtype<false>(params, stream);
-}
-
-cudaError_t gated_threshold_backward_cuda(const GatedThresholdParams &params, cudaStream_t stream) {
-    return launch_dtype<true>(params, stream);
+    switch (params.dtype) {
+    case DType::kFloat32: return launch_width<float>(params, stream);
+    case DType::kFloat16: return launch_width<__half>(params, stream);
+    case DType::kBFloat16: return launch_width<__nv_bfloat16>(params, stream);
+    case DType::kFloat64: return launch_width<double>(params, stream);
+    }
+    return cudaErrorInvalidValue;
 }
 
 } // namespace cats

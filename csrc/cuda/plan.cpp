@@ -32,14 +32,13 @@ int small_chunks(const Shape &shape, const DeviceLimits &device) {
 }
 
 Choice small(const Shape &shape, const DeviceLimits &device, int chunks) {
-    Choice choice{};
-    choice.kernel = Kernel::kSmall;
+    Choice choice{Kernel::kSmall,
+                  "one token, and every warp gets at most 2 neurons: reading all rows is faster than asking twice"};
     choice.ctas = int(max_ctas(shape.intermediate_size, device));
     choice.threads = kSmallWarps * 32;
     choice.shared_bytes = int(kSmallWarps * shape.hidden_size * sizeof(float));
     choice.team.chunks = chunks;
     choice.rows_per_batch = kSmallRows;
-    choice.reason = "one token, and every warp gets at most 2 neurons: reading all rows is faster than asking twice";
     return choice;
 }
 
@@ -47,13 +46,13 @@ Choice small(const Shape &shape, const DeviceLimits &device, int chunks) {
 Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
                  int tokens, TeamShape team) {
     const int row_chunks = int(shape.hidden_size / shape.row.columns_per_chunk);
-    Choice choice{};
+    Choice choice{Kernel::kPipelined, "the smallest team whose registers hold its columns"};
     choice.bulk_copy = bulk_copy;
     choice.team = team;
     choice.rows_per_batch = rows_per_batch(tokens, team.chunks, large_shared_memory(device));
-    choice.threads = team.warps * 32;
+    choice.threads = team.warps() * 32;
     // One CTA a multiprocessor, for the shared memory. Fewer where there are fewer neurons than teams.
-    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, team.teams()));
+    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, team.teams));
     RingSizes &ring = choice.ring;
     // Equal segments of whole 128-byte lines, or of whole tiles where each has its scales.
     ring.segment_chunks = round_up(ceil_div(row_chunks, team.team_warps), shape.row.scale_bytes ? kTileChunks : 8);
@@ -71,16 +70,13 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
     const auto shared_bytes = [&] {
         const int rows = choice.rows_per_batch, barrier_bytes = bulk_copy ? int(sizeof(uint64_t)) : 0;
         return int(SharedLayout(ring.slots, row_bytes(ring.segment_chunks, shape.row.scale_bytes),
-                                int(shape.hidden_size), team.warps, team.teams(), rows, barrier_bytes,
+                                int(shape.hidden_size), team.warps(), team.teams, rows, barrier_bytes,
                                 warp_state_bytes(tokens, rows), team_state_bytes(rows * tokens, team.team_warps))
                        .total);
     };
     if (shape.step && !overrides.slots && shared_bytes() > shared_limit(device)) ring.slots = 2;
     choice.shared_bytes = shared_bytes();
-    if (choice.shared_bytes > shared_limit(device)) return {};
-    choice.kernel = Kernel::kPipelined;
-    choice.reason = "the smallest team whose registers hold its columns";
-    return choice;
+    return choice.shared_bytes <= shared_limit(device) ? choice : Choice{};
 }
 
 // team_shapes(), computed once.
@@ -102,7 +98,7 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
     for (int i = 0; i < shapes.count; i++) {
         const TeamShape &team = shapes.list[i];
         if (row_chunks > int64_t(team.team_warps) * team.chunks * kTileChunks) continue;
-        if (team.warps == tried.warps && team.team_warps == tried.team_warps) continue; // more chunks take no less
+        if (team.teams == tried.teams && team.team_warps == tried.team_warps) continue; // more chunks take no less
         tried = team;
         const Choice choice = pipelined(shape, device, overrides, bulk_copy, tokens, team);
         if (choice.kernel != Kernel::kNone) return choice;
@@ -114,7 +110,7 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
 Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
                int tokens) {
     if (!shape.row.mma_operand || shape.hidden_size % kGroupColumns) return {};
-    Choice choice{};
+    Choice choice{Kernel::kBatched, "3 to 8 tokens: the CUDA cores would take longer than the rows to arrive"};
     for (int groups : kColumnGroups)
         if (!choice.column_groups && shape.hidden_size <= kWorkerWarps * groups * kGroupColumns &&
             has_batched_instance(groups, 10 * device.compute_capability))
@@ -133,28 +129,19 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
     const auto shared_bytes = [&] { return ring_bytes(ring.slots, ring.row_stride) + kSchedulerBytes; };
     while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
     choice.shared_bytes = shared_bytes();
-    if (choice.shared_bytes > shared_limit(device)) return {};
-    choice.kernel = Kernel::kBatched;
-    choice.reason = "3 to 8 tokens: the CUDA cores would take longer than the rows to arrive";
-    return choice;
+    return choice.shared_bytes <= shared_limit(device) ? choice : Choice{};
 }
 
 Choice generic(const Shape &shape, const DeviceLimits &device, const char *reason) {
-    Choice choice{};
-    choice.kernel = Kernel::kGeneric;
+    Choice choice{Kernel::kGeneric, reason};
     choice.tokens = int(std::min<int64_t>(kMaxTokensPerLaunch, shape.tokens));
     choice.threads = kGenericThreads;
     choice.ctas = int(shape.deterministic ? max_ctas(shape.intermediate_size, device)
                                           : std::min<int64_t>(8 * device.multiprocessors, shape.intermediate_size));
-    choice.reason = reason;
     return choice;
 }
 
-Choice none(const char *reason) {
-    Choice choice{};
-    choice.reason = reason;
-    return choice;
-}
+Choice none(const char *reason) { return {Kernel::kNone, reason}; }
 
 } // namespace
 
@@ -185,44 +172,13 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
     return shape.step ? none(reason) : generic(shape, device, reason);
 }
 
-} // namespace cats
-
-// ---- For Python (cats_ext/ops/plan.py, which mirrors these structures) ----
-
-struct CatsPlanQuery {
-    int64_t tokens, hidden_size, intermediate_size, dtype, format, aligned, step, deterministic;
-    int64_t compute_capability, multiprocessors, shared_bytes;
-};
-
-struct CatsPlanAnswer {
-    int64_t kernel, tokens, ctas, threads, shared_bytes, bulk_copy, teams, team_warps, chunks, rows_per_batch;
-    int64_t column_groups, token_padding, slots, first_batches, segment_chunks, row_stride;
-    const char *reason;
-};
-
-extern "C" __attribute__((visibility("default"))) void cats_plan(const CatsPlanQuery *q, CatsPlanAnswer *a) {
-    using namespace cats;
-    const RowLayout row = row_layout(RowFormat(q->format), DType(q->dtype));
-    const Shape shape{q->tokens,       q->hidden_size, q->intermediate_size, row,
-                      q->aligned != 0, q->step != 0,   q->deterministic != 0};
-    const DeviceLimits device{int(q->compute_capability), int(q->multiprocessors), int(q->shared_bytes)};
-    const Choice c = plan(shape, device);
-    const int teams = c.kernel == Kernel::kPipelined ? c.team.teams() : 0;
-    *a = {int64_t(c.kernel),
-          c.tokens,
-          c.ctas,
-          c.threads,
-          c.shared_bytes,
-          c.bulk_copy,
-          teams,
-          c.team.team_warps,
-          c.team.chunks,
-          c.rows_per_batch,
-          c.column_groups,
-          c.token_padding,
-          c.ring.slots,
-          c.ring.first_batches,
-          c.ring.segment_chunks,
-          c.ring.row_stride,
-          c.reason};
+// For Python (cats_ext/ops/plan.py): rows are dense.
+extern "C" __attribute__((visibility("default"))) void
+cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
+          bool deterministic, int compute_capability, int multiprocessors, int shared_bytes, Choice *choice) {
+    const Shape shape{tokens,  hidden_size, intermediate_size, row_layout(RowFormat::kDense, dtype),
+                      aligned, step,        deterministic};
+    *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});
 }
+
+} // namespace cats

@@ -90,13 +90,15 @@ struct RingSizes {
 
 // Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.
 struct TeamShape {
-    int warps, team_warps, chunks;
-    constexpr int teams() const { return warps / team_warps; }
+    int teams, team_warps, chunks;
+    constexpr int warps() const { return teams * team_warps; }
 };
 
+// Plan and _Choice of cats_ext/ops/plan.py have these members in this order.
 struct Choice {
     Kernel kernel;
-    int tokens; // that this launch takes; the next launch has a choice of its own
+    const char *reason; // why this kernel
+    int tokens;         // that this launch takes; the next launch has a choice of its own
     int ctas, threads, shared_bytes;
     bool bulk_copy;     // pipelined, batched: rows are copied by the copy engine, not by the warps
     TeamShape team;     // pipelined; small: chunks only
@@ -104,7 +106,6 @@ struct Choice {
     int column_groups;  // batched: groups of 32 columns a warp
     int token_padding;  // of y_sum: 0, or 4 or 8 for the batched kernel
     RingSizes ring;
-    const char *reason; // why this kernel
 };
 
 // One launch for the first tokens of the shape. kNone: there is no kernel.
@@ -149,7 +150,7 @@ constexpr TeamShapes team_shapes(int tokens, int columns_per_chunk) {
         const int most = registers / columns_per_chunk / tokens;
         for (int chunks : kChunks) // half as many chunks belong to a team of half the warps
             if (chunks <= most && (team[1] == 1 || 2 * chunks > most))
-                shapes.list[shapes.count++] = {team[0], team[1], chunks};
+                shapes.list[shapes.count++] = {team[0] / team[1], team[1], chunks};
     }
     return shapes;
 }

@@ -32,13 +32,13 @@ cudaError_t launch_pipelined(const Choice &choice, const RingArguments &args, co
     constexpr TeamShapes shapes = team_shapes(kTokens, Row::kPerChunk);
     const auto found = [&](int i) {
         const TeamShape &a = choice.team, &b = shapes.list[i];
-        return a.warps == b.warps && a.team_warps == b.team_warps && a.chunks == b.chunks;
+        return a.teams == b.teams && a.team_warps == b.team_warps && a.chunks == b.chunks;
     };
     return launch_where<shapes.count>(found, [&](auto index) {
         constexpr TeamShape shape = team_shapes(kTokens, Row::kPerChunk).list[decltype(index)::value];
         const auto launch = [&](auto rows, auto step) {
             constexpr int kRows = decltype(rows)::value;
-            return launch_kernel<sparse_mlp_kernel<Row, T, Pipe<Row, shape.chunks, kRows>, kTokens, shape.teams(),
+            return launch_kernel<sparse_mlp_kernel<Row, T, Pipe<Row, shape.chunks, kRows>, kTokens, shape.teams,
                                                    shape.team_warps, shape.chunks, kRows, decltype(step)::value>>(
                 launch_size(choice), target, args);
         };

@@ -15,22 +15,15 @@ namespace {
 cudaError_t device_limits(int *device, DeviceLimits *limits) {
     static std::mutex mutex;
     static DeviceLimits known[kMaxDevices];
-    cudaError_t error = cudaGetDevice(device);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaGetDevice(device)) return error;
     if (*device >= kMaxDevices) return cudaErrorInvalidDevice;
     const std::lock_guard<std::mutex> lock(mutex);
     DeviceLimits &found = known[*device];
     if (found.multiprocessors == 0) {
-        int major, minor, shared_bytes, multiprocessors;
-        const auto get = [&](int *value, cudaDeviceAttr attribute) {
-            if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, *device);
-        };
-        get(&major, cudaDevAttrComputeCapabilityMajor);
-        get(&minor, cudaDevAttrComputeCapabilityMinor);
-        get(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        get(&multiprocessors, cudaDevAttrMultiProcessorCount);
-        if (error != cudaSuccess) return error;
-        found = {10 * major + minor, multiprocessors, shared_bytes};
+        cudaDeviceProp properties;
+        if (const cudaError_t error = cudaGetDeviceProperties(&properties, *device)) return error;
+        found = {10 * properties.major + properties.minor, properties.multiProcessorCount,
+                 int(properties.sharedMemPerBlockOptin)};
     }
     *limits = found;
     return cudaSuccess;

@@ -27,7 +27,7 @@ cudaError_t sparse_mlp_partial_sums_bytes(const SparseMlpParams &params, size_t 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
                             const SparseMlpLaunchOptions &options = {});
 
+// Forward, or backward where the params have grad_h.
 cudaError_t gated_threshold_cuda(const GatedThresholdParams &params, cudaStream_t stream);
-cudaError_t gated_threshold_backward_cuda(const GatedThresholdParams &params, cudaStream_t stream);
 
 } // namespace cats

@@ -26,22 +26,18 @@ std::vector<Buffer *> free_buffers; // of destroyed graphs
 
 cudaError_t allocate(int device, Contents contents, size_t bytes, Buffer **buffer) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode)) return error;
     void *memory = nullptr;
     cudaStream_t stream = nullptr;
-    error = cudaMalloc(&memory, bytes);
+    cudaError_t error = cudaMalloc(&memory, bytes);
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     if (stream) cudaStreamDestroy(stream);
     cudaThreadExchangeStreamCaptureMode(&mode);
-    if (error != cudaSuccess) {
-        if (memory) cudaFree(memory);
-        return error;
-    }
-    *buffer = new Buffer{device, contents, memory, bytes};
-    return cudaSuccess;
+    if (error == cudaSuccess) *buffer = new Buffer{device, contents, memory, bytes};
+    else if (memory) cudaFree(memory);
+    return error;
 }
 
 // Called when a graph's last reference is gone. CUDA calls are not allowed here.
@@ -58,7 +54,8 @@ void CUDART_CB release_from_graph(void *user_data) {
 
 cudaError_t tie_to_graph(cudaGraph_t graph, Buffer *buffer) {
     cudaUserObject_t object;
-    cudaError_t error = cudaUserObjectCreate(&object, buffer, release_from_graph, 1, cudaUserObjectNoDestructorSync);
+    const cudaError_t error =
+        cudaUserObjectCreate(&object, buffer, release_from_graph, 1, cudaUserObjectNoDestructorSync);
     if (error != cudaSuccess) return error;
     return cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
 }
@@ -77,13 +74,11 @@ Buffer *take_free(int device, Contents contents, size_t bytes) {
 
 cudaError_t get_workspace(cudaStream_t stream, size_t bytes, Contents contents, void **workspace) {
     int device;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
     cudaStreamCaptureStatus status;
     unsigned long long capture = 0;
     cudaGraph_t graph = nullptr;
-    error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph)) return error;
     const bool capturing = status == cudaStreamCaptureStatusActive;
     const Key key{device, contents, stream, capturing ? capture : 0};
 
@@ -98,16 +93,13 @@ cudaError_t get_workspace(cudaStream_t stream, size_t bytes, Contents contents, 
     if (!buffer) {
         size_t rounded = 64 * 1024;
         while (rounded < bytes) rounded *= 2;
-        error = allocate(device, contents, rounded, &buffer);
-        if (error != cudaSuccess) return error;
+        if (const cudaError_t error = allocate(device, contents, rounded, &buffer)) return error;
     }
-    if (capturing) {
-        error = tie_to_graph(graph, buffer);
-        if (error != cudaSuccess) {
+    if (capturing)
+        if (const cudaError_t error = tie_to_graph(graph, buffer)) {
             free_buffers.push_back(buffer);
             return error;
         }
-    }
     in_use[key] = buffer;
     *workspace = buffer->memory;
     return cudaSuccess;
