@@ -16,7 +16,7 @@ def cats(*arguments: object):
 def json_of(*arguments: object) -> dict:
     """The JSON that a command prints, which must be all of its standard output."""
     result = cats(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 0, f"{result.stderr}{result.exception!r}"
     return json.loads(result.stdout)
 
 
