@@ -116,6 +116,8 @@ def measure(layers: int) -> dict[str, float]:
     """All times of the build that is imported."""
     from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config
 
+    import cats_ext  # noqa: F401  registers the ops
+
     def model(config: object) -> nn.Module:
         torch.manual_seed(0)
         with torch.device("cuda"):
