@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of the model that decodes")
     arguments = parser.parse_args()
     facts = machine.facts("cuda", arguments.commit) | {"before_commit": arguments.before_commit}
+    facts |= {"rounds": arguments.rounds, "layers": arguments.layers}
     results = ResultFile(arguments.output, facts, digits=5)
     trees = arguments.before.resolve(), arguments.after.resolve()
     before, after = in_turns(trees, lambda tree: times_of(tree, arguments.layers), arguments.rounds)
