@@ -2,8 +2,8 @@
 
 A gated MLP is a module with the children gate_proj, up_proj, down_proj (or gate_up_proj, down_proj) and an activation,
 or a block of such MLPs, the experts of a mixture, whose weights are parameters [E, 2I, H] and [E, H, I] of those names.
-That many modules share these names and still compute something else (clamped, scaled or normalised variants) is why
-each one is also run on a few vectors and compared with ``down(act(gate) * up)``.
+Some modules have these names and compute something else: they clamp, scale or normalise. So each one is also run on a
+few vectors and compared with ``down(act(gate) * up)``.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def check_module(model: nn.Module) -> None:
 def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     """The name in ``ACTIVATIONS`` of the function that ``function`` computes; None if it is none of them.
 
-    Judged by values rather than by class: libraries have many classes for the same function (two for SiLU, three for
-    the tanh GELU in transformers alone). Exact and tanh GELU differ by up to 5e-4, so they are told apart.
+    Values are compared, not classes: libraries have several classes for one function (transformers has two for SiLU and
+    three for the tanh GELU). Exact and tanh GELU differ by up to 5e-4, which is enough to distinguish them.
     """
     points = torch.linspace(-12, 12, 2401)
     try:
@@ -224,10 +224,10 @@ def _check_linears(module: nn.Module, names: tuple[str, ...], uses: Counter) -> 
 
 @torch.no_grad()
 def _check_formula(mlp: GatedMLP) -> None:
-    """Run the module on four vectors: two of unit variance, two that drive the gate far out, where clamps act.
+    """Run the module on four vectors: two of unit variance, and two that give large gate values, which clamps change.
 
-    In training mode, so that dropout shows too: the masked path would leave it out. It is a shallow copy's, since an
-    interrupt would leave the module itself in it.
+    In training mode, because the masked path has no dropout. A shallow copy is set to it, so that an interrupt leaves
+    the module itself as it was.
     """
     module, weight = mlp.module, mlp.down_weight
     act = ACTIVATIONS[mlp.activation]
@@ -249,7 +249,7 @@ def _check_formula(mlp: GatedMLP) -> None:
         raise ValueError(f"its forward fails on {kind}: {error}") from error
     tolerance = _PROBE_TOLERANCE.get(weight.dtype, 1e-4)
     for want, have in zip(expected.float(), got.float(), strict=True):
-        # Where float16 overflows far out, it does so in both.
+        # Where large values overflow float16, they do so in both.
         difference = (want - have).nan_to_num(0, 0, 0).abs().max()
         if difference > tolerance * want.nan_to_num(0, 0, 0).abs().max():
             raise ValueError(
