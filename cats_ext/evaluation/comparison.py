@@ -52,6 +52,9 @@ def perplexity(
         batch_size: windows run together; the logits of all of them are in memory.
         progress: show a bar with the time left on standard error.
 
+    Returns:
+        The mean negative log-likelihood in nats, its exponential, and how many tokens and windows it is the mean of.
+
     Raises:
         TypeError, ValueError: ``input_ids`` is no sequence of the model's token ids or has nothing to predict.
     """
@@ -111,6 +114,9 @@ def compare(
 
     Args:
         model: patched by :func:`cats_ext.apply_cats`; the dense run uses the same weights with masking off.
+
+    Returns:
+        Both perplexities, the divergence in nats a position and the share of equal top predictions.
 
     Raises:
         ValueError: as :func:`perplexity`, or the model is not patched.

@@ -96,6 +96,9 @@ def apply_relufication(model: nn.Module) -> nn.Module:
     patched. Its ``config.json`` names ReLU as the activation, so that it is the ReLUfied model without cats_ext too;
     where the model's config names no activation, saving warns that it is not.
 
+    Args:
+        model: dense, as for :func:`apply_cats`.
+
     Returns:
         ``model``.
 
@@ -137,10 +140,16 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
 
 
 def remove_cats(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply_cats`: same modules, same values, same memory layout. Returns ``model``.
+    """Undo :func:`apply_cats`: same modules, same values, same memory layout.
 
     Adapters and hooks added since stay where they are. If interrupted, the removal is completed before the exception
     is passed on.
+
+    Args:
+        model: patched, or a wrapper of a patched model.
+
+    Returns:
+        ``model``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -200,7 +209,13 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
 def masking_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes densely with the same weights, as it did before :func:`apply_cats`; nothing is copied.
 
-    Not for a captured graph, which runs what it recorded; setting its thresholds to 0 has the same effect there.
+    A captured graph runs what it recorded; setting its thresholds to 0 has the same effect there.
+
+    Args:
+        model: patched.
+
+    Returns:
+        A context manager.
 
     Raises:
         ValueError: the model is not patched.

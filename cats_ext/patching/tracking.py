@@ -125,6 +125,13 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
     until :func:`reset_sparsity`. All positions of a batch count, padding included. Off by default because counting
     costs time.
 
+    Args:
+        model: patched.
+        enabled: False to stop counting.
+
+    Returns:
+        A context manager that restores the earlier setting.
+
     Raises:
         ValueError: the model is not patched.
     """
@@ -141,7 +148,11 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
 
 
 def reset_sparsity(model: nn.Module) -> None:
-    """Forget what has been counted. Raises ValueError if the model is not patched."""
+    """Forget what has been counted in a patched ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     for module in patched_mlps(model).values():
         module.counts.zero_()
 
@@ -152,6 +163,9 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
     Args:
         tolerance: if given, a :class:`SparsityDriftWarning` names the layers that are further than this from the
             sparsity they were calibrated to (0.05 is five points): text unlike the calibration's is the usual cause.
+
+    Returns:
+        Shares of neurons skipped and of bytes read, of each layer and of the model.
 
     Raises:
         ValueError: the model is not patched, nothing has been counted, or the tolerance is no share.

@@ -128,6 +128,9 @@ class CatsConfig:
             down_sparsity: as there; None for the default split of the two-threshold rule, or for the allocation over
                 layers that calibration found.
 
+        Returns:
+            The new config.
+
         Raises:
             TypeError, ValueError: an argument is out of its range, which ends at 0.99 for a searched allocation, or the
                 config has no statistics.
@@ -140,7 +143,18 @@ class CatsConfig:
         return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
 
     def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
-        """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own."""
+        """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own.
+
+        Args:
+            targets: up and down sparsity by layer name.
+            sparsity: the new config's entry ``sparsity``.
+
+        Returns:
+            The new config.
+
+        Raises:
+            ValueError: the config has no statistics of a layer.
+        """
         missing = [name for name in self.layers if name not in self.statistics]
         if missing:
             raise ValueError(f"config has no calibration statistics for {missing[0]}: calibrate the model again")
@@ -223,6 +237,9 @@ class CatsConfig:
 
         Both files are complete on disk before they replace earlier ones. After an error the earlier ones are back.
 
+        Args:
+            save_directory: made if missing; other files in it stay.
+
         Raises:
             TypeError, ValueError: the config is not valid.
             OSError: a file cannot be written.
@@ -242,6 +259,12 @@ class CatsConfig:
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
         """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: also one of a CATS checkpoint.
+
+        Returns:
+            The config, validated.
 
         Raises:
             FileNotFoundError: the directory or one of the two files is missing.
