@@ -55,6 +55,10 @@ def reinterpret(linear: nn.Module) -> None:
     linear.weight.requires_grad_(False).data = linear.weight.data.view(torch.int32)
 
 
+def move_parameter(layer: nn.Module) -> None:
+    layer.second.scale, layer.first.scale = layer.first.scale, None
+
+
 STATE_CHANGES = {
     "another child": in_layer("self_attn", replace_child),
     "another class": in_layer("self_attn.o_proj", lambda m: setattr(m, "__class__", type("Other", (nn.Linear,), {}))),
@@ -74,6 +78,7 @@ STATE_CHANGES = {
     "a weight with another shape": in_layer("mlp.up_proj", narrow),
     "a weight with another dtype": in_layer("mlp.up_proj", reinterpret),
     "a bias": in_layer("mlp.up_proj", lambda m: setattr(m, "bias", nn.Parameter(torch.zeros(m.out_features)))),
+    "a parameter of another module": lambda m: move_parameter(m.model.layers[1]),
     "a buffer in another place": lambda m: setattr(m.model.rotary_emb, "inv_freq", m.model.rotary_emb.inv_freq.clone()),
     "the config": lambda m: setattr(m.config, "rms_norm_eps", 1e-3),
     "tracking": lambda m: m.model.layers[0].mlp.track(True),
@@ -85,6 +90,10 @@ def model() -> nn.Module:
     model = patched()
     mlp = model.model.layers[1].mlp
     mlp.notes, mlp.factors, mlp.table = [], {"a": {"b": 1.0}}, torch.zeros(3)
+    layer = model.model.layers[1]
+    layer.first, layer.second = nn.Module(), nn.Module()
+    layer.first.scale = nn.Parameter(torch.ones(3))
+    layer.second.register_parameter("scale", None)
     return model
 
 
