@@ -20,9 +20,12 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// The sentence of the check that fails, valid until the thread's next call, or null.
-extern "C" __attribute__((visibility("default"))) const char *
-cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation) {
+// formats: of gate, up and down, empty where the weights are dense. The sentence of the check that fails, valid until
+// the thread's next call, or null.
+extern "C" __attribute__((visibility("default"))) const char *cats_check(const char *op_name,
+                                                                         const NamedTensor *tensors, int64_t count,
+                                                                         const char *activation,
+                                                                         const char *const *formats) {
     const std::string_view op(op_name);
     const auto argument = [&](const char *name) {
         TensorArgument found{name};
@@ -37,11 +40,22 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
     try {
         const TensorArgument threshold = argument("threshold"), down_threshold = argument("down_threshold");
         if (op.substr(0, 10) == "sparse_mlp") {
-            const SparseMlpArguments arguments{argument("x"),        argument("w_gate"),   argument("w_up"),
-                                               argument("w_down_t"), argument("counts"),   threshold,
-                                               down_threshold,       activation,           argument("gate_bias"),
-                                               argument("up_bias"),  argument("down_bias")};
-            if (op == "sparse_mlp_step") check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
+            const SparseMlpArguments arguments{argument("x"),
+                                               argument("w_gate"),
+                                               argument("w_up"),
+                                               argument("w_down_t"),
+                                               argument("counts"),
+                                               threshold,
+                                               down_threshold,
+                                               activation,
+                                               argument("gate_bias"),
+                                               argument("up_bias"),
+                                               argument("down_bias"),
+                                               formats[0],
+                                               formats[1],
+                                               formats[2]};
+            if (op.substr(op.size() - 5) == "_step")
+                check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
         } else {
             check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,

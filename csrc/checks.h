@@ -25,7 +25,7 @@ constexpr const char *kDeviceNames[] = {
     "cpu", "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip", "fpga", "maia", "xla", "vulkan", "metal", "xpu", "mps",
     "meta", "hpu", "ve", "lazy", "ipu", "mtia", "privateuseone"};
 // clang-format on
-enum : int32_t { kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
+enum : int32_t { kUInt8 = 0, kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
 
 // A tensor argument of an op. _NamedTensor of cats_ext/ops/checks.py begins with these members.
 struct TensorArgument {
@@ -128,6 +128,24 @@ inline const void *check_weight(const char *op, const TensorArgument &w, const T
     return w.data;
 }
 
+// Packed rows. They must start at multiples of 16 bytes, as all kernels read them so.
+inline const void *check_packed_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
+                                       int64_t columns, const char *format_name, std::string_view name,
+                                       RowFormat *format, int64_t *stride) {
+    CATS_REQUIRE(parse_row_format(name, format), op, ": ", format_name, " must be one of ", kRowFormatNames, ", got '",
+                 name, "'");
+    CATS_REQUIRE(w.dtype == kUInt8, op, ": ", w.name, " must be torch.uint8, got ", dtype(w));
+    CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on x's device ", device(x), ", got ", device(w));
+    const int64_t bytes = format->row_bytes(columns);
+    CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == bytes, op, ": ", w.name, " must have shape [", rows,
+                 ", ", bytes, "], the bytes of rows of ", columns, " columns in ", name, ", got ", shape(w));
+    CATS_REQUIRE(w.strides[1] == 1 && w.strides[0] % 16 == 0 && reinterpret_cast<uintptr_t>(w.data) % 16 == 0, op, ": ",
+                 w.name, " must have rows that start at multiples of 16 bytes and unit stride in its last dimension, ",
+                 "got strides ", strides(w));
+    *stride = w.strides[0];
+    return w.data;
+}
+
 // Optional. A vector must be contiguous: biases are small, and the caller owns their layout.
 inline const void *check_vector(const char *op, const TensorArgument &t, const TensorArgument &like, int64_t size) {
     if (!t.present()) return nullptr;
@@ -156,17 +174,20 @@ struct SparseMlpArguments {
     TensorArgument x, w_gate, w_up, w_down_t, counts, threshold, down_threshold;
     std::string_view activation;
     TensorArgument gate_bias, up_bias, down_bias;
+    std::string_view gate_format = {}, up_format = {}, down_format = {}; // empty: dense weights
 };
 
 // All parameters that are read. x must be made contiguous, and the caller sets what is written (y, counts).
 inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
-    constexpr const char *op = "sparse_mlp";
+    const bool packed = !a.gate_format.empty();
+    const char *op = packed ? "sparse_mlp_packed" : "sparse_mlp";
     const TensorArgument &x = a.x, &w_gate = a.w_gate, &counts = a.counts;
     SparseMlpParams p{};
     p.dtype = check_dtype(op, x, /*allow_double=*/false);
     CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
-    CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, H], got ", shape(w_gate));
-    const int64_t intermediate_size = w_gate.sizes[0], hidden_size = w_gate.sizes[1];
+    CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, ", packed ? "bytes" : "H", "], got ",
+                 shape(w_gate));
+    const int64_t intermediate_size = w_gate.sizes[0], hidden_size = packed ? x.last_size() : w_gate.sizes[1];
     CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
                  shape(w_gate));
     CATS_REQUIRE(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
@@ -175,9 +196,14 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.hidden_size = hidden_size;
     p.intermediate_size = intermediate_size;
     p.x = x.data;
-    p.w_gate = check_weight(op, w_gate, x, intermediate_size, hidden_size, &p.w_gate_stride);
-    p.w_up = check_weight(op, a.w_up, x, intermediate_size, hidden_size, &p.w_up_stride);
-    p.w_down_t = check_weight(op, a.w_down_t, x, intermediate_size, hidden_size, &p.w_down_t_stride);
+    const auto weight = [&](const TensorArgument &w, const char *format_name, std::string_view name, RowFormat *format,
+                            int64_t *stride) {
+        if (!packed) return check_weight(op, w, x, intermediate_size, hidden_size, stride);
+        return check_packed_weight(op, w, x, intermediate_size, hidden_size, format_name, name, format, stride);
+    };
+    p.w_gate = weight(w_gate, "gate_format", a.gate_format, &p.gate_format, &p.w_gate_stride);
+    p.w_up = weight(a.w_up, "up_format", a.up_format, &p.up_format, &p.w_up_stride);
+    p.w_down_t = weight(a.w_down_t, "down_format", a.down_format, &p.down_format, &p.w_down_t_stride);
     p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
     p.down_threshold = check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, a.activation);
@@ -194,7 +220,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
 // Of a step of decoding; the caller sets y_sum and norm_eps.
 inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const TensorArgument &norm_weight,
                                              const TensorArgument &y_sum) {
-    constexpr const char *op = "sparse_mlp_step";
+    const char *op = a.gate_format.empty() ? "sparse_mlp_step" : "sparse_mlp_packed_step";
     SparseMlpParams p = check_sparse_mlp(a);
     CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
                  ": x must be one contiguous row, got shape ", shape(a.x));

@@ -43,22 +43,20 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
     return t;
 }
 
+// A row format's name. An empty one is no format's, where check_sparse_mlp would take it for dense weights.
+inline std::string_view named(const StringArgument &format) { return format.value.empty() ? " " : format.value; }
+
 inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
     return tensor.has_value() ? argument(name, *tensor) : TensorArgument{name};
 }
 
-// --- sparse_mlp and sparse_mlp_counted -------------------------------------------------------------------------------
+// --- sparse_mlp and sparse_mlp_packed, plain and counted
+// --------------------------------------------------------------
 
 template <class Backend>
-Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
-                  const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
-                  const StringArgument &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
-                  const OptionalTensor &down_bias, bool deterministic) {
-    SparseMlpParams params = check_sparse_mlp(
-        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
-         argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
-         activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
-         argument("down_bias", down_bias)});
+Tensor run_sparse_mlp(const SparseMlpArguments &arguments, const Tensor &x, const OptionalTensor &counts,
+                      bool deterministic) {
+    SparseMlpParams params = check_sparse_mlp(arguments);
     const int32_t device_index = x.get_device_index();
     const typename Backend::OnDevice on_device(device_index);
     Tensor y = Backend::empty_contiguous_like(x);
@@ -71,7 +69,35 @@ Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, con
     return y;
 }
 
-// Two ops from the one function above: without `counts`, its fifth argument, and with it.
+template <class Backend>
+Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
+                  const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
+                  const StringArgument &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
+                  const OptionalTensor &down_bias, bool deterministic) {
+    return run_sparse_mlp<Backend>({argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up),
+                                    argument("w_down_t", w_down_t), argument("counts", counts),
+                                    argument("threshold", threshold), argument("down_threshold", down_threshold),
+                                    activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
+                                    argument("down_bias", down_bias)},
+                                   x, counts, deterministic);
+}
+
+template <class Backend>
+Tensor sparse_mlp_packed(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
+                         const OptionalTensor &counts, const StringArgument &gate_format,
+                         const StringArgument &up_format, const StringArgument &down_format, const Tensor &threshold,
+                         const OptionalTensor &down_threshold, const StringArgument &activation,
+                         const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
+                         const OptionalTensor &down_bias, bool deterministic) {
+    return run_sparse_mlp<Backend>(
+        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+         argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
+         activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
+         argument("down_bias", down_bias), named(gate_format), named(up_format), named(down_format)},
+        x, counts, deterministic);
+}
+
+// Two ops from one function: without `counts`, its fifth argument, and with it.
 template <auto function> struct WithAndWithoutCounts;
 
 template <class... Rest, Tensor (*function)(const Tensor &, const Tensor &, const Tensor &, const Tensor &,
@@ -139,6 +165,8 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const 
 template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::plain));
     m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
+    m.impl("sparse_mlp_packed", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::plain));
+    m.impl("sparse_mlp_packed_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::counted));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward<Backend>));

@@ -74,20 +74,41 @@ struct CudaBackend {
 };
 
 // One token, added to y_sum. Needs no workspace. On CUDA only: decoding on a CPU gains nothing by it.
+void run_step(const char *op, const SparseMlpArguments &arguments, const Tensor &x, const Tensor &norm_weight,
+              double norm_eps, const Tensor &y_sum) {
+    SparseMlpParams params =
+        check_sparse_mlp_step(arguments, argument("norm_weight", norm_weight), argument("y_sum", y_sum));
+    params.norm_eps = float(norm_eps);
+    params.y_sum = static_cast<float *>(y_sum.mutable_data_ptr());
+    const CudaBackend::OnDevice on_device(x.get_device_index());
+    check_cuda(op, sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
+}
+
 void sparse_mlp_step(const Tensor &x, const Tensor &norm_weight, double norm_eps, const Tensor &w_gate,
                      const Tensor &w_up, const Tensor &w_down_t, const Tensor &y_sum, const Tensor &threshold,
                      const OptionalTensor &down_threshold, const StringArgument &activation,
                      const OptionalTensor &gate_bias, const OptionalTensor &up_bias) {
-    SparseMlpParams params = check_sparse_mlp_step(
-        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
-         argument("counts", std::nullopt), argument("threshold", threshold), argument("down_threshold", down_threshold),
-         activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
-         argument("down_bias", std::nullopt)},
-        argument("norm_weight", norm_weight), argument("y_sum", y_sum));
-    params.norm_eps = float(norm_eps);
-    params.y_sum = static_cast<float *>(y_sum.mutable_data_ptr());
-    const CudaBackend::OnDevice on_device(x.get_device_index());
-    check_cuda("sparse_mlp_step", sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
+    run_step("sparse_mlp_step",
+             {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+              argument("counts", std::nullopt), argument("threshold", threshold),
+              argument("down_threshold", down_threshold), activation.value, argument("gate_bias", gate_bias),
+              argument("up_bias", up_bias), argument("down_bias", std::nullopt)},
+             x, norm_weight, norm_eps, y_sum);
+}
+
+void sparse_mlp_packed_step(const Tensor &x, const Tensor &norm_weight, double norm_eps, const Tensor &w_gate,
+                            const Tensor &w_up, const Tensor &w_down_t, const StringArgument &gate_format,
+                            const StringArgument &up_format, const StringArgument &down_format, const Tensor &y_sum,
+                            const Tensor &threshold, const OptionalTensor &down_threshold,
+                            const StringArgument &activation, const OptionalTensor &gate_bias,
+                            const OptionalTensor &up_bias) {
+    run_step("sparse_mlp_packed_step",
+             {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+              argument("counts", std::nullopt), argument("threshold", threshold),
+              argument("down_threshold", down_threshold), activation.value, argument("gate_bias", gate_bias),
+              argument("up_bias", up_bias), argument("down_bias", std::nullopt), named(gate_format), named(up_format),
+              named(down_format)},
+             x, norm_weight, norm_eps, y_sum);
 }
 
 } // namespace
@@ -95,6 +116,7 @@ void sparse_mlp_step(const Tensor &x, const Tensor &norm_weight, double norm_eps
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     implement_ops<CudaBackend>(m);
     m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
+    m.impl("sparse_mlp_packed_step", TORCH_BOX(&sparse_mlp_packed_step));
 }
 
 } // namespace cats

@@ -11,14 +11,13 @@
 
 #include <cstdint>
 
+#include "row_format.h"
+
 namespace cats {
 
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
-
-// How a weight row is stored. kDense: elements of the params' dtype, one after the other.
-enum class RowFormat : int32_t { kDense = 0 };
 
 // Number of entries of `counts`: token-neuron pairs evaluated, kept by `threshold`, kept by `down_threshold` too.
 constexpr int kNumCounts = 3;
@@ -28,11 +27,12 @@ struct SparseMlpParams {
     int64_t hidden_size;       // H
     int64_t intermediate_size; // I
 
-    const void *x;        // [M, H], contiguous
-    const void *w_gate;   // [I, H], unit column stride
-    const void *w_up;     // [I, H], unit column stride
-    const void *w_down_t; // [I, H], unit column stride: row j is neuron j's column of down_proj.weight
-    int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons, in units of the row format's storage type
+    const void *x;                                       // [M, H], contiguous
+    const void *w_gate;                                  // [I, H], unit column stride, or packed rows
+    const void *w_up;                                    // likewise
+    const void *w_down_t;                                // likewise: row j is neuron j's column of down_proj.weight
+    int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons, in elements, or in bytes of packed rows
+    RowFormat gate_format, up_format, down_format;       // all dense or all packed
 
     const float *threshold;      // fp32, one value (stride 0) or one for each neuron (any stride)
     const float *down_threshold; // likewise, or null: no second test
@@ -54,8 +54,7 @@ struct SparseMlpParams {
     int64_t *counts; // [kNumCounts], added to; or null
 
     Activation activation;
-    DType dtype;      // of x, the biases, norm_weight and y: fp32, fp16 or bf16
-    RowFormat format; // of the weights
+    DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16
 };
 
 // h = mask * act(gate) * up, elementwise: the dense masked path used for many tokens and for training.

@@ -33,7 +33,7 @@ class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
 @functools.cache
 def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
-    function.argtypes = [ctypes.c_char_p, ctypes.POINTER(_NamedTensor), ctypes.c_int64, ctypes.c_char_p]
+    function.argtypes = [ctypes.c_char_p, ctypes.POINTER(_NamedTensor), ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p * 3]
     function.restype = ctypes.c_char_p
     return function
 
@@ -62,6 +62,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         return
     tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
     array = (_NamedTensor * len(tensors))(*tensors)
-    sentence = _cats_check()(op.encode(), array, len(tensors), arguments["activation"].encode())
+    formats = (ctypes.c_char_p * 3)(*(arguments.get(f"{name}_format", "").encode() for name in ("gate", "up", "down")))
+    sentence = _cats_check()(op.encode(), array, len(tensors), arguments["activation"].encode(), formats)
     if sentence is not None:
         raise RuntimeError(sentence.decode())

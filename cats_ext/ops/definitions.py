@@ -21,6 +21,7 @@ from cats_ext.ops.checks import check
 from cats_ext.ops.library import LIBRARIES
 
 _WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
+_FORMATS = "str gate_format, str up_format, str down_format"
 _THRESHOLDS = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
 _REST = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, bool deterministic=False"
 
@@ -29,11 +30,16 @@ SCHEMAS = {
     "sparse_mlp": f"({_WEIGHTS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
     "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_THRESHOLDS}, {_REST}) -> Tensor",
+    # As sparse_mlp on packed rows: uint8 [I, bytes], in a format of cats_ext.rows each.
+    "sparse_mlp_packed": f"({_WEIGHTS}, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
+    "sparse_mlp_packed_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
     # which is zero before; elements from H on are scratch. The kernel before it on the stream must not write weights.
     # On CUDA raises cudaErrorNotSupported for shapes without a step kernel: plan.step_supported says which.
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
+    "sparse_mlp_packed_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
+    f"{_FORMATS}, Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
@@ -44,7 +50,10 @@ for _name, _schema in SCHEMAS.items():
 
 sparse_mlp = torch.ops.cats.sparse_mlp
 sparse_mlp_counted = torch.ops.cats.sparse_mlp_counted
+sparse_mlp_packed = torch.ops.cats.sparse_mlp_packed
+sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
+sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
 gated_threshold_backward = torch.ops.cats.gated_threshold_backward
@@ -123,7 +132,7 @@ def _register() -> None:
     for op in _OPS:
         torch.library.register_fake(f"cats::{op}", _fake(op))
         # The step has no CPU kernel, because decoding on a CPU gains nothing by it.
-        step = op == "sparse_mlp_step"
+        step = op.endswith("_step")
         for device in {*uncompiled, "cpu"} if step else uncompiled:
             torch.library.register_kernel(f"cats::{op}", device, _fallback(op, device, warn=not step))
 

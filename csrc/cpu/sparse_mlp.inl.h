@@ -270,9 +270,7 @@ template <class Row, class T> static void sparse_mlp_of(const SparseMlpParams &p
 
 // The one place that chooses a row format: a new one is a case here.
 template <class T> static void sparse_mlp_with(const SparseMlpParams &p, const Parallel &parallel) {
-    switch (p.format) {
-    case RowFormat::kDense: return sparse_mlp_of<DenseRow<T>, T>(p, parallel);
-    }
+    return sparse_mlp_of<DenseRow<T>, T>(p, parallel);
 }
 
 static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) {

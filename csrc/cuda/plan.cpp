@@ -176,7 +176,7 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
 extern "C" __attribute__((visibility("default"))) void
 cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
           bool deterministic, int compute_capability, int multiprocessors, int shared_bytes, Choice *choice) {
-    const Shape shape{tokens,  hidden_size, intermediate_size, row_layout(RowFormat::kDense, dtype),
+    const Shape shape{tokens,  hidden_size, intermediate_size, row_layout(dtype),
                       aligned, step,        deterministic};
     *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});
 }

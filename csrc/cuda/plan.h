@@ -9,16 +9,7 @@
 
 #include "../sparse_mlp.h"
 
-#ifdef __CUDACC__
-#define CATS_HOST_DEVICE __host__ __device__
-#else
-#define CATS_HOST_DEVICE
-#endif
-
 namespace cats {
-
-CATS_HOST_DEVICE constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
-CATS_HOST_DEVICE constexpr int round_up(int64_t a, int64_t b) { return int((a + b - 1) / b * b); }
 
 constexpr int kMaxTokensPerLaunch = 8; // more tokens are launched in groups
 
@@ -43,20 +34,11 @@ struct RowLayout {
     bool mma_operand;      // the tensor cores can multiply the stored bytes with x as they are
 };
 
-constexpr int kChunkBytes = 16, kTileChunks = 32; // a tile is what a warp reads at a time
-
-// No columns: there are no kernels for such rows. dtype is x's.
-constexpr RowLayout row_layout(RowFormat format, DType dtype) {
-    switch (format) {
-    case RowFormat::kDense:
-        if (dtype == DType::kFloat32) return {4, 4, 0, false};
-        if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) return {8, 2, 0, true};
-    }
+// Of dense rows. No columns: there are no kernels for such rows.
+constexpr RowLayout row_layout(DType dtype) {
+    if (dtype == DType::kFloat32) return {4, 4, 0, false};
+    if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) return {8, 2, 0, true};
     return {};
-}
-
-CATS_HOST_DEVICE constexpr int row_bytes(int chunks, int scale_bytes) {
-    return chunks * kChunkBytes + (chunks + kTileChunks - 1) / kTileChunks * scale_bytes;
 }
 
 struct Shape {

@@ -44,21 +44,18 @@ template <class Row> constexpr bool has_layout(RowLayout b) {
     return a.columns_per_chunk == b.columns_per_chunk && a.storage_bytes == b.storage_bytes &&
            a.scale_bytes == b.scale_bytes && a.mma_operand == b.mma_operand;
 }
-static_assert(has_layout<DenseRow<float>>(row_layout(RowFormat::kDense, DType::kFloat32)));
-static_assert(has_layout<DenseRow<__half>>(row_layout(RowFormat::kDense, DType::kFloat16)));
-static_assert(has_layout<DenseRow<__nv_bfloat16>>(row_layout(RowFormat::kDense, DType::kBFloat16)));
+static_assert(has_layout<DenseRow<float>>(row_layout(DType::kFloat32)));
+static_assert(has_layout<DenseRow<__half>>(row_layout(DType::kFloat16)));
+static_assert(has_layout<DenseRow<__nv_bfloat16>>(row_layout(DType::kBFloat16)));
 
 cudaError_t launch_format(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                           const LaunchTarget &target) {
-    switch (params.format) {
-    case RowFormat::kDense:
-        switch (params.dtype) {
-        case DType::kFloat32: return launch_choice<DenseRow<float>, float>(choice, params, workspace, target);
-        case DType::kFloat16: return launch_choice<DenseRow<__half>, __half>(choice, params, workspace, target);
-        case DType::kBFloat16:
-            return launch_choice<DenseRow<__nv_bfloat16>, __nv_bfloat16>(choice, params, workspace, target);
-        case DType::kFloat64: break;
-        }
+    switch (params.dtype) {
+    case DType::kFloat32: return launch_choice<DenseRow<float>, float>(choice, params, workspace, target);
+    case DType::kFloat16: return launch_choice<DenseRow<__half>, __half>(choice, params, workspace, target);
+    case DType::kBFloat16:
+        return launch_choice<DenseRow<__nv_bfloat16>, __nv_bfloat16>(choice, params, workspace, target);
+    case DType::kFloat64: break;
     }
     return cudaErrorInvalidValue;
 }
@@ -87,7 +84,7 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     int device;
     DeviceLimits limits;
     if (const cudaError_t error = device_limits(&device, &limits)) return error;
-    const RowLayout row = row_layout(params.format, params.dtype);
+    const RowLayout row = row_layout(params.dtype);
     if (!row.columns_per_chunk) return cudaErrorInvalidValue;
     const bool step = params.y_sum;
 
