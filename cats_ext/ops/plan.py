@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cats_ext.ops.library import LIBRARIES
 
-KERNELS = ("none", "pipelined", "small", "batched", "generic")
+KERNELS = ("none", "pipelined", "small", "batched", "generic", "packed")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # DType in csrc/sparse_mlp.h
 
 
@@ -43,12 +43,13 @@ class Plan:
     team_warps: int
     chunks: int  # 16-byte chunks of a row for each lane
     rows_per_batch: int
-    column_groups: int  # of 32 columns, for each worker warp
+    column_groups: int  # for each worker warp: groups of 32 columns, or blocks of 128 of packed rows
     token_padding: int
     row_stride: int
     slots: int  # batches of rows in the ring
     segment_chunks: int
     first_batches: int
+    ring_rows: int  # of a batch of packed rows
 
     @property
     def supported(self) -> bool:

@@ -10,43 +10,20 @@
 // their y NaN.
 #pragma once
 
-#include <type_traits>
-
+#include "mma.cuh"
 #include "ring.cuh"
 #include "values.cuh"
 
 namespace cats {
 
-template <bool kTranspose> __device__ __forceinline__ void load_tiles(uint32_t (&tiles)[4], uint32_t address) {
-    if constexpr (kTranspose)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
-                     : "r"(address)
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
-                     : "r"(address)
-                     : "memory");
-}
-
-template <typename T>
-__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                     "{%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+using DenseBatches =
+    Batches<kDenseBatches.rows, kDenseBatches.tokens, kDenseBatches.workers, kDenseBatches.max_pending, false>;
 
 template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
+    using Ring = cats::Ring<DenseBatches>;
+    using BatchState = DenseBatches::State;
+    using RowState = cats::RowState<DenseBatches::kTokens>;
+    static constexpr int kWorkerWarps = DenseBatches::kWorkers;
     static_assert(std::is_same_v<typename Row::MmaOperand, T> && Row::kScaleBytes == 0);
     // x of so many groups of columns stays in registers. There is no room for the rest, which comes from L1 every time.
     static constexpr int kResidentGroups = kGroups < 10 ? kGroups : 9;
@@ -62,7 +39,7 @@ template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
         for (int i = 0; i < kGroups; i++)
 #pragma unroll
             for (int t = 0; t < 4; t++) y_[i][0][t] = y_[i][1][t] = 0.f;
-        Ring::Cursor at, to_copy;
+        typename Ring::Cursor at, to_copy;
         int copied = 0; // batches that are on their way or here
         for (bool more = !kBulk;;) {
             while (more && !(copied && phase_done(ring_.full(at.slot), at.parity)))
@@ -106,7 +83,7 @@ template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
             uint8_t *to = ring_.row(slot, lane_ / 4) + lane_ % 4 * 16;
             for (int g = warp_; g < groups_; g += kWorkerWarps) copy_async<16>(to + g * 64, from + g * 64);
         }
-        if (!end && warp_ == 0 && lane_ < kBatchRows) copy_threshold(p_, state, lane_);
+        if (!end && warp_ == 0 && lane_ < DenseBatches::kRows) copy_threshold(p_, state, lane_);
         arrive_after_async_copies(ring_.full(slot));
         return !end;
     }

@@ -16,7 +16,8 @@ bool large_shared_memory(const DeviceLimits &device) { return has_large_shared_m
 const char *why_generic(const Shape &shape, const PlanOverrides &overrides) {
     if (overrides.kernel == SparseMlpKernel::kGeneric) return "the generic kernel was asked for";
     if (!shape.aligned) return "a row or vector does not start at a multiple of 16 bytes";
-    if (shape.hidden_size % shape.row.columns_per_chunk) return "a row is no whole number of 16-byte chunks";
+    if (!shape.formats[0].packed() && shape.hidden_size % shape.row.columns_per_chunk)
+        return "a row is no whole number of 16-byte chunks";
     if (shape.intermediate_size >= kMaxNeurons) return "neuron numbers have 24 bits";
     return nullptr;
 }
@@ -109,27 +110,77 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
 // Rows that the tensor cores take as they are, and whose y fits the workers' registers; otherwise kNone.
 Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides, bool bulk_copy,
                int tokens) {
+    constexpr BatchSizes sizes = kDenseBatches;
     if (!shape.row.mma_operand || shape.hidden_size % kGroupColumns) return {};
     Choice choice{Kernel::kBatched, "3 to 8 tokens: the CUDA cores would take longer than the rows to arrive"};
     for (int groups : kColumnGroups)
-        if (!choice.column_groups && shape.hidden_size <= kWorkerWarps * groups * kGroupColumns &&
+        if (!choice.column_groups && shape.hidden_size <= sizes.workers * groups * kGroupColumns &&
             has_batched_instance(groups, 10 * device.compute_capability))
             choice.column_groups = groups;
     if (!choice.column_groups) return {};
     choice.bulk_copy = bulk_copy;
-    choice.rows_per_batch = kBatchRows;
+    choice.rows_per_batch = sizes.rows;
     choice.token_padding = tokens <= 4 ? 4 : 8;
-    choice.threads = (kWorkerWarps + 1) * 32;
-    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, kBatchRows));
+    choice.threads = (sizes.workers + 1) * 32;
+    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, sizes.rows));
     RingSizes &ring = choice.ring;
     ring.row_stride =
         row_bytes(int(shape.hidden_size / shape.row.columns_per_chunk), 0) + 16; // ldmatrix: 8 rows from all banks
     ring.first_batches = std::max(1, overrides.first_batches ? overrides.first_batches : 2);
-    ring.slots = std::min(overrides.slots ? overrides.slots : 2, int(kMaxPending) / kBatchRows - 1);
-    const auto shared_bytes = [&] { return ring_bytes(ring.slots, ring.row_stride) + kSchedulerBytes; };
+    ring.slots = std::min(overrides.slots ? overrides.slots : 2, sizes.max_pending / sizes.rows - 1);
+    const auto shared_bytes = [&] {
+        return ring_bytes(ring.slots, sizes.rows * ring.row_stride, sizes) + sizes.scheduler_bytes();
+    };
     while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
     choice.shared_bytes = shared_bytes();
     return choice.shared_bytes <= shared_limit(device) ? choice : Choice{};
+}
+
+// Packed rows, of which the tensor cores take groups of 64 and 128 columns; otherwise kNone.
+Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverrides &overrides) {
+    const RowFormat &gate = shape.formats[0], &up = shape.formats[1], &down = shape.formats[2];
+    const bool fp8 = gate.type == WeightType::kFloat8;
+    if (device.compute_capability < 90 || shape.row.storage_bytes != 2 || shape.hidden_size % 8 ||
+        gate.type != up.type || fp8 != (down.type == WeightType::kFloat8))
+        return {};
+    int64_t row_bytes = 0;
+    for (const RowFormat &format : shape.formats) {
+        if (format.group_size == 32) return {};
+        row_bytes = std::max(row_bytes, format.row_bytes(shape.hidden_size));
+    }
+    Choice choice{Kernel::kPacked, "packed rows: the tensor cores, in batches of 16 rows"};
+    choice.tokens = int(std::min<int64_t>(shape.tokens, 4));
+    const PackedInstance *instance = nullptr;
+    while (choice.tokens && !instance) {
+        const int tokens = choice.tokens == 3 ? 4 : choice.tokens;
+        for (const PackedInstance &i : kPackedInstances)
+            if (!instance && i.tokens == tokens && shape.hidden_size <= int64_t(i.workers) * i.blocks * kPackedColumns)
+                instance = &i;
+        if (!instance) choice.tokens /= 2;
+    }
+    if (!instance) return {};
+    choice.bulk_copy = true;
+    choice.threads = (instance->workers + 1) * 32;
+    choice.column_groups = instance->blocks;
+    RingSizes &ring = choice.ring;
+    ring.row_stride = round_up(row_bytes, 128) + 16; // ldmatrix: 8 rows from all banks
+    const BatchSizes sizes = packed_batches(instance->tokens, instance->workers);
+    const auto shared_bytes = [&] {
+        return ring_bytes(ring.slots, ring.rows * ring.row_stride, sizes) + sizes.scheduler_bytes();
+    };
+    for (int rows : {16, 8}) {
+        ring.rows = overrides.rows ? overrides.rows : rows;
+        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 6;
+        while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
+        if (shared_bytes() <= shared_limit(device) && (ring.slots > 2 || rows == 8)) break;
+    }
+    choice.shared_bytes = shared_bytes();
+    if (choice.shared_bytes > shared_limit(device)) return {};
+    choice.rows_per_batch = ring.rows;
+    choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, ring.rows));
+    const int first_batches = shape.step ? 4 : 7;
+    ring.first_batches = overrides.first_batches ? overrides.first_batches : first_batches * 16 / ring.rows;
+    return choice;
 }
 
 Choice generic(const Shape &shape, const DeviceLimits &device, const char *reason) {
@@ -155,7 +206,14 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
         return none("the copy engine needs compute capability 9.0");
     const bool bulk_copy = has_bulk_copy && overrides.kernel != SparseMlpKernel::kAsyncCopy;
 
+    const bool is_packed = shape.formats[0].packed();
     const char *reason = why_generic(shape, overrides);
+    if (is_packed && !reason) {
+        const Choice choice = packed(shape, device, overrides);
+        if (choice.kernel != Kernel::kNone) return choice;
+        reason =
+            "the kernel for packed rows needs compute capability 9.0, x of 16 bits, and groups of 64 or 128 columns";
+    }
     if (shape.step && reason) return none(reason);
     if (shape.step && small_chunks(shape, device))
         return none("the kernel for small layers is faster, and has no step");
@@ -176,8 +234,7 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
 extern "C" __attribute__((visibility("default"))) void
 cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
           bool deterministic, int compute_capability, int multiprocessors, int shared_bytes, Choice *choice) {
-    const Shape shape{tokens,  hidden_size, intermediate_size, row_layout(dtype),
-                      aligned, step,        deterministic};
+    const Shape shape{tokens, hidden_size, intermediate_size, row_layout(dtype), aligned, step, deterministic};
     *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});
 }
 

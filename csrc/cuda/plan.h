@@ -44,9 +44,10 @@ constexpr RowLayout row_layout(DType dtype) {
 struct Shape {
     int64_t tokens, hidden_size, intermediate_size;
     RowLayout row;
-    bool aligned;       // every row and vector starts at a multiple of 16 bytes; row strides are below 4 GiB
-    bool step;          // the form for a step of decoding, see SparseMlpParams::y_sum
-    bool deterministic; // the same bits in every run
+    bool aligned;              // every row and vector starts at a multiple of 16 bytes; row strides are below 4 GiB
+    bool step;                 // the form for a step of decoding, see SparseMlpParams::y_sum
+    bool deterministic;        // the same bits in every run
+    RowFormat formats[3] = {}; // of gate, up and down: dense, which `row` describes, or packed
 };
 
 // For benchmarks and tests: kAuto and 0 leave the choice to plan().
@@ -55,19 +56,21 @@ enum class SparseMlpKernel : int32_t { kAuto, kBulkCopy, kAsyncCopy, kGeneric };
 struct PlanOverrides {
     SparseMlpKernel kernel = SparseMlpKernel::kAuto; // kBulkCopy needs compute capability 9.0
     int slots = 0;                                   // batches of rows in flight
+    int rows = 0;                                    // packed: of a batch, 8 or 16
     int first_batches = 0;                           // gate batches that are prefetched into L2
 };
 
 // ---- What it answers ----
 
-enum class Kernel : int32_t { kNone, kPipelined, kSmall, kBatched, kGeneric };
+enum class Kernel : int32_t { kNone, kPipelined, kSmall, kBatched, kGeneric, kPacked };
 
 // What the kernels with a ring of batches are told. With `slots` first, nvcc 13.0 takes 20 instructions more.
 struct RingSizes {
-    int row_stride;     // batched: bytes between the rows of a batch in shared memory
+    int row_stride;     // batched, packed: bytes between the rows of a batch in shared memory
     int slots;          // batches in the ring: of a team, or of the CTA in the batched kernel
     int segment_chunks; // pipelined: chunks of a row for each warp; the last warps of a team may have fewer or none
     int first_batches;  // gate batches that a team starts with: brought into L2 before the previous kernel ends
+    int rows;           // packed: of a batch, 8 or 16
 };
 
 // Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.
@@ -82,10 +85,10 @@ struct Choice {
     const char *reason; // why this kernel
     int tokens;         // that this launch takes; the next launch has a choice of its own
     int ctas, threads, shared_bytes;
-    bool bulk_copy;     // pipelined, batched: rows are copied by the copy engine, not by the warps
+    bool bulk_copy;     // pipelined, batched, packed: rows are copied by the copy engine, not by the warps
     TeamShape team;     // pipelined; small: chunks only
-    int rows_per_batch; // pipelined, batched; small: rows a warp
-    int column_groups;  // batched: groups of 32 columns a warp
+    int rows_per_batch; // pipelined, batched, packed; small: rows a warp
+    int column_groups;  // batched: groups of 32 columns a warp; packed: blocks of 128
     int token_padding;  // of y_sum: 0, or 4 or 8 for the batched kernel
     RingSizes ring;
 };
@@ -173,11 +176,30 @@ constexpr bool has_small_instance(int chunks, int columns_per_chunk) {
     return chunks >= 1 && chunks <= most && (chunks >= 2 || most == 1);
 }
 
-// ---- The batched kernel (sparse_mlp_batched.cuh) ----
+// ---- The kernels with a scheduler warp (sparse_mlp_batched.cuh, sparse_mlp_packed.cuh) ----
 
-// As of the tensor cores' instructions: tokens padded to 8, batches of 8 rows, 32 columns at a time.
-constexpr int kBatchTokens = 8, kBatchRows = 8, kBatchDots = kBatchTokens * kBatchRows, kGroupColumns = 32;
-constexpr int kWorkerWarps = 11;               // with the scheduler 12, which leaves 168 registers a thread
+// What is fixed for a kernel, and decides the memory of its ring. A value is of a token and a row.
+struct BatchSizes {
+    int rows, tokens, workers; // of a batch; warps beside the scheduler
+    int max_pending;           // see Batches::kMaxPending in ring.cuh
+
+    CATS_HOST_DEVICE constexpr int row_state_bytes() const { return 8 + tokens * 4; }
+    CATS_HOST_DEVICE constexpr int batch_state_bytes() const {
+        return round_up(rows * (row_state_bytes() + 4) + 8, 16);
+    }
+    CATS_HOST_DEVICE constexpr int partial_bytes() const { return workers * rows * tokens * int(sizeof(float)); }
+    CATS_HOST_DEVICE constexpr int scheduler_bytes() const { return 2 * max_pending * row_state_bytes(); }
+};
+
+// slot_bytes: of the rows of a batch.
+CATS_HOST_DEVICE constexpr int ring_bytes(int slots, int slot_bytes, BatchSizes sizes) {
+    return slots * (slot_bytes + sizes.partial_bytes() + sizes.batch_state_bytes() + 3 * int(sizeof(uint64_t)));
+}
+
+// Batched: as of the tensor cores' instructions, tokens padded to 8, batches of 8 rows, 32 columns at a time. With the
+// scheduler 12 warps, which leaves 168 registers a thread.
+constexpr BatchSizes kDenseBatches{8, 8, 11, 64};
+constexpr int kGroupColumns = 32;
 constexpr int kColumnGroups[] = {3, 6, 9, 12}; // groups of columns a worker warp, one instance each
 
 // The longest rows do not fit where shared memory is small.
@@ -185,17 +207,13 @@ CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch
     return column_groups < 12 || has_large_shared_memory(arch);
 }
 
-// Neurons whose up row, or whose down row, is still to be asked for, a power of two. A batch decides at most 8 neurons,
-// and full batches of pending rows go first, so neither queue can hold more than the rows in the ring and one batch.
-constexpr uint32_t kMaxPending = 64;
-
-constexpr int kRowStateBytes = 8 + kBatchTokens * 4, kBatchStateBytes = 368;
-
-CATS_HOST_DEVICE constexpr int ring_bytes(int slots, int row_stride) {
-    return slots * (kBatchRows * row_stride + kWorkerWarps * kBatchDots * int(sizeof(float)) + kBatchStateBytes +
-                    3 * int(sizeof(uint64_t)));
-}
-constexpr int kSchedulerBytes = 2 * int(kMaxPending) * kRowStateBytes;
+// Packed rows: 16 rows a batch, as many as the tensor cores take at a time. Each worker warp has so many blocks of 128
+// columns. x and y of a thread take 8 * tokens * blocks registers for y and 16 for x of each 8 / tokens blocks.
+CATS_HOST_DEVICE constexpr BatchSizes packed_batches(int tokens, int workers) { return {16, tokens, workers, 256}; }
+struct PackedInstance {
+    int tokens, workers, blocks;
+};
+constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {2, 11, 6}, {4, 11, 3}};
 
 // ---- The generic kernel (sparse_mlp_generic.cuh) ----
 

@@ -1,6 +1,6 @@
-// What the warps of sparse_mlp_batched.cuh share: a ring of batches of weight rows in shared memory. A batch is up to 8
-// rows of one kind. The scheduler warp asks for batches, the worker warps compute with them and free their slots, all
-// in ring order. Each slot has three barriers:
+// What the warps of the kernels with a scheduler share: a ring of batches of weight rows in shared memory. A batch is
+// up to kRows rows of one kind. The scheduler warp asks for batches, the worker warps compute with them and free their
+// slots, all in ring order. Each slot has three barriers:
 //
 //     asked[slot]  the batch's state is written; only before sm_90, where the workers copy the rows
 //     full[slot]   the rows have arrived, and the state is complete
@@ -16,19 +16,27 @@ constexpr uint32_t kNoNeuron = 0xffffffff; // in the last rows of a batch that i
 constexpr int kNoSlot = -1;
 
 // A row on its way. The scheduler fills in more at every step.
-struct RowState {
+template <int kTokens> struct RowState {
     uint32_t neuron;
-    uint32_t tokens;            // up and down rows: bit m: token m keeps the neuron; 0: an absent row
-    float values[kBatchTokens]; // up rows: act(g); down rows: h
+    uint32_t tokens;       // up and down rows: bit m: token m keeps the neuron; 0: an absent row
+    float values[kTokens]; // up rows: act(g); down rows: h
 };
 
-struct alignas(16) BatchState {
-    RowState rows[kBatchRows];
-    float thresholds[kBatchRows]; // if each neuron has its own: copied like the rows
-    RowKind kind;
-    int down_slot; // up rows: the slot that has the same neurons' down rows already, or kNoSlot
+// The batches of one kernel. kMaxPending: neurons whose up row, or whose down row, is still to be asked for, a power of
+// two. kGatesFirst: see Scheduler.
+template <int kRows_, int kTokens_, int kWorkers_, int kMaxPending_, bool kGatesFirst_> struct Batches {
+    static constexpr int kRows = kRows_, kTokens = kTokens_, kWorkers = kWorkers_, kMaxPending = kMaxPending_;
+    static constexpr bool kGatesFirst = kGatesFirst_;
+    static constexpr BatchSizes kSizes{kRows, kTokens, kWorkers, kMaxPending};
+
+    struct alignas(16) State {
+        RowState<kTokens> rows[kRows];
+        float thresholds[kRows]; // if each neuron has its own: copied like the rows
+        RowKind kind;
+        int down_slot; // up rows: the slot that has the same neurons' down rows already, or kNoSlot
+    };
+    static_assert(sizeof(RowState<kTokens>) == kSizes.row_state_bytes() && sizeof(State) == kSizes.batch_state_bytes());
 };
-static_assert(sizeof(RowState) == kRowStateBytes && sizeof(BatchState) == kBatchStateBytes);
 
 // After __syncwarp() one lane arrives for the warp. compute-sanitizer's racecheck takes only that lane's accesses as
 // ordered. Compiled for it, every lane arrives.
@@ -42,8 +50,11 @@ __device__ __forceinline__ void arrive_as_warp(uint64_t *barrier) {
     if (threadIdx.x % 32 < kArrivalsPerWarp) arrive(barrier);
 }
 
-class Ring {
+template <class Batches_> class Ring {
   public:
+    using Batches = Batches_;
+    using BatchState = typename Batches::State;
+
     // Registers are scarce, so addresses are computed when they are needed.
     __device__ Ring(uint8_t *smem, const RingSizes &sizes) : smem_(smem), sizes_(sizes) {}
 
@@ -52,16 +63,19 @@ class Ring {
         for (int s = threadIdx.x % 32; s < sizes_.slots; s += 32) {
             init_barrier(asked(s), kArrivalsPerWarp);
             init_barrier(full(s), kArrivalsPerWarp + copy_arrivals);
-            init_barrier(done(s), kWorkerWarps * kArrivalsPerWarp);
+            init_barrier(done(s), Batches::kWorkers * kArrivalsPerWarp);
         }
         publish_barriers();
     }
 
+    // Of a batch in shared memory.
+    __device__ __forceinline__ int rows() const { return Batches::kRows == 8 ? 8 : sizes_.rows; }
     __device__ __forceinline__ uint8_t *row(int slot, int r) const {
-        return smem_ + (slot * kBatchRows + r) * sizes_.row_stride;
+        return smem_ + (slot * rows() + r) * sizes_.row_stride;
     }
     __device__ __forceinline__ float *partials(int slot, int warp) const {
-        return reinterpret_cast<float *>(row(sizes_.slots, 0)) + (slot * kWorkerWarps + warp) * kBatchDots;
+        return reinterpret_cast<float *>(row(sizes_.slots, 0)) +
+               (slot * Batches::kWorkers + warp) * (Batches::kRows * Batches::kTokens);
     }
     __device__ __forceinline__ BatchState &state(int slot) const {
         return reinterpret_cast<BatchState *>(partials(sizes_.slots, 0))[slot];
@@ -91,6 +105,7 @@ __device__ __forceinline__ bool thresholds_differ(const SparseMlpParams &p) {
     return p.threshold_stride || p.down_threshold_stride;
 }
 
+template <class BatchState>
 __device__ __forceinline__ void copy_threshold(const SparseMlpParams &p, BatchState &state, int r) {
     const uint32_t j = state.rows[r].neuron;
     if (j == kNoNeuron) return;

@@ -1,7 +1,8 @@
-// The scheduler warp of sparse_mlp_batched.cuh decides which rows are read. It keeps the ring full, sums the worker
-// warps' partial dot products, applies the activation and the thresholds, and queues the up and down rows of the
-// neurons that some token keeps. These rows go before further gate rows: then the queues stay short, and little is left
-// to do after the last gate row.
+// The scheduler warp of sparse_mlp_batched.cuh and sparse_mlp_packed.cuh decides which rows are read. It keeps the ring
+// full, sums the worker warps' partial dot products, applies the activation and the thresholds, and queues the up and
+// down rows of the neurons that some token keeps. These rows go before further gate rows: then the queues stay short,
+// and little is left to do after the last gate row. Where they are long enough for most of a CTA's neurons
+// (kGatesFirst), gate rows go first: then no row waits for a decision at the end but the very last.
 //
 // This is one warp's chain of dependent instructions, some 5 cycles each. A batch must pass through it in less time
 // than its rows take to arrive, so the loop has one copy of each step and does as little as possible.
@@ -12,22 +13,36 @@
 
 namespace cats {
 
-template <class Row, typename T, bool kBulk> class Scheduler {
+template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
     static constexpr uint32_t kAll = 0xffffffffu;
+    static constexpr int kRows = Batches::kRows, kTokens = Batches::kTokens;
+    // Lane l has row l / kRowLanes, and of its values kValues from first_token() on.
+    static constexpr int kRowLanes = 32 / kRows, kValues = kTokens > kRowLanes ? kTokens / kRowLanes : 1;
+    // With fewer tokens than that, kCopies lanes have the same value, and each sums the partial sums of some workers.
+    static constexpr int kCopies = kRowLanes / (kTokens < kRowLanes ? kTokens : kRowLanes);
+    static_assert(kValues <= 2 && Batches::kWorkers % kCopies == 0);
+    using RowState = cats::RowState<kTokens>;
+    using BatchState = typename Batches::State;
 
   public:
-    __device__ Scheduler(const RingArguments &args, const Ring &ring, uint8_t *smem)
-        : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)),
-          row_bytes_(uint32_t(args.mlp.hidden_size * sizeof(T))), intermediate_(uint32_t(args.mlp.intermediate_size)),
-          batches_((intermediate_ + kBatchRows - 1) / kBatchRows), next_batch_(blockIdx.x) {}
+    __device__ Scheduler(const RingArguments &args, const Ring<Batches> &ring, uint8_t *smem)
+        : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)), row_bytes_(args.mlp),
+          intermediate_(uint32_t(args.mlp.intermediate_size)),
+          batches_((intermediate_ + ring.rows() - 1) / ring.rows()), next_batch_(blockIdx.x) {}
 
     // Only into L2, because the previous kernel may still be writing the weights.
-    static __device__ void prefetch_first_batches(const RingArguments &args) {
-        const SparseMlpParams &p = args.mlp;
-        for (int i = threadIdx.x % 32; i < args.ring.first_batches * kBatchRows; i += 32) {
-            const uint32_t j = (blockIdx.x + i / kBatchRows * gridDim.x) * kBatchRows + i % kBatchRows;
-            if (j < p.intermediate_size)
-                prefetch_l2(row_address<Row>(p, RowKind::kGate, j), uint32_t(p.hidden_size * sizeof(T)));
+    __device__ void prefetch_first_batches() const {
+        const int rows = ring_.rows();
+        for (int i = lane_; i < args_.ring.first_batches * rows; i += 32) {
+            const uint32_t j = (blockIdx.x + i / rows * gridDim.x) * rows + i % rows;
+            if (j < intermediate_) prefetch_l2(row_address<Row>(p_, RowKind::kGate, j), row_bytes_(RowKind::kGate));
+        }
+    }
+
+    // The form for a step of decoding: no kernel writes the weights, so the first rows are asked for before the wait.
+    __device__ void ask_before_wait() {
+        if (thresholds_differ(p_)) return; // they come with the rows
+        while (in_flight_ < args_.ring.slots && next_known_ && next_batch_ < batches_ && ask()) {
         }
     }
 
@@ -75,7 +90,7 @@ template <class Row, typename T, bool kBulk> class Scheduler {
     }
 
     __device__ __forceinline__ RowState *pending(RowKind kind, uint32_t i) const {
-        return pending_ + (kind == RowKind::kDown ? kMaxPending : 0) + i % kMaxPending;
+        return pending_ + (kind == RowKind::kDown ? Batches::kMaxPending : 0) + i % uint32_t(Batches::kMaxPending);
     }
 
     __device__ __forceinline__ RowKind kind_in(int slot) const { return RowKind(kinds_ >> 2 * slot & 3); }
@@ -84,37 +99,42 @@ template <class Row, typename T, bool kBulk> class Scheduler {
     __device__ __forceinline__ bool ask() {
         RowKind kind = RowKind::kGate;
         const RowState *from = nullptr; // up and down: what is known of this lane's row, lane % 8
-        uint32_t count = kBatchRows;
+        const uint32_t rows = ring_.rows();
+        uint32_t count = rows;
         const bool owed = owing_ != kNoSlot;
         if (owed) { // the down rows of that slot's up rows, whose dot products are not known yet
             BatchState &state = ring_.state(owing_);
             kind = RowKind::kDown;
-            from = &state.rows[lane_ % kBatchRows];
+            from = &state.rows[lane_ % kRows];
             if (lane_ == 0) state.down_slot = tail_.slot;
         } else {
             bool full = true;
-            if (downs_ >= kBatchRows) kind = RowKind::kDown;
-            else if (ups_ >= kBatchRows) kind = RowKind::kUp;
+            if (downs_ >= rows) kind = RowKind::kDown;
+            else if (!Batches::kGatesFirst && ups_ >= rows) kind = RowKind::kUp;
             else {
                 learn_next_batch();
                 if (next_batch_ >= batches_) // no gate rows are left: the batch need not be full
                     kind = downs_ ? RowKind::kDown : RowKind::kUp, full = false;
-                else if (ups_ + (gates_in_flight_ + 1) * kBatchRows > kMaxPending) return false;
+                else if (ups_ + (gates_in_flight_ + 1) * rows > Batches::kMaxPending) {
+                    if (!Batches::kGatesFirst || ups_ < rows) return false;
+                    kind = RowKind::kUp;
+                }
             }
             if (kind != RowKind::kGate) {
                 const bool down = kind == RowKind::kDown;
-                if (!full) count = min(down ? downs_ : ups_, uint32_t(kBatchRows));
+                if (!full) count = min(down ? downs_ : ups_, rows);
                 if (!count) return false;
-                from = pending(kind, (down ? first_down_ : first_up_) + lane_ % kBatchRows);
+                if (Batches::kGatesFirst && count < rows && gates_in_flight_) return false; // it may get fuller
+                from = pending(kind, (down ? first_down_ : first_up_) + lane_ % kRows);
                 if (down) first_down_ += count, downs_ -= count;
                 else first_up_ += count, ups_ -= count;
             }
         }
 
         BatchState &state = ring_.state(tail_.slot);
-        uint32_t neuron = next_batch_ * kBatchRows + lane_, tokens = 0;
+        uint32_t neuron = next_batch_ * rows + lane_, tokens = 0;
         if (kind == RowKind::kGate) {
-            if (neuron >= intermediate_) neuron = kNoNeuron;
+            if (neuron >= intermediate_ || lane_ >= rows) neuron = kNoNeuron;
             if (args_.workspace.partial_sums || next_batch_ < gridDim.x * (args_.ring.first_batches - 1))
                 next_batch_ += gridDim.x;
             else next_known_ = false;
@@ -122,22 +142,21 @@ template <class Row, typename T, bool kBulk> class Scheduler {
         } else {
             neuron = from->neuron, tokens = from->tokens;
             if (lane_ >= count) neuron = kNoNeuron, tokens = 0;
-            // Lane l copies two of the values of row l / 4. Lane l / 4 knows where they are.
-            const auto *row =
-                reinterpret_cast<const RowState *>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(from), lane_ / 4));
-            *reinterpret_cast<float2 *>(&state.rows[lane_ / 4].values[lane_ % 4 * 2]) =
-                *reinterpret_cast<const float2 *>(&row->values[lane_ % 4 * 2]);
+            // A lane copies its row's values. The lane of that number knows where they are.
+            const auto *row = reinterpret_cast<const RowState *>(
+                __shfl_sync(kAll, reinterpret_cast<uint64_t>(from), lane_ / kRowLanes));
+            copy_values(&state.rows[lane_ / kRowLanes].values[first_token()], &row->values[first_token()]);
         }
-        const bool present = lane_ < kBatchRows && neuron != kNoNeuron;
-        if (lane_ < kBatchRows) state.rows[lane_].neuron = neuron, state.rows[lane_].tokens = tokens;
-        const uint32_t rows = __popc(__ballot_sync(kAll, present));
+        const bool present = lane_ < kRows && neuron != kNoNeuron;
+        if (lane_ < kRows) state.rows[lane_].neuron = neuron, state.rows[lane_].tokens = tokens;
+        const uint32_t present_rows = __popc(__ballot_sync(kAll, present));
         kinds_ = (kinds_ & ~(3u << 2 * tail_.slot)) | uint32_t(kind) << 2 * tail_.slot;
         // Without a second test nothing is left to decide after a gate row: the down rows follow their up rows at once.
         // Their h comes later.
         owing_ = kind == RowKind::kUp && !p_.down_threshold ? tail_.slot : kNoSlot;
         if (lane_ == 0) {
             state.kind = kind, state.down_slot = kNoSlot;
-            if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_ * rows);
+            if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_(kind) * present_rows);
         }
         __syncwarp();
         if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
@@ -145,7 +164,7 @@ template <class Row, typename T, bool kBulk> class Scheduler {
         if (kBulk) {
             if (present) {
                 copy_threshold(p_, state, lane_);
-                copy_bulk(ring_.row(tail_.slot, lane_), row_address<Row>(p_, kind, neuron), row_bytes_,
+                copy_bulk(ring_.row(tail_.slot, lane_), row_address<Row>(p_, kind, neuron), row_bytes_(kind),
                           ring_.full(tail_.slot), policy_);
             }
             if (thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
@@ -155,10 +174,18 @@ template <class Row, typename T, bool kBulk> class Scheduler {
         return true;
     }
 
-    // Applies act(g) and the first threshold, or h and the second, to the neurons of the batch at the head. Lane l has
-    // neuron l / 4 and tokens 2 * (l % 4) and the next.
+    __device__ __forceinline__ int first_token() const {
+        return kCopies == 1 ? lane_ % kRowLanes * kValues : lane_ % kRowLanes / kCopies;
+    }
+
+    static __device__ __forceinline__ void copy_values(float *to, const float *from) {
+        if constexpr (kValues == 2) *reinterpret_cast<float2 *>(to) = *reinterpret_cast<const float2 *>(from);
+        else *to = *from;
+    }
+
+    // Applies act(g) and the first threshold, or h and the second, to the neurons of the batch at the head.
     __device__ __forceinline__ void decide() {
-        const int slot = head_.slot, r = lane_ / 4, part = lane_ % 4;
+        const int slot = head_.slot, r = lane_ / kRowLanes, part = lane_ % kRowLanes, first = first_token();
         BatchState &state = ring_.state(slot);
         RowState &row = state.rows[r];
         const bool gate = kind_in(slot) == RowKind::kGate;
@@ -169,22 +196,30 @@ template <class Row, typename T, bool kBulk> class Scheduler {
         const bool one_each = gate ? p_.threshold_stride : p_.down_threshold_stride;
         const float threshold = one_each ? state.thresholds[r] : (gate ? threshold_ : down_threshold_);
 
-        float2 sums[2] = {make_float2(0.f, 0.f), make_float2(0.f, 0.f)};
+        float sums[2][kValues] = {}, values[kValues];
 #pragma unroll
-        for (int w = 0; w < kWorkerWarps; w++) {
-            const float2 partial = reinterpret_cast<const float2 *>(ring_.partials(slot, w))[lane_];
-            sums[w % 2].x += partial.x, sums[w % 2].y += partial.y;
+        for (int i = 0; i < Batches::kWorkers / kCopies; i++) {
+            float partial[kValues];
+            copy_values(partial, ring_.partials(slot, i * kCopies + part % kCopies) + r * kTokens + first);
+#pragma unroll
+            for (int k = 0; k < kValues; k++) sums[i % 2][k] += partial[k];
         }
-        float values[2] = {sums[0].x + sums[1].x + bias, sums[0].y + sums[1].y + bias};
+#pragma unroll
+        for (int k = 0; k < kValues; k++) {
+            values[k] = sums[0][k] + sums[1][k];
+#pragma unroll
+            for (int o = 1; o < kCopies; o *= 2) values[k] += __shfl_xor_sync(kAll, values[k], o);
+            values[k] += bias;
+        }
         const uint32_t candidates = gate ? (1u << p_.tokens) - 1 : row.tokens;
         uint32_t tokens = 0;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            values[i] = gate ? activate(values[i], p_.activation) : values[i] * row.values[2 * part + i];
-            tokens |= uint32_t(keep(values[i], threshold)) << (2 * part + i);
+        for (int i = 0; i < kValues; i++) {
+            values[i] = gate ? activate(values[i], p_.activation) : values[i] * row.values[first + i];
+            tokens |= uint32_t(keep(values[i], threshold)) << (first + i);
         }
-        tokens |= __shfl_xor_sync(kAll, tokens, 1);
-        tokens |= __shfl_xor_sync(kAll, tokens, 2);
+#pragma unroll
+        for (int o = 1; o < kRowLanes; o *= 2) tokens |= __shfl_xor_sync(kAll, tokens, o);
         tokens = neuron == kNoNeuron ? 0 : tokens & candidates;
         if (part == 0) {
             if (gate) kept_ += __popc(tokens);
@@ -197,7 +232,7 @@ template <class Row, typename T, bool kBulk> class Scheduler {
             to = &ring_.state(down_slot).rows[r];
         } else {
             const uint32_t kept_rows = __ballot_sync(kAll, part == 0 && tokens);
-            const uint32_t rank = __popc(kept_rows & ((1u << 4 * r) - 1)), count = __popc(kept_rows);
+            const uint32_t rank = __popc(kept_rows & ((1u << kRowLanes * r) - 1)), count = __popc(kept_rows);
             if (tokens)
                 to = pending(gate ? RowKind::kUp : RowKind::kDown,
                              (gate ? first_up_ + ups_ : first_down_ + downs_) + rank);
@@ -210,7 +245,7 @@ template <class Row, typename T, bool kBulk> class Scheduler {
                 if (down_slot == kNoSlot) to->neuron = neuron;
                 to->tokens = tokens;
             }
-            *reinterpret_cast<float2 *>(&to->values[2 * part]) = make_float2(values[0], values[1]);
+            copy_values(&to->values[first], values);
         }
         __syncwarp();
         if (down_slot != kNoSlot) arrive_as_warp(ring_.full(down_slot));
@@ -227,15 +262,16 @@ template <class Row, typename T, bool kBulk> class Scheduler {
 
     const RingArguments &args_;
     const SparseMlpParams &p_;
-    const Ring &ring_;
+    const Ring<Batches> &ring_;
     RowState *pending_; // in shared memory: two queues of kMaxPending, of neurons whose up and down rows come next
     const uint32_t lane_ = threadIdx.x % 32;
-    const uint32_t row_bytes_, intermediate_, batches_;
+    const typename Row::Bytes row_bytes_; // of a kind of row
+    const uint32_t intermediate_, batches_;
     const uint64_t policy_ = read_once_policy();
     float threshold_ = 0.f, down_threshold_ = 0.f; // if all neurons have the same
     uint32_t next_batch_, drawn_[2] = {}, draws_ = 0;
     bool next_known_ = true;
-    Ring::Cursor head_, tail_;
+    typename Ring<Batches>::Cursor head_, tail_;
     uint32_t kinds_ = 0; // of the slots, two bits each
     int in_flight_ = 0;  // batches
     uint32_t gates_in_flight_ = 0;

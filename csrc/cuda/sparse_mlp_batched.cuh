@@ -18,18 +18,20 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
     const int warp = threadIdx.x / 32;
     const OutputOrder<kTokenPadding> order{int(p.tokens), int(p.hidden_size)};
     extern __shared__ __align__(128) uint8_t smem[];
-    const Ring ring(smem, args.ring);
-    using Scheduler = Scheduler<Row, T, kBulk>;
-    const bool schedules = warp == kWorkerWarps;
+    const Ring<DenseBatches> ring(smem, args.ring);
+    constexpr BatchSizes kSizes = DenseBatches::kSizes;
+    Scheduler<DenseBatches, Row, T, kBulk> scheduler(
+        args, ring, smem + ring_bytes(args.ring.slots, kSizes.rows * args.ring.row_stride, kSizes));
+    const bool schedules = warp == kSizes.workers;
     launch_dependents();
     if (schedules) {
-        Scheduler::prefetch_first_batches(args);
-        ring.init(kBulk ? (thresholds_differ(p) ? 32 : 0) : kWorkerWarps * 32); // threads that copy
+        scheduler.prefetch_first_batches();
+        ring.init(kBulk ? (thresholds_differ(p) ? 32 : 0) : kSizes.workers * 32); // threads that copy
     }
     __syncthreads();
     wait_for_previous_kernel();
     if (schedules) {
-        Scheduler(args, ring, smem + ring_bytes(args.ring.slots, args.ring.row_stride)).run();
+        scheduler.run();
     } else {
         MmaWorker<Row, T, kBulk, kGroups> worker(p, ring, warp);
         worker.run();
@@ -43,7 +45,7 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
 // Every architecture gets the code of the instances that plan() picks on it; the others would trap. kBulk: for sm_90.
 // kTokenPadding: 4 or 8 tokens in y_sum.
 template <class Row, typename T, bool kBulk, int kGroups, int kTokenPadding>
-__global__ void __launch_bounds__((kWorkerWarps + 1) * 32, 1)
+__global__ void __launch_bounds__((kDenseBatches.workers + 1) * 32, 1)
     sparse_mlp_batched_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= (kBulk ? 900 : 800) && has_batched_instance(kGroups, __CUDA_ARCH__))

@@ -9,6 +9,7 @@
 #include "sparse_mlp_dispatch.h"
 #include "sparse_mlp_generic.cuh"
 #include "sparse_mlp_kernel.cuh"
+#include "sparse_mlp_packed.cuh"
 #include "sparse_mlp_small.cuh"
 
 namespace cats {
@@ -92,6 +93,13 @@ cudaError_t add_partial_sums(const Choice &choice, const SparseMlpParams &params
 }
 
 template <class Row, typename T>
+cudaError_t launch_generic(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                           LaunchTarget target) {
+    target.overlap = false; // the kernel does not wait for the previous one
+    return launch_kernel<sparse_mlp_generic_kernel<Row, T>>(launch_size(choice), target, params, workspace);
+}
+
+template <class Row, typename T>
 cudaError_t launch_choice(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                           const LaunchTarget &target) {
     const RingArguments args{params, choice.ring, workspace};
@@ -118,19 +126,38 @@ cudaError_t launch_choice(const Choice &choice, const SparseMlpParams &params, c
                              : launch_batched<Row, T, false, 8>(choice, args, target);
         }
         break;
-    case Kernel::kGeneric: { // does not wait for the previous kernel, so it must not overlap it
-        LaunchTarget after_previous = target;
-        after_previous.overlap = false;
-        error =
-            launch_kernel<sparse_mlp_generic_kernel<Row, T>>(launch_size(choice), after_previous, params, workspace);
-        break;
-    }
+    case Kernel::kGeneric: error = launch_generic<Row, T>(choice, params, workspace, target); break;
+    case Kernel::kPacked: break;
     }
     if (error != cudaSuccess || !workspace.partial_sums) return error;
     if constexpr (layout_of<Row>().mma_operand) {
         if (choice.token_padding == 4) return add_partial_sums<T, 4>(choice, params, workspace, target);
         if (choice.token_padding == 8) return add_partial_sums<T, 8>(choice, params, workspace, target);
     }
+    return add_partial_sums<T, 0>(choice, params, workspace, target);
+}
+
+template <WeightType kDotType, typename T>
+cudaError_t launch_packed(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                          const LaunchTarget &target) {
+    cudaError_t error = cudaErrorNotSupported;
+    if constexpr (kDotType == WeightType::kDense) {
+        if (choice.kernel == Kernel::kGeneric) error = launch_generic<PackedRow, T>(choice, params, workspace, target);
+    } else if (choice.kernel == Kernel::kPacked) {
+        const RingArguments args{params, choice.ring, workspace};
+        const auto found = [&](int i) {
+            const PackedInstance &instance = kPackedInstances[i];
+            return instance.tokens == (choice.tokens == 3 ? 4 : choice.tokens) &&
+                   instance.blocks == choice.column_groups;
+        };
+        error = launch_where<int(std::size(kPackedInstances))>(found, [&](auto index) {
+            constexpr PackedInstance kInstance = kPackedInstances[decltype(index)::value];
+            return launch_kernel<
+                sparse_mlp_packed_kernel<kDotType, T, kInstance.tokens, kInstance.workers, kInstance.blocks>>(
+                launch_size(choice), target, args);
+        });
+    }
+    if (error != cudaSuccess || !workspace.partial_sums) return error;
     return add_partial_sums<T, 0>(choice, params, workspace, target);
 }
 

@@ -13,4 +13,9 @@ template <class Row, typename T>
 cudaError_t launch_choice(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                           const LaunchTarget &target);
 
+// Likewise for packed rows, whose gate and up rows have this type. kDense: the generic kernel, for all types.
+template <WeightType kDotType, typename T>
+cudaError_t launch_packed(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                          const LaunchTarget &target);
+
 } // namespace cats

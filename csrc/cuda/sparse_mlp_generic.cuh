@@ -36,22 +36,23 @@ __global__ void __launch_bounds__(kGenericThreads)
     for (int64_t j = blockIdx.x; j < p.intermediate_size; j += gridDim.x) {
         for (int m = 0; m < p.tokens; m++) {
             const T *x = static_cast<const T *>(p.x) + int64_t(m) * hidden;
-            auto dot = [&](const void *w, const void *bias) {
+            auto dot = [&](RowKind kind, const void *w, const void *bias) {
                 float sum = 0.f;
                 for (int c = threadIdx.x; c < hidden; c += kGenericThreads)
-                    sum = fmaf(Row::column(w, c), to_float(x[c]), sum);
+                    sum = fmaf(Row::column(p, kind, w, c), to_float(x[c]), sum);
                 return block_sum(sum) + (bias ? to_float(static_cast<const T *>(bias)[j]) : 0.f);
             };
             evaluated++;
-            const float v = activate(dot(row_of(p.w_gate, p.w_gate_stride, j), p.gate_bias), p.activation);
+            const float v =
+                activate(dot(RowKind::kGate, row_of(p.w_gate, p.w_gate_stride, j), p.gate_bias), p.activation);
             if (!keep(v, p.threshold[j * p.threshold_stride])) continue;
             kept++;
-            const float h = v * dot(row_of(p.w_up, p.w_up_stride, j), p.up_bias);
+            const float h = v * dot(RowKind::kUp, row_of(p.w_up, p.w_up_stride, j), p.up_bias);
             if (p.down_threshold && !keep(h, p.down_threshold[j * p.down_threshold_stride])) continue;
             kept_down++;
             const void *down = row_of(p.w_down_t, p.w_down_t_stride, j);
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads) {
-                const float product = Row::column(down, c) * h;
+                const float product = Row::column(p, RowKind::kDown, down, c) * h;
                 if (part) part[m * hidden + c] += product;
                 else atomicAdd(workspace.y_sum + m * hidden + c, product);
             }

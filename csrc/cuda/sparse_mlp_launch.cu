@@ -31,7 +31,7 @@ cudaError_t device_limits(int *device, DeviceLimits *limits) {
 
 bool is_aligned(const SparseMlpParams &p, const RowLayout &row) {
     const auto fits = [&](const void *base, int64_t stride) {
-        const int64_t bytes = stride * row.storage_bytes;
+        const int64_t bytes = stride * (p.gate_format.packed() ? 1 : row.storage_bytes);
         return reinterpret_cast<uintptr_t>(base) % 16 == 0 && bytes % 16 == 0 && bytes < 1ll << 32;
     };
     return fits(p.norm_weight, 0) && fits(p.y_sum, 0) && fits(p.x, 0) && fits(p.w_gate, p.w_gate_stride) &&
@@ -48,13 +48,33 @@ static_assert(has_layout<DenseRow<float>>(row_layout(DType::kFloat32)));
 static_assert(has_layout<DenseRow<__half>>(row_layout(DType::kFloat16)));
 static_assert(has_layout<DenseRow<__nv_bfloat16>>(row_layout(DType::kBFloat16)));
 
+template <typename T>
+cudaError_t launch_packed(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                          const LaunchTarget &target) {
+    if (choice.kernel == Kernel::kGeneric)
+        return launch_packed<WeightType::kDense, T>(choice, params, workspace, target);
+    if constexpr (sizeof(T) == 2) switch (params.gate_format.type) {
+        case WeightType::kInt4: return launch_packed<WeightType::kInt4, T>(choice, params, workspace, target);
+        case WeightType::kInt8: return launch_packed<WeightType::kInt8, T>(choice, params, workspace, target);
+        case WeightType::kFloat8: return launch_packed<WeightType::kFloat8, T>(choice, params, workspace, target);
+        case WeightType::kDense: break;
+        }
+    return cudaErrorNotSupported;
+}
+
+template <typename T>
+cudaError_t launch_rows(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
+                        const LaunchTarget &target) {
+    return (params.gate_format.packed() ? launch_packed<T> : launch_choice<DenseRow<T>, T>)(choice, params, workspace,
+                                                                                            target);
+}
+
 cudaError_t launch_format(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                           const LaunchTarget &target) {
     switch (params.dtype) {
-    case DType::kFloat32: return launch_choice<DenseRow<float>, float>(choice, params, workspace, target);
-    case DType::kFloat16: return launch_choice<DenseRow<__half>, __half>(choice, params, workspace, target);
-    case DType::kBFloat16:
-        return launch_choice<DenseRow<__nv_bfloat16>, __nv_bfloat16>(choice, params, workspace, target);
+    case DType::kFloat32: return launch_rows<float>(choice, params, workspace, target);
+    case DType::kFloat16: return launch_rows<__half>(choice, params, workspace, target);
+    case DType::kBFloat16: return launch_rows<__nv_bfloat16>(choice, params, workspace, target);
     case DType::kFloat64: break;
     }
     return cudaErrorInvalidValue;
@@ -100,8 +120,14 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     }
 
     const LaunchTarget target{stream, device, options.programmatic_launch && limits.compute_capability >= 90};
-    Shape shape{params.tokens, params.hidden_size,           params.intermediate_size, row, is_aligned(params, row),
-                step,          parts.partial_sums != nullptr};
+    Shape shape{params.tokens,
+                params.hidden_size,
+                params.intermediate_size,
+                row,
+                is_aligned(params, row),
+                step,
+                parts.partial_sums != nullptr,
+                {params.gate_format, params.up_format, params.down_format}};
     const int64_t x_row_bytes = params.hidden_size * (params.dtype == DType::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < params.tokens;) {
         shape.tokens = params.tokens - first;

@@ -41,6 +41,11 @@ struct Int8Row {
 #pragma unroll
         for (int i = 0; i < kPerChunk; i++) out[i] = float(int8_t(words[i / 4] >> i % 4 * 8)) * packed.scale;
     }
+    struct Bytes : UniformBytes {
+        __device__ explicit Bytes(const SparseMlpParams &p)
+            : UniformBytes{uint32_t(row_bytes(int(p.hidden_size) / kPerChunk, kScaleBytes))} {}
+    };
+    static __device__ float column(const SparseMlpParams &, RowKind, const void *row, int c) { return column(row, c); }
     static __host__ __device__ float column(const void *row, int c) {
         const uint8_t *tile = static_cast<const uint8_t *>(row) + c / kTileColumns * (kTileColumns + kScaleBytes);
         float scale;

@@ -12,13 +12,17 @@ template <typename T> struct DenseRow {
     using Packed = uint4;
     static constexpr int kPerChunk = kChunkBytes / sizeof(T), kScaleBytes = 0;
 
+    struct Bytes : UniformBytes {
+        __device__ explicit Bytes(const SparseMlpParams &p) : UniformBytes{uint32_t(p.hidden_size * sizeof(T))} {}
+    };
+
     static __device__ __forceinline__ Packed load(const uint8_t *tile, int lane) {
         return *reinterpret_cast<const uint4 *>(tile + lane * kChunkBytes);
     }
     static __device__ __forceinline__ void decode(const Packed &packed, float (&out)[kPerChunk]) {
         cats::decode(packed, out, T{});
     }
-    static __device__ __forceinline__ float column(const void *row, int c) {
+    static __device__ __forceinline__ float column(const SparseMlpParams &, RowKind, const void *row, int c) {
         return to_float(static_cast<const T *>(row)[c]);
     }
 };

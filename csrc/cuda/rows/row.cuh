@@ -14,7 +14,8 @@
 //     Packed         what a lane holds of its chunk until it is decoded; Packed{} decodes to zeros
 //     load(tile, lane)         this lane's chunk, and what scales it, of a tile in shared or global memory
 //     decode(packed, out)      its kPerChunk consecutive columns in fp32
-//     column(row, c)           one column in fp32, for rows of any alignment
+//     column(params, kind, row, c)  one column in fp32, for rows of any alignment
+//     Bytes(params)            gives the bytes of a row of a kind
 #pragma once
 
 #include <type_traits>
@@ -30,6 +31,12 @@ template <class Row> constexpr RowLayout layout_of() {
 }
 
 enum class RowKind : uint32_t { kGate, kUp, kDown, kEnd }; // kEnd: no row, the end of a queue
+
+// Bytes of a row of any kind, where all matrices have one format.
+struct UniformBytes {
+    uint32_t bytes;
+    __device__ __forceinline__ uint32_t operator()(RowKind) const { return bytes; }
+};
 
 // `offset` bytes into a neuron's row. One wide multiply-add: plan() checks that strides are below 4 GiB.
 template <class Row>

@@ -1,0 +1,65 @@
+// The one-pass sparse gated MLP on packed rows, for 1, 2 or 4 tokens, from sm_90 on. A CTA has one warp that decides
+// (scheduler.cuh) and 8 or 11 that compute on the tensor cores (packed_worker.cuh), each with its own columns.
+//
+// Rows of 4 bits arrive four times as fast as rows of bf16, so what decides is what a weight and a batch cost in
+// instructions, and the ends of a launch: the chain of first reads, decisions and last additions, 8 us with nothing
+// between. Programmatic dependent launch: as in sparse_mlp_kernel.cuh.
+#pragma once
+
+#include "packed_worker.cuh"
+#include "scheduler.cuh"
+
+namespace cats {
+
+template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks>
+__device__ __forceinline__ void sparse_mlp_packed_body(const RingArguments &args) {
+    using Worker = PackedWorker<kDotType, T, kTokens, kWorkers, kBlocks>;
+    using Batches = typename Worker::Batches;
+    const SparseMlpParams &p = args.mlp;
+    const bool step = p.y_sum;
+    const int warp = threadIdx.x / 32;
+    const OutputOrder<0> order{int(p.tokens), int(p.hidden_size)};
+    extern __shared__ __align__(128) uint8_t smem[];
+    const Ring<Batches> ring(smem, args.ring);
+    launch_dependents();
+    if (warp == kWorkers) {
+        Scheduler<Batches, PackedRow, T, true> scheduler(
+            args, ring, smem + ring_bytes(args.ring.slots, ring.rows() * args.ring.row_stride, Batches::kSizes));
+        scheduler.prefetch_first_batches();
+        ring.init(thresholds_differ(p) ? 32 : 0); // threads that copy
+        __syncthreads();
+        if (step) scheduler.ask_before_wait();
+        wait_for_previous_kernel();
+        scheduler.run();
+    } else {
+        Worker worker(p, ring, warp);
+        __syncthreads();
+        if (step) {
+            if constexpr (kTokens == 1) {
+                float norm[32];
+                worker.load_norm(norm);
+                wait_for_previous_kernel();
+                worker.load_normalised_x(norm);
+            }
+        } else {
+            wait_for_previous_kernel();
+            worker.load_x();
+        }
+        worker.run();
+        worker.add_to_output([&](int column, int token, auto v) {
+            add_to_output(args.workspace, order.size(), token * int(p.hidden_size) + column, v);
+        });
+    }
+    if (!step) finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+}
+
+template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks>
+__global__ void __launch_bounds__((kWorkers + 1) * 32, 1)
+    sparse_mlp_packed_kernel(const __grid_constant__ RingArguments args) {
+#ifdef __CUDA_ARCH__
+    if constexpr (__CUDA_ARCH__ >= 900) sparse_mlp_packed_body<kDotType, T, kTokens, kWorkers, kBlocks>(args);
+    else __trap();
+#endif
+}
+
+} // namespace cats
