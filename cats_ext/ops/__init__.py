@@ -9,6 +9,9 @@ from cats_ext.ops.definitions import (
     gated_threshold_forward,
     sparse_mlp,
     sparse_mlp_counted,
+    sparse_mlp_packed,
+    sparse_mlp_packed_counted,
+    sparse_mlp_packed_step,
     sparse_mlp_step,
 )
 
@@ -21,5 +24,8 @@ __all__ = [
     "gated_threshold_forward",
     "sparse_mlp",
     "sparse_mlp_counted",
+    "sparse_mlp_packed",
+    "sparse_mlp_packed_counted",
+    "sparse_mlp_packed_step",
     "sparse_mlp_step",
 ]

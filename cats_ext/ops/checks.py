@@ -33,7 +33,13 @@ class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
 @functools.cache
 def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
-    function.argtypes = [ctypes.c_char_p, ctypes.POINTER(_NamedTensor), ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p * 3]
+    function.argtypes = [
+        ctypes.c_char_p,
+        ctypes.POINTER(_NamedTensor),
+        ctypes.c_int64,
+        ctypes.c_char_p,
+        ctypes.c_char_p * 3,
+    ]
     function.restype = ctypes.c_char_p
     return function
 

@@ -69,16 +69,26 @@ def _sparse_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:  # the refer
     return reference.sparse_mlp_ref(**arguments)
 
 
-def _sparse_mlp_step_ref(*, x: Tensor, norm_weight: Tensor, norm_eps: float, y_sum: Tensor, **arguments) -> None:
-    row = reference.rms_norm_ref(x, norm_weight, norm_eps).float()  # in x's dtype the result would be rounded
-    y_sum[: x.numel()] += reference.sparse_mlp_ref(row, **arguments).flatten()
+def _sparse_mlp_packed_ref(*, deterministic: bool, **arguments) -> Tensor:
+    return reference.sparse_mlp_packed_ref(**arguments)
+
+
+def _step_ref(sparse_mlp_ref: Callable[..., Tensor]) -> Callable[..., None]:
+    def step_ref(*, x: Tensor, norm_weight: Tensor, norm_eps: float, y_sum: Tensor, **arguments) -> None:
+        row = reference.rms_norm_ref(x, norm_weight, norm_eps).float()  # in x's dtype the result would be rounded
+        y_sum[: x.numel()] += sparse_mlp_ref(row, **arguments).flatten()
+
+    return step_ref
 
 
 # The argument that each output has the shape, dtype and device of, and the reference.
 _OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "sparse_mlp": (("x",), _sparse_mlp_ref),
     "sparse_mlp_counted": (("x",), _sparse_mlp_ref),
-    "sparse_mlp_step": ((), _sparse_mlp_step_ref),
+    "sparse_mlp_packed": (("x",), _sparse_mlp_packed_ref),
+    "sparse_mlp_packed_counted": (("x",), _sparse_mlp_packed_ref),
+    "sparse_mlp_step": ((), _step_ref(reference.sparse_mlp_ref)),
+    "sparse_mlp_packed_step": ((), _step_ref(reference.sparse_mlp_packed_ref)),
     "gated_threshold": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_backward": (("gate", "up"), reference.gated_threshold_backward_ref),

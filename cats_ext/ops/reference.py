@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.rows import RowFormat
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -94,6 +96,23 @@ def sparse_mlp_ref(
         counts += gated_threshold_counts_ref(g, u, threshold, down_threshold, activation)
     h = gated_threshold_ref(g, u, threshold, down_threshold, activation, compute_dtype)
     return linear(h, w_down_t.t(), down_bias).to(x.dtype)
+
+
+def sparse_mlp_packed_ref(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    gate_format: str,
+    up_format: str,
+    down_format: str,
+    *args,
+    **named,
+) -> Tensor:
+    """:func:`sparse_mlp_ref` on the weights that the packed rows stand for."""
+    packed = ((w_gate, gate_format), (w_up, up_format), (w_down_t, down_format))
+    weights = (RowFormat.parse(name).unpack(w, x.shape[-1]) for w, name in packed)
+    return sparse_mlp_ref(x, *weights, *args, **named)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
