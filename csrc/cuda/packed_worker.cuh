@@ -11,7 +11,7 @@
 //
 // One token needs one of the 8 columns of B. The others hold what would otherwise take registers: in a dot product x of
 // other blocks of 128 columns (only the diagonal of D is used), and for the down rows h of other groups of 64 columns,
-// whose sums then share D. h * scale is a sum of two bf16 values, in a column each, and x of fp16 or fp32 is, too.
+// whose sums then share D. h * scale is a sum of two bf16 values, and so is x of fp16 or fp32.
 //
 // An infinite x or h makes NaN of what it reaches.
 #pragma once
@@ -68,8 +68,11 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     static constexpr int kParts = std::is_same_v<T, __nv_bfloat16> ? 1 : 2; // bf16 values that make up an x
     static constexpr int kSetBlocks = 8 / kTokens;                          // column of B: block % kSetBlocks, token
     static constexpr int kSets = (kBlocks + kSetBlocks - 1) / kSetBlocks;   // of x
-    static constexpr int kShare = 4 / kTokens;                              // groups of 64 columns that share D
+    // h * scale is a sum of two bf16 values: in a column of B each for one token, otherwise one after the other.
+    static constexpr int kPartColumns = kTokens == 1 ? 2 : 1;
+    static constexpr int kShare = 8 / (kTokens * kPartColumns); // groups of 64 columns that share D
     static constexpr int kSums = 2 * kBlocks / kShare;
+    static constexpr int kUnrolledBlocks = 1;
     static constexpr BatchSizes kSizes = packed_batches(kTokens, kWorkers);
     static_assert((kTokens == 1 || kTokens == 2 || kTokens == 4) && 2 * kBlocks % kShare == 0);
 
@@ -143,30 +146,36 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 
     // add(column, token, values of this and the next columns): float4 or float2
     template <typename Add> __device__ __forceinline__ void add_to_output(Add add) const {
-        const int token = quad_ % kTokens, group = quad_ / kTokens;
         const bool int4 = p_.down_format.type == WeightType::kInt4;
         const float factor = p_.down_format.type == WeightType::kFloat8 ? kFloat8Factor : 1.f;
 #pragma unroll
         for (int s = 0; s < kSums; s++) {
-            float offset = offset_[s];
+            float offset = offset_[s]; // over the rows, and the parts
 #pragma unroll
-            for (int o = 1; o < 8; o *= 2) offset += __shfl_xor_sync(kAll, offset, o); // over rows and parts
-            offset = __shfl_sync(kAll, offset, quad_ * 8);
-            const int first = (warp_ * kBlocks * 2 + s * kShare + group) * 64;
-            if (token >= p_.tokens || first >= p_.hidden_size) continue;
+            for (int o = 1; o < 4 * kPartColumns; o *= 2) offset += __shfl_xor_sync(kAll, offset, o);
 #pragma unroll
-            for (int upper = 0; upper < 2; upper++) {
-                const auto sum = [&](int i) {
-                    return (y_[s][i][2 * upper] + y_[s][i][2 * upper + 1] - offset) * factor;
-                };
-                if (int4) {
-                    const int column = first + upper * 32 + row_ * 4;
-                    if (column < p_.hidden_size) add(column, token, make_float4(sum(0), sum(1), sum(2), sum(3)));
-                } else {
+            for (int e = 0; e < 2 / kPartColumns; e++) { // of this lane's columns of D
+                const float subtracted = __shfl_sync(kAll, offset, quad_ * 8 + e * 4);
+                const int column_of_d = quad_ * (2 / kPartColumns) + e, token = column_of_d % kTokens;
+                const int first = (warp_ * kBlocks * 2 + s * kShare + column_of_d / kTokens) * 64;
+                if (token >= p_.tokens || first >= p_.hidden_size) continue;
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int column = first + half * 32 + upper * 16 + row_ * 2;
-                        if (column < p_.hidden_size) add(column, token, make_float2(sum(2 * half), sum(2 * half + 1)));
+                for (int upper = 0; upper < 2; upper++) {
+                    const auto sum = [&](int i) {
+                        float d = y_[s][i][2 * upper + e];
+                        if constexpr (kPartColumns == 2) d += y_[s][i][2 * upper + 1];
+                        return (d - subtracted) * factor;
+                    };
+                    if (int4) {
+                        const int column = first + upper * 32 + row_ * 4;
+                        if (column < p_.hidden_size) add(column, token, make_float4(sum(0), sum(1), sum(2), sum(3)));
+                    } else {
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const int column = first + half * 32 + upper * 16 + row_ * 2;
+                            if (column < p_.hidden_size)
+                                add(column, token, make_float2(sum(2 * half), sum(2 * half + 1)));
+                        }
                     }
                 }
             }
@@ -295,52 +304,55 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 #pragma unroll
         for (int i = 0; i < kSets * 4 * kGroups; i++) (&d[0][0][0][0])[i] = 0.f;
 #pragma unroll
-        for (int b = 0; b < kBlocks; b++) {
-            constexpr int kLoads = kInt4 ? 1 : 2; // ldmatrix reads 64 bytes of a row
-            const int s = b / kSetBlocks, first = b % kSetBlocks * kTokens;
-            const uint32_t at = block_at<kType>(b, scale_bytes);
-            float c[2][4] = {}, c_upper[2][4] = {}; // by halves of the block; int8: of the upper bits
+        for (int s = 0; s < kSets; s++)
+#pragma unroll kUnrolledBlocks
+            for (int i_block = 0; i_block < (s + 1 == kSets ? kBlocks - s * kSetBlocks : kSetBlocks); i_block++) {
+                constexpr int kLoads = kInt4 ? 1 : 2; // ldmatrix reads 64 bytes of a row
+                const int first = i_block * kTokens;
+                const uint32_t at = block_at<kType>(s * kSetBlocks + i_block, scale_bytes);
+                float c[2][4] = {}, c_upper[2][4] = {}; // by halves of the block; int8: of the upper bits
 #pragma unroll
-            for (int load = 0; load < kLoads; load++) {
-                uint32_t lo[4], hi[4];
-                load_tiles<false>(lo, low + at + load * 64);
-                load_tiles<false>(hi, high + at + load * 64);
+                for (int load = 0; load < kLoads; load++) {
+                    uint32_t lo[4], hi[4];
+                    load_tiles<false>(lo, low + at + load * 64);
+                    load_tiles<false>(hi, high + at + load * 64);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int half = kInt4 ? i / 2 : load;
+                    for (int i = 0; i < 4; i++) {
+                        const int half = kInt4 ? i / 2 : load;
 #pragma unroll
-                    for (int part = 0; part < kParts; part++) {
-                        const uint32_t *x = x_[part][s] + (kInt4 ? i * 4 : (load * 4 + i) * 2);
-                        const auto multiply = [&](float (&sum)[4], int first_operand, int second_operand, int at_x) {
-                            mma<__nv_bfloat16>(sum, Unpack::operand(lo[i], first_operand),
-                                               Unpack::operand(hi[i], first_operand),
-                                               Unpack::operand(lo[i], second_operand),
-                                               Unpack::operand(hi[i], second_operand), x[at_x], x[at_x + 1]);
-                        };
-                        if constexpr (kInt4) multiply(c[half], 0, 1, 0), multiply(c[half], 2, 3, 2);
-                        else if constexpr (kInt8) multiply(c[half], 0, 2, 0), multiply(c_upper[half], 1, 3, 0);
-                        else multiply(c[half], 0, 1, 0);
+                        for (int part = 0; part < kParts; part++) {
+                            const uint32_t *x = x_[part][s] + (kInt4 ? i * 4 : (load * 4 + i) * 2);
+                            const auto multiply = [&](float (&sum)[4], int first_operand, int second_operand,
+                                                      int at_x) {
+                                mma<__nv_bfloat16>(sum, Unpack::operand(lo[i], first_operand),
+                                                   Unpack::operand(hi[i], first_operand),
+                                                   Unpack::operand(lo[i], second_operand),
+                                                   Unpack::operand(hi[i], second_operand), x[at_x], x[at_x + 1]);
+                            };
+                            if constexpr (kInt4) multiply(c[half], 0, 1, 0), multiply(c[half], 2, 3, 2);
+                            else if constexpr (kInt8) multiply(c[half], 0, 2, 0), multiply(c_upper[half], 1, 3, 0);
+                            else multiply(c[half], 0, 1, 0);
+                        }
                     }
                 }
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const bool mine =
+                            quad_ >= first / 2 && quad_ < (first + kTokens + 1) / 2 && (kTokens > 1 || e == first % 2);
+                        float value[2];
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            value[half] = c[half][2 * r + e];
+                            if constexpr (kInt8) value[half] = fmaf(16.f, c_upper[half][2 * r + e], value[half]);
+                        }
+                        if (mine) {
+                            if constexpr (kGroups == 1) d[s][r][e][0] = value[0] + value[1];
+                            else d[s][r][e][0] = value[0], d[s][r][e][kGroups - 1] = value[1];
+                        }
+                    }
             }
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (kTokens == 1 && e != first % 2) continue;
-                    const bool mine = quad_ >= first / 2 && quad_ < (first + kTokens + 1) / 2;
-                    float value[2];
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        value[half] = c[half][2 * r + e];
-                        if constexpr (kInt8) value[half] = fmaf(16.f, c_upper[half][2 * r + e], value[half]);
-                    }
-                    if (mine) {
-                        if constexpr (kGroups == 1) d[s][r][e][0] = value[0] + value[1];
-                        else d[s][r][e][0] = value[0], d[s][r][e][kGroups - 1] = value[1];
-                    }
-                }
-        }
         // Scales, and the sum over the blocks: of the two columns of D and over the lanes of a row.
         float dots[2][2] = {}; // [row, row + 8][token of this lane]
         constexpr int kShift = kGroups == 1 ? 7 : 6;
@@ -396,9 +408,9 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         const int scale_bytes = computed_here(format.scale_bytes()), rows = ring_.rows();
         const uint8_t *first_row = ring_.row(slot, 0);
         const uint32_t stride = uint32_t(ring_.row(slot, 1) - first_row);
-        // The column of B that this lane holds: a group of 64 columns, a token, and which part of h * scale.
-        const int column_group = row_ / (2 * kTokens), token = row_ / 2 % kTokens;
-        const bool rest = row_ % 2;
+        // The column of B that this lane holds: a group of 64 columns, a token, and for one token a part of h * scale.
+        const int column_group = row_ / (kPartColumns * kTokens), token = row_ / kPartColumns % kTokens;
+        constexpr int kInTurn = 2 / kPartColumns; // parts one after the other
         float h[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) { // neurons 2 * quad_, the next, and these + 8
@@ -413,7 +425,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         for (int s = 0; s < kSums; s++) {
             const int group64 = warp_ * kBlocks * 2 + s * kShare + column_group;
             const bool exists = group64 < 2 * blocks_;
-            uint32_t b[2];
+            uint32_t b[kInTurn][2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 float value[2], offset[2];
@@ -437,34 +449,43 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     offset[e] = used ? offset[e] : 0.f;
                 }
                 __nv_bfloat162 pair = __floats2bfloat162_rn(value[0], value[1]);
-                if (rest) pair = __floats2bfloat162_rn(value[0] - __low2float(pair), value[1] - __high2float(pair));
-                if constexpr (kInt4 || kInt8)
-                    offset_[s] = fmaf(offset[0], __low2float(pair), fmaf(offset[1], __high2float(pair), offset_[s]));
-                b[k] = reinterpret_cast<const uint32_t &>(pair);
+                const auto rest = [&] {
+                    return __floats2bfloat162_rn(value[0] - __low2float(pair), value[1] - __high2float(pair));
+                };
+                if (kPartColumns == 2 && row_ % 2) pair = rest();
+#pragma unroll
+                for (int part = 0; part < kInTurn; part++) {
+                    if (part) pair = rest();
+                    if constexpr (kInt4 || kInt8)
+                        offset_[s] =
+                            fmaf(offset[0], __low2float(pair), fmaf(offset[1], __high2float(pair), offset_[s]));
+                    b[part][k] = reinterpret_cast<const uint32_t &>(pair);
+                }
             }
 #pragma unroll
             for (int share = 0; share < kShare; share++) {
                 const int group = s * kShare + share; // of 64 columns, in this warp
                 const bool mine = column_group == share;
-                const uint32_t b0 = mine ? b[0] : 0, b1 = mine ? b[1] : 0;
                 const uint32_t at = tiles_at + block_at<kType>(group / 2, scale_bytes) + group % 2 * (kInt4 ? 32 : 64);
                 constexpr int kLoads = kInt4 ? 1 : 2; // 16 rows of 32 bytes
-                uint32_t b0_upper = 0, b1_upper = 0;
-                if constexpr (kInt8) b0_upper = times_16(b0), b1_upper = times_16(b1);
 #pragma unroll
                 for (int load = 0; load < kLoads; load++) {
                     uint32_t t[4];
                     load_tiles<true>(t, at + load * 32);
-                    const auto multiply = [&](float (&sum)[4], int operand, uint32_t first, uint32_t second) {
-                        mma<__nv_bfloat16>(sum, Unpack::operand(t[0], operand), Unpack::operand(t[2], operand),
-                                           Unpack::operand(t[1], operand), Unpack::operand(t[3], operand), first,
-                                           second);
-                    };
 #pragma unroll
                     for (int i = 0; i < (kInt4 ? 4 : 2); i++) {
                         float (&sum)[4] = y_[s][kInt4 ? i : 2 * load + i];
-                        if constexpr (kInt8) multiply(sum, 2 * i, b0, b1), multiply(sum, 2 * i + 1, b0_upper, b1_upper);
-                        else multiply(sum, i, b0, b1);
+                        const auto multiply = [&](int operand, auto factor) {
+                            const uint32_t a[4] = {Unpack::operand(t[0], operand), Unpack::operand(t[2], operand),
+                                                   Unpack::operand(t[1], operand), Unpack::operand(t[3], operand)};
+#pragma unroll
+                            for (int part = 0; part < kInTurn; part++)
+                                mma<__nv_bfloat16>(sum, a[0], a[1], a[2], a[3], mine ? factor(b[part][0]) : 0,
+                                                   mine ? factor(b[part][1]) : 0);
+                        };
+                        const auto once = [](uint32_t pair) { return pair; };
+                        if constexpr (kInt8) multiply(2 * i, once), multiply(2 * i + 1, times_16);
+                        else multiply(i, once);
                     }
                 }
             }

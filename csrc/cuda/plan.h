@@ -208,12 +208,12 @@ CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch
 }
 
 // Packed rows: 16 rows a batch, as many as the tensor cores take at a time. Each worker warp has so many blocks of 128
-// columns. x and y of a thread take 8 * tokens * blocks registers for y and 16 for x of each 8 / tokens blocks.
+// columns; a thread has room for x and y of 16 blocks in all tokens.
 CATS_HOST_DEVICE constexpr BatchSizes packed_batches(int tokens, int workers) { return {16, tokens, workers, 256}; }
 struct PackedInstance {
     int tokens, workers, blocks;
 };
-constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {2, 11, 6}, {4, 11, 3}};
+constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {2, 8, 8}, {4, 8, 4}};
 
 // ---- The generic kernel (sparse_mlp_generic.cuh) ----
 

@@ -1,5 +1,5 @@
 // The one-pass sparse gated MLP on packed rows, for 1, 2 or 4 tokens, from sm_90 on. A CTA has one warp that decides
-// (scheduler.cuh) and 8 or 11 that compute on the tensor cores (packed_worker.cuh), each with its own columns.
+// (scheduler.cuh) and 8 that compute on the tensor cores (packed_worker.cuh), each with its own columns.
 //
 // Rows of 4 bits arrive four times as fast as rows of bf16, so what decides is what a weight and a batch cost in
 // instructions, and the ends of a launch: the chain of first reads, decisions and last additions, 8 us with nothing
