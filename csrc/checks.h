@@ -204,6 +204,11 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.w_gate = weight(w_gate, "gate_format", a.gate_format, &p.gate_format, &p.w_gate_stride);
     p.w_up = weight(a.w_up, "up_format", a.up_format, &p.up_format, &p.w_up_stride);
     p.w_down_t = weight(a.w_down_t, "down_format", a.down_format, &p.down_format, &p.w_down_t_stride);
+    if (packed) {
+        p.gate_bytes = p.gate_format.row_bytes(hidden_size);
+        p.up_bytes = p.up_format.row_bytes(hidden_size);
+        p.down_bytes = p.down_format.row_bytes(hidden_size);
+    }
     p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
     p.down_threshold = check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, a.activation);

@@ -44,7 +44,9 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
 }
 
 // A row format's name. An empty one is no format's, where check_sparse_mlp would take it for dense weights.
-inline std::string_view named(const StringArgument &format) { return format.value.empty() ? " " : format.value; }
+inline std::string_view named(const StringArgument &format) {
+    return format.value.empty() ? std::string_view(" ") : format.value;
+}
 
 inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
     return tensor.has_value() ? argument(name, *tensor) : TensorArgument{name};

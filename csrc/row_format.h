@@ -43,15 +43,17 @@ struct RowFormat {
     WeightType type = WeightType::kDense;
     int32_t group_size = 0; // columns of a scale; 0: dense, or one scale a row
     bool zero_points = false;
+    int32_t scale_bytes = 0; // packed: of the scales before a tile, a multiple of 16
 
-    CATS_HOST_DEVICE constexpr bool packed() const { return type != WeightType::kDense; }
-    // The rest is of packed rows. Bytes of the scales before a tile, a multiple of 16:
-    CATS_HOST_DEVICE constexpr int scale_bytes() const {
-        if (!group_size) return 16;
-        return round_up(kTileChunks * columns_per_chunk(type) / group_size * (zero_points ? 4 : 2), 16);
+    constexpr RowFormat() = default;
+    constexpr RowFormat(WeightType type, int32_t group_size, bool zero_points)
+        : type(type), group_size(group_size), zero_points(zero_points), scale_bytes(16) {
+        if (group_size)
+            scale_bytes = round_up(kTileChunks * columns_per_chunk(type) / group_size * (zero_points ? 4 : 2), 16);
     }
-    CATS_HOST_DEVICE constexpr int64_t row_bytes(int64_t hidden_size) const {
-        return cats::row_bytes(round_up(hidden_size, kPackedColumns) / columns_per_chunk(type), scale_bytes());
+    CATS_HOST_DEVICE constexpr bool packed() const { return type != WeightType::kDense; }
+    constexpr int32_t row_bytes(int64_t hidden_size) const {
+        return cats::row_bytes(round_up(hidden_size, kPackedColumns) / columns_per_chunk(type), scale_bytes);
     }
 };
 

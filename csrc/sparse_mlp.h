@@ -33,6 +33,7 @@ struct SparseMlpParams {
     const void *w_down_t;                                // likewise: row j is neuron j's column of down_proj.weight
     int64_t w_gate_stride, w_up_stride, w_down_t_stride; // between neurons, in elements, or in bytes of packed rows
     RowFormat gate_format, up_format, down_format;       // all dense or all packed
+    int32_t gate_bytes, up_bytes, down_bytes;            // of a packed row
 
     const float *threshold;      // fp32, one value (stride 0) or one for each neuron (any stride)
     const float *down_threshold; // likewise, or null: no second test

@@ -5,18 +5,17 @@
 //     down:      D[16 columns, 8] += W^T[16 columns, 16 neurons] B[16 neurons, 8]
 //
 // The order of the columns in a dot product does not matter, so a lane multiplies the 32-bit words that ldmatrix gives
-// it: masking and or-ing 4 bits of each half into a bf16 of 128 makes two weights (int8: two halves of two weights, of
-// which the upper counts 16 times). The offset, 128 + z, is subtracted at the end, times the sum of what was
-// multiplied. Products are exact in fp32.
+// it. Masked bits of a word are two fp16 numbers as they are, subnormal ones: a weight times 2^-24. Such products are
+// exact in fp32 and run at full speed. The offset of the weights is subtracted at the end, times the sum of what was
+// multiplied. x is scaled by a power of two for each block of 128 columns, so that fp16 has its range; h * scale by one
+// for all, which is lowered when a value would not fit.
 //
 // One token needs one of the 8 columns of B. The others hold what would otherwise take registers: in a dot product x of
 // other blocks of 128 columns (only the diagonal of D is used), and for the down rows h of other groups of 64 columns,
-// whose sums then share D. h * scale is a sum of two bf16 values, and so is x of fp16 or fp32.
+// whose sums then share D. h * scale is a sum of two fp16 values.
 //
 // An infinite x or h makes NaN of what it reaches.
 #pragma once
-
-#include <type_traits>
 
 #include "mma.cuh"
 #include "ring.cuh"
@@ -25,54 +24,44 @@
 
 namespace cats {
 
-// The bits that `mask` selects of w, flipped and completed by those of `with`.
-__device__ __forceinline__ uint32_t masked_xor(uint32_t w, uint32_t mask, uint32_t with) {
-    uint32_t out;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(w), "r"(mask), "r"(with));
-    return out;
-}
-
-// How one register of ldmatrix, eight 4-bit or four 8-bit weights, becomes operands of two bf16 values each.
+// How one register of ldmatrix, eight 4-bit or four 8-bit weights, becomes operands of two fp16 values each.
+// kOffset: of all weights of the type, beside zero points.
 template <WeightType kType> struct Unpack;
 
-template <> struct Unpack<WeightType::kInt4> { // operand i: 128 + nibbles i and i + 4
+template <> struct Unpack<WeightType::kInt4> { // operand i: 4-bit weights i and i + 4, times 2^-24, if i is odd 2^-20
     static constexpr int kOperands = 4;
+    static constexpr float kFactor = 16777216.f, kOffset = 8.f;
     static __device__ __forceinline__ uint32_t operand(uint32_t w, int i) {
-        return masked_xor(w >> 4 * i, 0x000f000f, 0x43004300);
+        return w >> i / 2 * 8 & (i % 2 ? 0x00f000f0 : 0x000f000f);
     }
 };
 
-template <> struct Unpack<WeightType::kInt8> { // operand 2 i + upper: 128 + a half of bytes i and i + 2, of q + 128
-    static constexpr int kOperands = 4;
-    static __device__ __forceinline__ uint32_t operand(uint32_t w, int i) {
-        return masked_xor(w >> 4 * i, 0x000f000f, i % 2 ? 0x43084308 : 0x43004300);
-    }
-};
-
-template <> struct Unpack<WeightType::kFloat8> { // operand i: bytes i and i + 2, times 2^-120: other exponent bias
+template <> struct Unpack<WeightType::kInt8> { // operand i: weights i and i + 2, plus 128, times 2^-24
     static constexpr int kOperands = 2;
+    static constexpr float kFactor = 16777216.f, kOffset = 128.f;
     static __device__ __forceinline__ uint32_t operand(uint32_t w, int i) {
-        const uint32_t sign = (i ? w : w << 8) & 0x80008000, rest = (i ? w >> 4 : w << 4) & 0x07f007f0;
-        return sign | rest;
+        return (w >> i * 8 & 0x00ff00ff) ^ 0x00800080;
     }
 };
 
-// Of fp8: x and h are multiplied by 2^60, and so are the results.
-constexpr float kFloat8Factor = 1152921504606846976.f;
-
-// The offset of a weight that its operands have, beside its zero point: 128, or 128 + 16 * 128 + 128.
-constexpr float kInt4Offset = 128.f, kInt8Offset = 2304.f;
+template <> struct Unpack<WeightType::kFloat8> { // operand i: weights i and i + 2, times 2^-8: other exponent bias
+    static constexpr int kOperands = 2;
+    static constexpr float kFactor = 256.f, kOffset = 0.f;
+    static __device__ __forceinline__ uint32_t operand(uint32_t w, int i) {
+        return ((i ? w : w << 8) & 0x80008000) | ((i ? w >> 1 : w << 7) & 0x3f803f80);
+    }
+};
 
 template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks> class PackedWorker {
     static constexpr uint32_t kAll = 0xffffffffu;
-    static constexpr int kParts = std::is_same_v<T, __nv_bfloat16> ? 1 : 2; // bf16 values that make up an x
-    static constexpr int kSetBlocks = 8 / kTokens;                          // column of B: block % kSetBlocks, token
-    static constexpr int kSets = (kBlocks + kSetBlocks - 1) / kSetBlocks;   // of x
-    // h * scale is a sum of two bf16 values: in a column of B each for one token, otherwise one after the other.
-    static constexpr int kPartColumns = kTokens == 1 ? 2 : 1;
+    static constexpr float kMostHalf = 60000.f;                           // fp16 ends at 65504
+    static constexpr int kSetBlocks = 8 / kTokens;                        // column of B: block % kSetBlocks, token
+    static constexpr int kSets = (kBlocks + kSetBlocks - 1) / kSetBlocks; // of x
+    // h * scale is a sum of two fp16 values: in a column of B each for one token, otherwise one after the other.
+    static constexpr int kPartColumns = kTokens == 1 ? 2 : 1, kParts = 2 / kPartColumns;
     static constexpr int kShare = 8 / (kTokens * kPartColumns); // groups of 64 columns that share D
     static constexpr int kSums = 2 * kBlocks / kShare;
-    static constexpr int kUnrolledBlocks = 1;
+    static constexpr int kUnroll = kBlocks * kTokens <= 4 ? 4 : 1; // blocks, as far as the registers suffice
     static constexpr BatchSizes kSizes = packed_batches(kTokens, kWorkers);
     static_assert((kTokens == 1 || kTokens == 2 || kTokens == 4) && 2 * kBlocks % kShare == 0);
 
@@ -90,10 +79,9 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 #pragma unroll
         for (int s = 0; s < kSets; s++) {
             float x[32];
-            load_columns(p_.x, s, token_of_column(row_), x);
-            split(s, x);
+            load_columns(p_.x, s, row_ % kTokens, x);
+            keep_x(s, x);
         }
-        sum_x();
     }
 
     // One token: x / rms(x) * norm weight, rounded where separate operations round.
@@ -113,15 +101,15 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         const float scale = rsqrtf(sum / float(p_.hidden_size) + p_.norm_eps);
 #pragma unroll
         for (int i = 0; i < 32; i++) x[i] = to_float(round_to<T>(to_float(round_to<T>(x[i] * scale)) * norm[i]));
-        split(0, x);
-        sum_x();
+        keep_x(0, x);
     }
 
     __device__ void run() {
+        h_factor_ = 1024.f;
 #pragma unroll
         for (int i = 0; i < kSums * 16; i++) (&y_[0][0][0])[i] = 0.f;
 #pragma unroll
-        for (int s = 0; s < kSums; s++) offset_[s] = 0.f;
+        for (int s = 0; s < kSums; s++) offsets_[s] = 0.f;
         typename Ring<Batches>::Cursor at;
         while (true) {
             wait(ring_.full(at.slot), at.parity);
@@ -147,16 +135,18 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     // add(column, token, values of this and the next columns): float4 or float2
     template <typename Add> __device__ __forceinline__ void add_to_output(Add add) const {
         const bool int4 = p_.down_format.type == WeightType::kInt4;
-        const float factor = p_.down_format.type == WeightType::kFloat8 ? kFloat8Factor : 1.f;
+        const float factor = p_.down_format.type == WeightType::kFloat8 ? Unpack<WeightType::kFloat8>::kFactor
+                                                                        : Unpack<WeightType::kInt8>::kFactor,
+                    unscale = 1.f / h_factor_;
 #pragma unroll
         for (int s = 0; s < kSums; s++) {
-            float offset = offset_[s]; // over the rows, and the parts
+            float offset = offsets_[s]; // over the rows, and the parts
 #pragma unroll
             for (int o = 1; o < 4 * kPartColumns; o *= 2) offset += __shfl_xor_sync(kAll, offset, o);
 #pragma unroll
-            for (int e = 0; e < 2 / kPartColumns; e++) { // of this lane's columns of D
+            for (int e = 0; e < kParts; e++) { // of this lane's columns of D
                 const float subtracted = __shfl_sync(kAll, offset, quad_ * 8 + e * 4);
-                const int column_of_d = quad_ * (2 / kPartColumns) + e, token = column_of_d % kTokens;
+                const int column_of_d = quad_ * kParts + e, token = column_of_d % kTokens;
                 const int first = (warp_ * kBlocks * 2 + s * kShare + column_of_d / kTokens) * 64;
                 if (token >= p_.tokens || first >= p_.hidden_size) continue;
 #pragma unroll
@@ -164,7 +154,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     const auto sum = [&](int i) {
                         float d = y_[s][i][2 * upper + e];
                         if constexpr (kPartColumns == 2) d += y_[s][i][2 * upper + 1];
-                        return (d - subtracted) * factor;
+                        return fmaf(d, int4 && i % 2 ? factor / 16 : factor, -subtracted) * unscale;
                     };
                     if (int4) {
                         const int column = first + upper * 32 + row_ * 4;
@@ -190,101 +180,74 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         return value;
     }
 
-    static __device__ __forceinline__ int token_of_column(int column) { return column % kTokens; }
-
     // The columns of x that this lane's registers of B hold, of set s: of one block, the words that ldmatrix gives its
     // quad_. Zeros where there is no such column or token.
     __device__ __forceinline__ void load_columns(const void *data, int s, int token, float (&out)[32]) const {
-        const int block = warp_ * kBlocks + s * kSetBlocks + row_ / kTokens;
-        const bool exists = row_ / kTokens + s * kSetBlocks < kBlocks && block < blocks_ && token < p_.tokens;
+        constexpr int kRun = kDotType == WeightType::kInt4 ? 8 : 4; // consecutive columns
+        const int in_warp = s * kSetBlocks + row_ / kTokens, block = warp_ * kBlocks + in_warp;
+        const bool exists = in_warp < kBlocks && block < blocks_ && token < p_.tokens;
         const T *from = static_cast<const T *>(data) + int64_t(token) * p_.hidden_size;
-        const auto load = [&](auto run) { // of consecutive columns
-            constexpr int kRun = decltype(run)::value;
 #pragma unroll
-            for (int i = 0; i < 32 / kRun; i++) {
-                const int column = block * kPackedColumns + (i * 4 + quad_) * kRun;
-                float values[kRun] = {};
-                if (exists && column < p_.hidden_size) {
-#pragma unroll
-                    for (int e = 0; e < kRun; e += 4) {
-                        float part[4];
-                        load_four(from + column + e, part);
-#pragma unroll
-                        for (int k = 0; k < 4; k++) values[e + k] = part[k];
-                    }
-                }
-#pragma unroll
-                for (int e = 0; e < kRun; e++) out[i * kRun + e] = values[e];
+        for (int i = 0; i < 32; i += 4) {
+            const int column = block * kPackedColumns + (i / kRun * 4 + quad_) * kRun + i % kRun;
+            float part[8] = {};
+            if (exists && column < p_.hidden_size) {
+                const uint2 bits = *reinterpret_cast<const uint2 *>(from + column);
+                decode(make_uint4(bits.x, bits.y, 0, 0), part, T{});
             }
-        };
-        if (kDotType == WeightType::kInt4) load(std::integral_constant<int, 8>{});
-        else load(std::integral_constant<int, 4>{});
-    }
-
-    static __device__ __forceinline__ void load_four(const T *from, float (&out)[4]) {
-        if constexpr (sizeof(T) == 4) {
-            decode(*reinterpret_cast<const uint4 *>(from), out, float{});
-        } else {
-            const uint2 bits = *reinterpret_cast<const uint2 *>(from);
-            float wide[8];
-            decode(make_uint4(bits.x, bits.y, 0, 0), wide, T{});
 #pragma unroll
-            for (int k = 0; k < 4; k++) out[k] = wide[k];
+            for (int k = 0; k < 4; k++) out[i + k] = part[k];
         }
     }
 
-    // Pairs of columns of one word: those that an operand of Unpack has.
-    __device__ __forceinline__ void split(int s, const float (&x)[32]) {
-        const float factor = kDotType == WeightType::kFloat8 ? kFloat8Factor : 1.f;
+    // x as the operands of Unpack need it, in fp16, and its sums by groups of 64 columns, which offsets are multiplied
+    // by.
+    __device__ __forceinline__ void keep_x(int s, const float (&x)[32]) {
+        float most = 0.f;
+#pragma unroll
+        for (int i = 0; i < 32; i++) most = fmaxf(most, fabsf(x[i]));
+        most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
+        // A power of two that brings the largest to 2^14 or more; its inverse is one as well.
+        const uint32_t exponent = min(127u + 14u + 127u - (__float_as_uint(most) >> 23), 253u);
+        const float factor = most > 0.f ? __uint_as_float(exponent << 23) : 1.f;
+        float sums[2] = {};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const int of8 = i / 4 * 8 + i % 4, of4 = i / 2 * 4 + i % 2;
-            const bool int4 = kDotType == WeightType::kInt4;
-            float low = (int4 ? x[of8] : x[of4]) * factor, high = (int4 ? x[of8 + 4] : x[of4 + 2]) * factor;
+            constexpr bool kInt4 = kDotType == WeightType::kInt4;
+            const int first = kInt4 ? i / 4 * 8 + i % 4 : i / 2 * 4 + i % 2, second = first + (kInt4 ? 4 : 2);
+            const float weight = kInt4 && i % 2 ? 16.f : 1.f; // of the operand
+            const __half2 pair = __floats2half2_rn(x[first] * factor / weight, x[second] * factor / weight);
+            x_[s][i] = reinterpret_cast<const uint32_t &>(pair);
+            sums[i / 8] += (__low2float(pair) + __high2float(pair)) * weight;
+        }
 #pragma unroll
-            for (int part = 0; part < kParts; part++) {
-                const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-                x_[part][s][i] = reinterpret_cast<const uint32_t &>(pair);
-                low -= __low2float(pair), high -= __high2float(pair);
-            }
+        for (int half = 0; half < 2; half++) {
+            sums[half] += __shfl_xor_sync(kAll, sums[half], 1);
+            sums[half] += __shfl_xor_sync(kAll, sums[half], 2);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) { // of this lane's columns of D
+            const int from = quad_ * 8 + e * 4;
+            x_sums_[s][e][0] = __shfl_sync(kAll, sums[0], from);
+            x_sums_[s][e][1] = __shfl_sync(kAll, sums[1], from);
+            x_unscale_[s][e] = 1.f / __shfl_sync(kAll, factor, from);
         }
     }
 
-    // Sums of x by groups of 64 columns, as the offsets are multiplied by: of this lane's two columns of D.
-    __device__ __forceinline__ void sum_x() {
-#pragma unroll
-        for (int s = 0; s < kSets; s++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float sum = 0.f;
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-#pragma unroll
-                    for (int part = 0; part < kParts; part++) {
-                        const uint32_t pair = x_[part][s][half * 8 + i];
-                        sum += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
-                    }
-                sum += __shfl_xor_sync(kAll, sum, 1);
-                sum += __shfl_xor_sync(kAll, sum, 2);
-                x_sum_[s][0][half] = __shfl_sync(kAll, sum, quad_ * 8);
-                x_sum_[s][1][half] = __shfl_sync(kAll, sum, quad_ * 8 + 4);
-            }
-    }
-
-    // Of a group of 64 or 128 columns, counted through the row.
+    // The scale of a group of 64 or 128 columns, counted through the row.
     template <WeightType kType>
     static __device__ __forceinline__ const uint8_t *scale_at(const uint8_t *row, const RowFormat &format,
                                                               int scale_bytes, int group, int group_shift) {
-        // groups of a tile: 1024 or 512 columns
-        const int shift = (kType == WeightType::kInt4 ? 10 : 9) - group_shift;
+        const int shift = (kType == WeightType::kInt4 ? 10 : 9) - group_shift; // groups of a tile
         return row + (group >> shift) * (kTileChunks * kChunkBytes + scale_bytes) +
                (group & ((1 << shift) - 1)) * (format.zero_points ? 4 : 2);
     }
 
     // Where block b of this warp begins in a row.
     template <WeightType kType> __device__ __forceinline__ uint32_t block_at(int b, int scale_bytes) const {
-        constexpr int kTileBlocks = kType == WeightType::kInt4 ? 8 : 4,
-                      kBlockBytes = kTileChunks * kChunkBytes / kTileBlocks;
+        constexpr int kTileBlocks = kType == WeightType::kInt4 ? 8 : 4;
+        constexpr int kBlockBytes = kTileChunks * kChunkBytes / kTileBlocks;
         const int block = warp_ * kBlocks + b;
         return block / kTileBlocks * (kTileChunks * kChunkBytes + scale_bytes) + scale_bytes +
                block % kTileBlocks * kBlockBytes;
@@ -294,8 +257,8 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     template <WeightType kType, int kGroups>
     __device__ __forceinline__ void dot_products(int slot, const RowFormat &format) const {
         using Unpack = cats::Unpack<kType>;
-        constexpr bool kInt4 = kType == WeightType::kInt4, kInt8 = kType == WeightType::kInt8;
-        const int scale_bytes = computed_here(format.scale_bytes()), rows = ring_.rows();
+        constexpr bool kInt4 = kType == WeightType::kInt4;
+        const int scale_bytes = computed_here(format.scale_bytes), rows = ring_.rows();
         const uint8_t *first_row = ring_.row(slot, 0);
         const uint32_t stride = uint32_t(ring_.row(slot, 1) - first_row);
         const uint32_t low = smem_address(first_row) + lane_ % 8 * stride + lane_ / 8 * kChunkBytes,
@@ -305,35 +268,25 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         for (int i = 0; i < kSets * 4 * kGroups; i++) (&d[0][0][0][0])[i] = 0.f;
 #pragma unroll
         for (int s = 0; s < kSets; s++)
-#pragma unroll kUnrolledBlocks
-            for (int i_block = 0; i_block < (s + 1 == kSets ? kBlocks - s * kSetBlocks : kSetBlocks); i_block++) {
+#pragma unroll kUnroll
+            for (int b = 0; b < (s + 1 == kSets ? kBlocks - s * kSetBlocks : kSetBlocks); b++) {
                 constexpr int kLoads = kInt4 ? 1 : 2; // ldmatrix reads 64 bytes of a row
-                const int first = i_block * kTokens;
-                const uint32_t at = block_at<kType>(s * kSetBlocks + i_block, scale_bytes);
-                float c[2][4] = {}, c_upper[2][4] = {}; // by halves of the block; int8: of the upper bits
+                const int first = b * kTokens;        // column of B
+                const uint32_t at = block_at<kType>(s * kSetBlocks + b, scale_bytes);
+                float c[2][4] = {}; // by halves of the block
 #pragma unroll
                 for (int load = 0; load < kLoads; load++) {
                     uint32_t lo[4], hi[4];
                     load_tiles<false>(lo, low + at + load * 64);
                     load_tiles<false>(hi, high + at + load * 64);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int half = kInt4 ? i / 2 : load;
+                    for (int i = 0; i < 4; i++)
 #pragma unroll
-                        for (int part = 0; part < kParts; part++) {
-                            const uint32_t *x = x_[part][s] + (kInt4 ? i * 4 : (load * 4 + i) * 2);
-                            const auto multiply = [&](float (&sum)[4], int first_operand, int second_operand,
-                                                      int at_x) {
-                                mma<__nv_bfloat16>(sum, Unpack::operand(lo[i], first_operand),
-                                                   Unpack::operand(hi[i], first_operand),
-                                                   Unpack::operand(lo[i], second_operand),
-                                                   Unpack::operand(hi[i], second_operand), x[at_x], x[at_x + 1]);
-                            };
-                            if constexpr (kInt4) multiply(c[half], 0, 1, 0), multiply(c[half], 2, 3, 2);
-                            else if constexpr (kInt8) multiply(c[half], 0, 2, 0), multiply(c_upper[half], 1, 3, 0);
-                            else multiply(c[half], 0, 1, 0);
+                        for (int o = 0; o < Unpack::kOperands; o += 2) {
+                            const uint32_t *x = x_[s] + (load * 4 + i) * Unpack::kOperands + o;
+                            mma<__half>(c[kInt4 ? i / 2 : load], Unpack::operand(lo[i], o), Unpack::operand(hi[i], o),
+                                        Unpack::operand(lo[i], o + 1), Unpack::operand(hi[i], o + 1), x[0], x[1]);
                         }
-                    }
                 }
 #pragma unroll
                 for (int r = 0; r < 2; r++)
@@ -341,22 +294,15 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     for (int e = 0; e < 2; e++) {
                         const bool mine =
                             quad_ >= first / 2 && quad_ < (first + kTokens + 1) / 2 && (kTokens > 1 || e == first % 2);
-                        float value[2];
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            value[half] = c[half][2 * r + e];
-                            if constexpr (kInt8) value[half] = fmaf(16.f, c_upper[half][2 * r + e], value[half]);
-                        }
-                        if (mine) {
-                            if constexpr (kGroups == 1) d[s][r][e][0] = value[0] + value[1];
-                            else d[s][r][e][0] = value[0], d[s][r][e][kGroups - 1] = value[1];
-                        }
+                        const float first_half = c[0][2 * r + e], second_half = c[1][2 * r + e];
+                        float (&to)[kGroups] = d[s][r][e];
+                        to[0] = mine ? (kGroups == 1 ? first_half + second_half : first_half) : to[0];
+                        if constexpr (kGroups == 2) to[1] = mine ? second_half : to[1];
                     }
             }
         // Scales, and the sum over the blocks: of the two columns of D and over the lanes of a row.
         float dots[2][2] = {}; // [row, row + 8][token of this lane]
         constexpr int kShift = kGroups == 1 ? 7 : 6;
-        constexpr float kOffset = kInt4 ? kInt4Offset : (kInt8 ? kInt8Offset : 0.f);
 #pragma unroll
         for (int s = 0; s < kSets; s++)
 #pragma unroll
@@ -367,18 +313,19 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                 for (int r = 0; r < 2; r++) {
                     const uint8_t *row = first_row + (row_ + (rows == 8 ? 0 : 8 * r)) * stride;
                     float &dot = dots[r][kTokens == 1 ? 0 : e];
-                    if constexpr (kInt4 || kInt8) {
+                    if constexpr (kType == WeightType::kFloat8) {
+                        dot = fmaf(*reinterpret_cast<const float *>(row) * x_unscale_[s][e],
+                                   d[s][r][e][0] * Unpack::kFactor, dot);
+                        continue;
+                    }
 #pragma unroll
-                        for (int g = 0; g < kGroups; g++) {
-                            const uint8_t *scale =
-                                scale_at<kType>(row, format, scale_bytes, block * kGroups + g, kShift);
-                            float offset = kOffset + (kInt4 ? 8.f : 0.f);
-                            if (kInt4 && format.zero_points) offset = kOffset + PackedRow::half_at(scale + 2);
-                            const float sum = kGroups == 1 ? x_sum_[s][e][0] + x_sum_[s][e][1] : x_sum_[s][e][g];
-                            dot = fmaf(PackedRow::half_at(scale), d[s][r][e][g] - offset * sum, dot);
-                        }
-                    } else {
-                        dot = fmaf(*reinterpret_cast<const float *>(row) * kFloat8Factor, d[s][r][e][0], dot);
+                    for (int g = 0; g < kGroups; g++) {
+                        const uint8_t *scale = scale_at<kType>(row, format, scale_bytes, block * kGroups + g, kShift);
+                        const float offset =
+                            kInt4 && format.zero_points ? PackedRow::half_at(scale + 2) : Unpack::kOffset;
+                        const float sum = kGroups == 1 ? x_sums_[s][e][0] + x_sums_[s][e][1] : x_sums_[s][e][g];
+                        dot = fmaf(PackedRow::half_at(scale) * x_unscale_[s][e],
+                                   fmaf(d[s][r][e][g], Unpack::kFactor, -offset * sum), dot);
                     }
                 }
             }
@@ -403,21 +350,23 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 
     template <WeightType kType> __device__ __forceinline__ void add_down_rows(int slot, const RowFormat &format) {
         using Unpack = cats::Unpack<kType>;
-        constexpr bool kInt4 = kType == WeightType::kInt4, kInt8 = kType == WeightType::kInt8;
+        constexpr bool kInt4 = kType == WeightType::kInt4, kFloat8 = kType == WeightType::kFloat8;
         const auto &state = ring_.state(slot);
-        const int scale_bytes = computed_here(format.scale_bytes()), rows = ring_.rows();
+        const int scale_bytes = computed_here(format.scale_bytes), rows = ring_.rows();
         const uint8_t *first_row = ring_.row(slot, 0);
         const uint32_t stride = uint32_t(ring_.row(slot, 1) - first_row);
         // The column of B that this lane holds: a group of 64 columns, a token, and for one token a part of h * scale.
         const int column_group = row_ / (kPartColumns * kTokens), token = row_ / kPartColumns % kTokens;
-        constexpr int kInTurn = 2 / kPartColumns; // parts one after the other
-        float h[4];
+        float h[2][2]; // of rows 2 * quad_, the next, and these + 8
+        bool kept[2][2];
 #pragma unroll
-        for (int k = 0; k < 4; k++) { // neurons 2 * quad_, the next, and these + 8
-            const int r = 2 * quad_ + k % 2 + k / 2 * 8;
-            const auto &row = state.rows[r];
-            h[k] = row.tokens >> token & 1 ? row.values[token] : 0.f;
-        }
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const auto &row = state.rows[2 * quad_ + e + 8 * k];
+                kept[k][e] = row.tokens >> token & 1;
+                h[k][e] = row.values[token];
+            }
         const uint32_t tiles_at = smem_address(first_row) + (lane_ % 8 + (rows == 8 ? 0 : lane_ / 8 % 2 * 8)) * stride +
                                   lane_ / 16 * kChunkBytes;
         const int group_shift = format.group_size == 128 ? 7 : 6;
@@ -425,40 +374,45 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         for (int s = 0; s < kSums; s++) {
             const int group64 = warp_ * kBlocks * 2 + s * kShare + column_group;
             const bool exists = group64 < 2 * blocks_;
-            uint32_t b[kInTurn][2];
+            float value[2][2], offset[2][2], most = 0.f;
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                float value[2], offset[2];
+            for (int k = 0; k < 2; k++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    const int r = 2 * quad_ + e + (rows == 8 ? 0 : 8 * k);
-                    const uint8_t *row = first_row + r * stride;
+                    const uint8_t *row = first_row + (2 * quad_ + e + (rows == 8 ? 0 : 8 * k)) * stride;
+                    const bool used = exists && kept[k][e]; // an absent row may hold anything
                     float scale;
-                    offset[e] = kInt4 ? kInt4Offset + 8.f : kInt8Offset;
-                    if constexpr (kInt4 || kInt8) {
+                    offset[k][e] = Unpack::kOffset;
+                    if constexpr (kFloat8) {
+                        scale = *reinterpret_cast<const float *>(row);
+                    } else {
                         const uint8_t *at =
                             scale_at<kType>(row, format, scale_bytes, group64 >> (group_shift - 6), group_shift);
                         scale = PackedRow::half_at(at);
-                        if (kInt4 && format.zero_points) offset[e] = kInt4Offset + PackedRow::half_at(at + 2);
-                    } else {
-                        scale = *reinterpret_cast<const float *>(row) * kFloat8Factor;
+                        if (kInt4 && format.zero_points) offset[k][e] = used ? PackedRow::half_at(at + 2) : 0.f;
                     }
-                    // An absent row may hold anything.
-                    const bool used = exists && state.rows[2 * quad_ + e + 8 * k].tokens >> token & 1;
-                    value[e] = used ? h[2 * k + e] * scale : 0.f;
-                    offset[e] = used ? offset[e] : 0.f;
+                    value[k][e] = used ? h[k][e] * scale * h_factor_ : 0.f;
+                    most = fmaxf(most, fabsf(value[k][e]));
                 }
-                __nv_bfloat162 pair = __floats2bfloat162_rn(value[0], value[1]);
+            if (__any_sync(kAll, most > kMostHalf)) {
+                const float lower = lower_h_factor(most);
+#pragma unroll
+                for (int i = 0; i < 4; i++) value[i / 2][i % 2] *= lower;
+            }
+            uint32_t b[kParts][2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                __half2 pair = __floats2half2_rn(value[k][0], value[k][1]);
                 const auto rest = [&] {
-                    return __floats2bfloat162_rn(value[0] - __low2float(pair), value[1] - __high2float(pair));
+                    return __floats2half2_rn(value[k][0] - __low2float(pair), value[k][1] - __high2float(pair));
                 };
                 if (kPartColumns == 2 && row_ % 2) pair = rest();
 #pragma unroll
-                for (int part = 0; part < kInTurn; part++) {
+                for (int part = 0; part < kParts; part++) {
                     if (part) pair = rest();
-                    if constexpr (kInt4 || kInt8)
-                        offset_[s] =
-                            fmaf(offset[0], __low2float(pair), fmaf(offset[1], __high2float(pair), offset_[s]));
+                    if constexpr (!kFloat8)
+                        offsets_[s] =
+                            fmaf(offset[k][0], __low2float(pair), fmaf(offset[k][1], __high2float(pair), offsets_[s]));
                     b[part][k] = reinterpret_cast<const uint32_t &>(pair);
                 }
             }
@@ -473,39 +427,43 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     uint32_t t[4];
                     load_tiles<true>(t, at + load * 32);
 #pragma unroll
-                    for (int i = 0; i < (kInt4 ? 4 : 2); i++) {
-                        float (&sum)[4] = y_[s][kInt4 ? i : 2 * load + i];
-                        const auto multiply = [&](int operand, auto factor) {
-                            const uint32_t a[4] = {Unpack::operand(t[0], operand), Unpack::operand(t[2], operand),
-                                                   Unpack::operand(t[1], operand), Unpack::operand(t[3], operand)};
+                    for (int i = 0; i < Unpack::kOperands; i++) {
+                        const uint32_t a[4] = {Unpack::operand(t[0], i), Unpack::operand(t[2], i),
+                                               Unpack::operand(t[1], i), Unpack::operand(t[3], i)};
 #pragma unroll
-                            for (int part = 0; part < kInTurn; part++)
-                                mma<__nv_bfloat16>(sum, a[0], a[1], a[2], a[3], mine ? factor(b[part][0]) : 0,
-                                                   mine ? factor(b[part][1]) : 0);
-                        };
-                        const auto once = [](uint32_t pair) { return pair; };
-                        if constexpr (kInt8) multiply(2 * i, once), multiply(2 * i + 1, times_16);
-                        else multiply(i, once);
+                        for (int part = 0; part < kParts; part++)
+                            mma<__half>(y_[s][load * Unpack::kOperands + i], a[0], a[1], a[2], a[3],
+                                        mine ? b[part][0] : 0, mine ? b[part][1] : 0);
                     }
                 }
             }
         }
     }
 
-    static __device__ __forceinline__ uint32_t times_16(uint32_t pair) {
-        const __nv_bfloat162 product =
-            __hmul2(reinterpret_cast<const __nv_bfloat162 &>(pair), __floats2bfloat162_rn(16.f, 16.f));
-        return reinterpret_cast<const uint32_t &>(product);
+    // Makes room for values up to the warp's largest `most`. Returns what these values are to be multiplied by.
+    __device__ __forceinline__ float lower_h_factor(float most) {
+        if (!(most <= 3.4e38f)) most = 0.f; // infinite: y will be, too
+#pragma unroll
+        for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, o));
+        if (!(most > kMostHalf)) return 1.f;
+        const float lower = __uint_as_float((127u + 13u + 127u - (__float_as_uint(most) >> 23)) << 23);
+        h_factor_ *= lower;
+#pragma unroll
+        for (int i = 0; i < kSums * 16; i++) (&y_[0][0][0])[i] *= lower;
+#pragma unroll
+        for (int s = 0; s < kSums; s++) offsets_[s] *= lower;
+        return lower;
     }
 
     const SparseMlpParams &p_;
     const Ring<Batches> &ring_;
     const int lane_, warp_, quad_, row_; // row_: of D, or the column of B
     const int blocks_;                   // of 128 columns, in a row
-    uint32_t x_[kParts][kSets][16];
-    float x_sum_[kSets][2][2];
+    uint32_t x_[kSets][16];
+    float x_sums_[kSets][2][2], x_unscale_[kSets][2];
     float y_[kSums][4][4]; // D: by groups of 64 columns that do not share
-    float offset_[kSums];  // what the offsets of the weights added, of this lane's rows and column of B
+    float offsets_[kSums]; // what the offsets of the weights added, of this lane's rows and column of B
+    float h_factor_;       // of h * scale and all that follows from it
 };
 
 } // namespace cats

@@ -143,7 +143,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     if (device.compute_capability < 90 || shape.row.storage_bytes != 2 || shape.hidden_size % 8 ||
         gate.type != up.type || fp8 != (down.type == WeightType::kFloat8))
         return {};
-    int64_t row_bytes = 0;
+    int32_t row_bytes = 0;
     for (const RowFormat &format : shape.formats) {
         if (format.group_size == 32) return {};
         row_bytes = std::max(row_bytes, format.row_bytes(shape.hidden_size));
@@ -160,7 +160,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     }
     if (!instance) return {};
     choice.bulk_copy = true;
-    choice.threads = (instance->workers + 1) * 32;
+    choice.threads = (instance->workers + 1 + kCopierWarps) * 32;
     choice.column_groups = instance->blocks;
     RingSizes &ring = choice.ring;
     ring.row_stride = round_up(row_bytes, 128) + 16; // ldmatrix: 8 rows from all banks
@@ -170,7 +170,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     };
     for (int rows : {16, 8}) {
         ring.rows = overrides.rows ? overrides.rows : rows;
-        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 6;
+        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 5;
         while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
         if (shared_bytes() <= shared_limit(device) && (ring.slots > 2 || rows == 8)) break;
     }

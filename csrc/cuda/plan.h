@@ -210,6 +210,7 @@ CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch
 // Packed rows: 16 rows a batch, as many as the tensor cores take at a time. Each worker warp has so many blocks of 128
 // columns; a thread has room for x and y of 16 blocks in all tokens.
 CATS_HOST_DEVICE constexpr BatchSizes packed_batches(int tokens, int workers) { return {16, tokens, workers, 256}; }
+constexpr int kCopierWarps = 3; // with the scheduler and 8 workers 12 warps, which leaves 168 registers a thread
 struct PackedInstance {
     int tokens, workers, blocks;
 };

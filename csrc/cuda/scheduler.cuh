@@ -13,14 +13,37 @@
 
 namespace cats {
 
-template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
+// Who copies the rows that the scheduler asks for: itself, the workers (before sm_90), or warps that do nothing else.
+enum class Copies { kByScheduler, kByWorkers, kByCopiers };
+
+// Gate batches that are fixed for a CTA, into L2 only: the previous kernel may still be writing the weights.
+template <class Row>
+__device__ __forceinline__ void prefetch_first_batches(const RingArguments &args, uint32_t rows, uint32_t row_bytes) {
+    const SparseMlpParams &p = args.mlp;
+    const uint32_t intermediate = uint32_t(p.intermediate_size);
+    if (p.w_gate_stride * int64_t(sizeof(typename Row::Storage)) == row_bytes) { // a batch at a time
+        for (int i = threadIdx.x % 32; i < args.ring.first_batches; i += 32) {
+            const uint32_t j = (blockIdx.x + i * gridDim.x) * rows;
+            if (j < intermediate)
+                prefetch_l2(row_address<Row>(p, RowKind::kGate, j), min(rows, intermediate - j) * row_bytes);
+        }
+        return;
+    }
+    for (int i = threadIdx.x % 32; i < args.ring.first_batches * rows; i += 32) {
+        const uint32_t j = (blockIdx.x + i / rows * gridDim.x) * rows + i % rows;
+        if (j < intermediate) prefetch_l2(row_address<Row>(p, RowKind::kGate, j), row_bytes);
+    }
+}
+
+template <class Batches, class Row, typename T, Copies kCopies> class Scheduler {
+    static constexpr bool kBulk = kCopies != Copies::kByWorkers, kCopiers = kCopies == Copies::kByCopiers;
     static constexpr uint32_t kAll = 0xffffffffu;
     static constexpr int kRows = Batches::kRows, kTokens = Batches::kTokens;
     // Lane l has row l / kRowLanes, and of its values kValues from first_token() on.
     static constexpr int kRowLanes = 32 / kRows, kValues = kTokens > kRowLanes ? kTokens / kRowLanes : 1;
-    // With fewer tokens than that, kCopies lanes have the same value, and each sums the partial sums of some workers.
-    static constexpr int kCopies = kRowLanes / (kTokens < kRowLanes ? kTokens : kRowLanes);
-    static_assert(kValues <= 2 && Batches::kWorkers % kCopies == 0);
+    // With fewer tokens than that, kShared lanes have the same value, and each sums the partial sums of some workers.
+    static constexpr int kShared = kRowLanes / (kTokens < kRowLanes ? kTokens : kRowLanes);
+    static_assert(kValues <= 2 && Batches::kWorkers % kShared == 0);
     using RowState = cats::RowState<kTokens>;
     using BatchState = typename Batches::State;
 
@@ -29,15 +52,6 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
         : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)), row_bytes_(args.mlp),
           intermediate_(uint32_t(args.mlp.intermediate_size)),
           batches_((intermediate_ + ring.rows() - 1) / ring.rows()), next_batch_(blockIdx.x) {}
-
-    // Only into L2, because the previous kernel may still be writing the weights.
-    __device__ void prefetch_first_batches() const {
-        const int rows = ring_.rows();
-        for (int i = lane_; i < args_.ring.first_batches * rows; i += 32) {
-            const uint32_t j = (blockIdx.x + i / rows * gridDim.x) * rows + i % rows;
-            if (j < intermediate_) prefetch_l2(row_address<Row>(p_, RowKind::kGate, j), row_bytes_(RowKind::kGate));
-        }
-    }
 
     // The form for a step of decoding: no kernel writes the weights, so the first rows are asked for before the wait.
     __device__ void ask_before_wait() {
@@ -62,9 +76,9 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
         }
         if (lane_ == 0) ring_.state(tail_.slot).kind = RowKind::kEnd;
         __syncwarp();
-        if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
+        if (!kBulk || kCopiers) arrive_as_warp(ring_.asked(tail_.slot));
         arrive_as_warp(ring_.full(tail_.slot));
-        if (kBulk && thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
+        if (kBulk && !kCopiers && thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
         if (p_.counts) add_counts();
     }
 
@@ -159,9 +173,9 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
             if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_(kind) * present_rows);
         }
         __syncwarp();
-        if (!kBulk) arrive_as_warp(ring_.asked(tail_.slot));
+        if (!kBulk || kCopiers) arrive_as_warp(ring_.asked(tail_.slot));
         if (!owed) arrive_as_warp(ring_.full(tail_.slot));
-        if (kBulk) {
+        if (kBulk && !kCopiers) {
             if (present) {
                 copy_threshold(p_, state, lane_);
                 copy_bulk(ring_.row(tail_.slot, lane_), row_address<Row>(p_, kind, neuron), row_bytes_(kind),
@@ -175,7 +189,7 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
     }
 
     __device__ __forceinline__ int first_token() const {
-        return kCopies == 1 ? lane_ % kRowLanes * kValues : lane_ % kRowLanes / kCopies;
+        return kShared == 1 ? lane_ % kRowLanes * kValues : lane_ % kRowLanes / kShared;
     }
 
     static __device__ __forceinline__ void copy_values(float *to, const float *from) {
@@ -198,9 +212,9 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
 
         float sums[2][kValues] = {}, values[kValues];
 #pragma unroll
-        for (int i = 0; i < Batches::kWorkers / kCopies; i++) {
+        for (int i = 0; i < Batches::kWorkers / kShared; i++) {
             float partial[kValues];
-            copy_values(partial, ring_.partials(slot, i * kCopies + part % kCopies) + r * kTokens + first);
+            copy_values(partial, ring_.partials(slot, i * kShared + part % kShared) + r * kTokens + first);
 #pragma unroll
             for (int k = 0; k < kValues; k++) sums[i % 2][k] += partial[k];
         }
@@ -208,7 +222,7 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
         for (int k = 0; k < kValues; k++) {
             values[k] = sums[0][k] + sums[1][k];
 #pragma unroll
-            for (int o = 1; o < kCopies; o *= 2) values[k] += __shfl_xor_sync(kAll, values[k], o);
+            for (int o = 1; o < kShared; o *= 2) values[k] += __shfl_xor_sync(kAll, values[k], o);
             values[k] += bias;
         }
         const uint32_t candidates = gate ? (1u << p_.tokens) - 1 : row.tokens;
@@ -278,6 +292,43 @@ template <class Batches, class Row, typename T, bool kBulk> class Scheduler {
     int owing_ = kNoSlot;                                          // the slot whose neurons' down rows come next
     uint32_t first_up_ = 0, ups_ = 0, first_down_ = 0, downs_ = 0; // the two queues
     uint32_t kept_ = 0, kept_down_ = 0;
+};
+
+// One of several warps that copy the rows that the scheduler asks for. A bulk copy is started by one lane after the
+// other, some 40 cycles each, which would be a third of the scheduler's time.
+template <class Batches, class Row> class Copier {
+  public:
+    __device__ Copier(const RingArguments &args, const Ring<Batches> &ring, int copier, int copiers)
+        : p_(args.mlp), ring_(ring), copier_(copier), copiers_(copiers), row_bytes_(args.mlp) {}
+
+    __device__ void run() const {
+        const uint64_t policy = read_once_policy();
+        const int lane = threadIdx.x % 32, rows = ring_.rows();
+        const bool thresholds = copier_ == 0 && thresholds_differ(p_);
+        typename Ring<Batches>::Cursor at;
+        while (true) {
+            wait(ring_.asked(at.slot), at.parity);
+            auto &state = ring_.state(at.slot);
+            const RowKind kind = state.kind;
+            if (kind != RowKind::kEnd) {
+                if (thresholds && lane < rows) copy_threshold(p_, state, lane);
+                const int r = copier_ + lane * copiers_;
+                const uint32_t neuron = r < rows ? state.rows[r].neuron : kNoNeuron;
+                if (neuron != kNoNeuron)
+                    copy_bulk(ring_.row(at.slot, r), row_address<Row>(p_, kind, neuron), row_bytes_(kind),
+                              ring_.full(at.slot), policy);
+            }
+            if (thresholds) arrive_after_async_copies(ring_.full(at.slot));
+            if (kind == RowKind::kEnd) break;
+            at.advance(ring_);
+        }
+    }
+
+  private:
+    const SparseMlpParams &p_;
+    const Ring<Batches> &ring_;
+    const int copier_, copiers_;
+    const typename Row::Bytes row_bytes_;
 };
 
 } // namespace cats

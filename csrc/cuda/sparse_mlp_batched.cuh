@@ -20,12 +20,12 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
     extern __shared__ __align__(128) uint8_t smem[];
     const Ring<DenseBatches> ring(smem, args.ring);
     constexpr BatchSizes kSizes = DenseBatches::kSizes;
-    Scheduler<DenseBatches, Row, T, kBulk> scheduler(
+    Scheduler<DenseBatches, Row, T, kBulk ? Copies::kByScheduler : Copies::kByWorkers> scheduler(
         args, ring, smem + ring_bytes(args.ring.slots, kSizes.rows * args.ring.row_stride, kSizes));
     const bool schedules = warp == kSizes.workers;
     launch_dependents();
     if (schedules) {
-        scheduler.prefetch_first_batches();
+        prefetch_first_batches<Row>(args, kSizes.rows, uint32_t(p.hidden_size * sizeof(T)));
         ring.init(kBulk ? (thresholds_differ(p) ? 32 : 0) : kSizes.workers * 32); // threads that copy
     }
     __syncthreads();

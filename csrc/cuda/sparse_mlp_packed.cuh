@@ -1,5 +1,6 @@
 // The one-pass sparse gated MLP on packed rows, for 1, 2 or 4 tokens, from sm_90 on. A CTA has one warp that decides
-// (scheduler.cuh) and 8 that compute on the tensor cores (packed_worker.cuh), each with its own columns.
+// and 3 that copy (scheduler.cuh), and 8 that compute on the tensor cores (packed_worker.cuh), each with its own
+// columns.
 //
 // Rows of 4 bits arrive four times as fast as rows of bf16, so what decides is what a weight and a batch cost in
 // instructions, and the ends of a launch: the chain of first reads, decisions and last additions, 8 us with nothing
@@ -22,18 +23,21 @@ __device__ __forceinline__ void sparse_mlp_packed_body(const RingArguments &args
     extern __shared__ __align__(128) uint8_t smem[];
     const Ring<Batches> ring(smem, args.ring);
     launch_dependents();
-    if (warp == kWorkers) {
-        Scheduler<Batches, PackedRow, T, true> scheduler(
+    if (warp == kWorkers) ring.init(thresholds_differ(p) ? 32 : 0); // threads that copy
+    __syncthreads();
+    if (warp > kWorkers) {
+        const int copier = warp - kWorkers - 1;
+        if (copier == 0) prefetch_first_batches<PackedRow>(args, ring.rows(), uint32_t(p.gate_bytes));
+        if (!step) wait_for_previous_kernel();
+        Copier<Batches, PackedRow>(args, ring, copier, kCopierWarps).run();
+    } else if (warp == kWorkers) {
+        Scheduler<Batches, PackedRow, T, Copies::kByCopiers> scheduler(
             args, ring, smem + ring_bytes(args.ring.slots, ring.rows() * args.ring.row_stride, Batches::kSizes));
-        scheduler.prefetch_first_batches();
-        ring.init(thresholds_differ(p) ? 32 : 0); // threads that copy
-        __syncthreads();
         if (step) scheduler.ask_before_wait();
         wait_for_previous_kernel();
         scheduler.run();
     } else {
         Worker worker(p, ring, warp);
-        __syncthreads();
         if (step) {
             if constexpr (kTokens == 1) {
                 float norm[32];
@@ -54,7 +58,7 @@ __device__ __forceinline__ void sparse_mlp_packed_body(const RingArguments &args
 }
 
 template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks>
-__global__ void __launch_bounds__((kWorkers + 1) * 32, 1)
+__global__ void __launch_bounds__((kWorkers + 1 + kCopierWarps) * 32, 1)
     sparse_mlp_packed_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= 900) sparse_mlp_packed_body<kDotType, T, kTokens, kWorkers, kBlocks>(args);

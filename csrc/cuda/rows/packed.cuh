@@ -15,18 +15,12 @@ __device__ __forceinline__ const RowFormat &format_of(const SparseMlpParams &p, 
 struct PackedRow {
     using Storage = uint8_t;
 
-    class Bytes {
-      public:
-        __device__ explicit Bytes(const SparseMlpParams &p)
-            : gate_(uint32_t(p.gate_format.row_bytes(p.hidden_size))),
-              up_(uint32_t(p.up_format.row_bytes(p.hidden_size))),
-              down_(uint32_t(p.down_format.row_bytes(p.hidden_size))) {}
+    struct Bytes {
+        const SparseMlpParams &p;
+        __device__ explicit Bytes(const SparseMlpParams &p) : p(p) {}
         __device__ __forceinline__ uint32_t operator()(RowKind kind) const {
-            return kind == RowKind::kGate ? gate_ : (kind == RowKind::kUp ? up_ : down_);
+            return uint32_t(kind == RowKind::kGate ? p.gate_bytes : (kind == RowKind::kUp ? p.up_bytes : p.down_bytes));
         }
-
-      private:
-        uint32_t gate_, up_, down_;
     };
 
     static __device__ __forceinline__ float half_at(const uint8_t *from) {
@@ -35,7 +29,7 @@ struct PackedRow {
 
     static __device__ __forceinline__ float column(const SparseMlpParams &p, RowKind kind, const void *row, int c) {
         const RowFormat &format = format_of(p, kind);
-        const int tile_columns = kTileChunks * columns_per_chunk(format.type), scale_bytes = format.scale_bytes();
+        const int tile_columns = kTileChunks * columns_per_chunk(format.type), scale_bytes = format.scale_bytes;
         const int at = c % tile_columns;
         const uint8_t *tile =
             static_cast<const uint8_t *>(row) + c / tile_columns * int64_t(kTileChunks * kChunkBytes + scale_bytes);
