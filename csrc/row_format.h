@@ -45,6 +45,9 @@ struct RowFormat {
     bool zero_points = false;
 
     CATS_HOST_DEVICE constexpr bool packed() const { return type != WeightType::kDense; }
+    CATS_HOST_DEVICE constexpr bool operator==(const RowFormat &other) const {
+        return type == other.type && group_size == other.group_size && zero_points == other.zero_points;
+    }
     // The rest is of packed rows. Bytes of the scales before a tile, a multiple of 16:
     CATS_HOST_DEVICE constexpr int scale_bytes() const {
         if (!group_size) return 16;
