@@ -20,7 +20,7 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// formats: of gate, up and down, empty where the weights are dense. The sentence of the check that fails, valid until
+// formats: of gate, up and down, null where the weights are dense. The sentence of the check that fails, valid until
 // the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *cats_check(const char *op_name,
                                                                          const NamedTensor *tensors, int64_t count,
@@ -37,23 +37,17 @@ extern "C" __attribute__((visibility("default"))) const char *cats_check(const c
             }
         return found;
     };
+    const auto named = [](const char *format) {
+        return format ? std::optional<std::string_view>(format) : std::nullopt;
+    };
     try {
         const TensorArgument threshold = argument("threshold"), down_threshold = argument("down_threshold");
         if (op.substr(0, 10) == "sparse_mlp") {
-            const SparseMlpArguments arguments{argument("x"),
-                                               argument("w_gate"),
-                                               argument("w_up"),
-                                               argument("w_down_t"),
-                                               argument("counts"),
-                                               threshold,
-                                               down_threshold,
-                                               activation,
-                                               argument("gate_bias"),
-                                               argument("up_bias"),
-                                               argument("down_bias"),
-                                               formats[0],
-                                               formats[1],
-                                               formats[2]};
+            const SparseMlpArguments arguments{
+                argument("x"),         argument("w_gate"),  argument("w_up"),      argument("w_down_t"),
+                argument("counts"),    threshold,           down_threshold,        activation,
+                argument("gate_bias"), argument("up_bias"), argument("down_bias"), named(formats[0]),
+                named(formats[1]),     named(formats[2])};
             if (op.substr(op.size() - 5) == "_step")
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);

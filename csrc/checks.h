@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -174,12 +175,12 @@ struct SparseMlpArguments {
     TensorArgument x, w_gate, w_up, w_down_t, counts, threshold, down_threshold;
     std::string_view activation;
     TensorArgument gate_bias, up_bias, down_bias;
-    std::string_view gate_format = {}, up_format = {}, down_format = {}; // empty: dense weights
+    std::optional<std::string_view> gate_format = {}, up_format = {}, down_format = {}; // none of dense weights
 };
 
 // All parameters that are read. x must be made contiguous, and the caller sets what is written (y, counts).
 inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
-    const bool packed = !a.gate_format.empty();
+    const bool packed = a.gate_format.has_value();
     const char *op = packed ? "sparse_mlp_packed" : "sparse_mlp";
     const TensorArgument &x = a.x, &w_gate = a.w_gate, &counts = a.counts;
     SparseMlpParams p{};
@@ -188,6 +189,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, ", packed ? "bytes" : "H", "], got ",
                  shape(w_gate));
     const int64_t intermediate_size = w_gate.sizes[0], hidden_size = packed ? x.last_size() : w_gate.sizes[1];
+    CATS_REQUIRE(hidden_size > 0 || !packed, op, ": x must have last dimension H > 0, got shape ", shape(x));
     CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
                  shape(w_gate));
     CATS_REQUIRE(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
@@ -196,10 +198,10 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.hidden_size = hidden_size;
     p.intermediate_size = intermediate_size;
     p.x = x.data;
-    const auto weight = [&](const TensorArgument &w, const char *format_name, std::string_view name, RowFormat *format,
-                            int64_t *stride) {
+    const auto weight = [&](const TensorArgument &w, const char *format_name, std::optional<std::string_view> name,
+                            RowFormat *format, int64_t *stride) {
         if (!packed) return check_weight(op, w, x, intermediate_size, hidden_size, stride);
-        return check_packed_weight(op, w, x, intermediate_size, hidden_size, format_name, name, format, stride);
+        return check_packed_weight(op, w, x, intermediate_size, hidden_size, format_name, *name, format, stride);
     };
     p.w_gate = weight(w_gate, "gate_format", a.gate_format, &p.gate_format, &p.w_gate_stride);
     p.w_up = weight(a.w_up, "up_format", a.up_format, &p.up_format, &p.w_up_stride);
@@ -225,7 +227,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
 // Of a step of decoding; the caller sets y_sum and norm_eps.
 inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const TensorArgument &norm_weight,
                                              const TensorArgument &y_sum) {
-    const char *op = a.gate_format.empty() ? "sparse_mlp_step" : "sparse_mlp_packed_step";
+    const char *op = a.gate_format.has_value() ? "sparse_mlp_packed_step" : "sparse_mlp_step";
     SparseMlpParams p = check_sparse_mlp(a);
     CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
                  ": x must be one contiguous row, got shape ", shape(a.x));

@@ -43,17 +43,13 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
     return t;
 }
 
-// A row format's name. An empty one is no format's, where check_sparse_mlp would take it for dense weights.
-inline std::string_view named(const StringArgument &format) {
-    return format.value.empty() ? std::string_view(" ") : format.value;
-}
+inline std::string_view named(const StringArgument &row_format) { return row_format.value; }
 
 inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
     return tensor.has_value() ? argument(name, *tensor) : TensorArgument{name};
 }
 
-// --- sparse_mlp and sparse_mlp_packed, plain and counted
-// --------------------------------------------------------------
+// --- sparse_mlp and sparse_mlp_packed, plain and counted -------------------------------------------------------------
 
 template <class Backend>
 Tensor run_sparse_mlp(const SparseMlpArguments &arguments, const Tensor &x, const OptionalTensor &counts,

@@ -52,6 +52,9 @@ struct RowFormat {
             scale_bytes = round_up(kTileChunks * columns_per_chunk(type) / group_size * (zero_points ? 4 : 2), 16);
     }
     CATS_HOST_DEVICE constexpr bool packed() const { return type != WeightType::kDense; }
+    constexpr bool operator==(const RowFormat &other) const {
+        return type == other.type && group_size == other.group_size && zero_points == other.zero_points;
+    }
     constexpr int32_t row_bytes(int64_t hidden_size) const {
         return cats::row_bytes(round_up(hidden_size, kPackedColumns) / columns_per_chunk(type), scale_bytes);
     }

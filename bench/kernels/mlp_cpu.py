@@ -2,6 +2,7 @@
 
     python bench kernels.mlp_cpu --output bench/results/cpu-NAME/mlp_cpu.csv
     python bench kernels.mlp_cpu --tokens 2 4 8 16 32 64 --output bench/results/cpu-NAME/mlp_cpu_tokens.csv
+    python bench kernels.mlp_cpu --dtype bf16 --rows int8_g128 int4_g128 --output cpu_rows.csv
 
 Every call works on the weights of another layer, so that no cache holds what it reads; all paths take turns within one
 repetition, so that a change of the machine's speed hits all of them; medians are reported. The read limit is the best
@@ -19,17 +20,19 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.lib import machine
 from bench.lib.command import command
-from bench.lib.layers import Layer, dense
+from bench.lib.layers import Layer, dense, kth_threshold
 from bench.lib.read_limit import CpuReader
 from bench.lib.results import ResultFile
 from bench.lib.shapes import DTYPES
 from bench.lib.timing import host_seconds
 from cats_ext import ops
 from cats_ext.ops.library import LIBRARIES
+from cats_ext.rows import FORMATS, quantize_rows
 
 RunLayer = Callable[[int], Tensor]  # runs layer number i
 
@@ -60,6 +63,22 @@ def sparse(layers: list[Layer], sparsity: float) -> RunLayer:
     return run
 
 
+def packed(layers: list[Layer], sparsities: list[float], name: str) -> dict[float, RunLayer]:
+    """On the same weights, rounded to packed rows; the thresholds are those of the rounded gate."""
+    row_format, hidden = FORMATS[name], layers[0].x.shape[-1]
+    rows = [[quantize_rows(w, row_format) for w in (layer.gate, layer.up, layer.down_t)] for layer in layers]
+    values = [
+        F.silu(F.linear(layer.x.float(), row_format.unpack(gate, hidden))).abs()
+        for layer, (gate, _, _) in zip(layers, rows, strict=True)
+    ]
+
+    def at(sparsity: float) -> RunLayer:
+        thresholds = [kth_threshold(v, sparsity) for v in values]
+        return lambda i: ops.sparse_mlp_packed(layers[i].x, *rows[i], name, name, name, thresholds[i])
+
+    return {sparsity: at(sparsity) for sparsity in sparsities}
+
+
 def dense_path(layers: list[Layer], mlp: Callable[..., Tensor], transposed: bool = False) -> RunLayer:
     """``transposed``: on the storage that the op leaves to the dense path, one copy of the weights."""
 
@@ -78,6 +97,11 @@ def bench(dtype_name: str, tokens: int, arguments: argparse.Namespace, reader: C
         paths["dense, torch.compile"] = dense_path(layers, torch.compile(dense))
     sparsity_of = {f"sparse_mlp {s:.0%}": s for s in arguments.sparsity}
     paths |= {name: sparse(layers, s) for name, s in sparsity_of.items()}
+    row_bytes = dict.fromkeys(paths, hidden * dtype.itemsize)
+    for rows in arguments.rows:
+        for sparsity, path in packed(layers, arguments.sparsity, rows).items():
+            name = f"{rows} {sparsity:.0%}"
+            paths[name], sparsity_of[name], row_bytes[name] = path, sparsity, FORMATS[rows].row_bytes(hidden)
     with torch.inference_mode():
         expected = paths["dense"](0).float()
         for name in paths.keys() - (sparsity_of.keys() - {"sparse_mlp 0%"}):
@@ -87,11 +111,11 @@ def bench(dtype_name: str, tokens: int, arguments: argparse.Namespace, reader: C
     for name, time_taken in seconds.items():
         sparsity = sparsity_of.get(name)
         rows = 1.0 if sparsity is None else statistics.mean(layer.rows_kept(sparsity) for layer in layers)
-        gb_per_s = hidden * intermediate * dtype.itemsize * (1 + 2 * rows) / time_taken / 1e9
+        gb_per_s = row_bytes[name] * intermediate * (1 + 2 * rows) / time_taken / 1e9
         yield {
             "dtype": dtype_name,
             "tokens": tokens,
-            "path": "dense" if sparsity is None else "sparse_mlp",
+            "path": "dense" if sparsity is None else name.split()[0],
             "variant": name,
             "sparsity": sparsity or 0.0,
             "ms": round(time_taken * 1e3, 3),
@@ -107,6 +131,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--intermediate-size", type=int, default=14336)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--rows", nargs="+", choices=FORMATS, default=[], help="packed rows to time too")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.0, 0.5, 0.7, 0.9])
     parser.add_argument("--layers", type=int, default=4, help="sets of weights to rotate through")

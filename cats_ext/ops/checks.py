@@ -30,6 +30,9 @@ class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
     ]
 
 
+_FORMATS = ("gate_format", "up_format", "down_format")
+
+
 @functools.cache
 def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
@@ -68,7 +71,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         return
     tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
     array = (_NamedTensor * len(tensors))(*tensors)
-    formats = (ctypes.c_char_p * 3)(*(arguments.get(f"{name}_format", "").encode() for name in ("gate", "up", "down")))
+    formats = (ctypes.c_char_p * 3)(*(arguments[n].encode() if n in arguments else None for n in _FORMATS))
     sentence = _cats_check()(op.encode(), array, len(tensors), arguments["activation"].encode(), formats)
     if sentence is not None:
         raise RuntimeError(sentence.decode())

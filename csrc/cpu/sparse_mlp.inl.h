@@ -17,6 +17,7 @@
 #include "activation.inl.h"
 #include "parallel.inl.h"
 #include "rows/dense.inl.h"
+#include "rows/packed.inl.h"
 #include "vec.inl.h"
 
 namespace cats::CATS_ISA {
@@ -24,34 +25,69 @@ namespace cats::CATS_ISA {
 constexpr int kRows = 8;       // rows read side by side
 constexpr int kMaxTokens = 16; // tokens in a block: each block reads the rows once
 
+// acc[r][t] + rows[r] . x[t] over one block.
+template <int Rows, int Tokens, class Row, class X>
+CATS_INLINE void dot_block(VecF (&acc)[Rows][Tokens], const Row *rows, int64_t column, int64_t n, const X *const *x) {
+    VecF x_sums[Tokens] = {};
+    if constexpr (Row::kOffset)
+        for (int t = 0; t < Tokens; t++)
+            for (int i = 0; i < Row::kBlock; i += kLanes) x_sums[t] += load(x[t] + column + i);
+    for (int r = 0; r < Rows; r++) {
+        const auto block = rows[r].block(column, n);
+        for (int t = 0; t < Tokens; t++) {
+            VecF sums = Row::kScaled ? VecF{} : acc[r][t];
+            for (int i = 0; i < Row::kBlock; i += kGroup) sums = dot_group(sums, block, i, x[t] + column + i);
+            if constexpr (Row::kOffset) sums -= block.offset * x_sums[t];
+            if constexpr (Row::kScaled) sums = fma(block.scale, sums, acc[r][t]);
+            acc[r][t] = sums;
+        }
+    }
+}
+
 // out[r][t] = rows[r] . x[t]. Each pair has its own accumulator, so its result does not depend on Rows and Tokens.
 template <int Rows, int Tokens, class Row, class X>
-static void dot(const Row *rows, const X *const *x, int64_t hidden_size, float (*out)[kMaxTokens]) {
+static void dot(Row *rows, const X *const *x, int64_t columns, float (*out)[kMaxTokens]) {
     VecF acc[Rows][Tokens] = {};
-    int64_t c = 0;
-    for (; c + kGroup <= hidden_size; c += kGroup)
-        for (int r = 0; r < Rows; r++)
-            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, kGroup, x[t] + c);
-    const int64_t left = hidden_size - c;
-    if (left >= kGroup) __builtin_unreachable(); // spares the compiler a branch in each load(), and moves in the loop
-    if (left > 0)
-        for (int r = 0; r < Rows; r++)
-            for (int t = 0; t < Tokens; t++) acc[r][t] = dot_group(acc[r][t], rows[r], c, left, x[t] + c);
+    for (int64_t tile = 0; tile < columns; tile += Row::kTileColumns) {
+        for (int r = 0; r < Rows; r++) rows[r].open(tile);
+        const int64_t end = min(columns - tile, Row::kTileColumns) + tile;
+        int64_t c = tile;
+        for (; c + Row::kBlock <= end; c += Row::kBlock) dot_block(acc, rows, c, Row::kBlock, x);
+        if constexpr (Row::kScaled) continue; // whole blocks
+        const int64_t left = end - c;
+        if (left >= kGroup) __builtin_unreachable(); // spares the compiler a branch in load(), and moves in the loop
+        if (left > 0) dot_block(acc, rows, c, left, x);
+    }
     for (int r = 0; r < Rows; r++)
-        for (int t = 0; t < Tokens; t++) out[r][t] = rows[r].scale() * sum(acc[r][t]);
+        for (int t = 0; t < Tokens; t++) out[r][t] = sum(acc[r][t]);
 }
 
 // y += sum over r of h[r] * rows[r], added row by row, so the result does not depend on how rows are grouped.
-template <int Rows, class Row> static void add_rows(const Row *rows, const float *h, int64_t hidden_size, float *y) {
-    for (int64_t c = 0; c < hidden_size; c += kGroup) {
-        VecF a = load(y + c), b = load(y + c + kLanes);
-        for (int r = 0; r < Rows; r++) {
-            const Group g = rows[r].load(c, hidden_size - c);
-            a = fma(g.a, broadcast(h[r]), a);
-            b = fma(g.b, broadcast(h[r]), b);
+template <int Rows, class Row> static void add_rows(Row *rows, const float *h, int64_t columns, float *y) {
+    constexpr int kPiece = Row::kBlock < 4 * kGroup ? Row::kBlock : 4 * kGroup; // of y, held in registers
+    for (int64_t tile = 0; tile < columns; tile += Row::kTileColumns) {
+        for (int r = 0; r < Rows; r++) rows[r].open(tile);
+        const int64_t end = min(columns - tile, Row::kTileColumns) + tile;
+        for (int64_t c = tile; c < end; c += kPiece) {
+            Group sums[kPiece / kGroup];
+            for (int i = 0; i < kPiece / kGroup; i++)
+                sums[i] = {load(y + c + i * kGroup), load(y + c + i * kGroup + kLanes)};
+            VecF offset = {};
+            for (int r = 0; r < Rows; r++) {
+                const auto block = rows[r].block(c, end - c);
+                VecF factor = broadcast(h[r]);
+                if constexpr (Row::kScaled) factor *= block.scale;
+                if constexpr (Row::kOffset) offset = fma(factor, block.offset, offset);
+                for (int i = 0; i < kPiece / kGroup; i++) {
+                    const Group w = block.load(i * kGroup);
+                    sums[i] = {fma(w.a, factor, sums[i].a), fma(w.b, factor, sums[i].b)};
+                }
+            }
+            for (int i = 0; i < kPiece / kGroup; i++) {
+                store(y + c + i * kGroup, Row::kOffset ? sums[i].a - offset : sums[i].a);
+                store(y + c + i * kGroup + kLanes, Row::kOffset ? sums[i].b - offset : sums[i].b);
+            }
         }
-        store(y + c, a);
-        store(y + c + kLanes, b);
     }
 }
 
@@ -63,11 +99,39 @@ CATS_INLINE bool is_below(float value, const float *threshold, int64_t stride, i
     return std::fabs(value) < threshold[neuron * stride];
 }
 
-// One block of at most kMaxTokens tokens. Work is split into `parts`, each with its own section of `kept` and its own
-// y. Row: the format of the weight rows (rows/). T: the dtype of x, the biases and y.
-template <class Row, class T> struct SparseMlp {
-    typedef typename DotOperand<Row, T>::type X;
+template <class Row> struct RowTag {
+    typedef Row type;
+};
 
+template <auto constant> struct Constant {
+    static constexpr auto value = constant;
+};
+
+// Calls f with the type of the rows that a matrix has, f(tag) with decltype(tag)::type. T: the dtype of dense rows.
+// The one place that chooses a row format: a new one is a case here.
+template <class T, class F> CATS_INLINE void with_rows(const RowFormat &format, F f) {
+    const auto grouped = [&](auto type, auto zero_points) {
+        constexpr WeightType kType = decltype(type)::value;
+        constexpr bool kZeroPoints = decltype(zero_points)::value;
+        switch (format.group_size) {
+        case 32: return f(RowTag<PackedRow<kType, 32, kZeroPoints>>());
+        case 64: return f(RowTag<PackedRow<kType, 64, kZeroPoints>>());
+        case 128: return f(RowTag<PackedRow<kType, 128, kZeroPoints>>());
+        }
+    };
+    switch (format.type) {
+    case WeightType::kDense: return f(RowTag<DenseRow<T>>());
+    case WeightType::kInt4:
+        if (format.zero_points) return grouped(Constant<WeightType::kInt4>(), Constant<true>());
+        return grouped(Constant<WeightType::kInt4>(), Constant<false>());
+    case WeightType::kInt8: return grouped(Constant<WeightType::kInt8>(), Constant<false>());
+    case WeightType::kFloat8: return f(RowTag<PackedRow<WeightType::kFloat8, 0, false>>());
+    }
+}
+
+// One block of at most kMaxTokens tokens. Work is split into `parts`, each with its own section of `kept` and its own
+// y. T: the dtype of x, the biases and y. Each of the three matrices has its own row format.
+template <class T> struct SparseMlp {
     struct Part {
         int64_t kept;                        // neurons listed in its section of `kept`
         int64_t kept_pairs, kept_down_pairs; // token-neuron pairs that passed the first test, both tests
@@ -76,79 +140,93 @@ template <class Row, class T> struct SparseMlp {
     const SparseMlpParams &p;
     const Parallel &parallel;
     const int64_t first_token, tokens;
-    const int64_t parts, padded; // padded: hidden_size rounded up to whole groups
+    const int64_t parts, padded; // padded: hidden_size rounded up to what rows and vectors are filled up to
 
-    X *const x;           // [tokens, padded]
     float *const v;       // [tokens, I]: act(g), later h
     uint8_t *const alive; // [tokens, I]: not dropped so far
     int32_t *const kept;  // [I]: neurons that some token keeps
     float *const partial; // [parts, tokens, padded]: y of each part
     Part *const part;     // [parts]
-    const X *x_rows[kMaxTokens];
+    void *x_gate, *x_up;  // [tokens, padded]: x as the dot products of gate and of up take it
 
     SparseMlp(const SparseMlpParams &p, const Parallel &parallel, int64_t first_token)
         : p(p), parallel(parallel), first_token(first_token), tokens(min(kMaxTokens, p.tokens - first_token)),
           parts(parts_for(parallel, p.intermediate_size * p.hidden_size, 1 << 15)),
-          padded((p.hidden_size + kGroup - 1) / kGroup * kGroup), x(workspace<X>(0, tokens * padded)),
-          v(workspace<float>(1, tokens * p.intermediate_size)),
-          alive(workspace<uint8_t>(2, tokens * p.intermediate_size)), kept(workspace<int32_t>(3, p.intermediate_size)),
-          partial(workspace<float>(4, parts * tokens * padded)), part(workspace<Part>(5, parts)) {}
+          padded(round_up(p.hidden_size, p.gate_format.packed() ? kPackedColumns : kGroup)),
+          v(workspace<float>(0, tokens * p.intermediate_size)),
+          alive(workspace<uint8_t>(1, tokens * p.intermediate_size)), kept(workspace<int32_t>(2, p.intermediate_size)),
+          partial(workspace<float>(3, parts * tokens * padded)), part(workspace<Part>(4, parts)) {}
 
     template <class Element> static Element *workspace(int slot, int64_t size) {
         return static_cast<Element *>(cpu_workspace(slot, size * sizeof(Element)));
     }
 
-    Row row_of(const void *weight, int64_t stride, int64_t neuron) const {
-        return {static_cast<const typename Row::Storage *>(weight) + neuron * stride, p.hidden_size};
+    template <class Row> static Row row_of(const void *weight, int64_t stride, int64_t neuron, int64_t next) {
+        const auto *rows = static_cast<const typename Row::Storage *>(weight);
+        return {rows + neuron * stride, rows + next * stride};
     }
 
+    template <class Row> int64_t columns() const { return Row::kScaled ? padded : p.hidden_size; }
+
     void run() {
-        pack_x();
+        with_rows<T>(p.gate_format, [this](auto row) { x_gate = pack_x<typename decltype(row)::type>(5); });
+        if (p.up_format == p.gate_format) x_up = x_gate;
+        else with_rows<T>(p.up_format, [this](auto row) { x_up = pack_x<typename decltype(row)::type>(6); });
         for_each(parallel, parts, [this](int64_t i) { gate(i); });
         const int64_t num_kept = concatenate_kept();
         for_each(parallel, parts, [this, num_kept](int64_t i) { up_and_down(i, num_kept); });
-        const int64_t columns = parts_for(parallel, parts * tokens * padded, 1 << 16);
-        for_each(parallel, columns, [this, columns](int64_t i) { finish(i, columns); });
+        const int64_t ranges = parts_for(parallel, parts * tokens * padded, 1 << 16);
+        with_rows<T>(p.down_format, [this, ranges](auto row) {
+            constexpr ColumnOrder order = decltype(row)::type::kOrder;
+            for_each(parallel, ranges, [this, ranges](int64_t i) { finish<order>(i, ranges); });
+        });
         if (p.counts) count();
     }
 
-    void pack_x() {
+    template <class Row> void *pack_x(int slot) const {
+        typedef typename DotOperand<Row, T>::type X;
+        X *const x = workspace<X>(slot, tokens * padded);
         for (int64_t t = 0; t < tokens; t++) {
             const T *from = static_cast<const T *>(p.x) + (first_token + t) * p.hidden_size;
             X *to = x + t * padded;
-            x_rows[t] = to;
+            std::memset(to, 0, padded * sizeof(X));
             if constexpr (std::is_same_v<X, float>) {
-                for (int64_t c = 0; c < padded; c += kGroup)
+                for (int64_t c = 0; c < p.hidden_size; c += kGroup)
                     store_group<ColumnOrder::kConsecutive>(to + c,
                                                            load_group<Row::kOrder>(from + c, p.hidden_size - c));
             } else {
-                std::memset(to, 0, padded * sizeof(X));
                 std::memcpy(to, from, p.hidden_size * sizeof(X));
             }
         }
+        return x;
     }
 
     // out[r][t] = rows[r] . x[t] + bias for kRows neurons of `weight` and all tokens.
     template <class Neuron>
-    void project(const void *weight, int64_t stride, const void *bias, Neuron neuron, float (*out)[kMaxTokens]) const {
-        Row rows[kRows];
-        for (int r = 0; r < kRows; r++) rows[r] = row_of(weight, stride, neuron(r));
-        if (tokens == 1) {
-            dot<kRows, 1>(rows, x_rows, p.hidden_size, out);
-        } else {
-            constexpr int half = kRows / 2; // as many accumulators, and each row is read for two tokens
-            for (int r = 0; r < kRows; r += half)
-                for (int64_t t = 0; t < tokens; t += 2) {
-                    const X *pair[2] = {x_rows[t], x_rows[min(t + 1, tokens - 1)]};
-                    float result[half][kMaxTokens];
-                    dot<half, 2>(rows + r, pair, p.hidden_size, result);
-                    for (int i = 0; i < half; i++)
-                        for (int64_t k = t; k < min(t + 2, tokens); k++) out[r + i][k] = result[i][k - t];
-                }
-        }
+    void project(const RowFormat &format, const void *weight, int64_t stride, const void *x, const void *bias,
+                 Neuron neuron, float (*out)[kMaxTokens]) const {
+        with_rows<T>(format, [&](auto row) {
+            typedef typename decltype(row)::type Row;
+            Row rows[kRows];
+            for (int r = 0; r < kRows; r++) rows[r] = row_of<Row>(weight, stride, neuron(r), neuron(r + kRows));
+            dot_all(rows, static_cast<const typename DotOperand<Row, T>::type *>(x), out);
+        });
         if (bias)
             for (int r = 0; r < kRows; r++)
                 for (int64_t t = 0; t < tokens; t++) out[r][t] += scalar<T>(bias, neuron(r));
+    }
+
+    template <class Row, class X> void dot_all(Row *rows, const X *x, float (*out)[kMaxTokens]) const {
+        if (tokens == 1) return dot<kRows, 1>(rows, &x, columns<Row>(), out);
+        constexpr int half = kRows / 2; // as many accumulators, and each row is read for two tokens
+        for (int r = 0; r < kRows; r += half)
+            for (int64_t t = 0; t < tokens; t += 2) {
+                const X *pair[2] = {x + t * padded, x + min(t + 1, tokens - 1) * padded};
+                float result[half][kMaxTokens];
+                dot<half, 2>(rows + r, pair, columns<Row>(), result);
+                for (int i = 0; i < half; i++)
+                    for (int64_t k = t; k < min(t + 2, tokens); k++) out[r + i][k] = result[i][k - t];
+            }
     }
 
     void gate(int64_t i) {
@@ -156,7 +234,7 @@ template <class Row, class T> struct SparseMlp {
         float g[kRows][kMaxTokens];
         for (int64_t j = begin; j < end; j += kRows) {
             auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // repeats the last row at the end
-            project(p.w_gate, p.w_gate_stride, p.gate_bias, neuron, g);
+            project(p.gate_format, p.w_gate, p.w_gate_stride, x_gate, p.gate_bias, neuron, g);
             for (int64_t t = 0; t < tokens; t++)
                 for (int r = 0; r < kRows; r++) v[t * p.intermediate_size + neuron(r)] = g[r][t];
         }
@@ -197,7 +275,7 @@ template <class Row, class T> struct SparseMlp {
         float u[kRows][kMaxTokens];
         for (int64_t k = begin; k < end; k += kRows) {
             auto neuron = [this, k, end](int r) -> int64_t { return kept[min(k + r, end - 1)]; };
-            project(p.w_up, p.w_up_stride, p.up_bias, neuron, u);
+            project(p.up_format, p.w_up, p.w_up_stride, x_up, p.up_bias, neuron, u);
             for (int r = 0; r < min(kRows, end - k); r++) {
                 const int32_t j = neuron(r);
                 int64_t keeping = 0;
@@ -215,43 +293,45 @@ template <class Row, class T> struct SparseMlp {
         part[i].kept_down_pairs = kept_down_pairs;
         float *y = partial + i * tokens * padded;
         std::memset(y, 0, tokens * padded * sizeof(*y));
-        for (int64_t k = begin; k < last; k += kRows)
-            for (int64_t t = 0; t < tokens; t++) down(kept + k, min(kRows, last - k), t, y + t * padded);
+        with_rows<T>(p.down_format, [&](auto row) {
+            for (int64_t k = begin; k < last; k += kRows)
+                for (int64_t t = 0; t < tokens; t++)
+                    down<typename decltype(row)::type>(kept + k, last - k, t, y + t * padded);
+        });
     }
 
-    // Adds the rows of those of n neurons that token t keeps. Dropped rows are left out, not multiplied by zero,
-    // because 0 * inf is NaN.
-    void down(const int32_t *neurons, int64_t n, int64_t t, float *y) const {
+    // Adds the rows of those of the first kRows of `left` neurons that token t keeps. Dropped rows are left out, not
+    // multiplied by zero, because 0 * inf is NaN.
+    template <class Row> void down(const int32_t *neurons, int64_t left, int64_t t, float *y) const {
         Row rows[kRows];
         float h[kRows];
         int num = 0;
-        for (int64_t k = 0; k < n; k++) {
+        for (int64_t k = 0; k < min(kRows, left); k++) {
             const int64_t j = neurons[k], at = t * p.intermediate_size + j;
             if (!alive[at]) continue;
-            rows[num] = row_of(p.w_down_t, p.w_down_t_stride, j);
-            h[num] = v[at] * rows[num].scale();
-            num++;
+            rows[num] = row_of<Row>(p.w_down_t, p.w_down_t_stride, j, neurons[min(k + kRows, left - 1)]);
+            h[num++] = v[at];
         }
         int r = 0;
-        if (num & 8) add_rows<8>(rows, h, p.hidden_size, y), r += 8;
-        if (num & 4) add_rows<4>(rows + r, h + r, p.hidden_size, y), r += 4;
-        if (num & 2) add_rows<2>(rows + r, h + r, p.hidden_size, y), r += 2;
-        if (num & 1) add_rows<1>(rows + r, h + r, p.hidden_size, y);
+        if (num & 8) add_rows<8>(rows, h, columns<Row>(), y), r += 8;
+        if (num & 4) add_rows<4>(rows + r, h + r, columns<Row>(), y), r += 4;
+        if (num & 2) add_rows<2>(rows + r, h + r, columns<Row>(), y), r += 2;
+        if (num & 1) add_rows<1>(rows + r, h + r, columns<Row>(), y);
     }
 
-    void finish(int64_t i, int64_t num) {
+    template <ColumnOrder order> void finish(int64_t i, int64_t num) const {
         const int64_t groups = padded / kGroup;
         const int64_t end = min(groups * (i + 1) / num * kGroup, p.hidden_size);
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t c = groups * i / num * kGroup; c < end; c += kGroup) {
                 Group y{};
-                if (p.down_bias) y = load_group<Row::kOrder>(static_cast<const T *>(p.down_bias) + c, end - c);
+                if (p.down_bias) y = load_group<order>(static_cast<const T *>(p.down_bias) + c, end - c);
                 for (int64_t k = 0; k < parts; k++) {
                     const float *from = partial + (k * tokens + t) * padded + c;
                     y.a += load(from);
                     y.b += load(from + kLanes);
                 }
-                store_group<Row::kOrder>(static_cast<T *>(p.y) + (first_token + t) * p.hidden_size + c, y, end - c);
+                store_group<order>(static_cast<T *>(p.y) + (first_token + t) * p.hidden_size + c, y, end - c);
             }
     }
 
@@ -264,13 +344,8 @@ template <class Row, class T> struct SparseMlp {
     }
 };
 
-template <class Row, class T> static void sparse_mlp_of(const SparseMlpParams &p, const Parallel &parallel) {
-    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<Row, T>(p, parallel, first).run();
-}
-
-// The one place that chooses a row format: a new one is a case here.
 template <class T> static void sparse_mlp_with(const SparseMlpParams &p, const Parallel &parallel) {
-    return sparse_mlp_of<DenseRow<T>, T>(p, parallel);
+    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<T>(p, parallel, first).run();
 }
 
 static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) {

@@ -79,6 +79,55 @@ CATS_INLINE void store(Half *p, VecF v) {
 }
 #endif
 
+// --- kLanes bytes, in order ------------------------------------------------------------------------------------------
+
+// Intrinsics, because gcc 12 widens bytes one by one. load_e4m3() gives fp8 divided by kE4m3Factor: a code's bits at
+// the place of those of a half are that half.
+constexpr float kE4m3Factor = 256;
+
+#if CATS_VECTOR_BYTES == 64
+CATS_INLINE VecU load_bytes(const uint8_t *p) {
+    return (VecU)_mm512_maskz_cvtepu8_epi32(0xffff, load_bits<__m128i>(p));
+}
+CATS_INLINE VecI load_signed_bytes(const uint8_t *p) {
+    return (VecI)_mm512_maskz_cvtepi8_epi32(0xffff, load_bits<__m128i>(p));
+}
+CATS_INLINE VecF load_e4m3(const uint8_t *p) {
+    const __m256i codes = _mm256_cvtepi8_epi16(load_bits<__m128i>(p));
+    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    return (VecF)_mm512_maskz_cvtph_ps(0xffff, halves);
+}
+#elif CATS_VECTOR_BYTES == 32
+CATS_INLINE VecU load_bytes(const uint8_t *p) {
+    return (VecU)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+CATS_INLINE VecI load_signed_bytes(const uint8_t *p) {
+    return (VecI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+CATS_INLINE VecF load_e4m3(const uint8_t *p) {
+    const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    const __m128i halves = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(int16_t(0xbf80)));
+    return (VecF)_mm256_cvtph_ps(halves);
+}
+#elif defined(__SSE2__)
+CATS_INLINE VecU four_of_each_byte(const uint8_t *p) {
+    const __m128i bytes = _mm_cvtsi32_si128(load_bits<int32_t>(p)), pairs = _mm_unpacklo_epi8(bytes, bytes);
+    return (VecU)_mm_unpacklo_epi16(pairs, pairs);
+}
+CATS_INLINE VecU load_bytes(const uint8_t *p) { return four_of_each_byte(p) >> 24; }
+CATS_INLINE VecI load_signed_bytes(const uint8_t *p) { return (VecI)four_of_each_byte(p) >> 24; }
+#else
+CATS_INLINE VecU load_bytes(const uint8_t *p) { return (load_bits<uint32_t>(p) >> (VecU){0, 8, 16, 24}) & 255; }
+CATS_INLINE VecI load_signed_bytes(const uint8_t *p) {
+    return (VecI)(load_bits<uint32_t>(p) << (VecU){24, 16, 8, 0}) >> 24;
+}
+#endif
+#if CATS_VECTOR_BYTES == 16
+CATS_INLINE VecF load_e4m3(const uint8_t *p) { // moves the exponent, as load(const Half *)
+    return (VecF)((VecU)load_signed_bytes(p) << 20 & 0x87f00000) * 0x1p112f;
+}
+#endif
+
 // As load() and store() where fewer than kLanes elements are left; missing ones read as zero.
 template <class T> CATS_INLINE VecF load(const T *p, int64_t n) {
     if (n >= kLanes) return load(p);

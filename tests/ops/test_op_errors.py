@@ -11,6 +11,7 @@ from cats_ext.ops.library import LIBRARIES
 pytestmark = pytest.mark.skipif(not LIBRARIES["_C"].loaded, reason="the checks are in the compiled library")
 
 M, H, I = 2, 6, 4  # noqa: E741
+WEIGHTS = ("w_gate", "w_up", "w_down_t")
 
 # The kernels run on "cpu" and "cuda"; tensors on "meta" take the path of torch.compile's tracing; "reference" is what
 # devices without a compiled kernel get. All ask csrc/checks.h.
@@ -31,6 +32,15 @@ def sparse_arguments(device: str) -> dict:
         up_bias=torch.ones(I, device=device),
         down_bias=torch.ones(H, device=device),
     )
+
+
+ROW_BYTES = 32 + 128  # of H columns, padded to 128, in int8_g32
+
+
+def packed_arguments(device: str) -> dict:
+    """H is no multiple of the group size, which the kernels need not ask for: the columns are padded."""
+    weights = {name: torch.zeros(I, ROW_BYTES, dtype=torch.uint8, device=device) for name in WEIGHTS}
+    return sparse_arguments(device) | weights | {f"{name}_format": "int8_g32" for name in ("gate", "up", "down")}
 
 
 def gated_arguments(device: str) -> dict:
@@ -86,6 +96,45 @@ SPARSE = [  # argument, what is done to it, the message
     ("counts", lambda t: t.int(), r"counts must be contiguous int64 of shape \[3\] on .*, got torch\.int32"),
     ("counts", lambda t: t[:2], r"counts must be contiguous int64 of shape \[3\] on .*, got .* of shape \[2\]"),
 ]
+FORMATS = (
+    "int4_g32, int4_g64, int4_g128, int4_g32_zp, int4_g64_zp, int4_g128_zp, int8_g32, int8_g64, int8_g128, fp8_e4m3"
+)
+PACKED = [
+    *(row for row in SPARSE if row[0] not in WEIGHTS and "last dimension" not in row[2]),
+    ("x", lambda t: t[:, :0], r"x must have last dimension H > 0, got shape \[2, 0\]"),
+    ("w_gate", lambda t: t[0], r"w_gate must have shape \[I, bytes\], got \[160\]"),
+    ("w_gate", lambda t: t[:0], r"w_gate must have I > 0 and H > 0, got \[0, 160\]"),
+    *(
+        row
+        for name in WEIGHTS
+        for row in (
+            (name, lambda t: t.view(torch.int8), rf"{name} must be torch\.uint8, got torch\.int8"),
+            (
+                name,
+                lambda t: t[:, 16:],
+                rf"{name} must have shape \[4, 160\], the bytes of rows of 6 columns in int8_g32, got \[4, 144\]",
+            ),
+            (
+                name,
+                lambda t: torch.cat((t, t), 1).view(-1)[: I * 168].view(I, 168)[:, :160],
+                rf"{name} must have rows that start at multiples of 16 bytes and unit stride in its last dimension, "
+                r"got strides \[168, 1\]",
+            ),
+            (
+                name,
+                lambda t: t.t().contiguous().t(),
+                rf"{name} must have rows that start at multiples of 16 bytes and unit stride .*, got strides \[1, 4\]",
+            ),
+        )
+    ),
+    ("w_up", lambda t: t[1:], r"w_up must have shape \[4, 160\], .*, got \[3, 160\]"),
+    *(
+        (name, lambda _, got=got: got, rf"{name} must be one of {FORMATS}, got '{got}'")
+        for name in ("gate_format", "up_format", "down_format")
+        for got in ("int8", "int8_g32_zp", "")
+    ),
+    ("up_format", lambda _: "int4_g32", r"w_up must have shape \[4, 128\], .* in int4_g32, got \[4, 160\]"),
+]
 GATED = [
     ("gate", lambda t: t.int(), r"gate must be float32, float16, bfloat16 or float64, got torch\.int32"),
     ("gate", lambda t: t[0, 0], r"gate must have at least one dimension, got shape \[\]"),
@@ -127,6 +176,43 @@ def test_sparse_mlp(name, change, message, where):
         fails("sparse_mlp", arguments, "sparse_mlp: " + message, where)
 
 
+@pytest.mark.parametrize(("name", "change", "message"), PACKED, ids=ids(PACKED))
+@pytest.mark.parametrize("where", WHERE)
+def test_sparse_mlp_packed(name, change, message, where):
+    arguments = packed_arguments(device_of(where))
+    arguments[name] = change(arguments[name])
+    fails("sparse_mlp_packed_counted", arguments, "sparse_mlp_packed: " + message, where)
+    if name != "counts":
+        del arguments["counts"]
+        fails("sparse_mlp_packed", arguments, "sparse_mlp_packed: " + message, where)
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_packed_rows_must_be_aligned(name, where):
+    arguments = packed_arguments(where)
+    unaligned = torch.zeros(I * ROW_BYTES + 8, dtype=torch.uint8, device=where)[8:].view(I, ROW_BYTES)
+    arguments[name] = unaligned
+    message = rf"sparse_mlp_packed: {name} must have rows that start at multiples of 16 bytes .*got strides \[160, 1\]"
+    fails("sparse_mlp_packed_counted", arguments, message)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_sparse_mlp_packed_step(where):
+    arguments = packed_arguments(device_of(where))
+    for name in ("counts", "down_bias"):
+        del arguments[name]
+    arguments["x"] = arguments["x"][0]
+    arguments |= dict(norm_weight=torch.ones(H, device=device_of(where)), norm_eps=1e-5)
+    arguments["y_sum"] = torch.zeros(H + 2, device=device_of(where))
+    for name, value, message in (
+        ("y_sum", arguments["y_sum"][:H], r"sparse_mlp_packed_step: y_sum must be .* of shape \[6\]"),
+        ("w_down_t", arguments["w_up"][1:], r"sparse_mlp_packed: w_down_t must have shape \[4, 160\], .*"),
+        ("gate_format", "int3", rf"sparse_mlp_packed: gate_format must be one of {FORMATS}, got 'int3'"),
+    ):
+        fails("sparse_mlp_packed_step", arguments | {name: value}, message, where)
+
+
 @pytest.mark.parametrize(("name", "change", "message"), GATED, ids=ids(GATED))
 @pytest.mark.parametrize("where", WHERE)
 def test_gated_threshold(name, change, message, where):
@@ -157,6 +243,15 @@ def test_sparse_mlp_on_mixed_devices(name, where, other):
     arguments = sparse_arguments(where)
     arguments[name] = torch.ones_like(arguments[name], device=other)
     fails("sparse_mlp_counted", arguments, rf"sparse_mlp: {name} must be .*on .*{where}.*, got .*{other}")
+
+
+@pytest.mark.parametrize(("where", "other"), OTHER)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_sparse_mlp_packed_on_mixed_devices(name, where, other):
+    arguments = packed_arguments(where)
+    arguments[name] = torch.zeros_like(arguments[name], device=other)
+    message = rf"sparse_mlp_packed: {name} must be on x's device {where}.*, got {other}"
+    fails("sparse_mlp_packed_counted", arguments, message)
 
 
 @pytest.mark.parametrize(("where", "other"), OTHER)

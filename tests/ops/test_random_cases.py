@@ -1,4 +1,5 @@
-"""sparse_mlp on random cases against the fp64 reference: shapes, dtypes, strides, rules and masks that nobody picked.
+"""sparse_mlp and sparse_mlp_packed on random cases against the fp64 reference: shapes, dtypes, formats, strides, rules
+and masks that nobody picked.
 
 CATS_RANDOM_CASES=10000 runs that many on a GPU, CATS_RANDOM_SEED=1 other ones, there and on the CPU. Case n of a seed
 is the same whatever runs before it, so that a failure's repr is enough to run it alone.
@@ -8,15 +9,17 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from support.op_cases import ACTIVATIONS, DEVICES, DTYPES, TOLERANCE
+from support.packed_rows import random_rows
 from torch import Tensor
 
 from cats_ext import ops
 from cats_ext.ops import reference
+from cats_ext.rows import FORMATS
 
 CASES = {"cpu": 150, "cuda": int(os.environ.get("CATS_RANDOM_CASES", 400))}
 SEED = int(os.environ.get("CATS_RANDOM_SEED", 0))
@@ -41,6 +44,7 @@ class RandomCase:
     biases: tuple[bool, bool, bool]
     counted: bool
     deterministic: bool
+    formats: tuple[str, ...] = ()  # of packed rows: of gate, up and down
 
 
 def random_case(n: int) -> RandomCase:
@@ -70,6 +74,16 @@ def random_case(n: int) -> RandomCase:
         counted=r.random() < 0.3,
         deterministic=r.random() < 0.2,
     )
+
+
+def packed_case(n: int) -> RandomCase:
+    """As ``random_case``, on packed rows in one format or in three, of a width that their groups divide."""
+    case = random_case(n)
+    r = random.Random(-1 - case.seed)
+    formats = [r.choice(list(FORMATS))] * 3 if r.random() < 0.6 else r.choices(list(FORMATS), k=3)
+    group = max(1, *(FORMATS[name].group_size for name in formats))
+    padding = tuple(16 * (n // 8) for n in case.padding)
+    return replace(case, formats=tuple(formats), hidden=-(-case.hidden // group) * group, padding=padding)
 
 
 def midway(low: Tensor, high: Tensor) -> Tensor:
@@ -111,20 +125,25 @@ def run(case: RandomCase, device: str) -> Tensor:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(case.dtype)
 
-    def weight(rows: int, scale: float) -> Tensor:
+    def weight(rows: int, scale: float, row_format: str) -> Tensor:
         before, after = case.padding
-        return normal(rows, before + hidden + after, scale=scale)[:, before : before + hidden]
+        if not row_format:
+            return normal(rows, before + hidden + after, scale=scale)[:, before : before + hidden]
+        packed = random_rows(FORMATS[row_format], rows, hidden, scale, generator)
+        return torch.nn.functional.pad(packed, (before, after), value=0x7E)[:, before : before + packed.shape[1]]
 
     x = normal(case.tokens, hidden)
-    if case.merged:
-        w_gate, w_up = weight(2 * intermediate, hidden**-0.5).chunk(2)
+    gate_format, up_format, down_format = case.formats or ("", "", "")
+    if case.merged and gate_format == up_format:
+        w_gate, w_up = weight(2 * intermediate, hidden**-0.5, gate_format).chunk(2)
     else:
-        w_gate, w_up = weight(intermediate, hidden**-0.5), weight(intermediate, hidden**-0.5)
-    w_down_t = weight(intermediate, intermediate**-0.5)
+        w_gate, w_up = (weight(intermediate, hidden**-0.5, name) for name in (gate_format, up_format))
+    weights = (w_gate, w_up, weight(intermediate, intermediate**-0.5, down_format))
+    stand_for = [FORMATS[f].unpack(w, hidden) for f, w in zip(case.formats, weights, strict=False)] or weights
     sizes = (intermediate, intermediate, hidden)
     biases = [normal(size, scale=0.3) if bias else None for size, bias in zip(sizes, case.biases, strict=True)]
 
-    exact = [None if t is None else t.double() for t in (x, w_gate, w_up, w_down_t, *biases)]
+    exact = [None if t is None else t.double() for t in (x, *stand_for, *biases)]
     g = torch.nn.functional.linear(exact[0], exact[1], exact[4])
     v = reference.ACTIVATIONS[case.activation](g)
     h = v * torch.nn.functional.linear(exact[0], exact[2], exact[5])
@@ -135,26 +154,30 @@ def run(case: RandomCase, device: str) -> Tensor:
     rule = (threshold, down_threshold, case.activation)
     expected = reference.sparse_mlp_ref(*exact[:4], *rule, *exact[4:], compute_dtype=torch.float64)
 
-    weights, rest = (w_gate, w_up, w_down_t), (*rule, *biases, case.deterministic)
+    rest = (*case.formats, *rule, *biases, case.deterministic)
+    op, counted_op = (
+        (ops.sparse_mlp_packed, ops.sparse_mlp_packed_counted)
+        if case.formats
+        else (ops.sparse_mlp, ops.sparse_mlp_counted)
+    )
     if case.counted:
         counts = torch.zeros(3, dtype=torch.int64, device=device)
-        y = ops.sparse_mlp_counted(x, *weights, counts, *rest)
+        y = counted_op(x, *weights, counts, *rest)
         kept = reference.keep(v, threshold)
         kept_down = kept if down_threshold is None else kept & reference.keep(h, down_threshold)
         right = (counts == torch.stack([torch.full((), v.numel(), device=device), kept.sum(), kept_down.sum()])).all()
     else:
-        y = ops.sparse_mlp(x, *weights, *rest)
-        right = (
-            (y == ops.sparse_mlp(x, *weights, *rest)).all() if case.deterministic else y.new_ones((), dtype=torch.bool)
-        )
+        y = op(x, *weights, *rest)
+        right = (y == op(x, *weights, *rest)).all() if case.deterministic else y.new_ones((), dtype=torch.bool)
     return torch.where(right, excess(y, expected, **TOLERANCE[case.dtype]), float("inf"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_random_cases(device):
+@pytest.mark.parametrize("draw", [random_case, packed_case])
+def test_random_cases(draw, device):
     failed = []
     for first in range(0, CASES[device], BATCH):
-        cases = [random_case(n) for n in range(first, min(first + BATCH, CASES[device]))]
+        cases = [draw(n) for n in range(first, min(first + BATCH, CASES[device]))]
         errors = torch.stack([run(case, device) for case in cases]).tolist()
         failed += [
             f"{error:.3g} times the tolerance: {case}" for case, error in zip(cases, errors, strict=True) if error > 1

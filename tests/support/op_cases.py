@@ -77,7 +77,7 @@ class Case:
 
     def exact_args(self) -> tuple:
         exact = lambda t: t.cpu().double() if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
-        args = [exact(a) for a in self.args()]
+        args = [exact(a) for a in Case.args(self)]
         args[4:6] = self.threshold.cpu(), None if self.down_threshold is None else self.down_threshold.cpu()
         return tuple(args)
 
@@ -114,11 +114,17 @@ def make_case(
     sizes = (intermediate, intermediate, hidden)
     biases = [cast(normal(n, seed=seed + 4 + i, scale=0.3)) if bias else None for i, n in enumerate(sizes)]
     case = Case(cast(normal(tokens, hidden, seed=seed)), [cast(w) for w in weights], biases, activation)
+    set_thresholds(case, rule, sparsity, seed)
+    return case
+
+
+def set_thresholds(case: Case, rule: str, sparsity: float, seed: int) -> None:
+    """Thresholds by the words of ``rule``, clear of all values."""
     if rule == "all kept":
-        return case
+        return
     if rule == "none kept":
         case.threshold = torch.tensor(float("inf"))
-        return case
+        return
 
     def threshold(kind: str, values: Tensor, sparsity: float) -> Tensor:
         values_sorted = values.flatten().sort().values
@@ -132,4 +138,3 @@ def make_case(
     case.threshold = threshold(first, v, sparsity)
     if second:
         case.down_threshold = threshold(second, h, (1 + sparsity) / 2)
-    return case
