@@ -7,8 +7,8 @@
 // The order of the columns in a dot product does not matter, so a lane multiplies the 32-bit words that ldmatrix gives
 // it. Masked bits of a word are two fp16 numbers as they are, subnormal ones: a weight times 2^-24. Such products are
 // exact in fp32 and run at full speed. The offset of the weights is subtracted at the end, times the sum of what was
-// multiplied. x is scaled by a power of two for each block of 128 columns, so that fp16 has its range; h * scale by one
-// for all, which is lowered when a value would not fit.
+// multiplied. x is scaled by a power of two for each warp, so that fp16 has its range; h * scale, too, by one that is
+// lowered when a value would not fit.
 //
 // One token needs one of the 8 columns of B. The others hold what would otherwise take registers: in a dot product x of
 // other blocks of 128 columns (only the diagonal of D is used), and for the down rows h of other groups of 64 columns,
@@ -61,7 +61,8 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     static constexpr int kPartColumns = kTokens == 1 ? 2 : 1, kParts = 2 / kPartColumns;
     static constexpr int kShare = 8 / (kTokens * kPartColumns); // groups of 64 columns that share D
     static constexpr int kSums = 2 * kBlocks / kShare;
-    static constexpr int kUnroll = kBlocks * kTokens <= 4 ? 4 : 1; // blocks, as far as the registers suffice
+    static constexpr int kUnroll = kBlocks * kTokens > 4 ? 1 : (kDotType == WeightType::kInt4 ? 4 : 2);
+    static constexpr bool kSmallGroups = has_small_groups({kTokens, kWorkers, kBlocks});
     static constexpr BatchSizes kSizes = packed_batches(kTokens, kWorkers);
     static_assert((kTokens == 1 || kTokens == 2 || kTokens == 4) && 2 * kBlocks % kShare == 0);
 
@@ -76,11 +77,19 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     __device__ __forceinline__ void load_norm(float (&norm)[32]) const { load_columns(p_.norm_weight, 0, 0, norm); }
 
     __device__ void load_x() {
+        float most = 0.f;
 #pragma unroll
         for (int s = 0; s < kSets; s++) {
             float x[32];
             load_columns(p_.x, s, row_ % kTokens, x);
-            keep_x(s, x);
+            most = fmaxf(most, largest(x));
+        }
+        const float factor = factor_for(most);
+#pragma unroll
+        for (int s = 0; s < kSets; s++) {
+            float x[32];
+            load_columns(p_.x, s, row_ % kTokens, x);
+            keep_x(s, x, factor);
         }
     }
 
@@ -101,7 +110,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         const float scale = rsqrtf(sum / float(p_.hidden_size) + p_.norm_eps);
 #pragma unroll
         for (int i = 0; i < 32; i++) x[i] = to_float(round_to<T>(to_float(round_to<T>(x[i] * scale)) * norm[i]));
-        keep_x(0, x);
+        keep_x(0, x, factor_for(largest(x)));
     }
 
     __device__ void run() {
@@ -117,9 +126,12 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
             if (kind == RowKind::kEnd) break;
             const RowFormat &format = format_of(p_, kind);
             if (kind != RowKind::kDown) {
-                if (kDotType == WeightType::kFloat8 || format.group_size == 128)
+                if constexpr (kDotType != WeightType::kFloat8 && kSmallGroups) {
+                    if (format.group_size == 64) dot_products<kDotType, 2>(at.slot, format);
+                    else dot_products<kDotType, 1>(at.slot, format);
+                } else {
                     dot_products<kDotType, 1>(at.slot, format);
-                else dot_products<kDotType, 2>(at.slot, format);
+                }
             } else if constexpr (kDotType == WeightType::kFloat8) {
                 add_down_rows<kDotType>(at.slot, format);
             } else {
@@ -202,15 +214,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 
     // x as the operands of Unpack need it, in fp16, and its sums by groups of 64 columns, which offsets are multiplied
     // by.
-    __device__ __forceinline__ void keep_x(int s, const float (&x)[32]) {
-        float most = 0.f;
-#pragma unroll
-        for (int i = 0; i < 32; i++) most = fmaxf(most, fabsf(x[i]));
-        most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-        // A power of two that brings the largest to 2^14 or more; its inverse is one as well.
-        const uint32_t exponent = min(127u + 14u + 127u - (__float_as_uint(most) >> 23), 253u);
-        const float factor = most > 0.f ? __uint_as_float(exponent << 23) : 1.f;
+    __device__ __forceinline__ void keep_x(int s, const float (&x)[32], float factor) {
         float sums[2] = {};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
@@ -231,8 +235,27 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
             const int from = quad_ * 8 + e * 4;
             x_sums_[s][e][0] = __shfl_sync(kAll, sums[0], from);
             x_sums_[s][e][1] = __shfl_sync(kAll, sums[1], from);
-            x_unscale_[s][e] = 1.f / __shfl_sync(kAll, factor, from);
         }
+    }
+
+    static __device__ __forceinline__ float largest(const float (&x)[32]) {
+        float most = 0.f;
+#pragma unroll
+        for (int i = 0; i < 32; i++) most = fmaxf(most, fabsf(x[i]));
+        return most;
+    }
+
+    // A power of two that brings the largest x of this lane's token in this warp to 2^14 or more.
+    __device__ __forceinline__ float factor_for(float most) {
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2)
+            if (o < 4 || o >= 4 * kTokens) most = fmaxf(most, __shfl_xor_sync(kAll, most, o));
+        // Its inverse is a power of two as well.
+        const uint32_t exponent = min(127u + 14u + 127u - (__float_as_uint(most) >> 23), 253u);
+        const float factor = most > 0.f ? __uint_as_float(exponent << 23) : 1.f;
+#pragma unroll
+        for (int e = 0; e < 2; e++) x_unscale_[e] = 1.f / __shfl_sync(kAll, factor, quad_ * 8 + e * 4);
+        return factor;
     }
 
     // The scale of a group of 64 or 128 columns, counted through the row.
@@ -314,7 +337,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     const uint8_t *row = first_row + (row_ + (rows == 8 ? 0 : 8 * r)) * stride;
                     float &dot = dots[r][kTokens == 1 ? 0 : e];
                     if constexpr (kType == WeightType::kFloat8) {
-                        dot = fmaf(*reinterpret_cast<const float *>(row) * x_unscale_[s][e],
+                        dot = fmaf(*reinterpret_cast<const float *>(row) * x_unscale_[e],
                                    d[s][r][e][0] * Unpack::kFactor, dot);
                         continue;
                     }
@@ -324,7 +347,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                         const float offset =
                             kInt4 && format.zero_points ? PackedRow::half_at(scale + 2) : Unpack::kOffset;
                         const float sum = kGroups == 1 ? x_sums_[s][e][0] + x_sums_[s][e][1] : x_sums_[s][e][g];
-                        dot = fmaf(PackedRow::half_at(scale) * x_unscale_[s][e],
+                        dot = fmaf(PackedRow::half_at(scale) * x_unscale_[e],
                                    fmaf(d[s][r][e][g], Unpack::kFactor, -offset * sum), dot);
                     }
                 }
@@ -357,16 +380,6 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         const uint32_t stride = uint32_t(ring_.row(slot, 1) - first_row);
         // The column of B that this lane holds: a group of 64 columns, a token, and for one token a part of h * scale.
         const int column_group = row_ / (kPartColumns * kTokens), token = row_ / kPartColumns % kTokens;
-        float h[2][2]; // of rows 2 * quad_, the next, and these + 8
-        bool kept[2][2];
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const auto &row = state.rows[2 * quad_ + e + 8 * k];
-                kept[k][e] = row.tokens >> token & 1;
-                h[k][e] = row.values[token];
-            }
         const uint32_t tiles_at = smem_address(first_row) + (lane_ % 8 + (rows == 8 ? 0 : lane_ / 8 % 2 * 8)) * stride +
                                   lane_ / 16 * kChunkBytes;
         const int group_shift = format.group_size == 128 ? 7 : 6;
@@ -374,13 +387,14 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         for (int s = 0; s < kSums; s++) {
             const int group64 = warp_ * kBlocks * 2 + s * kShare + column_group;
             const bool exists = group64 < 2 * blocks_;
-            float value[2][2], offset[2][2], most = 0.f;
+            float value[2][2], offset[2][2], most = 0.f; // of rows 2 * quad_, the next, and these + 8
 #pragma unroll
             for (int k = 0; k < 2; k++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const uint8_t *row = first_row + (2 * quad_ + e + (rows == 8 ? 0 : 8 * k)) * stride;
-                    const bool used = exists && kept[k][e]; // an absent row may hold anything
+                    const auto &row_state = state.rows[2 * quad_ + e + 8 * k];
+                    const bool used = exists && row_state.tokens >> token & 1; // an absent row may hold anything
                     float scale;
                     offset[k][e] = Unpack::kOffset;
                     if constexpr (kFloat8) {
@@ -391,7 +405,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                         scale = PackedRow::half_at(at);
                         if (kInt4 && format.zero_points) offset[k][e] = used ? PackedRow::half_at(at + 2) : 0.f;
                     }
-                    value[k][e] = used ? h[k][e] * scale * h_factor_ : 0.f;
+                    value[k][e] = used ? row_state.values[token] * scale * h_factor_ : 0.f;
                     most = fmaxf(most, fabsf(value[k][e]));
                 }
             if (__any_sync(kAll, most > kMostHalf)) {
@@ -460,7 +474,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     const int lane_, warp_, quad_, row_; // row_: of D, or the column of B
     const int blocks_;                   // of 128 columns, in a row
     uint32_t x_[kSets][16];
-    float x_sums_[kSets][2][2], x_unscale_[kSets][2];
+    float x_sums_[kSets][2][2], x_unscale_[2];
     float y_[kSums][4][4]; // D: by groups of 64 columns that do not share
     float offsets_[kSums]; // what the offsets of the weights added, of this lane's rows and column of B
     float h_factor_;       // of h * scale and all that follows from it

@@ -150,11 +150,13 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     }
     Choice choice{Kernel::kPacked, "packed rows: the tensor cores, in batches of 16 rows"};
     choice.tokens = int(std::min<int64_t>(shape.tokens, 4));
+    const bool small_groups = gate.group_size == 64 || up.group_size == 64;
     const PackedInstance *instance = nullptr;
     while (choice.tokens && !instance) {
         const int tokens = choice.tokens == 3 ? 4 : choice.tokens;
         for (const PackedInstance &i : kPackedInstances)
-            if (!instance && i.tokens == tokens && shape.hidden_size <= int64_t(i.workers) * i.blocks * kPackedColumns)
+            if (!instance && i.tokens == tokens && (!small_groups || has_small_groups(i)) &&
+                shape.hidden_size <= int64_t(i.workers) * i.blocks * kPackedColumns)
                 instance = &i;
         if (!instance) choice.tokens /= 2;
     }

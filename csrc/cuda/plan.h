@@ -214,7 +214,9 @@ constexpr int kCopierWarps = 3; // with the scheduler and 8 workers 12 warps, wh
 struct PackedInstance {
     int tokens, workers, blocks;
 };
-constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {2, 8, 8}, {4, 8, 4}};
+constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {4, 8, 4}};
+// Gate and up rows with two scales for 128 columns take more registers.
+constexpr bool has_small_groups(PackedInstance instance) { return instance.tokens * instance.blocks <= 8; }
 
 // ---- The generic kernel (sparse_mlp_generic.cuh) ----
 
