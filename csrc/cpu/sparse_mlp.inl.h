@@ -11,7 +11,8 @@
 //     fp32: 1 row 34, 2 rows 40, 4 rows 43, 8 rows 45; bf16: 4 rows 32, 8 rows 35
 // Software prefetch was slower at every distance, of these rows or the next, into L1 or L2: fp32 with 4 rows 31 to 37
 // instead of 38, bf16 with 8 rows 28 to 32 instead of 35. bf16 is bound by instructions per byte: loading even and odd
-// columns (ColumnOrder::kEvenOdd) instead of consecutive ones took 4 rows from 24 to 29.
+// columns (ColumnOrder::kEvenOdd) instead of consecutive ones took 4 rows from 24 to 29. Packed rows are short, and are
+// prefetched as far ahead as the rows that are read next (rows/packed.inl.h).
 #pragma once
 
 #include "activation.inl.h"

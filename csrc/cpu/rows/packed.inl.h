@@ -69,7 +69,8 @@ template <WeightType type, int group_size, bool zero_points> struct PackedRow {
         const int64_t i = column % kTileColumns;
         const float *scale = scales + (group_size ? i / kBlock * (zero_points ? 2 : 1) : 0);
         Block block = {tile + i / (type == WeightType::kInt4 ? 2 : 1), broadcast(scale[0]), {}, {}};
-        // A hardware prefetcher has hardly started when a row of 2 KB ends.
+        // A hardware prefetcher has hardly started when a row of 2 to 4 KB ends. On one thread of a Xeon with AVX-512,
+        // GB/s with and without: int8 dot 13 and 10, add 14 and 11; int4 dot 8 and 8, add 10 and 8. Into L1 the same.
         for (int line = 0; line < kBlock * kChunkBytes / columns_per_chunk(type); line += 64)
             __builtin_prefetch(block.data + ahead + line, 0, 2);
         if constexpr (type == WeightType::kInt4) {
