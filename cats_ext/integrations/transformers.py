@@ -26,7 +26,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cats_ext.patching.apply import apply_cats, current_config, patch_with_relu, remove_cats, replaced_activation
+from cats_ext.patching.apply import (
+    apply_cats,
+    current_config,
+    patch_with_relu,
+    remove_cats,
+    replaced_activation,
+    sparse_mlps,
+)
 from cats_ext.patching.listeners import PatchListener, add_listener
 from cats_ext.thresholds.config import CONFIG_FILE, THRESHOLDS_FILE, CatsConfig
 
@@ -175,6 +182,9 @@ def _save_pretrained(
     The model's config has the entry, and the activation of a ReLUfied model, for that time only: it may be shared with
     a dense model, or be part of a larger one's, whose checkpoints have no thresholds.
     """
+    if not sparse_mlps(model):  # remove_cats has been called with the part that has the MLPs
+        detach(model)
+        return model.save_pretrained(save_directory, is_main_process, state_dict, *arguments, **named)
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     quantizer, activation = model.hf_quantizer, replaced_activation(model)
     entry = _entry(current_config(model), activation)

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 
 from cats_ext._progress import finish_despite_interrupt
 from cats_ext.patching import listeners
-from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, check_module, find_gated_mlps, recognise_activation
-from cats_ext.patching.mlp import CatsMLP
-from cats_ext.patching.surgery import make_dense, make_sparse, set_class, sparse_class
+from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
+from cats_ext.patching.mlp import PatchedMLP
+from cats_ext.patching.surgery import check_own_memory, make_dense, make_sparse, set_class, unmasked_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.rules import check_bool
 from cats_ext.thresholds.statistics import SMALLEST
 
 
-def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
-    """The patched MLPs of ``model`` by name; empty if it is dense.
+def sparse_mlps(model: nn.Module) -> dict[str, PatchedMLP]:
+    """The patched MLPs of ``model`` by name, also while masking is disabled; empty if it is dense.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
     check_module(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PatchedMLP)}
 
 
-def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dict[str, CatsMLP]:
+def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dict[str, PatchedMLP]:
     """As :func:`sparse_mlps`, of a model that has to be patched.
 
     Args:
@@ -65,15 +65,17 @@ def apply_cats(
             that is being verified), True to mask them as generated tokens are; None for what the config says, by
             default True.
         neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
-            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only.
+            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights
+            in shared memory or a flat buffer.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model is patched already, is quantised or cannot run sparsely, or the config belongs to another
-            model. The model is unchanged after any error, KeyboardInterrupt included.
+        ValueError: the model is patched already, is quantised or cannot run sparsely, others have a down projection's
+            memory too (``share_memory``, a flat buffer), or the config belongs to another model. The model is unchanged
+            after any error, KeyboardInterrupt included.
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
@@ -129,6 +131,9 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
+    for mlp in mlps:
+        if neuron_rows and not mlp.down_weight.mT.is_contiguous():
+            check_own_memory(f"{mlp.name}.down_proj", mlp.down_weight)
     try:
         for mlp in mlps:
             make_sparse(mlp, config, neuron_rows)
@@ -146,18 +151,36 @@ def remove_cats(model: nn.Module) -> nn.Module:
     is passed on.
 
     Args:
-        model: patched, or a wrapper of a patched model.
+        model: patched, or a wrapper of a patched model, or the part of it that has all its MLPs.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, has only some of the MLPs that were patched together, or others have a
+            down projection's memory too. The model is unchanged then.
     """
+    if not sparse_mlps(model):
+        listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
+    _check_complete(model, patched)
+    for name, module in patched.items():
+        if module.cats.down_weight.stride() != module.cats.down_strides:
+            check_own_memory(f"{name}.down_proj", module.cats.down_weight)
     finish_despite_interrupt(lambda: _make_dense(model, list(patched.values())))
     return model
+
+
+def _check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
+    """Raise ValueError if the rest of the model would stay patched: it then has no config that fits it."""
+    states = [module.cats for module in patched.values()]
+    others = {name for state in states for name in state.config.layers} - {state.name for state in states}
+    if others:
+        raise ValueError(
+            f"model of class {type(model).__name__} is a part of a patched model and has {len(states)} of its MLPs, "
+            f"but not {min(others)}: call remove_cats with the whole model"
+        )
 
 
 def current_config(model: nn.Module) -> CatsConfig:
@@ -209,6 +232,7 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
 def masking_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes densely with the same weights, as it did before :func:`apply_cats`; nothing is copied.
 
+    It counts as patched there: it can be cast, moved, saved and given another sparsity, but not calibrated or patched.
     A captured graph runs what it recorded; setting its thresholds to 0 has the same effect there.
 
     Args:
@@ -220,22 +244,25 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    patched = patched_mlps(model)
+    before = {module: type(module) for module in patched_mlps(model).values()}
+
+    def put_back() -> None:
+        for module, kind in before.items():
+            if isinstance(module, PatchedMLP):  # not removed meanwhile
+                set_class(module, kind)
+
     try:
-        for module in patched.values():
-            set_class(module, module.cats.original_class)
+        for module in before:
+            set_class(module, unmasked_class(module.cats.original_class))
         yield
     finally:
-        finish_despite_interrupt(lambda: [set_class(module, sparse_class(module)) for module in patched.values()])
+        finish_despite_interrupt(put_back)
 
 
 def replaced_activation(model: nn.Module) -> str | None:
     """The activation that the patched MLPs of ``model`` compute instead of their own; None if it is their own."""
-    for module in sparse_mlps(model).values():
-        own = next(getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name))
-        if recognise_activation(own) != module.forward_settings.activation:
-            return module.forward_settings.activation
-    return None
+    replaced = (m.forward_settings.activation for m in sparse_mlps(model).values() if m.cats.relufied)
+    return next(replaced, None)
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
