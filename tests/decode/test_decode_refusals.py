@@ -104,5 +104,5 @@ def test_fused_refuses_hooks_and_other_linears():
 def test_fused_refuses_hooks_for_all_modules():
     engine = DecodeEngine(tiny_model(), fused=True)
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
-        with pytest.raises(ValueError, match="fused=True: .*there are hooks for all modules"):
+        with pytest.raises(ValueError, match=r"fused=True: .*there are hooks for all modules"):
             engine.generate(tokens(5)[None], max_new_tokens=1)
