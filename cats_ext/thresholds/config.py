@@ -335,9 +335,7 @@ class CatsConfig:
         )
         if document["format_version"] < FORMAT_VERSION:  # infinite where a neuron has no weight
             for values in (thresholds, down_thresholds):
-                values |= {
-                    name: t.clamp(max=LARGEST) for name, t in values.items() if t.dim() and t.is_floating_point()
-                }
+                values |= {n: t.clamp(max=LARGEST) for n, t in values.items() if t.dim() and t.dtype == torch.float32}
         statistics, last = {}, next(reversed(layers), None)
         for name, numbers in document["statistics"].items():
             if name not in layers:
