@@ -106,7 +106,7 @@ def save_pretrained(
 
         saving = Saving(state_dict, directory, finish)
         with _in_progress(saving):
-            write(new, is_main_process, state_dict, *arguments, **named)
+            write(str(new), is_main_process, state_dict, *arguments, **named)
         finish()
 
 

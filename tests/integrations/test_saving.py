@@ -147,13 +147,20 @@ def test_the_weights_that_are_saved_are_those_that_are_checked(config, tmp_path)
 def test_an_offloaded_model_is_saved(config, tmp_path):
     from accelerate import cpu_offload
 
+    def offloaded(model):
+        cpu_offload(model, execution_device="cpu")
+        model.hf_device_map = {"": "cpu"}
+        return model
+
+    try:
+        offloaded(tiny_model()).save_pretrained(tmp_path / "dense")
+    except NotImplementedError as error:  # transformers 5.0
+        pytest.skip(f"this transformers cannot save an offloaded model: {error}")
     model = apply_cats(tiny_model(), config)
     expected = logits(model, few())
-    cpu_offload(model, execution_device="cpu")
-    model.hf_device_map = {"": "cpu"}
-    assert layers_of(model)[0].gate_proj.weight.is_meta
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(load(tmp_path), few()), expected)
+    assert layers_of(offloaded(model))[0].gate_proj.weight.is_meta
+    model.save_pretrained(tmp_path / "sparse")
+    torch.testing.assert_close(logits(load(tmp_path / "sparse"), few()), expected)
 
 
 def test_weights_that_are_not_here_are_asked_for(config, tmp_path):
