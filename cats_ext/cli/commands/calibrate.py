@@ -10,9 +10,10 @@ import typer
 
 import cats_ext
 from cats_ext.calibration.settings import CalibrationSettings
+from cats_ext.calibration.texts import sample_texts
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, load, output, print_json, show_next
-from cats_ext.cli.text import read_texts
+from cats_ext.cli.text import stream_texts
 from cats_ext.thresholds.allocation import ALLOCATIONS
 from cats_ext.thresholds.rules import IMPORTANCES, RULES
 
@@ -86,7 +87,7 @@ def calibrate(
         batch_size=batch_size,
         seed=seed,
     )
-    texts = read_texts(text)
+    texts = sample_texts(stream_texts(text), max_tokens, sequence_length, seed)
     options.check_output(out, directory=True)
     network, tokenizer, _ = load(model, options.pick_device(device), dtype)
     config = cats_ext.calibrate(network, texts, tokenizer=tokenizer, checkpoint=checkpoint, **asdict(settings))

@@ -93,7 +93,7 @@ def demo(
     console = output(json)
     network, tokenizer, _ = load(model, where)
     question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
-    held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
+    held_out = tokenize(tokenizer, [held_out_text], eval_tokens)
     document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
     document["load_at_start"] = load_at_start
     document |= show_model(console, model, network)

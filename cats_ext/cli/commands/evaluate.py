@@ -87,7 +87,7 @@ def evaluate(
         "config": None if config is None else {k: v for k, v in config.to_dict().items() if k != "layers"},
     }
     if texts:
-        ids = tokenize(tokenizer, texts)
+        ids = tokenize(tokenizer, texts, None if max_windows is None else max_windows * window)
         windows = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
         document["text"] = {
             "source": named or [str(path) for path in text],
