@@ -43,7 +43,7 @@ def test_op_calls_on_a_gpu():
 def test_one_element_too_far_is_a_crash(at_end):
     code = (
         "import ctypes, torch; from adversarial.harness.guard_pages import Arena\n"
-        f"t = Arena(5000).place(torch.randn(7, 3), {at_end})\n"
+        f"arena = Arena(5000); t = arena.place(torch.randn(7, 3), {at_end})\n"
         "assert ctypes.string_at(t.data_ptr(), t.nbytes)\n"
         f"print('inside', flush=True); ctypes.string_at(t.data_ptr() + ({'t.nbytes' if at_end else '-1'}), 1)"
     )
