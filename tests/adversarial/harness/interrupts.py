@@ -143,7 +143,7 @@ def _interrupted(operation: Operation, n: int, old: State, new: State) -> tuple[
         failure = f"{interrupt.where}: neither old ({_shown(from_old)} differ) nor new ({_shown(from_new)} differ)"
     outcome = "neither" if failure else "new" if not from_new else "old"
     try:
-        if failure:
+        if from_old and from_new:
             operation.prepare()
         operation.run()
         again = differences(operation.state(), new)

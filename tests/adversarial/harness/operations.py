@@ -79,6 +79,7 @@ class Workplace:
     def fresh(self, like: str | None = None) -> None:
         """The target directory is empty, or a copy of another."""
         shutil.rmtree(self.target, ignore_errors=True)
+        self.was_empty = like is None
         if like is None:
             self.target.mkdir()
         else:
@@ -121,10 +122,14 @@ class Workplace:
 
     def saved_model(self) -> State:
         """What the directory loads as, and that the model is as it was."""
-        found: State = {"files": self.files()}
-        if found["files"]:
+        try:
             loaded = AutoModelForCausalLM.from_pretrained(self.target)
-            found |= {"loaded": logits(loaded), "patched": len(sparse_mlps(loaded))}
+        except (OSError, ValueError):
+            if not self.was_empty:
+                raise
+            found: State = {"not loaded": True}  # incomplete, where nothing was before
+        else:
+            found = {"loaded": logits(loaded), "patched": len(sparse_mlps(loaded)), "files": self.files()}
             if sparse_mlps(loaded):
                 found |= config_state(current_config(loaded))
         return found | {f"model {key}": value for key, value in model_state(self.model).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,6 +35,12 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]!r}"
 
 
+def _without_paths(text: str) -> str:
+    """``text`` without what differs from machine to machine."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}(/pytest-of-[^/]+/pytest-\d+)?/[\w.-]+", "PLACE", text)
+    return text.replace(str(machine.ROOT), ".")
+
+
 @dataclass
 class Record:
     """Counts by outcome, and a line for each failure that is enough to run its case again."""
@@ -54,7 +61,8 @@ class Record:
         head = f"{self.subject}, seed {self.seed}: {sum(self.counts.values())} cases, {len(self.failures)} failures"
         seconds = time.perf_counter() - self.started
         left_out = [f"  and {len(self.failures) - most} more"] if len(self.failures) > most else []
-        return [f"{head}; {counts}; {seconds:.0f} s", *(f"  {line}" for line in self.failures[:most]), *left_out]
+        lines = [f"{head}; {counts}; {seconds:.0f} s", *(f"  {line}" for line in self.failures[:most]), *left_out]
+        return [_without_paths(line) for line in lines]
 
     def check(self) -> None:
         """Fail the test that made this record if it holds a failure."""
