@@ -92,8 +92,8 @@ def calibrate(
         sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
         seed: chooses the windows where there are more than needed. Equal arguments give equal thresholds.
-        checkpoint: a file that progress is written to, at most once a minute. After an interruption, the same call
-            continues from it. Removed at the end.
+        checkpoint: a file that progress is written to, once a minute and at the end. The same call continues from it,
+            or gives the same result again; remove it when the result is saved.
         progress: show a bar per pass, with the time left, on standard error.
 
     Returns:
@@ -102,6 +102,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, the model has no gated MLP, is
             patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
+        OSError: the checkpoint cannot be written; this is tried before the first pass.
     """
     settings = CalibrationSettings(
         sparsity=sparsity,
@@ -125,13 +126,12 @@ def calibrate(
 
     powers = settings.gate_powers(len(mlps))
     layers = {m.name: LayerAccumulator(m, power, settings.importance) for m, power in zip(mlps, powers, strict=True)}
-    saved = Checkpoint(checkpoint, settings.identity(len(mlps)), windows, layers)
+    saved = Checkpoint(checkpoint, settings.identity(len(mlps)), model, windows, layers)
     count_activations(model, layers, windows, settings, saved, progress)
     config = _uniform_config(model, layers, windows, settings)
     if settings.allocation == "search":
         losses = settings.loss_table(torch.stack([layer.mean_losses() for layer in layers.values()]))
         config = search_allocation(model, config, losses, windows)
-    saved.remove()
     _warn_of_ties(config)
     return config
 

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +23,15 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 import cats_ext
+from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.cli import models
 from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
+from cats_ext.thresholds.files import write_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +40,28 @@ notes = Console(stderr=True, highlight=False)
 """The console for progress and remarks, with and without ``--json``."""
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
+_USAGE_ERROR = typer.BadParameter.__base__  # of click, which typer has a copy of in some versions
+
+
+class UnwrittenError(Exception):
+    """A result could not be written to its file: with ``--json`` it is on standard output, beside the error."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.document = document
+
+
+class Command(TyperCommand):
+    """With ``--json``, wrong usage too leaves a JSON document on standard output."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        as_json = "--json" in args
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except _USAGE_ERROR as error:
+            if as_json and sys.stdout is not None:
+                print_json({"error": error.format_message()})
+            raise
 
 
 def debugging() -> bool:
@@ -43,25 +69,67 @@ def debugging() -> bool:
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`."""
+    """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`.
+
+    With ``--json`` the sentence is on standard output too, as ``{"error": ...}``.
+    """
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **named: Any) -> None:
+    def wrapped(**named: Any) -> None:
         try:
-            command(*args, **named)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+            if sys.stdout is None:
+                raise OSError("standard output is closed")
+            command(**named)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError):
             raise
         except Exception as error:
             if debugging():
                 raise
-            if isinstance(error, _EXPECTED):
-                message = str(error) or type(error).__name__
-            else:
-                message = f"{type(error).__name__}: {error}. This is a defect; CATS_DEBUG=1 shows the traceback"
-            notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            _report(error, _sentence(error, named), bool(named.get("json")))
             raise typer.Exit(1) from error
 
     return wrapped
+
+
+def _sentence(error: Exception, named: dict[str, Any]) -> str:
+    """What to say of ``error``, an exception of a command with the arguments ``named``."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in message:
+        size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
+        return f"there is not enough memory{f' for {size[1]} more' if size else ''}"
+    if not isinstance(error, (*_EXPECTED, UnwrittenError)):
+        return f"{type(error).__name__}: {message}. This is a defect; CATS_DEBUG=1 shows the traceback"
+    argument, _, rest = message.partition(" ")  # an argument of the API is an option here
+    if argument in named or argument == "data":
+        return f"--{'text' if argument == 'data' else argument.replace('_', '-')} {rest}"
+    return message
+
+
+def _report(error: Exception, message: str, as_json: bool) -> None:
+    if (broken := _flush_error()) is not None:
+        message, as_json = f"standard output cannot be written: {broken.strerror}", False
+    try:
+        notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    except OSError as unwritable:
+        if isinstance(error, OSError) and error.errno == unwritable.errno:
+            message = f"standard error cannot be written: {unwritable.strerror}"
+    if as_json:
+        print_json({"error": message} | getattr(error, "document", {}))
+        _flush_error()
+
+
+def _flush_error() -> OSError | None:
+    """Why standard output cannot be written; what waits for it is then dropped, or Python would fail at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -88,6 +156,16 @@ def json_text(document: dict[str, Any]) -> str:
 def print_json(document: dict[str, Any]) -> None:
     """``document`` on standard output."""
     sys.stdout.write(json_text(document))
+
+
+def write_output(option: str, path: Path, text: str) -> None:
+    """Write a file, all of it or nothing. Raises OSError, which names the ``option`` and the path."""
+    check_writable(option, path, directory=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_together({path.resolve(): text.encode()})
+    except OSError as error:
+        raise cannot_be_written(option, path, error) from error
 
 
 def result_table(titles: Sequence[str], **options: Any) -> Table:

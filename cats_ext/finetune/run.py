@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cats_ext._inputs import check_token_ids
+from cats_ext._inputs import check_integer, check_token_ids
 from cats_ext._progress import progress_bar
 from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.run import calibrate
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.finetune.settings import FinetuneSettings, check_continues, facts_of
-from cats_ext.finetune.trainer import last_checkpoint, make_trainer
+from cats_ext.finetune.trainer import check_integrations, last_checkpoint, make_trainer
 from cats_ext.patching.apply import (
     apply_cats,
     apply_relufication,
@@ -91,8 +91,8 @@ def finetune(
         ImportError: LoRA without the package peft, or training without accelerate.
     """
     settings = settings or FinetuneSettings()
-    if not isinstance(save_every, int) or save_every < 1:
-        raise ValueError(f"save_every must be a positive integer, got {save_every!r}")
+    check_integer("save_every", save_every, 1)
+    check_integrations(report_to)
     if config is not None and settings.method != "cats":
         raise ValueError(f"config is for method 'cats', got method {settings.method!r}")
     if recalibrate and settings.method != "cats":
@@ -114,8 +114,10 @@ def finetune(
         if (directory / CONFIG_FILE).is_file():
             config = CatsConfig.from_pretrained(directory)
         else:
-            config = config or calibrate_on_train(sparsity=settings.sparsity)
+            counts = training / "calibration"  # what an interrupted calibration continues from
+            config = config or calibrate_on_train(sparsity=settings.sparsity, checkpoint=counts)
             config.save_pretrained(directory)
+            counts.unlink(missing_ok=True)
         apply_cats(model, config)
     elif settings.method == "relufication":
         relufy(model)

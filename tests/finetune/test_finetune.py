@@ -231,13 +231,14 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
     [
         (("--lora-targets", "q_proj,c_attn"), r"has no linear module 'c_attn'; it has down_proj, gate_proj"),
         (("--method", "dense", "--sparsity", "0.5"), "--sparsity 0.5 is for --method cats, got --method dense"),
-        (("--method", "dense", "--recalibrate"), "recalibrate is for method 'cats', got method 'dense'"),
+        (("--method", "dense", "--recalibrate"), "--recalibrate is for method 'cats', got method 'dense'"),
         (("--full", "--lora-targets", "q_proj"), "give --full or --lora-targets"),
         (("--sparsity", "1"), "sparsity must be"),
         (("--dataset", "some/set"), "give --text or --dataset, got --text"),
-        (("--steps", "0"), "steps must be an integer of at least 1, got 0"),
-        (("--learning-rate", "nan"), "learning_rate must be positive and finite, got nan"),
-        (("--sequence-length", "400", "--text", "missing.txt"), "text file 'missing.txt' does not exist"),
+        (("--lora-targets", ""), r"has no linear module ''"),
+        (("--report-to", "nosuch"), "--report-to must be one of those installed, "),
+        (("--learning-rate", "nan"), "--learning-rate must be positive and finite, got nan"),
+        (("--sequence-length", "400", "--text", "missing.txt"), "--text 'missing.txt' does not exist"),
     ],
     ids=str,
 )
