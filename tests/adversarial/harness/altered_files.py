@@ -25,6 +25,7 @@ from adversarial.harness.record import CHANGED, CLEAR_TYPES, OBSCURE, REFUSED, U
 from transformers.utils import logging
 
 TRANSFORMERS_SHARE = 0.2
+NOT_MADE = "not made"
 _MEMORY = 1 << 30  # that loading a tiny checkpoint may allocate: an altered file must not be read whole if it is huge
 _ARGUMENTS = ("config", "thresholds", "layers", "statistics", "calibrat", "sparsity", "rule", "model")
 
@@ -50,7 +51,10 @@ def run_case(number: int, seed: int, checkpoints: Checkpoints, directory: Path) 
     through_transformers = r.random() < TRANSFORMERS_SHARE
     base.copy_to(directory, weights=through_transformers)
     kinds = mutations.DAMAGE + (5 * mutations.OF_A_CHECKPOINT if through_transformers else ())
-    what = r.choice(kinds)(r, directory, checkpoints)
+    try:
+        what = r.choice(kinds)(r, directory, checkpoints)
+    except ValueError as error:  # a value that no JSON file can have
+        return NOT_MADE, str(error)
     names = (str(directory), *base.cats_files, *_ARGUMENTS)
     door = "transformers" if through_transformers else "config"
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -112,12 +113,12 @@ def load_transformers_door(directory: Path) -> Signature:
 def forge(directory: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
     """Let ``edit`` change the JSON document and the tensors in ``directory``, with the hashes as if they were right."""
     config = CatsConfig.from_pretrained(directory)
-    save = config_module.save_config_files
+    pack = config_module.pack_files
 
-    def save_edited(place: Path, document: dict[str, Any], tensors: dict[str, Tensor], *rest: Any, **named: Any) -> Any:
-        document, tensors = dict(document), dict(tensors)
+    def pack_edited(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
+        document, tensors = copy.deepcopy(document), dict(tensors)
         edit(document, tensors)
-        return save(place, document, tensors, *rest, **named)
+        return pack(document, tensors)
 
-    with mock.patch.object(config_module, "save_config_files", save_edited):
-        replace(config).save_pretrained(directory)
+    with mock.patch.object(config_module, "pack_files", pack_edited):
+        config.save_pretrained(directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -150,9 +151,11 @@ TABLE: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 NO_JSON = ("chat", "report")  # commands that print no JSON
 
 
-def command_lines() -> Iterator[CommandLine]:
+def command_lines(most: int | None = None, seed: int = 0) -> Iterator[CommandLine]:
+    """All of them, or at most so many values of each option, chosen by ``seed``."""
+    r = random.Random(seed)
     for arguments, option, values in TABLE:
-        for value in values:
+        for value in values if most is None else r.sample(values, min(most, len(values))):
             if option:
                 yield CommandLine(arguments, option, value)
             else:
@@ -188,12 +191,12 @@ def no_work() -> Iterator[None]:
         yield
 
 
-def run(paths: dict[str, str], record: Record) -> None:
-    """All command lines of the table, with --json where there is one; those that leave files behind fail too."""
+def run(paths: dict[str, str], record: Record, most: int | None = None) -> None:
+    """The command lines of the table, with --json where there is one; those that leave files behind fail too."""
     place = Path(paths["place"])
     make_place(place)
     before = sorted(place.iterdir())
-    for line in command_lines():
+    for line in command_lines(most, record.seed):
         with_json = line.arguments[0] not in NO_JSON
         outcome, why = run_line(line, paths, with_json)
         new = [path for path in sorted(place.iterdir()) if path not in before]
