@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from cats_ext.patching.apply import find_dense_mlps
 from cats_ext.patching.tracking import SparsityDriftWarning
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig, thresholds_of
+from cats_ext.thresholds.fit import sample_weights, weight_of
 
 
 @torch.inference_mode(False)
@@ -158,6 +160,7 @@ def _uniform_config(
         importance=settings.importance,
         calibration=settings.record(windows),
         statistics=statistics,
+        weights={mlp.name: sample_weights(partial(weight_of, mlp.module)) for mlp in mlps},
     )
 
 

@@ -47,7 +47,12 @@ def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dic
 
 
 def apply_cats(
-    model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None, neuron_rows: bool = True
+    model: nn.Module,
+    config: CatsConfig,
+    *,
+    sparse_prefill: bool | None = None,
+    neuron_rows: bool = True,
+    check_weights: bool = True,
 ) -> nn.Module:
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
@@ -66,6 +71,8 @@ def apply_cats(
             default True.
         neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
             never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only.
+        check_weights: False takes thresholds that were made for other weights, such as those of the model that this one
+            was tuned from. By default a sample of the weights is compared with the config's, in any dtype.
 
     Returns:
         ``model``.
@@ -73,14 +80,17 @@ def apply_cats(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: the model is patched already, is quantised or cannot run sparsely, or the config belongs to another
-            model. The model is unchanged after any error, KeyboardInterrupt included.
+            model or other weights. The model is unchanged after any error, KeyboardInterrupt included.
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
     check_bool("neuron_rows", neuron_rows)
+    check_bool("check_weights", check_weights)
     mlps = find_dense_mlps(model)
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
+    if not check_weights:
+        config = replace(config, weights={})
     config.validate()
     return _patch(model, mlps, config, neuron_rows)
 

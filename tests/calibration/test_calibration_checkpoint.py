@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(checkpoint, whole, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cats_ext.thresholds.files.os.fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
     assert checkpoint.read_bytes() == before
