@@ -33,8 +33,9 @@ def check_writable(name: str, path: str | os.PathLike, *, directory: bool) -> No
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".cats-", buffering=0) as probe:
             probe.write(bytes(4096))
             os.fsync(probe.fileno())
-        with suppress(FileNotFoundError):
-            os.stat(path.with_name(f".{path.name}.{os.getpid()}.new"))  # a name that is too long
+        if not directory:
+            with suppress(FileNotFoundError):
+                os.stat(path.with_name(f".{path.name}.{os.getpid()}.new"))  # a name that is too long
     except OSError as error:
         if error.errno is None:
             raise

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
 from cats_ext._version import __version__
+from cats_ext.cli import streams
 from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
 from cats_ext.cli.common import Command, one_sentence_errors
 
@@ -52,9 +52,4 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # a file opened later must not be what is taken for standard output or error
-    os.close(number)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
-    app()
+    streams.run(app)

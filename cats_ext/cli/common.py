@@ -6,6 +6,7 @@ With ``--json`` standard output has the JSON document alone; everything for peop
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import cats_ext
 from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.cli import models
 from cats_ext.cli.options import Precision, torch_dtype
+from cats_ext.cli.streams import StandardOutputError
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
 from cats_ext.thresholds.files import write_together
@@ -55,11 +57,15 @@ class Command(TyperCommand):
     """With ``--json``, wrong usage too leaves a JSON document on standard output."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        as_json = "--json" in args
+        given = list(args)
         try:
             return super().make_context(info_name, args, parent, **extra)
         except _USAGE_ERROR as error:
-            if as_json and sys.stdout is not None:
+            options = getattr(getattr(error, "param", None), "opts", ())
+            for option, value in itertools.pairwise(given):
+                if option in options and value[:40] not in error.message:  # typer's own errors may not have it
+                    error.message += f", got {value[:40]!r}"
+            if "--json" in given:
                 print_json({"error": error.format_message()})
             raise
 
@@ -77,16 +83,16 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**named: Any) -> None:
         try:
-            if sys.stdout is None:
-                raise OSError("standard output is closed")
             command(**named)
-            sys.stdout.flush()
-        except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError):
+        except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError, StandardOutputError):
             raise
         except Exception as error:
             if debugging():
                 raise
-            _report(error, _sentence(error, named), bool(named.get("json")))
+            message = _sentence(error, named)
+            notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            if named.get("json"):
+                print_json({"error": message} | getattr(error, "document", {}))
             raise typer.Exit(1) from error
 
     return wrapped
@@ -101,35 +107,9 @@ def _sentence(error: Exception, named: dict[str, Any]) -> str:
     if not isinstance(error, (*_EXPECTED, UnwrittenError)):
         return f"{type(error).__name__}: {message}. This is a defect; CATS_DEBUG=1 shows the traceback"
     argument, _, rest = message.partition(" ")  # an argument of the API is an option here
-    if argument in named or argument == "data":
+    if argument in (*named, "data") and rest.startswith(("must ", "is for ", "'")):
         return f"--{'text' if argument == 'data' else argument.replace('_', '-')} {rest}"
     return message
-
-
-def _report(error: Exception, message: str, as_json: bool) -> None:
-    if (broken := _flush_error()) is not None:
-        message, as_json = f"standard output cannot be written: {broken.strerror}", False
-    try:
-        notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    except OSError as unwritable:
-        if isinstance(error, OSError) and error.errno == unwritable.errno:
-            message = f"standard error cannot be written: {unwritable.strerror}"
-    if as_json:
-        print_json({"error": message} | getattr(error, "document", {}))
-        _flush_error()
-
-
-def _flush_error() -> OSError | None:
-    """Why standard output cannot be written; what waits for it is then dropped, or Python would fail at its end."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -240,7 +220,7 @@ def load_patched(
     """
     from transformers.utils import logging
 
-    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
+    config = None if cats is None else _load_config(cats)
     note_uncompiled(device)
     if not debugging():
         logging.set_verbosity_error()
@@ -258,6 +238,13 @@ def load_patched(
             raise ValueError(f"--sparsity {sparsity} needs thresholds: --cats DIRECTORY, or a model saved with them")
         cats_ext.set_sparsity(network, sparsity)
     return network, tokenizer, current_config(network) if patched else None
+
+
+def _load_config(directory: Path) -> cats_ext.CatsConfig:
+    try:
+        return cats_ext.CatsConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cats '{directory}': {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager

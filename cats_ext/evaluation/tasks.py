@@ -89,10 +89,10 @@ def _task_manager(named: bool) -> TaskManager:
 def check_tasks(names: Sequence[str]) -> None:
     """Raise ValueError for a name that the harness does not know, ImportError if it is not installed."""
     for name in names:
-        known = _task_manager(True).all_tasks
-        if name not in known and not Path(name).is_file():
-            close = ", ".join(get_close_matches(name, known)) or "'lm-eval ls tasks' lists them"
-            raise ValueError(f"tasks must be names that lm-evaluation-harness knows, got {name!r} (close: {close})")
+        if not name.endswith(".yaml") and name not in _task_manager(True).all_tasks:
+            close = " or ".join(get_close_matches(name, _task_manager(True).all_tasks))
+            hint = f"; did you mean {close}?" if close else ""
+            raise ValueError(f"tasks must be names that lm-evaluation-harness knows, got {name[:80]!r}{hint}")
 
 
 def answers(

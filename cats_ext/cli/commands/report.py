@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cats_ext._outputs import check_writable
 from cats_ext.cli.common import escape, notes, write_output
 from cats_ext.evaluation.html_report import html_report
 
@@ -29,6 +30,7 @@ def report(
     $ cats eval MODEL --cats thresholds --text held-out.txt --curve 0.3,0.7 -o thresholds/eval.json
     """
     target = out or directory / "report.html"
+    check_writable("--output", target, directory=False)
     page = html_report(directory)
     write_output("--output", target, page)
     notes.print(f"[bold]{escape(str(target))}[/]", soft_wrap=True)
