@@ -17,7 +17,7 @@ from cats_ext import CatsConfig
 from cats_ext.patching.apply import sparse_mlps
 
 LINES = 40
-SLOW = {"calibrate": 12, "model.save_pretrained": 25}  # operations that take long
+SLOW = {"calibrate": 8, "model.save_pretrained": 16}  # operations that take long
 SEED = int(os.environ.get("CATS_ADVERSARIAL_SEED", 0))
 NAMES = [
     *("apply_cats", "remove_cats", "set_sparsity", "masking_disabled", "track_sparsity as a context", "track_sparsity"),
