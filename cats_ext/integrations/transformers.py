@@ -50,6 +50,7 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         rule: str | None = None,
         sparsity: float | None = None,
         bytes_share: float | None = None,

@@ -338,13 +338,13 @@ class CatsConfig:
                 values |= {
                     name: t.clamp(max=LARGEST) for name, t in values.items() if t.dim() and t.is_floating_point()
                 }
-        statistics = {}
+        statistics, last = {}, next(reversed(layers), None)
         for name, numbers in document["statistics"].items():
             if name not in layers:
                 raise ValueError(f"statistics has an entry for no layer: {name!r:.80}")
             statistics[name] = LayerStatistics.unpack(parts[name], numbers, layers[name].intermediate_size)
-            if (statistics[name].joint is not None) != (document["rule"] == "two_threshold"):
-                raise ValueError(f"statistics[{name!r}] are not those of the rule {document['rule']!r}")
+            power = document["last_gate_power" if name == last else "gate_power"]
+            statistics[name].check_rule(name, document["rule"], power != 0, layers[name].experts is None)
         search = parts.pop("search")
         losses = LossTable.unpack(search, len(layers)) if search else None
         unknown = [f"{name}.{key}" for name, left in (*parts.items(), ("search", search)) for key in left]

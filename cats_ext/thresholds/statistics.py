@@ -146,6 +146,14 @@ class LayerStatistics:
             return cut, 0.0
         return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
 
+    def check_rule(self, name: str, rule: str, gate_weight: bool, down_weight: bool) -> None:
+        """Raise ValueError unless there is what ``rule`` takes, with or without weights of the gate and of down."""
+        two = rule == "two_threshold"
+        for part, want in {"joint": two, "gate_weight": gate_weight, "down_weight": two and down_weight}.items():
+            if (getattr(self, part) is not None) != want:
+                which = "have" if want else "not have"
+                raise ValueError(f"statistics[{name!r}] must {which} {part} with rule {rule!r} and the config's powers")
+
     # --- files: tensors for safetensors, and the numbers for JSON that describe them ----------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -349,6 +349,14 @@ def test_an_incomplete_entry(dense_directory):
         load(dense_directory, quantization_config={"quant_method": "cats", "rule": "plain"})
 
 
+def test_further_items_in_the_entry_are_passed_over(cats_directory, tmp_path):
+    shutil.copytree(cats_directory, tmp_path, dirs_exist_ok=True)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["quantization_config"] |= {"self": 1, "more": 2}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
+
+
 @pytest.mark.parametrize("checkpoint", ["dense", "cats"])
 def test_offloading_to_disk_is_refused(checkpoint, dense_directory, cats_directory, config, tmp_path):
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0", "model.layers.1"]
