@@ -19,7 +19,7 @@ LARGEST = torch.finfo(torch.float32).max  # this one drops every finite number
 GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
 _COUNTS = (torch.int32, torch.int64)
-_NUMBERS = {"mantissa_bits", "first", "zeros", "joint_first"}
+_NUMBERS = {"mantissa_bits", "first", "zeros", "total", "joint_first"}
 
 
 @dataclass(eq=False)
@@ -161,6 +161,7 @@ class LayerStatistics:
         first, counts = self.gate.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
         tensors = {"gate_histogram": _narrow(counts)}
         numbers = {"mantissa_bits": self.gate.mantissa_bits, "first": first, "zeros": self.gate.zeros}
+        numbers["total"] = self.gate.total
         if self.joint is not None:
             joint = self.joint.trimmed()
             tensors |= {"joint_edges": joint.edges, "joint_counts": _narrow(joint.counts)}
@@ -183,6 +184,8 @@ class LayerStatistics:
         check_count("zeros", zeros)
         gate = Histogram.from_trimmed(first, counts, bits, zeros)
         check_counts("gate_histogram", gate.counts)
+        if gate.total != numbers.get("total", gate.total):  # not in files of version 2
+            raise ValueError(f"gate_histogram must count {numbers['total']!r:.50} values, got {gate.total}")
         joint = None
         if "joint_first" in numbers:
             edges, counts = tensors.pop("joint_edges"), tensors.pop("joint_counts")

@@ -301,6 +301,7 @@ WEIGHTS = torch.ones(INTERMEDIATE)
         ("gate_histogram", torch.tensor([1, -1]), "gate_histogram must have no negative count, got -1"),
         ("gate_histogram", torch.zeros(4, dtype=torch.int64), "gate_histogram must count between 1 and"),
         ("gate_histogram", torch.full((4,), 2**62), "gate_histogram must count between 1 and"),
+        ("gate_histogram", torch.ones(4, dtype=torch.int64), r"gate_histogram must count \d+ values, got \d+"),
         ("gate_histogram", torch.ones(4), "gate_histogram must be a int32 or int64 tensor, got torch.float32"),
         ("gate_histogram", torch.ones(2, 2).int(), r"gate_histogram must have shape \[any\], got \[2, 2\]"),
         ("gate_histogram", torch.ones(200_000).int(), r"first must be in \[0, -\d+\]"),
@@ -372,6 +373,8 @@ def save_as_version_2(config, directory, tensors=None) -> None:
     save_file(load_file(directory / THRESHOLDS_FILE) | (tensors or {}), directory / OLD_FILES[0])
     (directory / THRESHOLDS_FILE).unlink()
     del document["sha256"]
+    for numbers in document["statistics"].values():
+        del numbers["total"]
     document["thresholds_sha256"] = hashlib.sha256((directory / OLD_FILES[0]).read_bytes()).hexdigest()
     (directory / CONFIG_FILE).write_text(json.dumps(document))
 
