@@ -99,13 +99,14 @@ def finetune(
         seed=seed,
     )
     integrations = _integrations(report_to)
-    check_integrations(integrations)
-    texts = read_texts(text) if text else dataset_texts(dataset, rows)
+    if report_to is not None:
+        check_integrations(integrations)
     where = options.pick_device(device)
     if where.type == "cuda":
         if where.index not in (None, 0):
             raise ValueError(f"--device {device}: tuning takes the first GPU; choose with CUDA_VISIBLE_DEVICES")
         where = torch.device("cuda", 0)
+    texts = read_texts(text) if text else dataset_texts(dataset, rows)
     if full and dtype is None:
         dtype = options.Precision.FLOAT32  # small updates vanish in bfloat16 weights
     network, tokenizer, config = load(model, where, dtype, cats)
