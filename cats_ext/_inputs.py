@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_ext._progress import finish_despite_interrupt
-
 LARGEST_SEED = 2**32 - 1  # NumPy's; PyTorch takes larger ones
 
 
@@ -30,12 +28,20 @@ def check_integer(name: str, value: int, least: int, most: int = sys.maxsize) ->
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode and there are no gradients; afterwards each has its earlier mode."""
     modes = {module: module.training for module in model.modules()}
+
+    def put_back() -> None:
+        for module, mode in modes.items():
+            module.training = mode
+
     try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        finish_despite_interrupt(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            put_back()
+    finally:  # of an interrupt in or right before the first one
+        put_back()
 
 
 def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:

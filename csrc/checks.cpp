@@ -21,9 +21,11 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 } // namespace
 
 // The sentence of the check that fails, valid until the thread's next call, or null.
-extern "C" __attribute__((visibility("default"))) const char *
-cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation) {
-    const std::string_view op(op_name);
+extern "C" __attribute__((visibility("default"))) const char *cats_check(const char *op_name,
+                                                                         const NamedTensor *tensors, int64_t count,
+                                                                         const char *activation_name,
+                                                                         int64_t activation_size) {
+    const std::string_view op(op_name), activation(activation_name, activation_size);
     const auto argument = [&](const char *name) {
         TensorArgument found{name};
         for (const NamedTensor *t = tensors; t < tensors + count; t++)

@@ -36,6 +36,7 @@ struct TensorArgument {
     const int64_t *sizes, *strides;           // in elements
     int64_t dim = -1;                         // -1: absent; None in Python
     int32_t dtype, device_type, device_index; // index -1: of the CPU
+    int32_t freed = 0;                        // it has elements, and its storage has 0 bytes, as FSDP leaves it
 
     bool present() const { return dim >= 0; }
     int64_t last_size() const { return sizes[dim - 1]; }
@@ -87,6 +88,7 @@ template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(const
 // Torch takes None for any tensor.
 inline void check_present(const char *op, const TensorArgument &t) {
     CATS_REQUIRE(t.present(), op, ": ", t.name, " must be a tensor, got None");
+    CATS_REQUIRE(!t.freed, op, ": ", t.name, " must have memory, its storage has 0 bytes");
 }
 
 inline Activation check_activation(const char *op, std::string_view name) {
@@ -94,7 +96,9 @@ inline Activation check_activation(const char *op, std::string_view name) {
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
     if (name == "relu") return Activation::kRelu;
-    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
+    std::string shown(name);
+    std::replace(shown.begin(), shown.end(), '\0', '?'); // where the sentence would end
+    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", shown, "'");
 }
 
 inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_double) {
@@ -150,6 +154,7 @@ inline const void *check_vector(const char *op, const TensorArgument &t, const T
 inline const float *check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
                                     int64_t intermediate_size, int64_t *stride) {
     if (!t.present()) return nullptr;
+    check_present(op, t);
     CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
     CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
                  " of the other arguments, got ", device(t));
@@ -195,6 +200,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.gate_bias = check_vector(op, a.gate_bias, x, intermediate_size);
     p.up_bias = check_vector(op, a.up_bias, x, intermediate_size);
     p.down_bias = check_vector(op, a.down_bias, x, hidden_size);
+    if (counts.present()) check_present(op, counts);
     CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
                                        counts.strides[0] == 1 && counts.on_same_device(x)),
                  op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",

@@ -43,6 +43,7 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
     TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &t.data));
     t.sizes = sizes;
     t.strides = strides;
+    t.freed = !t.data && t.numel() > 0;
     return t;
 }
 

@@ -13,7 +13,7 @@ from cats_ext._progress import finish_despite_interrupt
 from cats_ext.patching import listeners
 from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
 from cats_ext.patching.mlp import PatchedMLP
-from cats_ext.patching.surgery import check_own_memory, make_dense, make_sparse, set_class, unmasked_class
+from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.rules import check_bool
@@ -57,7 +57,8 @@ def apply_cats(
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
-    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix. From then on
+    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix of each size, taken
+    before anything is changed. From then on
     ``save_pretrained`` of a transformers model writes a checkpoint with the thresholds beside the dense weights, which
     ``from_pretrained`` loads patched.
 
@@ -141,16 +142,17 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
-    for mlp in mlps:
-        if neuron_rows and not mlp.down_weight.mT.is_contiguous():
-            check_own_memory(f"{mlp.name}.down_proj", mlp.down_weight)
+    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+    layouts = MemoryLayouts(
+        {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
+    )
     try:
-        for mlp in mlps:
-            make_sparse(mlp, config, neuron_rows)
+        for mlp, own in zip(mlps, strides, strict=True):
+            make_sparse(mlp, config, layouts, own)
         listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps])
+        _make_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
 
 
@@ -175,10 +177,9 @@ def remove_cats(model: nn.Module) -> nn.Module:
         listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
     _check_complete(model, patched)
-    for name, module in patched.items():
-        if module.cats.down_weight.stride() != module.cats.down_strides:
-            check_own_memory(f"{name}.down_proj", module.cats.down_weight)
-    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values())))
+    states = {name: module.cats for name, module in patched.items()}
+    layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
+    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
     return model
 
 
@@ -262,11 +263,14 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
                 set_class(module, kind)
 
     try:
-        for module in before:
-            set_class(module, unmasked_class(module.cats.original_class))
-        yield
-    finally:
-        finish_despite_interrupt(put_back)
+        try:
+            for module in before:
+                set_class(module, patched_class(PatchedMLP, module.cats.original_class))
+            yield
+        finally:
+            put_back()
+    finally:  # of an interrupt in or right before the first one
+        put_back()
 
 
 def replaced_activation(model: nn.Module) -> str | None:
@@ -284,7 +288,7 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     return find_gated_mlps(model)
 
 
-def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
+def _make_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
     listeners.removing(unwrapped(model))
     for module in modules:
-        make_dense(module)
+        make_dense(module, layouts)

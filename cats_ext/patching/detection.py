@@ -23,6 +23,7 @@ SEPARATE = ("gate_proj", "up_proj", "down_proj")
 MERGED = ("gate_up_proj", "down_proj")
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _PROBED_EXPERTS = (0, 1, 2, -1)  # modulo their number
 _PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest output; others 1e-4
 
@@ -106,6 +107,8 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     try:
         with torch.no_grad():
             values = function(points.clone())
+    except _OUT_OF_MEMORY:
+        raise
     except Exception:  # a function that cannot take a plain vector is not one of ours
         return None
     for name, reference in ACTIVATIONS.items():
@@ -256,6 +259,8 @@ def _check_formula(mlp: GatedMLP) -> None:
     probe.training = True
     try:
         got = type(module).forward(probe, x, *routing)  # not a hook's, which is bound to the module itself
+    except _OUT_OF_MEMORY:
+        raise
     except Exception as error:
         kind = "tokens, experts and their weights" if routing else "one tensor [tokens, hidden_size]"
         raise ValueError(f"its forward fails on {kind}: {error}") from error

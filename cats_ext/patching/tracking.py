@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cats_ext._progress import finish_despite_interrupt
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.thresholds.rules import bytes_share
@@ -147,7 +146,8 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
         for module in before:
             module.track(enabled)
         on_exit = ExitStack()
-        on_exit.callback(finish_despite_interrupt, put_back)
+        for _ in range(2):  # also if the first call is interrupted
+            on_exit.callback(put_back)
         return on_exit
     except BaseException:
         put_back()

@@ -267,7 +267,7 @@ def test_bfloat16(rank, tmp_path):
     found = finetune(model, tokens(LENGTH * 12), tmp_path, settings, progress=False)
     assert all(torch.tensor(loss).isfinite() for _, loss in found["loss"]) and len(found["loss"]) == 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16 and type(layers_of(loaded)[0]) is CatsMLP
+    assert loaded.dtype == torch.bfloat16 and isinstance(layers_of(loaded)[0], CatsMLP)
     tuned, start = model.state_dict(), tiny_model(dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(value, tuned[name]) for name, value in loaded.state_dict().items())
     assert not torch.equal(tuned["model.layers.0.mlp.down_proj.weight"], start["model.layers.0.mlp.down_proj.weight"])

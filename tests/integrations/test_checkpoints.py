@@ -237,7 +237,7 @@ def test_a_state_dict_that_is_given_is_what_is_saved(how, tmp_path, config):
         model.save_pretrained(tmp_path, True, gathered)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in gathered.items())
-    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
+    assert isinstance(layers_of(load(tmp_path))[0], CatsMLP)
 
 
 def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):
@@ -280,10 +280,10 @@ def test_from_the_hub(subfolder, cats_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "cached_file", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments = {"revision": "v2", "subfolder": subfolder, "cache_dir": tmp_path}
-    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP
+    assert isinstance(layers_of(load("someone/model", **arguments))[0], CatsMLP)
     place = {"cache_dir": str(tmp_path), "revision": commit, "subfolder": subfolder}
     assert asked == [("someone/model", name, place) for name in ("cats_config.json", "cats_thresholds.cats")]
-    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP and len(asked) == 2
+    assert isinstance(layers_of(load("someone/model", **arguments))[0], CatsMLP) and len(asked) == 2
 
 
 def test_saving_that_fails_leaves_the_model_as_it_was(tmp_path, config):
@@ -354,7 +354,7 @@ def test_further_items_in_the_entry_are_passed_over(cats_directory, tmp_path):
     document = json.loads((tmp_path / "config.json").read_text())
     document["quantization_config"] |= {"self": 1, "more": 2}
     (tmp_path / "config.json").write_text(json.dumps(document))
-    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
+    assert isinstance(layers_of(load(tmp_path))[0], CatsMLP)
 
 
 @pytest.mark.parametrize("checkpoint", ["dense", "cats"])

@@ -34,7 +34,7 @@ def test_marks_are_taken_away_and_given_back(marked, tmp_path):
     apply_cats(marked, config).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(3, 19)[None]
-    assert torch.equal(logits(again, ids), logits(marked, ids)) and type(layers_of(again)[0]) is CatsMLP
+    assert torch.equal(logits(again, ids), logits(marked, ids)) and isinstance(layers_of(again)[0], CatsMLP)
     marked.half().float()  # refused for a quantised model
     assert remove_cats(marked).is_quantized
 

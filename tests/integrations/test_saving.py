@@ -218,7 +218,7 @@ def test_threads_that_save_into_one_directory(models, config, tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(save, range(4)))
-    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
+    assert isinstance(layers_of(load(tmp_path))[0], CatsMLP)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "cats"
 

@@ -92,7 +92,7 @@ def test_nested(model):
         with masking_disabled(model):
             assert torch.equal(logits(model, few()), dense)
         assert torch.equal(logits(model, few()), dense)
-    assert all(type(mlp) is CatsMLP for mlp in layers_of(model))
+    assert all(isinstance(mlp, CatsMLP) for mlp in layers_of(model))
 
 
 def test_tracking_counts_nothing_inside(model):
