@@ -234,10 +234,11 @@ def forge_tensors(r: random.Random, directory: Path, _: Checkpoints) -> str:
             tensors[r.choice([f"{key}2", f"x.{key}", "", key.replace(".", "/")])] = tensors.pop(key)
         elif action == "add":
             tensors[r.choice(["x", "model.layers.9.mlp.threshold", f"{key}.threshold"])] = tensors[key].clone()
-        else:  # with one of another shape or dtype
+        else:  # with one of another meaning
+            part = key.rpartition(".")[2]
             kind = (tensors[key].shape, tensors[key].dtype)
-            others = sorted(k for k, t in tensors.items() if (t.shape, t.dtype) != kind) or [key]
-            other = r.choice(others)
+            others = [k for k, t in tensors.items() if k.rpartition(".")[2] != part and (t.shape, t.dtype) != kind]
+            other = r.choice(sorted(others) or [key])
             tensors[key], tensors[other] = tensors[other], tensors[key]
             key += f" and {other}"
         done.append(f"{action} {key}")

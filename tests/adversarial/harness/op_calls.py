@@ -203,7 +203,7 @@ def spoil(r: random.Random, call: Call) -> bool:
     elif how == "layout":
         wrong = t.to_sparse() if t.dim() else None
     elif how == "memory":  # freed, as FSDP frees what it has sharded
-        if not t.numel():
+        if not t.numel() or call.op == "sparse_mlp_step":  # on the CPU that is torch's own ops
             return False
         wrong = t.clone()
         wrong.untyped_storage().resize_(0)
@@ -316,6 +316,5 @@ def is_clear_op_error(message: str, op: str) -> bool:
     """A sentence of the op that begins with its name, or torch's own on a value that no schema of this kind takes."""
     own = ("Expected a value of type", "is missing value")
     by_torch = message.startswith(f"cats::{op}() ") and any(part in message for part in own)
-    by_torch |= "its data is not allocated yet" in message  # of the reference
     family = "gated_threshold" if op.startswith("gated") else "sparse_mlp"
     return by_torch or (message.startswith(family) and is_clear(message, (family,)))
