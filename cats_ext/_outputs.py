@@ -35,7 +35,7 @@ def check_writable(name: str, path: str | os.PathLike, *, directory: bool) -> No
             os.fsync(probe.fileno())
         if not directory:
             with suppress(FileNotFoundError):
-                os.stat(path.with_name(f".{path.name}.{os.getpid()}.new"))  # a name that is too long
+                os.stat(path)  # its name may be too long
     except OSError as error:
         if error.errno is None:
             raise

@@ -106,6 +106,8 @@ def _sentence(error: Exception, named: dict[str, Any]) -> str:
         return f"there is not enough memory{f' for {size[1]} more' if size else ''}"
     if not isinstance(error, (*_EXPECTED, UnwrittenError)):
         return f"{type(error).__name__}: {message}. This is a defect; CATS_DEBUG=1 shows the traceback"
+    if named.get("cats"):
+        message = message.replace("check_weights=False to apply_cats", "--no-check-weights")
     argument, _, rest = message.partition(" ")  # an argument of the API is an option here
     if argument in (*named, "data") and rest.startswith(("must ", "is for ", "'")):
         return f"--{'text' if argument == 'data' else argument.replace('_', '-')} {rest}"
@@ -202,21 +204,31 @@ def note_drift(report: cats_ext.SparsityReport, what: str, tolerance: float = 0.
 
 
 def load(
-    name: str, device: torch.device, precision: Precision | None = None, cats: Path | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision | None = None,
+    cats: Path | None = None,
+    check_weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
     """As :func:`load_patched`, with the model dense: the config is left to be applied."""
-    network, tokenizer, config = load_patched(name, device, precision, cats)
+    network, tokenizer, config = load_patched(name, device, precision, cats, check_weights=check_weights)
     return network if config is None else cats_ext.remove_cats(network), tokenizer, config
 
 
 def load_patched(
-    name: str, device: torch.device, precision: Precision | None, cats: Path | None, sparsity: float | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision | None,
+    cats: Path | None,
+    sparsity: float | None = None,
+    check_weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
     """The model, its tokenizer, and the config it is patched with; None for a dense model.
 
     Args:
         cats: directory of thresholds; without it those of the checkpoint are used, if it has any.
         sparsity: another sparsity than the thresholds were saved with.
+        check_weights: False takes thresholds in ``cats`` that were made for other weights.
     """
     from transformers.utils import logging
 
@@ -231,7 +243,8 @@ def load_patched(
     with status(f"Loading {escape(name)} ..."):
         network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision))
     if config is not None:
-        cats_ext.apply_cats(cats_ext.remove_cats(network) if sparse_mlps(network) else network, config)
+        dense = cats_ext.remove_cats(network) if sparse_mlps(network) else network
+        cats_ext.apply_cats(dense, config, check_weights=check_weights)
     patched = bool(sparse_mlps(network))
     if sparsity is not None:
         if not patched:

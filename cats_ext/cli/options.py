@@ -81,6 +81,7 @@ Sparsity = Annotated[
     ),
 ]
 CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory written by 'cats calibrate'.")]
+CheckWeights = Annotated[bool, typer.Option(help="Refuse thresholds of --cats that were made for other weights.")]
 Temperature = Annotated[
     float, checked(_check_temperature, help="0 takes the most probable token (greedy), above 0 samples.")
 ]

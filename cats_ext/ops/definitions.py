@@ -104,6 +104,10 @@ def _formula(op: str) -> Callable:
     return lambda *args, **named: reference_op(**_checked_arguments(op, args, named))
 
 
+def _refuse_counting(*_: Any, **__: Any) -> None:
+    raise RuntimeError("neurons cannot be counted inside torch.func's transforms: call track_sparsity(model, False)")
+
+
 def _fallback(op: str, device: str) -> Callable:
     formula = _formula(op)
 
@@ -134,7 +138,8 @@ def _register() -> None:
         for device in {*uncompiled, "cpu"} if step else uncompiled:
             torch.library.register_kernel(f"cats::{op}", device, _formula(op) if step else _fallback(op, device))
         # Inside torch.func's transforms the formula runs, which has all derivatives and batching rules.
-        _library.impl(op, _formula(op), "FuncTorchDynamicLayerFrontMode")
+        counted = op == "sparse_mlp_counted"
+        _library.impl(op, _refuse_counting if counted else _formula(op), "FuncTorchDynamicLayerFrontMode")
         refuse_other_layouts(_library, op)
 
 
@@ -223,6 +228,8 @@ def masked_product(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
+    if counts is not None and _transforms_are_active():
+        _refuse_counting()
     if not isinstance(activation, str):
         return _masked_product_by_parts(gate, up, (threshold, down_threshold), activation, counts)
     if counts is not None:

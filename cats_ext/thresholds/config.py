@@ -200,6 +200,9 @@ class CatsConfig:
             raise ValueError(
                 "weights must have one entry per layer: " + difference(self.layers, self.weights, "layers", "weights")
             )
+        for name, statistics in self.statistics.items():
+            if name in self.layers:
+                _check_shapes(name, statistics, self.thresholds[name], self.down_thresholds.get(name))
         for name, sample in self.weights.items():
             check_sample(f"weights[{name!r}]", sample)
 
@@ -371,3 +374,15 @@ def thresholds_of(
 def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
     check_tensor(name, threshold, (torch.float32,), [()] if layer.experts else [(), (layer.intermediate_size,)])
     check_usable(name, threshold)
+
+
+def _check_shapes(name: str, statistics: LayerStatistics, threshold: Tensor, down_threshold: Tensor | None) -> None:
+    """Raise ValueError unless other thresholds, which ``statistics`` give, could be written over these."""
+    pairs = (("thresholds", threshold, "gate_weight"), ("down_thresholds", down_threshold, "down_weight"))
+    for field_name, value, weight in pairs:
+        want = getattr(statistics, weight)
+        if value is not None and value.shape != (() if want is None else want.shape):
+            raise ValueError(
+                f"{field_name}[{name!r}] must have shape {[] if want is None else list(want.shape)}, as its statistics "
+                f"give it, got {list(value.shape)}: to set it by hand, leave them out (statistics={{}})"
+            )

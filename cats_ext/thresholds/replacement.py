@@ -1,12 +1,13 @@
 """Files of a directory that are replaced together: all of them or none, whoever else saves there.
 
 New files are complete on disk in a folder of their own before the first one is moved. Moving them is undone after an
-error or an interrupt. Other files of the directory are not touched.
+error or an interrupt, and by the next save if the process was killed. Other files of the directory are not touched.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import threading
@@ -18,6 +19,8 @@ from pathlib import Path
 from cats_ext._progress import finish_despite_interrupt
 
 _threads = threading.RLock()
+_FOLDER = f".cats-saving-{uuid.getnode():x}-"  # of this machine: the locks of others are not seen in all file systems
+_NAMES = "names.json"  # of the files that are being moved, beside the folders of the old and the new ones
 
 
 def write_together(contents: dict[Path, bytes], obsolete: Iterable[str] = ()) -> None:
@@ -40,18 +43,26 @@ def write_together(contents: dict[Path, bytes], obsolete: Iterable[str] = ()) ->
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
     """An empty folder inside ``directory``, made if missing, to write new files into. Removed at the end."""
-    place, made = directory / f".cats-saving-{uuid.uuid4().hex[:12]}", not directory.exists()
+    place, made = directory / f"{_FOLDER}{uuid.uuid4().hex[:12]}", not directory.exists()
+    locks: list[int] = []  # held until the process ends, however it does
 
     def clean() -> None:
+        (place / _NAMES).unlink(missing_ok=True)  # first: all are where they belong
         shutil.rmtree(place, ignore_errors=True)
+        while locks:
+            os.close(locks.pop())
         if made:
             with suppress(OSError):  # not empty: there is something to keep
                 directory.rmdir()
 
     try:
         try:
-            for folder in ("old", "new"):
-                (place / folder).mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            with _alone(directory):
+                _clear_abandoned(directory)
+                for folder in ("old", "new"):
+                    (place / folder).mkdir(parents=True)
+                locks += _lock(place)
             yield place / "new"
         finally:
             clean()
@@ -85,6 +96,8 @@ def publish(
         for folder in (old, directory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
+        (new.parent / _NAMES).write_text(json.dumps(names))
+        _sync(new.parent / _NAMES)
         try:
             for name in (*last, *obsolete(names)):
                 if (directory / name).is_file():
@@ -95,6 +108,7 @@ def publish(
         except BaseException:
             finish_despite_interrupt(lambda: _put_back(names, new, old, directory))
             raise
+        (new.parent / _NAMES).unlink()
     return names
 
 
@@ -115,6 +129,34 @@ def _put_back(names: Sequence[str], new: Path, old: Path, directory: Path) -> No
     for path in [*old.rglob("*")]:
         if not path.is_dir() or path.is_symlink():
             os.replace(path, directory / path.relative_to(old))
+
+
+def _clear_abandoned(directory: Path) -> None:
+    """Remove the folders of processes that were killed; if they were moving files, the old ones are put back."""
+    for place in directory.glob(f"{_FOLDER}*"):
+        for lock in _lock(place, fcntl.LOCK_NB):
+            try:
+                if (place / _NAMES).is_file():
+                    names = json.loads((place / _NAMES).read_text())
+                    _put_back(names, place / "new", place / "old", directory)
+                    (place / _NAMES).unlink()
+                shutil.rmtree(place, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _lock(path: Path, more: int = 0) -> list[int]:
+    """A handle that locks ``path`` while it is open; none if it cannot be locked, or is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return []
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | more)
+    except OSError:
+        os.close(handle)
+        return []
+    return [handle]
 
 
 def _sync(path: Path) -> None:

@@ -19,6 +19,7 @@ _RESET, _LEAVE = "/reset", ("/exit", "/quit")
 def chat(
     model: options.Model,
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsity: options.Sparsity = None,
     system: Annotated[str | None, options.text("Instructions that the conversation starts with.")] = None,
     max_new_tokens: Annotated[
@@ -50,7 +51,7 @@ def chat(
         raise OSError("standard input is closed")
     if max_new_tokens is not None and max_new_tokens >= context:
         raise ValueError(f"--max-new-tokens must be less than --context {context}, got {max_new_tokens}")
-    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
+    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, cats, sparsity, check_weights)
     if not tokenizer.chat_template:
         raise ValueError("cats chat needs a model whose tokenizer has a chat template, and this one has none")
     context = min(context, getattr(network.config, "max_position_embeddings", context))

@@ -44,6 +44,7 @@ def evaluate(
         str | None, typer.Option("--set", help=f"Instead of a file: {', '.join(NAMED_TEXTS)} (needs a network).")
     ] = None,
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsities: Annotated[
         str | None, typer.Option("--curve", help="Further sparsities to measure, comma-separated, from stored counts.")
     ] = None,
@@ -92,7 +93,7 @@ def evaluate(
     where = options.pick_device(device)
     texts = named_text(named) if named else read_texts(text) if text else []
     chosen = _tasks(tasks, task_data)
-    network, tokenizer, config = load(model, where, dtype, cats)
+    network, tokenizer, config = load(model, where, dtype, cats, check_weights)
     if config is None and curve:
         raise ValueError("--curve needs thresholds: --cats DIRECTORY, or a model saved with them")
     document: dict[str, Any] = {

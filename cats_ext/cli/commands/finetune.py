@@ -41,6 +41,7 @@ def finetune(
         float | None, typer.Option(help="cats: share of neurons to skip; without it 0.5, or that of the thresholds.")
     ] = None,
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     steps: Annotated[int, options.count("Optimizer steps.")] = DEFAULTS.steps,
     full: Annotated[bool, typer.Option("--full", help="Tune all weights instead of LoRA adapters.")] = False,
     lora_rank: Annotated[int, options.count("Rank of the adapters.", most=1 << 16)] = DEFAULTS.lora_rank,
@@ -109,7 +110,7 @@ def finetune(
     texts = read_texts(text) if text else dataset_texts(dataset, rows)
     if full and dtype is None:
         dtype = options.Precision.FLOAT32  # small updates vanish in bfloat16 weights
-    network, tokenizer, config = load(model, where, dtype, cats)
+    network, tokenizer, config = load(model, where, dtype, cats, check_weights)
     if method.value != "cats":
         config = None
     if config is not None:

@@ -18,6 +18,7 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, options.text("Text to continue.")],
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsity: options.Sparsity = None,
     max_new_tokens: Annotated[int, options.count("Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
@@ -41,7 +42,7 @@ def generate(
     from cats_ext.cli.generation import check_prompt, continue_prompt, encode_prompt
 
     check_prompt(prompt)
-    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
+    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity, check_weights)
     input_ids = encode_prompt(tokenizer, prompt, chat)
     if config is not None:
         cats_ext.track_sparsity(network)
