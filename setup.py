@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent
 MIN_NVCC = "12.0"  # the first with C++20, which torch's headers ask for, and sm_90a
 # Both compilers see the target version: with it, headers newer than 2.10 compile to calls that 2.10 has.
 FLAGS = ["-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# Torch's errors name the file in which an op is registered: without the directory of the build.
+HOST_FLAGS = ["-g0", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT.resolve()}/="]
 
 
 def say(message: str) -> None:
@@ -80,7 +82,7 @@ def cpu_extension(left_out: list[str]) -> CppExtension:
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         py_limited_api=True,
-        extra_compile_args={"cxx": [*FLAGS, "-g0", "-fvisibility=hidden", *left_out]},
+        extra_compile_args={"cxx": [*FLAGS, *HOST_FLAGS, *left_out]},
     )
 
 
@@ -102,8 +104,8 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"],
         py_limited_api=True,
         extra_compile_args={
-            "cxx": [*FLAGS, "-g0", "-fvisibility=hidden"],
-            "nvcc": [*FLAGS, "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *undo_torch],
+            "cxx": [*FLAGS, *HOST_FLAGS],
+            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in HOST_FLAGS), "-DUSE_CUDA", *undo_torch],
         },
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,19 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_ext._progress import finish_despite_interrupt
+LARGEST_SEED = 2**32 - 1  # NumPy's; PyTorch takes larger ones
+
+
+def check_integer(name: str, value: int, least: int, most: int = sys.maxsize) -> None:
+    """Raise ValueError unless ``value`` is an integer from ``least`` to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode and there are no gradients; afterwards each has its earlier mode."""
     modes = {module: module.training for module in model.modules()}
+
+    def put_back() -> None:
+        for module, mode in modes.items():
+            module.training = mode
+
     try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        finish_despite_interrupt(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            put_back()
+    finally:  # of an interrupt in or right before the first one
+        put_back()
 
 
 def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:
@@ -52,6 +71,16 @@ def check_token_ids(name: str, ids: Tensor, model: nn.Module | None = None) -> N
         raise ValueError(
             f"{name} has token id {wrong}, but the model's vocabulary has {size} entries: is this its tokenizer?"
         )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A SHA-256 of some values of every parameter: another one is of other weights."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.numel():
+            row = parameter.detach()[(0,) * (parameter.dim() - 1)].reshape(-1)[:16]  # no copy of the whole
+            digest.update(row.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def window_bos(tokenizer: Any) -> int | None:

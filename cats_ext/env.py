@@ -116,8 +116,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments not in ([], ["--json"]):
         raise SystemExit("usage: python -m cats_ext.env [--json]")
+    if sys.stdout is None:
+        raise SystemExit("standard output is closed")
     report = collect()
-    print(json.dumps(report, indent=2) if arguments else describe(report))
+    try:
+        print(json.dumps(report, indent=2) if arguments else describe(report), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
+        raise SystemExit(f"standard output cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

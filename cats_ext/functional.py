@@ -42,7 +42,8 @@ def sparse_mlp(
     A neuron j is kept if ``|act(g_j)| >= threshold_j`` and, where given, ``|h_j| >= down_threshold_j`` (CATS, arXiv
     2404.08763, eq. 2 to 5; the second test is an extension). A threshold of 0 keeps every neuron. For few tokens,
     without gradients, the sparse kernel reads the weights of kept neurons only; otherwise the dense masked path runs.
-    ``torch.ops.cats.sparse_mlp`` itself has no backward: PyTorch warns there, and gives no gradient.
+    Forward-mode derivatives and torch.func's transforms take that path too. ``torch.ops.cats.sparse_mlp`` itself has no
+    backward, and PyTorch warns there; the tangents of ``torch.autograd.forward_ad`` it drops.
     Under ``torch.use_deterministic_algorithms(True)`` the kernel gives the same bits in every run. For more than two
     tokens on CUDA, a NaN or infinite weight of a neuron that one of them keeps reaches the others, as in dense layers.
 

@@ -22,11 +22,10 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 // formats: of gate, up and down, null where the weights are dense. The sentence of the check that fails, valid until
 // the thread's next call, or null.
-extern "C" __attribute__((visibility("default"))) const char *cats_check(const char *op_name,
-                                                                         const NamedTensor *tensors, int64_t count,
-                                                                         const char *activation,
-                                                                         const char *const *formats) {
-    const std::string_view op(op_name);
+extern "C" __attribute__((visibility("default"))) const char *
+cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
+           int64_t activation_size, const char *const *formats) {
+    const std::string_view op(op_name), activation(activation_name, activation_size);
     const auto argument = [&](const char *name) {
         TensorArgument found{name};
         for (const NamedTensor *t = tensors; t < tensors + count; t++)
@@ -51,7 +50,9 @@ extern "C" __attribute__((visibility("default"))) const char *cats_check(const c
             if (op.substr(op.size() - 5) == "_step")
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
+            if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
         } else {
+            if (op == "gated_threshold_backward") check_present("gated_threshold", argument("grad_h"));
             check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,
                                   activation);
         }

@@ -21,7 +21,9 @@ namespace cats {
 constexpr const char *kDtypeNames[] = {
     "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32", "complex64", "complex128",
     "bool", "qint8", "quint8", "qint32", "bfloat16", "quint4x2", "quint2x4", "bits1x8", "bits2x4", "bits4x2", "bits8",
-    "bits16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16", "uint32", "uint64"};
+    "bits16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16", "uint32", "uint64",
+    "uint1", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "int1", "int2", "int3", "int4", "int5", "int6",
+    "int7", "float8_e8m0fnu", "float4_e2m1fn_x2"};
 constexpr const char *kDeviceNames[] = {
     "cpu", "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip", "fpga", "maia", "xla", "vulkan", "metal", "xpu", "mps",
     "meta", "hpu", "ve", "lazy", "ipu", "mtia", "privateuseone"};
@@ -33,8 +35,9 @@ struct TensorArgument {
     const char *name;
     const void *data;                         // null where only the checks are wanted
     const int64_t *sizes, *strides;           // in elements
-    int64_t dim = -1;                         // -1: an optional argument that is absent
+    int64_t dim = -1;                         // -1: absent; None in Python
     int32_t dtype, device_type, device_index; // index -1: of the CPU
+    int32_t freed = 0;                        // it has elements, and its storage has 0 bytes, as FSDP leaves it
 
     bool present() const { return dim >= 0; }
     int64_t last_size() const { return sizes[dim - 1]; }
@@ -83,15 +86,24 @@ template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(const
 
 // --- checks of one argument ------------------------------------------------------------------------------------------
 
+// Torch takes None for any tensor.
+inline void check_present(const char *op, const TensorArgument &t) {
+    CATS_REQUIRE(t.present(), op, ": ", t.name, " must be a tensor, got None");
+    CATS_REQUIRE(!t.freed, op, ": ", t.name, " must have memory, its storage has 0 bytes");
+}
+
 inline Activation check_activation(const char *op, std::string_view name) {
     if (name == "silu") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
     if (name == "relu") return Activation::kRelu;
-    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
+    std::string shown(name);
+    std::replace(shown.begin(), shown.end(), '\0', '?'); // where the sentence would end
+    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", shown, "'");
 }
 
 inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_double) {
+    check_present(op, t);
     if (t.dtype == kFloat) return DType::kFloat32;
     if (t.dtype == kHalf) return DType::kFloat16;
     if (t.dtype == kBFloat) return DType::kBFloat16;
@@ -102,6 +114,7 @@ inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_dou
 
 // Same dtype and device as `like`.
 inline void check_like(const char *op, const TensorArgument &t, const TensorArgument &like) {
+    check_present(op, t);
     CATS_REQUIRE(t.dtype == like.dtype, op, ": ", t.name, " must have ", like.name, "'s dtype ", dtype(like), ", got ",
                  dtype(t));
     CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on ", like.name, "'s device ", device(like),
@@ -135,6 +148,7 @@ inline const void *check_packed_weight(const char *op, const TensorArgument &w, 
                                        RowFormat *format, int64_t *stride) {
     CATS_REQUIRE(parse_row_format(name, format), op, ": ", format_name, " must be one of ", kRowFormatNames, ", got '",
                  name, "'");
+    check_present(op, w);
     CATS_REQUIRE(w.dtype == kUInt8, op, ": ", w.name, " must be torch.uint8, got ", dtype(w));
     CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on x's device ", device(x), ", got ", device(w));
     const int64_t bytes = format->row_bytes(columns);
@@ -156,10 +170,11 @@ inline const void *check_vector(const char *op, const TensorArgument &t, const T
     return t.data;
 }
 
-// An absent threshold is null.
+// An absent threshold is null; the first one must be there.
 inline const float *check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
                                     int64_t intermediate_size, int64_t *stride) {
     if (!t.present()) return nullptr;
+    check_present(op, t);
     CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
     CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
                  " of the other arguments, got ", device(t));
@@ -186,6 +201,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     SparseMlpParams p{};
     p.dtype = check_dtype(op, x, /*allow_double=*/false);
     CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    check_present(op, w_gate);
     CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, ", packed ? "bytes" : "H", "], got ",
                  shape(w_gate));
     const int64_t intermediate_size = w_gate.sizes[0], hidden_size = packed ? x.last_size() : w_gate.sizes[1];
@@ -211,12 +227,14 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
         p.up_bytes = p.up_format.row_bytes(hidden_size);
         p.down_bytes = p.down_format.row_bytes(hidden_size);
     }
+    check_present(op, a.threshold);
     p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
     p.down_threshold = check_threshold(op, a.down_threshold, x, intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, a.activation);
     p.gate_bias = check_vector(op, a.gate_bias, x, intermediate_size);
     p.up_bias = check_vector(op, a.up_bias, x, intermediate_size);
     p.down_bias = check_vector(op, a.down_bias, x, hidden_size);
+    if (counts.present()) check_present(op, counts);
     CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
                                        counts.strides[0] == 1 && counts.on_same_device(x)),
                  op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",
@@ -231,10 +249,12 @@ inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const 
     SparseMlpParams p = check_sparse_mlp(a);
     CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
                  ": x must be one contiguous row, got shape ", shape(a.x));
+    check_present(op, y_sum);
     CATS_REQUIRE(y_sum.dtype == kFloat && y_sum.dim == 1 && y_sum.sizes[0] > p.hidden_size && y_sum.strides[0] == 1 &&
                      y_sum.on_same_device(a.x),
                  op, ": y_sum must be contiguous float32 of shape [H + 1] on ", device(a.x), ", got ", dtype(y_sum),
                  " of shape ", shape(y_sum), " on ", device(y_sum));
+    check_present(op, norm_weight);
     p.norm_weight = check_vector(op, norm_weight, a.x, p.hidden_size);
     return p;
 }
@@ -270,6 +290,7 @@ inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, 
     p.up = up.data;
     p.gate_stride = collapsed_row_stride(gate);
     p.up_stride = collapsed_row_stride(up);
+    check_present(op, threshold);
     p.threshold = check_threshold(op, threshold, gate, p.intermediate_size, &p.threshold_stride);
     p.down_threshold = check_threshold(op, down_threshold, gate, p.intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, activation);

@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -33,6 +35,7 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
     TensorArgument t{name};
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &t.dim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    if (t.dim == 1 && sizes[0] == 0 && !tensor.defined()) return TensorArgument{name}; // what None arrives as
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &t.dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &t.device_type));
@@ -40,6 +43,7 @@ inline TensorArgument argument(const char *name, const Tensor &tensor) {
     TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &t.data));
     t.sizes = sizes;
     t.strides = strides;
+    t.freed = !t.data && t.numel() > 0;
     return t;
 }
 
@@ -49,22 +53,37 @@ inline TensorArgument argument(const char *name, const OptionalTensor &tensor) {
     return tensor.has_value() ? argument(name, *tensor) : TensorArgument{name};
 }
 
+// Runs what allocates. Errors of torch's own calls name a file of the build and keep the reason to themselves.
+template <class Body> auto allocating(const char *op, const char *name, const Tensor &like, const Body &body) {
+    try {
+        return body();
+    } catch (const std::exception &error) {
+        const bool by_torch = std::strstr(error.what(), " API call failed at ");
+        if (!by_torch && !dynamic_cast<const std::bad_alloc *>(&error)) throw;
+    }
+    const TensorArgument t = argument(name, like);
+    fail(op, ": cannot allocate the output or the workspace for ", name, " of shape ", shape(t), " and dtype ",
+         dtype(t), " on ", device(t), ": out of memory, or the device has failed before");
+}
+
 // --- sparse_mlp and sparse_mlp_packed, plain and counted -------------------------------------------------------------
 
 template <class Backend>
-Tensor run_sparse_mlp(const SparseMlpArguments &arguments, const Tensor &x, const OptionalTensor &counts,
-                      bool deterministic) {
+Tensor run_sparse_mlp(const char *op, const SparseMlpArguments &arguments, const Tensor &x,
+                      const OptionalTensor &counts, bool deterministic) {
     SparseMlpParams params = check_sparse_mlp(arguments);
-    const int32_t device_index = x.get_device_index();
-    const typename Backend::OnDevice on_device(device_index);
-    Tensor y = Backend::empty_contiguous_like(x);
-    if (params.tokens == 0) return y;
-    const Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
-    params.x = x_rows.const_data_ptr();
-    params.y = y.mutable_data_ptr();
-    if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
-    Backend::run(params, device_index, deterministic);
-    return y;
+    return allocating(op, "x", x, [&] {
+        const int32_t device_index = x.get_device_index();
+        const typename Backend::OnDevice on_device(device_index);
+        Tensor y = Backend::empty_contiguous_like(x);
+        if (params.tokens == 0) return y;
+        const Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+        params.x = x_rows.const_data_ptr();
+        params.y = y.mutable_data_ptr();
+        if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
+        Backend::run(params, device_index, deterministic);
+        return y;
+    });
 }
 
 template <class Backend>
@@ -72,7 +91,8 @@ Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, con
                   const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
                   const StringArgument &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
                   const OptionalTensor &down_bias, bool deterministic) {
-    return run_sparse_mlp<Backend>({argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up),
+    return run_sparse_mlp<Backend>("sparse_mlp",
+                                   {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up),
                                     argument("w_down_t", w_down_t), argument("counts", counts),
                                     argument("threshold", threshold), argument("down_threshold", down_threshold),
                                     activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
@@ -88,6 +108,7 @@ Tensor sparse_mlp_packed(const Tensor &x, const Tensor &w_gate, const Tensor &w_
                          const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
                          const OptionalTensor &down_bias, bool deterministic) {
     return run_sparse_mlp<Backend>(
+        "sparse_mlp_packed",
         {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
          argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
          activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
@@ -107,6 +128,7 @@ struct WithAndWithoutCounts<function> {
     }
     static Tensor counted(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
                           const Tensor &counts, Rest... rest) {
+        check_present("sparse_mlp", argument("counts", counts));
         return function(x, w_gate, w_up, w_down_t, counts, rest...);
     }
 };
@@ -128,36 +150,41 @@ Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &thres
     GatedThresholdParams params = check_gated_threshold(argument("grad_h", std::nullopt), argument("gate", gate),
                                                         argument("up", up), argument("threshold", threshold),
                                                         argument("down_threshold", down_threshold), activation.value);
-    const int32_t device_index = gate.get_device_index();
-    const typename Backend::OnDevice on_device(device_index);
-    Tensor h = Backend::empty_contiguous_like(gate);
-    if (params.rows == 0) return h;
-    const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
-                 up_rows = with_uniform_rows(up, &params.up, &params.up_stride);
-    params.h = h.mutable_data_ptr();
-    Backend::run(params, device_index);
-    return h;
+    return allocating("gated_threshold", "gate", gate, [&] {
+        const int32_t device_index = gate.get_device_index();
+        const typename Backend::OnDevice on_device(device_index);
+        Tensor h = Backend::empty_contiguous_like(gate);
+        if (params.rows == 0) return h;
+        const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
+                     up_rows = with_uniform_rows(up, &params.up, &params.up_stride);
+        params.h = h.mutable_data_ptr();
+        Backend::run(params, device_index);
+        return h;
+    });
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const Tensor &gate, const Tensor &up,
                                                     const Tensor &threshold, const OptionalTensor &down_threshold,
                                                     const StringArgument &activation) {
+    check_present("gated_threshold", argument("grad_h", grad_h));
     GatedThresholdParams params = check_gated_threshold(argument("grad_h", grad_h), argument("gate", gate),
                                                         argument("up", up), argument("threshold", threshold),
                                                         argument("down_threshold", down_threshold), activation.value);
-    const int32_t device_index = gate.get_device_index();
-    const typename Backend::OnDevice on_device(device_index);
-    Tensor grad_gate = Backend::empty_contiguous_like(gate), grad_up = Backend::empty_contiguous_like(gate);
-    if (params.rows == 0) return {grad_gate, grad_up};
-    const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
-                 up_rows = with_uniform_rows(up, &params.up, &params.up_stride),
-                 grad_rows = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);
-    params.grad_h = grad_rows.const_data_ptr();
-    params.grad_gate = grad_gate.mutable_data_ptr();
-    params.grad_up = grad_up.mutable_data_ptr();
-    Backend::run(params, device_index);
-    return {grad_gate, grad_up};
+    return allocating("gated_threshold", "gate", gate, [&]() -> std::tuple<Tensor, Tensor> {
+        const int32_t device_index = gate.get_device_index();
+        const typename Backend::OnDevice on_device(device_index);
+        Tensor grad_gate = Backend::empty_contiguous_like(gate), grad_up = Backend::empty_contiguous_like(gate);
+        if (params.rows == 0) return {grad_gate, grad_up};
+        const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
+                     up_rows = with_uniform_rows(up, &params.up, &params.up_stride),
+                     grad_rows = grad_h.is_contiguous() ? grad_h : torch::stable::contiguous(grad_h);
+        params.grad_h = grad_rows.const_data_ptr();
+        params.grad_gate = grad_gate.mutable_data_ptr();
+        params.grad_up = grad_up.mutable_data_ptr();
+        Backend::run(params, device_index);
+        return {grad_gate, grad_up};
+    });
 }
 
 template <class Backend, class Library> void implement_ops(Library &m) {

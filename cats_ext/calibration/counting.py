@@ -75,6 +75,8 @@ def count_activations(
             seconds_a_token = (time.monotonic() - started) / sum(batch.numel() for batch in todo[start:] or todo)
         for layer in layers.values():
             this.finish(layer)
+    if checkpoint.step < len(passes):
+        checkpoint.write(len(passes), 0)
 
 
 def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) -> list[_Pass]:

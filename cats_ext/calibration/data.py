@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cats_ext._inputs import check_token_ids, window_bos
+from cats_ext.calibration.texts import PART, cut_text, sample_size, sample_texts
 
 MIN_TOKENS = 128  # too few for a distribution are refused; some thousands are advisable
 
@@ -22,8 +23,9 @@ def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens:
     with a BOS token, so does every window. Token tensors are sequences of their own: one longer than a window is cut, a
     shorter one stays as it is, and positions with attention mask 0 are left out.
 
-    Of a text, a tensor, a mapping or a sequence with more than ``max_tokens`` tokens, ``seed`` chooses the windows. Any
-    other iterable is read in its order, and only as far as needed.
+    Of a text, a tensor, a mapping or a sequence with more than ``max_tokens`` tokens, ``seed`` chooses the windows; of
+    texts with more than 64 characters for each of them, it first chooses parts, and only these are tokenised. Any other
+    iterable is read in its order, and only as far as needed. So memory grows with ``max_tokens``, not with the text.
 
     Args:
         data: as for :func:`cats_ext.calibrate`.
@@ -36,6 +38,9 @@ def collect_windows(data: Any, tokenizer: Any, sequence_length: int, max_tokens:
         TypeError: an element of ``data`` is none of the above, or texts come without a tokenizer.
         ValueError: fewer than 128 tokens in all.
     """
+    texts = [data] if isinstance(data, str) else data if isinstance(data, Sequence) else []
+    if all(isinstance(text, str) for text in texts) and sum(map(len, texts)) > sample_size(max_tokens):
+        data = sample_texts(enumerate(texts), max_tokens, sequence_length, seed)
     windows: Iterable[Tensor] = _windows(data, tokenizer, sequence_length)
     if isinstance(data, (str, Tensor, Mapping, Sequence)):
         windows = list(windows)
@@ -72,11 +77,12 @@ def _windows(data: Any, tokenizer: Any, sequence_length: int) -> Iterator[Tensor
     pending: list[int] = []  # tokens of text that do not fill a window yet
     for item in data:
         if isinstance(item, str):
-            pending += _tokenise(item, tokenizer)
-            full = len(pending) // room * room
-            for i in range(0, full, room):
-                yield torch.tensor(bos + pending[i : i + room])
-            pending = pending[full:]
+            for part in cut_text(item, PART):
+                pending += _tokenise(part, tokenizer)
+                full = len(pending) // room * room
+                for i in range(0, full, room):
+                    yield torch.tensor(bos + pending[i : i + room])
+                pending = pending[full:]
         else:
             for row in _rows(item):
                 yield from row.split(sequence_length)
@@ -104,7 +110,7 @@ def _rows(item: Any) -> Iterator[Tensor]:
         raise ValueError(
             f"data must have attention_mask in the shape of input_ids {list(item.shape)}, got {list(mask.shape)}"
         )
-    kept = torch.ones_like(item, dtype=torch.bool) if mask is None else mask.bool()
-    for ids, row in zip(torch.atleast_2d(item), torch.atleast_2d(kept), strict=True):
-        if row.any():
-            yield ids[row].long().cpu()
+    rows: Iterable[Tensor] = torch.atleast_2d(item)
+    if mask is not None:
+        rows = (ids[kept] for ids, kept in zip(rows, torch.atleast_2d(mask.bool()), strict=True))
+    yield from (ids.long().cpu() for ids in rows if len(ids))

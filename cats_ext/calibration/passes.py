@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_ext._inputs import evaluation_mode, input_device
-from cats_ext._progress import finish_despite_interrupt, progress_bar
+from cats_ext._progress import progress_bar
 from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
 _CHUNK = 1 << 20  # activations that one call of an observer gets: temporaries of about 60 MB; larger is no faster
@@ -122,12 +122,20 @@ def _inverse_cdf(log_p: Tensor, uniform: Tensor) -> Tensor:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter collects a gradient inside."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+
+    def put_back() -> None:
         for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        finish_despite_interrupt(lambda: [parameter.requires_grad_(True) for parameter in trained])
+            parameter.requires_grad_(True)
+
+    try:
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            put_back()
+    finally:  # of an interrupt in or right before the first one
+        put_back()
 
 
 @contextmanager

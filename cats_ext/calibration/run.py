@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from cats_ext.patching.apply import find_dense_mlps
 from cats_ext.patching.tracking import SparsityDriftWarning
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig, thresholds_of
+from cats_ext.thresholds.fit import sample_weights, weight_of
 
 
 @torch.inference_mode(False)
@@ -92,8 +94,8 @@ def calibrate(
         sequence_length: tokens in a window; at most as many as the model has positions are used.
         batch_size: windows of equal length run together.
         seed: chooses the windows where there are more than needed. Equal arguments give equal thresholds.
-        checkpoint: a file that progress is written to, at most once a minute. After an interruption, the same call
-            continues from it. Removed at the end.
+        checkpoint: a file that progress is written to, once a minute and at the end. The same call continues from it,
+            or gives the same result again; remove it when the result is saved.
         progress: show a bar per pass, with the time left, on standard error.
 
     Returns:
@@ -102,6 +104,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, the model has no gated MLP, is
             patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
+        OSError: the checkpoint cannot be written; this is tried before the first pass.
     """
     settings = CalibrationSettings(
         sparsity=sparsity,
@@ -125,13 +128,12 @@ def calibrate(
 
     powers = settings.gate_powers(len(mlps))
     layers = {m.name: LayerAccumulator(m, power, settings.importance) for m, power in zip(mlps, powers, strict=True)}
-    saved = Checkpoint(checkpoint, settings.identity(len(mlps)), windows, layers)
+    saved = Checkpoint(checkpoint, settings.identity(len(mlps)), model, windows, layers)
     count_activations(model, layers, windows, settings, saved, progress)
     config = _uniform_config(model, layers, windows, settings)
     if settings.allocation == "search":
         losses = settings.loss_table(torch.stack([layer.mean_losses() for layer in layers.values()]))
         config = search_allocation(model, config, losses, windows)
-    saved.remove()
     _warn_of_ties(config)
     return config
 
@@ -158,6 +160,7 @@ def _uniform_config(
         importance=settings.importance,
         calibration=settings.record(windows),
         statistics=statistics,
+        weights={mlp.name: sample_weights(partial(weight_of, mlp.module)) for mlp in mlps},
     )
 
 

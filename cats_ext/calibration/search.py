@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from cats_ext._progress import finish_despite_interrupt
 from cats_ext.calibration.data import sample_windows
 from cats_ext.evaluation.comparison import compare
 from cats_ext.patching.apply import apply_cats, remove_cats, sparse_mlps
@@ -31,9 +30,17 @@ def search_allocation(model: nn.Module, uniform: CatsConfig, losses: LossTable, 
 
 def _kl(model: nn.Module, config: CatsConfig, windows: list[Tensor]) -> float:
     """Mean over all positions of the divergence from the dense model, in nats; 0 without windows."""
+
+    def remove() -> None:
+        if sparse_mlps(model):
+            remove_cats(model)
+
     try:
-        apply_cats(model, config)
-        sums = [len(ids) * compare(model, ids, window=len(ids), progress=False).kl for ids in windows]
-    finally:
-        finish_despite_interrupt(lambda: sparse_mlps(model) and remove_cats(model))
+        try:
+            apply_cats(model, config)
+            sums = [len(ids) * compare(model, ids, window=len(ids), progress=False).kl for ids in windows]
+        finally:
+            remove()
+    finally:  # of an interrupt in or right before the first one
+        remove()
     return sum(sums) / max(1, sum(map(len, windows)))

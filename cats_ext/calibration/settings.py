@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats_ext._inputs import LARGEST_SEED, check_integer
 from cats_ext._version import __version__
 from cats_ext.calibration.passes import has_gradients
 from cats_ext.patching.detection import GatedMLP
@@ -62,9 +63,8 @@ class CalibrationSettings:
         if not isinstance(self.spread, (int, float)) or isinstance(self.spread, bool) or not 0 < self.spread <= 1:
             raise ValueError(f"spread must be a number in (0, 1], got {self.spread!r}")
         for name in ("max_tokens", "sequence_length", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0, LARGEST_SEED)
         powers = (0 if power is None else power for power in (self.gate_power, self.last_gate_power))
         check_weights(self.rule, *powers, "norm" if self.importance is None else self.importance)
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
+from cats_ext.cli import streams
 from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
-from cats_ext.cli.common import one_sentence_errors
+from cats_ext.cli.common import Command, one_sentence_errors
 
 app = typer.Typer(
     name="cats",
@@ -31,7 +32,7 @@ for name, command in {
     "bench": bench.bench,
     "env": env.env,
 }.items():
-    app.command(name)(one_sentence_errors(command))
+    app.command(name, cls=Command)(one_sentence_errors(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,4 +52,4 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage."""
-    app()
+    streams.run(app)

@@ -6,9 +6,11 @@ With ``--json`` standard output has the JSON document alone; everything for peop
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +24,16 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 import cats_ext
+from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.cli import models
 from cats_ext.cli.options import Precision, torch_dtype
+from cats_ext.cli.streams import StandardOutputError
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
+from cats_ext.thresholds.files import write_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +42,32 @@ notes = Console(stderr=True, highlight=False)
 """The console for progress and remarks, with and without ``--json``."""
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError)
+_USAGE_ERROR = typer.BadParameter.__base__  # of click, which typer has a copy of in some versions
+
+
+class UnwrittenError(Exception):
+    """A result could not be written to its file: with ``--json`` it is on standard output, beside the error."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.document = document
+
+
+class Command(TyperCommand):
+    """With ``--json``, wrong usage too leaves a JSON document on standard output."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        given = list(args)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except _USAGE_ERROR as error:
+            options = getattr(getattr(error, "param", None), "opts", ())
+            for option, value in itertools.pairwise(given):
+                if option in options and value[:40] not in error.message:  # typer's own errors may not have it
+                    error.message += f", got {value[:40]!r}"
+            if "--json" in given:
+                print_json({"error": error.format_message()})
+            raise
 
 
 def debugging() -> bool:
@@ -43,25 +75,43 @@ def debugging() -> bool:
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`."""
+    """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`.
+
+    With ``--json`` the sentence is on standard output too, as ``{"error": ...}``.
+    """
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **named: Any) -> None:
+    def wrapped(**named: Any) -> None:
         try:
-            command(*args, **named)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+            command(**named)
+        except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError, StandardOutputError):
             raise
         except Exception as error:
             if debugging():
                 raise
-            if isinstance(error, _EXPECTED):
-                message = str(error) or type(error).__name__
-            else:
-                message = f"{type(error).__name__}: {error}. This is a defect; CATS_DEBUG=1 shows the traceback"
+            message = _sentence(error, named)
             notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            if named.get("json"):
+                print_json({"error": message} | getattr(error, "document", {}))
             raise typer.Exit(1) from error
 
     return wrapped
+
+
+def _sentence(error: Exception, named: dict[str, Any]) -> str:
+    """What to say of ``error``, an exception of a command with the arguments ``named``."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in message:
+        size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
+        return f"there is not enough memory{f' for {size[1]} more' if size else ''}"
+    if not isinstance(error, (*_EXPECTED, UnwrittenError)):
+        return f"{type(error).__name__}: {message}. This is a defect; CATS_DEBUG=1 shows the traceback"
+    if named.get("cats"):
+        message = message.replace("check_weights=False to apply_cats", "--no-check-weights")
+    argument, _, rest = message.partition(" ")  # an argument of the API is an option here
+    if argument in (*named, "data") and rest.startswith(("must ", "is for ", "'")):
+        return f"--{'text' if argument == 'data' else argument.replace('_', '-')} {rest}"
+    return message
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -88,6 +138,16 @@ def json_text(document: dict[str, Any]) -> str:
 def print_json(document: dict[str, Any]) -> None:
     """``document`` on standard output."""
     sys.stdout.write(json_text(document))
+
+
+def write_output(option: str, path: Path, text: str) -> None:
+    """Write a file, all of it or nothing. Raises OSError, which names the ``option`` and the path."""
+    check_writable(option, path, directory=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_together({path.resolve(): text.encode()})
+    except OSError as error:
+        raise cannot_be_written(option, path, error) from error
 
 
 def result_table(titles: Sequence[str], **options: Any) -> Table:
@@ -144,25 +204,35 @@ def note_drift(report: cats_ext.SparsityReport, what: str, tolerance: float = 0.
 
 
 def load(
-    name: str, device: torch.device, precision: Precision | None = None, cats: Path | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision | None = None,
+    cats: Path | None = None,
+    check_weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
     """As :func:`load_patched`, with the model dense: the config is left to be applied."""
-    network, tokenizer, config = load_patched(name, device, precision, cats)
+    network, tokenizer, config = load_patched(name, device, precision, cats, check_weights=check_weights)
     return network if config is None else cats_ext.remove_cats(network), tokenizer, config
 
 
 def load_patched(
-    name: str, device: torch.device, precision: Precision | None, cats: Path | None, sparsity: float | None = None
+    name: str,
+    device: torch.device,
+    precision: Precision | None,
+    cats: Path | None,
+    sparsity: float | None = None,
+    check_weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
     """The model, its tokenizer, and the config it is patched with; None for a dense model.
 
     Args:
         cats: directory of thresholds; without it those of the checkpoint are used, if it has any.
         sparsity: another sparsity than the thresholds were saved with.
+        check_weights: False takes thresholds in ``cats`` that were made for other weights.
     """
     from transformers.utils import logging
 
-    config = None if cats is None else cats_ext.CatsConfig.from_pretrained(cats)
+    config = None if cats is None else _load_config(cats)
     note_uncompiled(device)
     if not debugging():
         logging.set_verbosity_error()
@@ -173,13 +243,21 @@ def load_patched(
     with status(f"Loading {escape(name)} ..."):
         network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision))
     if config is not None:
-        cats_ext.apply_cats(cats_ext.remove_cats(network) if sparse_mlps(network) else network, config)
+        dense = cats_ext.remove_cats(network) if sparse_mlps(network) else network
+        cats_ext.apply_cats(dense, config, check_weights=check_weights)
     patched = bool(sparse_mlps(network))
     if sparsity is not None:
         if not patched:
             raise ValueError(f"--sparsity {sparsity} needs thresholds: --cats DIRECTORY, or a model saved with them")
         cats_ext.set_sparsity(network, sparsity)
     return network, tokenizer, current_config(network) if patched else None
+
+
+def _load_config(directory: Path) -> cats_ext.CatsConfig:
+    try:
+        return cats_ext.CatsConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cats '{directory}': {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager

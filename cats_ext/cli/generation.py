@@ -54,14 +54,19 @@ def decoder(model: PreTrainedModel, **options: Any) -> DecodeEngine | PreTrained
         return model
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError for a prompt with nothing in it."""
+    if not prompt.strip():
+        raise ValueError(f"--prompt must not be empty, got {prompt!r}")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
     """Token ids ``[1, T]`` of ``prompt``, as a user's message in the model's chat template if ``chat``.
 
     Raises:
         ValueError: the prompt is empty, or ``chat`` is set and the tokenizer has no chat template.
     """
-    if not prompt.strip():
-        raise ValueError("--prompt must not be empty")
+    check_prompt(prompt)
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat needs a model whose tokenizer has a chat template, and this one has none")
@@ -98,12 +103,8 @@ def continue_prompt(
         options: for the engine's ``generate``.
 
     Raises:
-        ValueError: an option is out of its range, or prompt and new tokens exceed the model's positions.
+        ValueError: prompt and new tokens exceed the model's positions.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if not temperature >= 0:  # nor NaN
-        raise ValueError(f"--temperature must be at least 0, got {temperature}")
     prompt_tokens = input_ids.shape[1]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and prompt_tokens + max_new_tokens > longest:

@@ -71,7 +71,13 @@ def load_model(
     """
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, no permission
+        raise ModelUnavailableError(f"model '{name}' cannot be read: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
         model, tokenizer = _load_pretrained(str(path), dtype)
     elif path.suffix == ".gguf":

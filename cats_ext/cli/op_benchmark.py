@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ def parse_shape(name: str) -> tuple[int, int]:
     """``(H, I)`` of a shape's name or of a string like ``4096x14336``."""
     if name in SHAPES:
         return SHAPES[name]
-    if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+    if match := re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", name):
         return int(match[1]), int(match[2])
     raise ValueError(f"shape must be HxI, as in 4096x14336, or one of {', '.join(SHAPES)}; got '{name}'")
 
@@ -194,6 +196,8 @@ def run(
     dense_bytes = 3 * intermediate_size * row_bytes
     count = min(_MAX_LAYERS, max(2, -(-_WORKING_SET[device.type] // dense_bytes)))
 
+    _check_memory(hidden_size, intermediate_size, tokens, dtype, device, (count + 1) * dense_bytes)
+
     report(f"making {count} layers of random weights")
     memory = torch.ones(_WORKING_SET[device.type] // 4, device=device)
     layers = _make_layers(count, hidden_size, intermediate_size, dtype, device)
@@ -241,6 +245,24 @@ def run(
         rows=[row("dense", 0.0, dense_bytes, times["dense"], times["dense"])]
         + [row("sparse", *timing) for timing in timings],
     )
+
+
+def _check_memory(
+    hidden: int, intermediate: int, tokens: int, dtype: torch.dtype, device: torch.device, weights: int
+) -> None:
+    """Raise ValueError if ``weights`` bytes, the working set and some activations are more than the memory left."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        memory = Path("/proc/meminfo")
+        found = re.search(r"MemAvailable: +(\d+)", memory.read_text() if memory.exists() else "")
+        free = int(found[1]) * 1024 if found else sys.maxsize
+    needed = weights + _WORKING_SET[device.type] + 4 * tokens * (2 * hidden + 6 * intermediate)
+    if needed > free:
+        raise ValueError(
+            f"shape must fit into memory: {hidden}x{intermediate} with {tokens} tokens in "
+            f"{str(dtype).removeprefix('torch.')} takes {needed / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free"
+        )
 
 
 def _check_equal(layer: _Layer, x: Tensor) -> None:

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from cats_ext._inputs import LARGEST_SEED
 from cats_ext.cli import models
+from cats_ext.cli.text import is_text
+from cats_ext.thresholds.rules import check_sparsity
+
+_LARGEST = 2**31 - 1
+
+
+def checked(check: Callable[[Any], object], *names: str, **options: Any) -> Any:
+    """A typer option whose value, unless None, goes to ``check``; its ValueError is wrong usage, exit code 2."""
+
+    def callback(value: Any) -> Any:
+        try:
+            if value is not None:
+                check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        return value
+
+    return typer.Option(*names, callback=callback, **options)
+
+
+def count(help: str, *names: str, least: int = 1, most: int = _LARGEST) -> Any:
+    """An option for an integer from ``least`` to ``most``."""
+
+    def check(value: int) -> None:
+        if not least <= value <= most:
+            raise ValueError(f"must be from {least} to {most}, got {value}")
+
+    return checked(check, *names, help=help)
+
+
+def text(help: str) -> Any:
+    """An option for a text that a tokenizer can take."""
+
+    def check(value: str) -> None:
+        if not is_text(value):
+            raise ValueError(f"must be UTF-8 text, got {value!r}")
+
+    return checked(check, help=help)
+
+
+def _check_temperature(value: float) -> None:
+    # In float32, logits divided by less are infinite.
+    if value != 0 and not 1e-6 <= value < math.inf:
+        raise ValueError(f"must be 0 or at least 1e-6 and finite, got {value}")
 
 
 def choices(name: str, values: Iterable[str]) -> type[Enum]:
@@ -28,12 +75,25 @@ _TEXT = typer.Option("--text", help="Text file: .txt, .jsonl (field 'text'), eit
 TextFiles = Annotated[list[Path], _TEXT]
 OptionalTextFiles = Annotated[list[Path] | None, _TEXT]
 Sparsity = Annotated[
-    float | None, typer.Option(help="In [0, 1); without it the one that the thresholds were saved with.")
+    float | None,
+    checked(
+        partial(check_sparsity, "a sparsity"), help="In [0, 1); without it the one that the thresholds were saved with."
+    ),
 ]
 CatsDirectory = Annotated[Path | None, typer.Option("--cats", help="Directory written by 'cats calibrate'.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most probable token (greedy), above 0 samples.")]
-SamplingSeed = Annotated[int, typer.Option(help="For sampling.")]
-Window = Annotated[int, typer.Option(help="Tokens in a window.")]
+CheckWeights = Annotated[bool, typer.Option(help="Refuse thresholds of --cats that were made for other weights.")]
+Temperature = Annotated[
+    float, checked(_check_temperature, help="0 takes the most probable token (greedy), above 0 samples.")
+]
+Window = Annotated[int, count("Tokens in a window.", least=2)]
+
+
+def seed(help: str) -> Any:
+    """An option for what starts the random numbers."""
+    return count(help, least=0, most=LARGEST_SEED)
+
+
+SamplingSeed = Annotated[int, seed("For sampling.")]
 
 
 def torch_dtype(precision: Precision | None, default: torch.dtype | None = None) -> torch.dtype | None:
@@ -47,14 +107,6 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be numbers separated by commas, got '{text}'") from None
-
-
-def check_output(out: Path | None, *, directory: bool) -> None:
-    """Raise OSError if ``--output`` cannot be a directory, or a file. Called before the work, which would be lost."""
-    if out is not None and directory and out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--output '{out}' exists and is not a directory")
-    if out is not None and not directory and out.is_dir():
-        raise IsADirectoryError(f"--output '{out}' is a directory")
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ast
+import codecs
+import errno
 import gzip
+import itertools
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
+
+from cats_ext.calibration.texts import PART, cut_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,43 +95,98 @@ def _load_texts(
     return [row["text"] for row in found]
 
 
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts of ``paths``: one a file, of a ``.jsonl`` file one a line (field ``text``); ``.gz`` is unpacked.
+def stream_texts(paths: Sequence[Path]) -> Iterator[tuple[int, str]]:
+    """The texts of ``paths`` in consecutive parts, each with the number of its text, read as they are asked for.
+
+    A file is one text, a ``.jsonl`` file one a line (field ``text``); ``.gz`` is unpacked.
 
     Raises:
-        FileNotFoundError: a path does not exist or is a directory.
+        OSError: a file is missing, is no file, or cannot be read.
         ValueError: a file is not what its name says, or there is no text in any of them.
     """
-    texts: list[str] = []
+    number, blank = 0, True
     for path in paths:
-        if path.is_dir() or not path.exists():
-            raise FileNotFoundError(f"text file '{path}' {'is a directory' if path.is_dir() else 'does not exist'}")
+        with _opened(path) as file:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                texts: Iterable[Iterable[str]] = ([text] for text in _jsonl_texts(path, file))
+            else:
+                texts = [_decoded(path, file)]
+            for text in texts:
+                for part in text:
+                    blank = blank and not part.strip()
+                    yield number, part
+                number += 1
+    if blank:
+        raise ValueError(f"--text: there is no text in {', '.join(map(str, paths))}")
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The texts of :func:`stream_texts` that are not blank."""
+    texts = ("".join(part for _, part in parts) for _, parts in itertools.groupby(stream_texts(paths), itemgetter(0)))
+    return [text for text in texts if text.strip()]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The unpacked bytes of ``path``; errors while it is open name it."""
+    try:
+        if not (path.is_file() or path.is_fifo()):
+            state = "is not a file" if path.exists() else "does not exist"
+            raise FileNotFoundError(errno.ENOENT, state)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"--text '{path}' is not a complete gzip file: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--text '{path}' {error.strerror}") from None
+    except OSError as error:
+        raise OSError(f"--text '{path}' cannot be read: {error.strerror}") from error
+
+
+def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
+    """The text in ``file`` in parts, cut before white space where there is some."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read, rest = 0, ""
+    while True:
+        block = file.read(PART)
+        read += len(block)
         try:
-            data = path.read_bytes()
-            content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"'{path}' is not a complete gzip file: {error}") from error
+            rest += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise ValueError(f"'{path}' is not UTF-8 text: {error}") from error
-        name = path.name.removesuffix(".gz")
-        texts += _jsonl_texts(path, content) if name.endswith(".jsonl") else [content]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, paths))}")
-    return texts
+            place = read - len(error.object) + error.start
+            raise ValueError(f"--text '{path}' is not UTF-8 text: {error.reason} at byte {place}") from error
+        if not block:
+            yield rest
+            return
+        *parts, rest = cut_text(rest, PART)
+        yield from parts
 
 
-def _jsonl_texts(path: Path, content: str) -> Iterable[str]:
-    for number, line in enumerate(content.splitlines(), 1):
+def _jsonl_texts(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        where = f"line {number} of --text '{path}'"
         try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of '{path}' must be a JSON object with a field 'text'") from error
+            text = json.loads(line.decode())["text"]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{where} must be a JSON object with a field 'text'") from error
         if not isinstance(text, str):
-            raise ValueError(f"line {number} of '{path}': field 'text' must be a string, got {type(text).__name__}")
+            raise ValueError(f"{where}: field 'text' must be a string, got {type(text).__name__}")
+        if not is_text(text):
+            raise ValueError(f"{where}: field 'text' has half of a surrogate pair, which is no character")
         yield text
+
+
+def is_text(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: surrogates stand for bytes of an argument that were not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def docstrings(modules: Sequence[str]) -> str:
@@ -150,14 +212,20 @@ def docstrings(modules: Sequence[str]) -> str:
     return "\n\n".join(found)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """Token ids ``[N]`` of ``texts``, joined by blank lines, without special tokens.
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> Tensor:
+    """Token ids ``[N]`` of ``texts``, joined by blank lines, without special tokens; the first ``limit`` of them.
 
     Raises:
         ValueError: fewer than two tokens, which leaves nothing to predict.
     """
-    encoded = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False, return_tensors="pt")
-    ids = encoded.input_ids[0].to(torch.int64)
+    found, count = [], 0
+    for part in cut_text("\n\n".join(texts), PART):
+        encoded = tokenizer(part, add_special_tokens=False, verbose=False, return_tensors="np")
+        found.append(torch.from_numpy(encoded.input_ids[0]).to(torch.int64))
+        count += len(found[-1])
+        if limit is not None and count >= limit:
+            break
+    ids = torch.cat(found)[:limit]
     if ids.numel() < 2:
-        raise ValueError(f"the text has {ids.numel()} token: at least 2 are needed to predict one")
+        raise ValueError(f"--text: the text has {ids.numel()} token: at least 2 are needed to predict one")
     return ids

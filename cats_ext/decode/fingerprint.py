@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
+
 _BASE = frozenset(vars(nn.Module()))  # the attributes of every module; settings are the others
 _PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
 _THRESHOLDS = ("threshold", "down_threshold")  # buffers of patched modules, written in place by set_sparsity
@@ -53,6 +55,7 @@ class Fingerprint:
         tensors = [*parameters, *(t for _, t in buffers)]
         places = [list(map(read, tensors)) for read in _place]
         hooks = [[(i, *group) for i, group in enumerate(map(get, attributes)) if group] for get in _hooks]
+        hooks += list(FORWARD_PRE_HOOKS), list(FORWARD_HOOKS)
         settings = self._read_settings([*attributes, vars(self._model.config.get_text_config())])
         device = self._model.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

@@ -23,6 +23,7 @@ from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import step_supported
 from cats_ext.patching.detection import recognise_activation
 from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,6 +114,8 @@ def check_fusable(model: nn.Module) -> None:
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise NotFusableError(f"its weights are on {', '.join(sorted(devices))}")
+    if FORWARD_HOOKS or FORWARD_PRE_HOOKS:
+        raise NotFusableError("there are hooks for all modules")
     for path, module in model.named_modules():
         if ".mlp." in f"{path}.":  # one that is not plain is called as a module
             continue

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_ext._inputs import batches_of, check_token_ids, evaluation_mode, input_device
+from cats_ext._inputs import batches_of, check_integer, check_token_ids, evaluation_mode, input_device
 from cats_ext._progress import progress_bar
 from cats_ext.patching.apply import masking_disabled
 
@@ -58,8 +58,7 @@ def perplexity(
     Raises:
         TypeError, ValueError: ``input_ids`` is no sequence of the model's token ids or has nothing to predict.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    check_integer("batch_size", batch_size, 1)
     windows = _windows(model, input_ids, window, max_windows, bos_token_id)
     batches = batches_of(windows, batch_size)
     device = input_device(model)
@@ -159,10 +158,9 @@ def _windows(
     check_token_ids("input_ids", input_ids, model)
     if input_ids.dim() != 1 and input_ids.shape[:-1] != (1,):
         raise ValueError(f"input_ids must have shape [T] or [1, T], got {list(input_ids.shape)}")
-    if window < 2:
-        raise ValueError(f"window must be at least 2 tokens, got {window}")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+    check_integer("window", window, 2)
+    if max_windows is not None:
+        check_integer("max_windows", max_windows, 1)
     bos = input_ids.new_tensor([] if bos_token_id is None else [bos_token_id])
     pieces = input_ids.flatten().split(window - len(bos))[:max_windows]
     windows = [ids for ids in (torch.cat([bos, piece]) for piece in pieces) if len(ids) > 1]

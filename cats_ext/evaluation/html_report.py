@@ -28,7 +28,7 @@ def html_report(directory: str | Path) -> str:
             measurements.
 
     Raises:
-        FileNotFoundError, ValueError: there is no valid config.
+        FileNotFoundError, ValueError: there is no valid config, or a measurement is not what ``cats eval`` wrote.
         ImportError: matplotlib is not installed.
     """
     directory = Path(directory)
@@ -37,7 +37,10 @@ def html_report(directory: str | Path) -> str:
     title = f"CATS thresholds: {directory.resolve().name}"
     parts = [f"<h1>{escape(title)}</h1>", *_summary(config)]
     for name, document in results:
-        parts += _text_section(name, document) + _task_section(name, document)
+        try:
+            parts += _text_section(name, document) + _task_section(name, document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{directory / name} is not what 'cats eval' wrote: {error!r}") from error
     if not results:
         parts.append(
             '<p class="note">Nothing is measured yet: <code>cats eval MODEL --cats DIR --text FILE --output '

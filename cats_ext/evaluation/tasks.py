@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch import nn
 from cats_ext.evaluation.significance import PairedAccuracy, mean_accuracy, paired_accuracy
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
 _ACCURACY = {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
@@ -72,6 +75,26 @@ def local_task(name: str, directory: Path) -> dict[str, Any]:
     }
 
 
+@cache
+def _task_manager(named: bool) -> TaskManager:
+    """The harness's; it takes ten seconds to find the tasks that have a name."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(f"tasks need the evaluation harness: pip install 'cats_ext[eval]' ({error})") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_defaults=named)
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that the harness does not know, ImportError if it is not installed."""
+    for name in names:
+        if not name.endswith(".yaml") and name not in _task_manager(True).all_tasks:
+            close = " or ".join(get_close_matches(name, _task_manager(True).all_tasks))
+            hint = f"; did you mean {close}?" if close else ""
+            raise ValueError(f"tasks must be names that lm-evaluation-harness knows, got {name[:80]!r}{hint}")
+
+
 def answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,15 +113,12 @@ def answers(
         ImportError: lm_eval is not installed.
         ValueError: a task has no metric ``acc`` (generative tasks and groups of tasks report others).
     """
-    try:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(f"tasks need the evaluation harness: pip install 'cats_ext[eval]' ({error})") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _task_manager(any(isinstance(task, str) for task in tasks))
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
     # Not simple_evaluate: it takes ten seconds a call to describe the machine.
-    loaded = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)).load(list(tasks))
+    loaded = manager.load(list(tasks))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     result = {}

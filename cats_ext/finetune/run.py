@@ -7,6 +7,7 @@ adapters, is written to OUTPUT itself. A checkpoint is complete if its ``trainer
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +21,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cats_ext._inputs import check_token_ids
+from cats_ext._inputs import check_integer, check_token_ids
 from cats_ext._progress import progress_bar
 from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.run import calibrate
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.finetune.settings import FinetuneSettings, check_continues, facts_of
-from cats_ext.finetune.trainer import last_checkpoint, make_trainer
+from cats_ext.finetune.trainer import TrainingStoppedError, check_integrations, last_checkpoint, make_trainer
 from cats_ext.patching.apply import (
     apply_cats,
     apply_relufication,
@@ -86,13 +87,14 @@ def finetune(
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, a LoRA target does not exist,
             or ``output_dir`` holds a tuning with other settings.
-        TrainingStoppedError: the loss or a gradient became NaN or infinite; the checkpoints before it are kept.
+        TrainingStoppedError: the loss or a gradient became NaN or infinite; the checkpoints before it are kept. Or the
+            tuned model's loss is; it is not saved.
         OSError: a file cannot be written; the checkpoints before it are kept.
         ImportError: LoRA without the package peft, or training without accelerate.
     """
     settings = settings or FinetuneSettings()
-    if not isinstance(save_every, int) or save_every < 1:
-        raise ValueError(f"save_every must be a positive integer, got {save_every!r}")
+    check_integer("save_every", save_every, 1)
+    check_integrations(report_to)
     if config is not None and settings.method != "cats":
         raise ValueError(f"config is for method 'cats', got method {settings.method!r}")
     if recalibrate and settings.method != "cats":
@@ -114,8 +116,10 @@ def finetune(
         if (directory / CONFIG_FILE).is_file():
             config = CatsConfig.from_pretrained(directory)
         else:
-            config = config or calibrate_on_train(sparsity=settings.sparsity)
+            counts = training / "calibration"  # what an interrupted calibration continues from
+            config = config or calibrate_on_train(sparsity=settings.sparsity, checkpoint=counts)
             config.save_pretrained(directory)
+            counts.unlink(missing_ok=True)
         apply_cats(model, config)
     elif settings.method == "relufication":
         relufy(model)
@@ -128,6 +132,11 @@ def finetune(
         tuned.merge_and_unload()
     model.requires_grad_(True).eval()
     after, recalibrated = measure(), None
+    if not math.isfinite(after["nll"]):
+        raise TrainingStoppedError(
+            f"the loss on the held-out text is {after['nll']} after the tuning: the model is not saved. Most often a "
+            f"lower learning rate than {settings.learning_rate} helps"
+        )
     if recalibrate:
         _recalibrate(model, calibrate_on_train)
         recalibrated = measure()
@@ -188,7 +197,7 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
     for target in targets or ():
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             have = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ValueError(f"lora_targets: {type(model).__name__} has no linear module {target!r}; it has {have}")
+            raise ValueError(f"lora_targets must be linear modules of {type(model).__name__}, {have}, got {target!r}")
 
 
 def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Module:

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from cats_ext._inputs import LARGEST_SEED, check_integer, weights_digest
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import write_together
 from cats_ext.thresholds.rules import check_choice, check_sparsity
@@ -56,9 +56,8 @@ class FinetuneSettings:
         check_choice("method", self.method, METHODS)
         check_sparsity("sparsity", self.sparsity)
         for name in ("steps", "lora_rank", "batch_size", "sequence_length"):
-            value, least = getattr(self, name), 0 if name == "lora_rank" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            check_integer(name, getattr(self, name), 0 if name == "lora_rank" else 1)
+        check_integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("learning_rate", "lora_alpha"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -69,10 +68,9 @@ def facts_of(
     model: nn.Module, train: list[Tensor], held_out: list[Tensor], settings: FinetuneSettings, config: CatsConfig | None
 ) -> dict[str, Any]:
     """What has to be equal for a tuning to be continued, as JSON types: settings, model, data and thresholds."""
-    weights = torch.cat([p.detach().flatten()[:16].double().cpu() for p in model.parameters()])
     thresholds = [] if config is None else [*config.thresholds.values(), *config.down_thresholds.values()]
     facts = asdict(settings) | {
-        "model": _digest(weights),
+        "model": weights_digest(model),
         "dtype": str(model.dtype),
         "data": _digest(*train, *held_out),
         "thresholds": _digest(*thresholds) if thresholds else "calibrated",

@@ -22,6 +22,17 @@ class TrainingStoppedError(RuntimeError):
     """The loss or a gradient is NaN or infinite. The message names the step and the last complete checkpoint."""
 
 
+def check_integrations(report_to: tuple[str, ...]) -> None:
+    """Raise ValueError unless Trainer can report to all of them: it finds out when the training starts."""
+    if report_to:
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        possible = [*get_available_reporting_integrations(), "all", "none"]
+        for name in report_to:
+            if name not in possible:
+                raise ValueError(f"report_to must be one of those installed, {', '.join(possible)}, got {name!r}")
+
+
 def last_checkpoint(training: Path) -> Path | None:
     """The newest complete checkpoint in ``training``; None if there is none."""
     complete = [path for path in training.glob("checkpoint-*") if _is_complete(path)]

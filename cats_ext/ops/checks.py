@@ -25,6 +25,7 @@ class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp
         ("dim", ctypes.c_int64),
         ("numbers", ctypes.c_int32 * 2),  # of the dtype and the type of the device: found by their names
         ("device_index", ctypes.c_int32),
+        ("freed", ctypes.c_int32),
         ("dtype", ctypes.c_char_p),
         ("device_type", ctypes.c_char_p),
     ]
@@ -36,13 +37,8 @@ _FORMATS = ("gate_format", "up_format", "down_format")
 @functools.cache
 def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
-    function.argtypes = [
-        ctypes.c_char_p,
-        ctypes.POINTER(_NamedTensor),
-        ctypes.c_int64,
-        ctypes.c_char_p,
-        ctypes.c_char_p * 3,
-    ]
+    text = ctypes.c_char_p
+    function.argtypes = [text, ctypes.POINTER(_NamedTensor), ctypes.c_int64, text, ctypes.c_int64, text * 3]
     function.restype = ctypes.c_char_p
     return function
 
@@ -71,7 +67,8 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         return
     tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
     array = (_NamedTensor * len(tensors))(*tensors)
+    activation = arguments["activation"].encode()
     formats = (ctypes.c_char_p * 3)(*(arguments[n].encode() if n in arguments else None for n in _FORMATS))
-    sentence = _cats_check()(op.encode(), array, len(tensors), arguments["activation"].encode(), formats)
+    sentence = _cats_check()(op.encode(), array, len(tensors), activation, len(activation), formats)
     if sentence is not None:
         raise RuntimeError(sentence.decode())

@@ -2,7 +2,9 @@
 
 The schemas live here so that ``torch.ops.cats.*`` exists on every machine; ``csrc/ops_cpu.cpp`` and
 ``csrc/ops_cuda.cu`` only register kernels. ``sparse_mlp`` carries no autograd: a Python-registered one costs about six
-microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see :func:`masked_product`).
+microseconds a call even under ``no_grad``. Training goes through ``gated_threshold`` (see :func:`masked_product`), and
+so do dual tensors of ``torch.autograd.forward_ad``, whose tangents the other ops do not see. torch.func's transforms
+run the formula of any op.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from cats_ext.ops import reference
@@ -115,13 +118,21 @@ def _fake(op: str) -> Callable:
     return fake
 
 
-def _fallback(op: str, device: str, warn: bool) -> Callable:
+def _formula(op: str) -> Callable:
     _, reference_op = _OPS[op]
+    return lambda *args, **named: reference_op(**_checked_arguments(op, args, named))
+
+
+def _refuse_counting(*_: Any, **__: Any) -> None:
+    raise RuntimeError("neurons cannot be counted inside torch.func's transforms: call track_sparsity(model, False)")
+
+
+def _fallback(op: str, device: str) -> Callable:
+    formula = _formula(op)
 
     def fallback(*args, **named):
-        if warn:
-            _warn_slow(device)
-        return reference_op(**_checked_arguments(op, args, named))
+        _warn_slow(device)
+        return formula(*args, **named)
 
     return fallback
 
@@ -144,7 +155,27 @@ def _register() -> None:
         # The step has no CPU kernel, because decoding on a CPU gains nothing by it.
         step = op.endswith("_step")
         for device in {*uncompiled, "cpu"} if step else uncompiled:
-            torch.library.register_kernel(f"cats::{op}", device, _fallback(op, device, warn=not step))
+            torch.library.register_kernel(f"cats::{op}", device, _formula(op) if step else _fallback(op, device))
+        # Inside torch.func's transforms the formula runs, which has all derivatives and batching rules.
+        counted = op == "sparse_mlp_counted"
+        _library.impl(op, _refuse_counting if counted else _formula(op), "FuncTorchDynamicLayerFrontMode")
+        refuse_other_layouts(_library, op)
+
+
+def refuse_other_layouts(library: torch.library.Library, op: str) -> None:
+    """Let ``op`` refuse sparse, quantised and nested tensors by name; torch would list all backends instead."""
+    names = [p.name for p in getattr(torch.ops.cats, op).default._schema.arguments]
+
+    def refuse(*args, **named):
+        for name, t in [*zip(names, args, strict=False), *named.items()]:
+            if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_quantized or t.is_nested):
+                kind = "nested tensor" if t.is_nested else f"quantised {t.dtype}" if t.is_quantized else t.layout
+                raise RuntimeError(f"{op}: {name} must be a dense tensor, got {kind}")
+
+    for layout in ("Sparse", "SparseCsr", "Quantized", "NestedTensor", "Mkldnn"):
+        for device in ("CPU",) if layout == "Mkldnn" else ("CPU", "CUDA"):
+            library.impl(op, refuse, f"{layout}{device}")
+    library.impl(op, refuse, "AutogradNestedTensor")
 
 
 # --- autograd of the elementwise op ---------------------------------------------------------------------------------
@@ -180,7 +211,10 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 def _gated_threshold_autograd(gate, up, threshold, down_threshold=None, activation="silu"):
-    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if forward_ad._current_level >= 0:
+        return _formula("gated_threshold")(gate, up, threshold, down_threshold, activation)
+    present = gate is not None and up is not None
+    if present and is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _GatedThreshold.apply(gate, up, (threshold, down_threshold, activation))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.cats.gated_threshold.default(gate, up, threshold, down_threshold, activation)
@@ -191,20 +225,20 @@ def masked_product(
     up: Tensor,
     threshold: Tensor,
     down_threshold: Tensor | None,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     counts: Tensor | None = None,
 ) -> Tensor:
     """``act(gate) * up`` of the neurons above their thresholds, and 0 elsewhere. Differentiable by ``gate`` and ``up``.
 
     Small layers wait for the host. ``gated_threshold`` goes through the dispatcher's autograd keys, whose code is cold
     between layers: inside a model the call took 57 to 59 us, and 10 in a loop. So it is used only where it is needed,
-    by torch.compile and functorch; otherwise the autograd function or the op below autograd is called directly
+    by torch.compile and torch.func; otherwise the autograd function or the op below autograd is called directly
     (bench/results/h100/decode_host.log).
 
     Args:
         gate, up: ``[..., I]``, float32, float16, bfloat16 or float64.
         threshold, down_threshold: float32, ``[]`` or ``[I]``.
-        activation: silu, gelu, gelu_tanh or relu.
+        activation: silu, gelu, gelu_tanh or relu; or any function, which is called.
         counts: int64 ``[3]``, added to: token-neuron pairs evaluated, kept by ``threshold``, kept by both.
 
     Returns:
@@ -213,17 +247,31 @@ def masked_product(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
+    if counts is not None and _transforms_are_active():
+        _refuse_counting()
+    if not isinstance(activation, str):
+        return _masked_product_by_parts(gate, up, (threshold, down_threshold), activation, counts)
     if counts is not None:
         with torch.no_grad():
             counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
-    if is_compiling() or _transforms_are_active():
+    if is_compiling() or _transforms_are_active() or forward_ad._current_level >= 0:
         return gated_threshold(gate, up, threshold, down_threshold, activation)
     if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _apply(gate, up, (threshold, down_threshold, activation))
     return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
 
 
+def _masked_product_by_parts(gate, up, thresholds, activation: Callable, counts: Tensor | None) -> Tensor:
+    v = activation(gate)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    v, u = v.to(wide), up.to(wide)
+    if counts is not None:
+        with torch.no_grad():
+            counts += reference.masked_counts(v, u, *thresholds)
+    return reference.masked(v, u, *thresholds).to(gate.dtype)
+
+
+_library = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
 _register()
 # Not torch.library.register_autograd, which takes more of the host's time: small models wait for it in training.
-_autograd = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
-_autograd.impl("gated_threshold", _gated_threshold_autograd, "Autograd")
+_library.impl("gated_threshold", _gated_threshold_autograd, "Autograd")

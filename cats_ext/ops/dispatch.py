@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.experts import triton_installed
@@ -51,6 +52,7 @@ _SCALAR_ON_CPU = tuple(
 
 # Bound at import: a lookup in torch's large modules at each call misses the processor's cache between layers.
 _autocast_is_enabled = torch.is_autocast_enabled
+_transforms_are_active = torch._C._are_functorch_transforms_active
 # Whether the user wants the same bits in every run. Decided when traced under torch.compile.
 deterministic = torch.are_deterministic_algorithms_enabled
 
@@ -123,7 +125,11 @@ def choose(
     # For many tokens on CUDA no further question; on the CPU some dtypes take the kernel for any number.
     if (x.numel() <= MOST_KERNEL_TOKENS * hidden_size or not x.is_cuda) and kernel_fits(x, hidden_size):
         operands = projections.operands(source)
-        if operands is not None and not (is_grad_enabled() and needs_grad(x, *operands[0], *operands[1])):
+        if (
+            operands is not None
+            and forward_ad._current_level < 0
+            and not (is_grad_enabled() and needs_grad(x, *operands[0], *operands[1]))
+        ):
             return KERNEL, operands
     return MASKED, None
 
@@ -153,6 +159,8 @@ def choose_experts(
         and not _autocast_is_enabled(device)
         and (device != "cuda" or triton_installed())
         and operands[1].stride(-1) == 1  # one contiguous row a neuron
+        and forward_ad._current_level < 0
+        and not _transforms_are_active()
         and not needs_grad(x, routing, *operands)
     ):
         return KERNEL

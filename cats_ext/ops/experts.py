@@ -44,6 +44,10 @@ def triton_installed() -> bool:
 
 def _mistake(x, experts, routing, w_gate_up, w_down_t, threshold, down_threshold=None, activation="silu") -> str | None:
     """What is wrong with the arguments of a call, if anything is."""
+    tensors = dict(x=x, experts=experts, routing=routing, w_gate_up=w_gate_up, w_down_t=w_down_t, threshold=threshold)
+    absent = next((name for name, t in tensors.items() if t is None), None)
+    if absent is not None:
+        return f"{absent} must be a tensor, got None"
     if x.dtype not in ops.SPARSE_DTYPES:
         return f"x must be float32, float16 or bfloat16, got {x.dtype}"
     if x.dim() != 2:
@@ -121,6 +125,13 @@ def _sparse_experts_cuda(*arguments) -> Tensor:
     return launch(*arguments)
 
 
+def _refuse_transforms(*arguments) -> Tensor:
+    raise RuntimeError("sparse_experts: it has no derivatives and no batching rule, call the patched module instead")
+
+
+_library = torch.library.Library("cats", "FRAGMENT")  # what is registered lives as long as this
+_library.impl("sparse_experts", _refuse_transforms, "FuncTorchDynamicLayerFrontMode")
+ops.refuse_other_layouts(_library, "sparse_experts")
 torch.library.register_fake("cats::sparse_experts", _fake)
 torch.library.register_kernel("cats::sparse_experts", "cpu", _sparse_experts_cpu)
 torch.library.register_kernel("cats::sparse_experts", "cuda", _sparse_experts_cuda)

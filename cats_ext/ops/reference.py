@@ -37,6 +37,18 @@ def _keep_both(v: Tensor, h: Tensor, threshold: Tensor, down_threshold: Tensor |
     return kept if down_threshold is None else kept & keep(h, down_threshold)
 
 
+def masked(v: Tensor, u: Tensor, threshold: Tensor, down_threshold: Tensor | None) -> Tensor:
+    """``v * u`` where the activation's output ``v`` and the product are above their thresholds, and 0 elsewhere."""
+    h = v * u
+    return torch.where(_keep_both(v, h, threshold, down_threshold), h, 0)
+
+
+def masked_counts(v: Tensor, u: Tensor, threshold: Tensor, down_threshold: Tensor | None) -> Tensor:
+    """int64 ``[3]``: token-neuron pairs evaluated, kept by ``threshold``, and kept by ``down_threshold`` too."""
+    kept_by_both = _keep_both(v, v * u, threshold, down_threshold)
+    return torch.stack([torch.tensor(v.numel(), device=v.device), keep(v, threshold).sum(), kept_by_both.sum()])
+
+
 def gated_threshold_ref(
     gate: Tensor,
     up: Tensor,
@@ -48,8 +60,7 @@ def gated_threshold_ref(
     """``mask * act(gate) * up`` of shape ``[..., I]``, computed in ``compute_dtype`` and rounded once."""
     compute_dtype = torch.promote_types(compute_dtype, gate.dtype)
     v = ACTIVATIONS[activation](gate.to(compute_dtype))
-    h = v * up.to(compute_dtype)
-    return torch.where(_keep_both(v, h, threshold, down_threshold), h, 0).to(gate.dtype)
+    return masked(v, up.to(compute_dtype), threshold, down_threshold).to(gate.dtype)
 
 
 def gated_threshold_backward_ref(
@@ -124,7 +135,5 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_threshold_counts_ref(
     gate: Tensor, up: Tensor, threshold: Tensor, down_threshold: Tensor | None = None, activation: str = "silu"
 ) -> Tensor:
-    """int64 ``[3]``: token-neuron pairs evaluated, kept by ``threshold``, and kept by ``down_threshold`` too."""
-    v = ACTIVATIONS[activation](gate.float())
-    kept_by_both = _keep_both(v, v * up.float(), threshold, down_threshold)
-    return torch.stack([torch.tensor(v.numel(), device=v.device), keep(v, threshold).sum(), kept_by_both.sum()])
+    """:func:`masked_counts` of the gate's and the up projection's output."""
+    return masked_counts(ACTIVATIONS[activation](gate.float()), up.float(), threshold, down_threshold)

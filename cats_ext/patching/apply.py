@@ -11,26 +11,26 @@ from torch import Tensor, nn
 
 from cats_ext._progress import finish_despite_interrupt
 from cats_ext.patching import listeners
-from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, check_module, find_gated_mlps, recognise_activation
-from cats_ext.patching.mlp import CatsMLP
-from cats_ext.patching.surgery import make_dense, make_sparse, set_class, sparse_class
+from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
+from cats_ext.patching.mlp import PatchedMLP
+from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.rules import check_bool
 from cats_ext.thresholds.statistics import SMALLEST
 
 
-def sparse_mlps(model: nn.Module) -> dict[str, CatsMLP]:
-    """The patched MLPs of ``model`` by name; empty if it is dense.
+def sparse_mlps(model: nn.Module) -> dict[str, PatchedMLP]:
+    """The patched MLPs of ``model`` by name, also while masking is disabled; empty if it is dense.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
     check_module(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, CatsMLP)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PatchedMLP)}
 
 
-def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dict[str, CatsMLP]:
+def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dict[str, PatchedMLP]:
     """As :func:`sparse_mlps`, of a model that has to be patched.
 
     Args:
@@ -47,12 +47,18 @@ def patched_mlps(model: nn.Module, advice: str = "call apply_cats first") -> dic
 
 
 def apply_cats(
-    model: nn.Module, config: CatsConfig, *, sparse_prefill: bool | None = None, neuron_rows: bool = True
+    model: nn.Module,
+    config: CatsConfig,
+    *,
+    sparse_prefill: bool | None = None,
+    neuron_rows: bool = True,
+    check_weights: bool = True,
 ) -> nn.Module:
     """Make every gated MLP of ``model`` sparse, in place, with the thresholds of ``config``.
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
-    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix. From then on
+    with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix of each size, taken
+    before anything is changed. From then on
     ``save_pretrained`` of a transformers model writes a checkpoint with the thresholds beside the dense weights, which
     ``from_pretrained`` loads patched.
 
@@ -65,22 +71,29 @@ def apply_cats(
             that is being verified), True to mask them as generated tokens are; None for what the config says, by
             default True.
         neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
-            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only.
+            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights
+            in shared memory or a flat buffer.
+        check_weights: False takes thresholds that were made for other weights, such as those of the model that this one
+            was tuned from. By default a sample of the weights is compared with the config's, in any dtype.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model is patched already, is quantised or cannot run sparsely, or the config belongs to another
-            model. The model is unchanged after any error, KeyboardInterrupt included.
+        ValueError: the model is patched already, is quantised or cannot run sparsely, others have a down projection's
+            memory too (``share_memory``, a flat buffer), or the config belongs to another model or other weights. The
+            model is unchanged after any error, KeyboardInterrupt included.
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
     check_bool("neuron_rows", neuron_rows)
+    check_bool("check_weights", check_weights)
     mlps = find_dense_mlps(model)
     if sparse_prefill is not None:
         config = replace(config, sparse_prefill=sparse_prefill)
+    if not check_weights:
+        config = replace(config, weights={})
     config.validate()
     return _patch(model, mlps, config, neuron_rows)
 
@@ -129,13 +142,17 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
+    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+    layouts = MemoryLayouts(
+        {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
+    )
     try:
-        for mlp in mlps:
-            make_sparse(mlp, config, neuron_rows)
+        for mlp, own in zip(mlps, strides, strict=True):
+            make_sparse(mlp, config, layouts, own)
         listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps])
+        _make_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
 
 
@@ -146,18 +163,35 @@ def remove_cats(model: nn.Module) -> nn.Module:
     is passed on.
 
     Args:
-        model: patched, or a wrapper of a patched model.
+        model: patched, or a wrapper of a patched model, or the part of it that has all its MLPs.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, has only some of the MLPs that were patched together, or others have a
+            down projection's memory too. The model is unchanged then.
     """
+    if not sparse_mlps(model):
+        listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
-    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values())))
+    _check_complete(model, patched)
+    states = {name: module.cats for name, module in patched.items()}
+    layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
+    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
     return model
+
+
+def _check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
+    """Raise ValueError if the rest of the model would stay patched: it then has no config that fits it."""
+    states = [module.cats for module in patched.values()]
+    others = {name for state in states for name in state.config.layers} - {state.name for state in states}
+    if others:
+        raise ValueError(
+            f"model of class {type(model).__name__} is a part of a patched model and has {len(states)} of its MLPs, "
+            f"but not {min(others)}: call remove_cats with the whole model"
+        )
 
 
 def current_config(model: nn.Module) -> CatsConfig:
@@ -209,6 +243,7 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
 def masking_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes densely with the same weights, as it did before :func:`apply_cats`; nothing is copied.
 
+    It counts as patched there: it can be cast, moved, saved and given another sparsity, but not calibrated or patched.
     A captured graph runs what it recorded; setting its thresholds to 0 has the same effect there.
 
     Args:
@@ -220,22 +255,28 @@ def masking_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    patched = patched_mlps(model)
+    before = {module: type(module) for module in patched_mlps(model).values()}
+
+    def put_back() -> None:
+        for module, kind in before.items():
+            if isinstance(module, PatchedMLP):  # not removed meanwhile
+                set_class(module, kind)
+
     try:
-        for module in patched.values():
-            set_class(module, module.cats.original_class)
-        yield
-    finally:
-        finish_despite_interrupt(lambda: [set_class(module, sparse_class(module)) for module in patched.values()])
+        try:
+            for module in before:
+                set_class(module, patched_class(PatchedMLP, module.cats.original_class))
+            yield
+        finally:
+            put_back()
+    finally:  # of an interrupt in or right before the first one
+        put_back()
 
 
 def replaced_activation(model: nn.Module) -> str | None:
     """The activation that the patched MLPs of ``model`` compute instead of their own; None if it is their own."""
-    for module in sparse_mlps(model).values():
-        own = next(getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name))
-        if recognise_activation(own) != module.forward_settings.activation:
-            return module.forward_settings.activation
-    return None
+    replaced = (m.forward_settings.activation for m in sparse_mlps(model).values() if m.cats.relufied)
+    return next(replaced, None)
 
 
 def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
@@ -247,7 +288,7 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     return find_gated_mlps(model)
 
 
-def _make_dense(model: nn.Module, modules: list[nn.Module]) -> None:
+def _make_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
     listeners.removing(unwrapped(model))
     for module in modules:
-        make_dense(module)
+        make_dense(module, layouts)

@@ -23,6 +23,7 @@ SEPARATE = ("gate_proj", "up_proj", "down_proj")
 MERGED = ("gate_up_proj", "down_proj")
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _PROBED_EXPERTS = (0, 1, 2, -1)  # modulo their number
 _PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest output; others 1e-4
 
@@ -79,13 +80,13 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
             f"{', '.join(SEPARATE)} or {', '.join(MERGED)}"
         )
     times_seen = Counter(id(module) for _, module in candidates)
-    uses = _tensor_uses(model)
+    shared = _sharing_memory(model)
     mlps = []
     for name, module in candidates:
         try:
             if times_seen[id(module)] > 1:
                 raise ValueError("it is used in more than one place of the model")
-            mlps.append(_describe(name, module, uses))
+            mlps.append(_describe(name, module, shared))
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}) cannot run sparsely: {error}") from error
     return mlps
@@ -106,6 +107,8 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     try:
         with torch.no_grad():
             values = function(points.clone())
+    except _OUT_OF_MEMORY:
+        raise
     except Exception:  # a function that cannot take a plain vector is not one of ours
         return None
     for name, reference in ACTIVATIONS.items():
@@ -122,23 +125,35 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
     return None
 
 
-def _tensor_uses(model: nn.Module) -> Counter:
-    """How many names each parameter or buffer memory has in the model."""
+def _sharing_memory(model: nn.Module) -> set[int]:
+    """The ids of the parameters and buffers whose memory overlaps that of another name in the model."""
     named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
-    return Counter(_memory(tensor) for _, tensor in named)
+    spans = sorted((*_span(tensor), id(tensor)) for _, tensor in named if tensor.numel())
+    shared: set[int] = set()
+    space, end, longest = None, 0, 0  # of the span so far that reaches furthest
+    for own_space, own_start, own_end, tensor in spans:
+        if own_space == space and own_start < end:
+            shared |= {longest, tensor}
+        if own_space != space or own_end > end:
+            space, end, longest = own_space, own_end, tensor
+    return shared
 
 
-def _memory(tensor: Tensor) -> object:
-    return id(tensor) if tensor.device.type == "meta" or type(tensor.data) is not Tensor else tensor.data_ptr()
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """Where a tensor's memory begins and ends; what has none of its own is told apart by its object."""
+    if tensor.device.type == "meta" or type(tensor.data) is not Tensor:
+        return "object", id(tensor), id(tensor) + 1
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
-def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
+def _describe(name: str, module: nn.Module, shared: set[int]) -> GatedMLP:
     names = _projections(module)
     if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
     in_one_tensor = any(n in module._parameters for n in names)
     if in_one_tensor:
-        _check_experts(module, names, uses)
+        _check_experts(module, names, shared)
     activation_name = next((n for n in ACTIVATION_NAMES if hasattr(module, n)), None)
     if activation_name is None:
         raise ValueError(f"it has none of the attributes {', '.join(ACTIVATION_NAMES)}")
@@ -146,7 +161,7 @@ def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     if others:
         raise ValueError(f"it has further children: {', '.join(sorted(others))}")
     if not in_one_tensor:
-        _check_linears(module, names, uses)
+        _check_linears(module, names, shared)
     function = getattr(module, activation_name)
     activation = recognise_activation(function)
     if activation is None:
@@ -158,13 +173,13 @@ def _describe(name: str, module: nn.Module, uses: Counter) -> GatedMLP:
     return mlp
 
 
-def _check_experts(module: nn.Module, names: tuple[str, ...], uses: Counter) -> None:
+def _check_experts(module: nn.Module, names: tuple[str, ...], shared: set[int]) -> None:
     """Raise ValueError unless the parameters are those of experts of one shape, all of them here."""
     if names != MERGED or any(n not in module._parameters for n in names):
         raise ValueError("it is a mixture of experts whose weights are not gate_up_proj and down_proj, a tensor each")
     gate_up, down = (module._parameters[n] for n in names)
     for n, weight in zip(names, (gate_up, down), strict=True):
-        _check_weight(n, weight, uses)
+        _check_weight(n, weight, shared)
     expected = (len(down), 2 * down.shape[-1], down.shape[-2]) if down.dim() == 3 else None
     if tuple(gate_up.shape) != expected:
         raise ValueError(
@@ -176,7 +191,7 @@ def _check_experts(module: nn.Module, names: tuple[str, ...], uses: Counter) -> 
     _check_alike(gate_up, down, names)
 
 
-def _check_weight(name: str, weight: Tensor, uses: Counter) -> None:
+def _check_weight(name: str, weight: Tensor, shared: set[int]) -> None:
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load the weights first, without offloading")
     if weight.numel() == 0:
@@ -187,8 +202,8 @@ def _check_weight(name: str, weight: Tensor, uses: Counter) -> None:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {weight.dtype}")
     if weight.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on cpu or cuda, got {weight.device}")
-    if uses[_memory(weight)] > 1:
-        raise ValueError(f"{name} is shared with another module (tied weights)")
+    if id(weight) in shared:
+        raise ValueError(f"{name} shares memory with another weight of the model (tied weights)")
 
 
 def _check_alike(first: Tensor, other: Tensor, names: tuple[str, str]) -> None:
@@ -198,7 +213,7 @@ def _check_alike(first: Tensor, other: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def _check_linears(module: nn.Module, names: tuple[str, ...], uses: Counter) -> None:
+def _check_linears(module: nn.Module, names: tuple[str, ...], shared: set[int]) -> None:
     """Raise ValueError unless the projections are bare ``nn.Linear`` modules that fit each other."""
     for projection in names:
         linear = getattr(module, projection)
@@ -208,7 +223,7 @@ def _check_linears(module: nn.Module, names: tuple[str, ...], uses: Counter) -> 
                 f"{projection} is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear (quantised layers are not "
                 "supported; adapters are added after patching, or merged before)"
             )
-        _check_weight(f"{projection}.weight", linear.weight, uses)
+        _check_weight(f"{projection}.weight", linear.weight, shared)
     first, down = getattr(module, names[0]), module.down_proj
     expected = (down.in_features * (2 if names == MERGED else 1), down.out_features)
     for projection in names[:-1]:
@@ -244,6 +259,8 @@ def _check_formula(mlp: GatedMLP) -> None:
     probe.training = True
     try:
         got = type(module).forward(probe, x, *routing)  # not a hook's, which is bound to the module itself
+    except _OUT_OF_MEMORY:
+        raise
     except Exception as error:
         kind = "tokens, experts and their weights" if routing else "one tensor [tokens, hidden_size]"
         raise ValueError(f"its forward fails on {kind}: {error}") from error

@@ -45,8 +45,10 @@ class CatsExperts(CatsMLP):
         return self._masked(x, top_k_index, top_k_weights)
 
     def operands(self) -> tuple[Tensor, Tensor] | None:
-        """``w_gate_up`` ``[E, 2 I, H]`` and ``w_down_t`` ``[E, I, H]``; None if an adapter computes them."""
+        """``w_gate_up`` ``[E, 2 I, H]`` and ``w_down_t`` ``[E, I, H]``; None if a module has to be called."""
         parameters = self._parameters
+        if not isinstance(self.activation(), str):
+            return None
         if "gate_up_proj" not in parameters or "down_proj" not in parameters:
             return None
         return parameters["gate_up_proj"], parameters["down_proj"].mT
@@ -76,4 +78,4 @@ class CatsExperts(CatsMLP):
             return self.cats.original_class._apply_gate(self, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         counts = self.counts if self.forward_settings.tracking else None
-        return masked_product(gate, up, self.threshold, self.down_threshold, self.forward_settings.activation, counts)
+        return masked_product(gate, up, self.threshold, self.down_threshold, self.activation(), counts)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import DENSE, KERNEL, Operands, choose
+from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.projections import KINDS
+from cats_ext.patching.wrappers import is_observed
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 
 
@@ -29,7 +31,8 @@ class ForwardSettings(NamedTuple):
     """
 
     hidden_size: int
-    activation: str
+    activation: str | None  # None: the module's own is called, because it has been replaced
+    own_activation: str | None  # attribute of the module's own, whose hooks count; None where ReLU is computed instead
     projections: str  # in KINDS: a class is no constant for the guards
     dense_prefill: bool
     tracking: bool = False
@@ -40,6 +43,8 @@ class CatsState:
     """What a patched module knows besides its children and settings: where it belongs, how to become what it was."""
 
     original_class: type[nn.Module]
+    own_activation: Callable[[Tensor], Tensor]  # of the module, when it was patched
+    relufied: bool  # computes ReLU instead of it
     down_owner: nn.Module  # of the weight that was laid out, also if an adapter has been put in its place
     down_strides: tuple[int, ...]  # of its weight before
     config: CatsConfig  # one for all modules of a model
@@ -57,12 +62,8 @@ class CatsState:
         return self.down_owner.down_proj if self.target.experts else self.down_owner.weight
 
 
-class CatsMLP(nn.Module):
-    """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
-
-    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
-    of the dense layer, with the mask applied between them. Whenever a projection is not a bare ``nn.Linear`` (an
-    adapter at work, a hook), the children are called as modules.
+class PatchedMLP(nn.Module):
+    """What a patched module has beside its forward: the state, and what keeps it right while the module is used.
 
     ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
     the state dict. They follow the module from device to device and keep their dtype when the model is cast.
@@ -73,27 +74,6 @@ class CatsMLP(nn.Module):
     threshold: Tensor
     down_threshold: Tensor | None
     counts: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]``."""
-        # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
-        # lookup costs more than the checks themselves.
-        buffers, children = self._buffers, self._modules
-        hidden_size, activation, kind, dense_prefill, tracking = self.forward_settings
-        projections = KINDS[kind]
-        implementation, operands = choose(x, hidden_size, projections, children, dense_prefill)
-        if implementation == DENSE:
-            return self.cats.original_class.forward(self, x)
-        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
-        counts = buffers["counts"] if tracking else None
-        if implementation == KERNEL:
-            return projections.kernel(x, operands, (threshold, down_threshold, activation), counts)
-        gate, up = projections.gate_up(children, x)
-        return projections.down(children, masked_product(gate, up, threshold, down_threshold, activation, counts))
-
-    def operands(self) -> Operands | None:
-        """The weights and biases that the kernel reads; None where a projection has to be called or lies otherwise."""
-        return KINDS[self.forward_settings.projections].operands(self._modules)
 
     def track(self, enabled: bool) -> None:
         """Count neurons from the next call on, or stop."""
@@ -108,7 +88,22 @@ class CatsMLP(nn.Module):
             self.down_threshold.copy_(config.down_thresholds[cats.name])
         cats.config = config
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsMLP:
+    def read_activation(self) -> None:
+        """Let the settings follow the module's activation, which may have been replaced."""
+        cats = self.cats
+        name = next(name for name in ACTIVATION_NAMES if hasattr(self, name))
+        if getattr(self, name) is not cats.own_activation:
+            activation, own = None, name
+        else:
+            activation, own = cats.target.activation, None if cats.relufied else name
+        self.forward_settings = self.forward_settings._replace(activation=activation, own_activation=own)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in ACTIVATION_NAMES:
+            self.read_activation()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedMLP:
         """Moves and casts the module as ever, except that the thresholds keep float32 and their exact values."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -116,6 +111,50 @@ class CatsMLP(nn.Module):
             if buffer is not None and self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
+
+
+class CatsMLP(PatchedMLP):
+    """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
+
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
+    of the dense layer, with the mask applied between them. Whenever a projection is not a bare ``nn.Linear`` (an
+    adapter at work, a hook), the children are called as modules, and so is an activation that has been replaced or has
+    a hook.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
+        # lookup costs more than the checks themselves.
+        buffers, children = self._buffers, self._modules
+        hidden_size, activation, own, kind, dense_prefill, tracking = self.forward_settings
+        projections = KINDS[kind]
+        implementation, operands = choose(x, hidden_size, projections, children, dense_prefill)
+        if implementation == DENSE:
+            return self.cats.original_class.forward(self, x)
+        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
+        counts = buffers["counts"] if tracking else None
+        if implementation == KERNEL and activation is not None:
+            module = children.get(own)  # hooks for all modules are seen by the projections
+            if module is None or not (module._forward_hooks or module._forward_pre_hooks):
+                return projections.kernel(x, operands, (threshold, down_threshold, activation), counts)
+        gate, up = projections.gate_up(children, x)
+        h = masked_product(gate, up, threshold, down_threshold, self.activation(), counts)
+        return projections.down(children, h)
+
+    def activation(self) -> str | Callable[[Tensor], Tensor]:
+        """What is computed: a name, or the module's own where it has been replaced or a hook has to see it."""
+        _, activation, own, *_ = self.forward_settings
+        module = self._modules.get(own)
+        if activation is None:
+            return getattr(self, own) if module is None else module
+        return activation if module is None or not is_observed(module) else module
+
+    def operands(self) -> Operands | None:
+        """The weights and biases that the kernel reads; None where a module has to be called or one lies otherwise."""
+        if not isinstance(self.activation(), str):
+            return None
+        return KINDS[self.forward_settings.projections].operands(self._modules)
 
     def extra_repr(self) -> str:
         thresholds = "one threshold" if self.down_threshold is None else "two thresholds"

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops.dispatch import Operands, Projections
-from cats_ext.patching.wrappers import only_aligns_devices, under_idle_adapter
+from cats_ext.patching.wrappers import (
+    BACKWARD_HOOKS,
+    BACKWARD_PRE_HOOKS,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    only_aligns_devices,
+    under_idle_adapter,
+)
 
 
 class SeparateProjections(Projections):
@@ -65,6 +72,8 @@ KINDS: dict[str, type[Projections]] = {"separate": SeparateProjections, "merged"
 
 def readable_parameters(*modules: nn.Module) -> list[dict[str, Tensor | None]] | None:
     """Weight and bias of each module's ``nn.Linear``; None if one of the modules has to be called instead."""
+    if FORWARD_HOOKS or FORWARD_PRE_HOOKS:
+        return None
     found = []
     for module in modules:
         linear = module if type(module) is nn.Linear else under_idle_adapter(module)
@@ -84,12 +93,16 @@ def call_linear(linear: nn.Module, x: Tensor) -> Tensor:
 
     Prompts of a few hundred tokens wait for that time.
     """
-    if (
+    if (  # is_observed, without the time of a call
         type(linear) is not nn.Linear
         or linear._forward_hooks
         or linear._forward_pre_hooks
         or linear._backward_hooks
         or linear._backward_pre_hooks
+        or FORWARD_HOOKS
+        or FORWARD_PRE_HOOKS
+        or BACKWARD_HOOKS
+        or BACKWARD_PRE_HOOKS
         or "forward" in linear.__dict__
     ):
         return linear(x)

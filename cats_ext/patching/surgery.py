@@ -2,30 +2,101 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import functools
+from collections import Counter
+from typing import Any, TypeVar
 
-from cats_ext.patching.detection import GatedMLP
+import torch
+from torch import Tensor, nn
+
+from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, recognise_activation
 from cats_ext.patching.experts import CatsExperts
-from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings
+from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings, PatchedMLP
 from cats_ext.patching.wrappers import rebind_forward
 from cats_ext.thresholds.config import CatsConfig
 
+_Kind = TypeVar("_Kind", bound=PatchedMLP)
 
-def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> None:
+
+class MemoryLayouts:
+    """Gives weights another memory layout, one after the other, and the one before, without new memory from then on.
+
+    A weight is copied into a spare memory, and its own is the spare of the next one of its size. Where others have that
+    too, it keeps its values, and there are spares for all. They are taken before the first weight is changed.
+
+    Args:
+        layouts: the weight, and the strides that it is to have, by what errors call it.
+
+    Raises:
+        ValueError: a weight would be detached from others that have its memory.
+    """
+
+    def __init__(self, layouts: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+        changing = {name: both for name, both in layouts.items() if both[0].stride() != both[1]}
+        for name, (weight, _) in changing.items():
+            check_own_memory(name, weight)
+        self._weights = [weight for weight, _ in changing.values()]
+        self._memories: list[Tensor] = []
+        spares = Counter({_memory_of(weight, strides): 1 for weight, strides in changing.values()})
+        for weight, strides in changing.values():
+            there, back = _memory_of(weight, strides), _memory_of(weight, weight.stride())
+            if there == back and _is_whole(weight) and _is_only_holder(weight):
+                with torch.inference_mode(weight.is_inference()):
+                    self._memories.append(weight.data.as_strided((weight.numel(),), (1,)))
+            else:
+                spares.update({there, back})
+        for (size, dtype, device, inference), count in spares.items():
+            with torch.inference_mode(inference):
+                self._memories += [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+
+    def lay_out(self, weight: Tensor, strides: tuple[int, ...]) -> None:
+        """Give one of the weights these strides: its new ones, or those it had. Safe to call again if interrupted."""
+        if weight.stride() == strides:
+            return
+        wanted = _memory_of(weight, strides)
+        in_use = {weight.untyped_storage()._cdata for weight in self._weights}
+        spare = next(
+            memory
+            for memory in self._memories
+            if _memory_of(memory, (1,)) == wanted and memory.untyped_storage()._cdata not in in_use
+        )
+        with torch.inference_mode(weight.is_inference()):  # a weight cannot run with memory of the other kind
+            weight.data = spare.as_strided(weight.shape, strides).copy_(weight.data)
+
+
+def _memory_of(weight: Tensor, strides: tuple[int, ...]) -> tuple[int, torch.dtype, torch.device, bool]:
+    """The memory that ``weight`` takes with these strides: elements, dtype, device, and if of inference mode."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, strides, strict=True))
+    return size, weight.dtype, weight.device, weight.is_inference()
+
+
+def neuron_strides(weight: Tensor) -> tuple[int, ...]:
+    """The strides of ``weight`` ``[..., H, I]`` with one contiguous row a neuron; its own if it lies that way."""
+    if weight.mT.is_contiguous():
+        return weight.stride()
+    *_, height, width = weight.shape
+    return *(() if weight.dim() == 2 else (height * width,)), 1, height
+
+
+def make_sparse(mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
     """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done.
 
-    Without ``neuron_rows`` the weight's memory stays as it is, and the module takes the dense path.
+    Where ``strides``, of the down projection's weight, are none of :func:`neuron_strides`, it takes the dense path.
     """
     module, weight = mlp.module, mlp.down_weight
+    name = next(name for name in ACTIVATION_NAMES if hasattr(module, name))
+    own = getattr(module, name)
+    relufied = recognise_activation(own) != mlp.activation
     # First of all, so that make_dense knows what there is to undo.
-    module.cats = CatsState(type(module), mlp.down_owner, weight.stride(), config, mlp.name)
-    projections = "merged" if mlp.merged else "separate"
+    module.cats = CatsState(type(module), own, relufied, mlp.down_owner, weight.stride(), config, mlp.name)
     module.forward_settings = ForwardSettings(
-        mlp.hidden_size, mlp.activation, projections, dense_prefill=not config.sparse_prefill
+        mlp.hidden_size,
+        mlp.activation,
+        None if relufied else name,
+        projections="merged" if mlp.merged else "separate",
+        dense_prefill=not config.sparse_prefill,
     )
-    if neuron_rows:
-        weight.data = weight.data.mT.contiguous().mT
+    layouts.lay_out(weight, strides)
     thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
     with torch.inference_mode(False):  # they are written to later, also outside of it
         for name, value in thresholds.items():
@@ -37,7 +108,27 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, neuron_rows: bool = True) -> 
 
 def sparse_class(module: nn.Module) -> type[CatsMLP]:
     """The class of a module that :func:`make_sparse` has been called for."""
-    return CatsMLP if module.cats.target.experts is None else CatsExperts
+    kind = CatsMLP if module.cats.target.experts is None else CatsExperts
+    return patched_class(kind, module.cats.original_class)
+
+
+@functools.cache
+def patched_class(kind: type[_Kind], original: type[nn.Module]) -> type[_Kind]:
+    """``kind`` with all that ``original`` has beside it: a forward of the original finds its methods and its super().
+
+    ``PatchedMLP`` itself computes as ``original`` does.
+    """
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # pickle finds no class that is made here
+        return _new_patched, (kind, original), vars(self)
+
+    name = original.__name__ if kind is PatchedMLP else kind.__name__
+    return type(name, (kind, original), {"__module__": kind.__module__, "__reduce_ex__": __reduce_ex__})
+
+
+def _new_patched(kind: type[PatchedMLP], original: type[nn.Module]) -> nn.Module:
+    made = patched_class(kind, original)
+    return made.__new__(made)
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -47,7 +138,35 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     rebind_forward(module)
 
 
-def make_dense(module: nn.Module) -> None:
+def check_own_memory(name: str, weight: Tensor) -> None:
+    """Raise ValueError if ``weight`` would be detached from others that have its memory by getting new memory."""
+    if type(weight.data) is not Tensor:
+        return
+    if not _is_whole(weight) and not _is_only_holder(weight):
+        size = weight.untyped_storage().nbytes()
+        place = f"is a view of a buffer of {size} bytes that other tensors use too"
+    elif weight.device.type == "cpu" and weight.is_shared():  # on CUDA always true
+        place = "is in memory shared between processes"
+    else:
+        return
+    raise ValueError(
+        f"{name} {place}, and another memory layout would detach it: give it memory of its own first "
+        "(weight.data = weight.data.clone())"
+    )
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether ``weight`` is all that is in its memory."""
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+def _is_only_holder(weight: Tensor) -> bool:
+    """Whether no other tensor has the memory of ``weight``, and torch allocated it."""
+    storage = weight.untyped_storage()
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) == 2  # the weight, and the object here
+
+
+def make_dense(module: nn.Module, layouts: MemoryLayouts) -> None:
     """Turn a :class:`CatsMLP`, whole or half made, back into what it was. Safe to call again if interrupted."""
     state: CatsState | None = vars(module).get("cats")
     if state is None:
@@ -58,8 +177,5 @@ def make_dense(module: nn.Module) -> None:
     for name in ("threshold", "down_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)
-    weight = state.down_weight
-    if weight.stride() != state.down_strides:
-        dense = torch.empty_strided(weight.shape, state.down_strides, dtype=weight.dtype, device=weight.device)
-        weight.data = dense.copy_(weight.data)
+    layouts.lay_out(state.down_weight, state.down_strides)
     del module.cats

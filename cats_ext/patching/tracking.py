@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from cats_ext.patching.apply import patched_mlps
-from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.thresholds.rules import bytes_share
 
 
@@ -135,16 +135,23 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
     Raises:
         ValueError: the model is not patched.
     """
+    before = {module: module.forward_settings.tracking for module in patched_mlps(model).values()}
 
-    def put_back(module: nn.Module, tracking: bool) -> None:
-        if isinstance(module, CatsMLP):  # not removed meanwhile
-            module.track(tracking)
+    def put_back() -> None:
+        for module, tracking in before.items():
+            if isinstance(module, PatchedMLP):  # not removed meanwhile
+                module.track(tracking)
 
-    on_exit = ExitStack()
-    for module in patched_mlps(model).values():
-        on_exit.callback(put_back, module, module.forward_settings.tracking)
-        module.track(enabled)
-    return on_exit
+    try:
+        for module in before:
+            module.track(enabled)
+        on_exit = ExitStack()
+        for _ in range(2):  # also if the first call is interrupted
+            on_exit.callback(put_back)
+        return on_exit
+    except BaseException:
+        put_back()
+        raise
 
 
 def reset_sparsity(model: nn.Module) -> None:

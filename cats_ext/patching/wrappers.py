@@ -12,6 +12,11 @@ from __future__ import annotations
 from types import MethodType
 
 from torch import nn
+from torch.nn.modules import module as _torch
+
+# Hooks for all modules at once (register_module_forward_hook and the like): dictionaries that torch fills and empties.
+FORWARD_PRE_HOOKS, FORWARD_HOOKS = _torch._global_forward_pre_hooks, _torch._global_forward_hooks
+BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = _torch._global_backward_pre_hooks, _torch._global_backward_hooks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -37,6 +42,20 @@ def under_idle_adapter(module: nn.Module) -> nn.Module | None:
     if base is None or not hasattr(module, "adapter_layer_names") or module._forward_hooks or module._forward_pre_hooks:
         return None
     return base if bool(module.merged) != bool(module.disable_adapters) else None
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a hook, on ``module`` or for all modules, has to see that it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or FORWARD_HOOKS
+        or FORWARD_PRE_HOOKS
+        or BACKWARD_HOOKS
+        or BACKWARD_PRE_HOOKS
+    )
 
 
 def only_aligns_devices(module: nn.Module) -> bool:

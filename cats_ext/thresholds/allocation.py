@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cats_ext.thresholds.rules import bytes_share
+from cats_ext.thresholds.rules import bytes_share, check_tensor, check_usable
 
 ALLOCATIONS = ("uniform", "search")
 _UP_SPARSITIES = (*(i / 20 for i in range(20)), 0.99)
@@ -38,6 +38,34 @@ class LossTable:
     options: Tensor
     losses: Tensor
     spread: float = 1.0
+
+    def pack(self) -> dict[str, Tensor]:
+        """Tensors for a file."""
+        return {
+            "options": self.options.contiguous(),
+            "losses": self.losses.contiguous(),
+            "spread": torch.tensor(self.spread, dtype=torch.float64),
+        }
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], layers: int) -> LossTable:
+        """Inverse of :meth:`pack`, for a number of layers; removes what it uses from ``tensors``.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, out of its range, or does not fit.
+        """
+        options, losses = tensors.pop("options"), tensors.pop("losses")
+        spread = tensors.pop("spread", torch.tensor(1.0, dtype=torch.float64))  # not in early files
+        check_tensor("options", options, (torch.float64,), [(-1, 2)])
+        check_tensor("losses", losses, (torch.float64,), [(layers, len(options))])
+        check_tensor("spread", spread, (torch.float64,), [()])
+        for name, tensor in (("options", options), ("losses", losses), ("spread", spread)):
+            check_usable(name, tensor)
+        if not len(options) or options.max() >= 1 or not 0 < spread <= 1:
+            raise ValueError(
+                f"options must be sparsities in [0, 1) and spread in (0, 1], got {options.tolist()!r:.60} and {spread}"
+            )
+        return cls(options, losses, float(spread))
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cats_ext.thresholds.allocation import LossTable
-from cats_ext.thresholds.files import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    THRESHOLDS_FILE,
-    load_config_files,
-    save_config_files,
-)
+from cats_ext.thresholds.files import CONFIG_FILE, FORMAT_VERSION, load_config_files, pack_files, save_config_files
+from cats_ext.thresholds.fit import MLPShape, check_mlp_weights, check_sample, difference
 from cats_ext.thresholds.rules import (
     RULES,
     budget_of,
     bytes_share,
     check_bool,
     check_choice,
+    check_count,
     check_sparsity,
+    check_tensor,
+    check_usable,
     check_weights,
     sparsity_split,
 )
-from cats_ext.thresholds.statistics import LayerStatistics
+from cats_ext.thresholds.statistics import LARGEST, LayerStatistics
 
 _PLAIN_FIELDS = (
     *("rule", "sparsity", "gate_power", "last_gate_power", "importance", "sparse_prefill", "model_type", "calibration"),
 )
-
-
-class MLPShape(Protocol):
-    """What a config needs of a model's gated MLP; ``patching.detection.GatedMLP`` has it."""
-
-    name: str
-    activation: str
-    experts: int | None
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def intermediate_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +51,26 @@ class LayerConfig:
         """Share of the dense MLP's weight bytes that one token reads."""
         return bytes_share(self.up_sparsity, self.down_sparsity)
 
+    def validate(self, name: str) -> None:
+        """Raise TypeError or ValueError, which name the layer, unless every entry is in its range."""
+        for key, least in (("hidden_size", 1), ("intermediate_size", 1), ("experts", 1)):
+            value = getattr(self, key)
+            if key != "experts" or value is not None:
+                check_count(f"layers[{name!r}].{key}", value, least, 2**31)
+        if not isinstance(self.activation, str):
+            raise TypeError(f"layers[{name!r}].activation must be a name, got {self.activation!r:.50}")
+        check_sparsity(f"layers[{name!r}].up_sparsity", self.up_sparsity)
+        check_sparsity(f"layers[{name!r}].down_sparsity", self.down_sparsity)
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "experts" or value is not None}
+
+    @classmethod
+    def from_dict(cls, name: str, entry: Any) -> LayerConfig:
+        known = [f.name for f in fields(cls)]
+        if not isinstance(entry, dict) or not {*known} - {"experts"} <= entry.keys() <= {*known}:
+            raise TypeError(f"layers[{name!r}] must be an object with {', '.join(known)}, got {entry!r:.80}")
+        return cls(**entry)
 
 
 @dataclass(eq=False)  # tensors have no truth value
@@ -88,6 +91,8 @@ class CatsConfig:
         statistics: what calibration counted, by module name; thresholds for any other sparsity follow from it
             (:meth:`at_sparsity`). Empty in a config made by hand.
         losses: of each layer at each sparsity, if calibration searched an allocation; None if all layers are alike.
+        weights: a sample of the weights that the thresholds were made for, by module name, by which a config for other
+            weights is refused; ``dataclasses.replace(config, weights={})`` fits them all.
     """
 
     quant_method: ClassVar[str] = "cats"  # how transformers finds the quantizer
@@ -105,6 +110,7 @@ class CatsConfig:
     calibration: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
     losses: LossTable | None = field(default=None, repr=False)
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -173,19 +179,32 @@ class CatsConfig:
         check_bool("sparse_prefill", self.sparse_prefill)
         if not self.layers:
             raise ValueError("layers must name at least one MLP, got none")
+        if not isinstance(self.model_type, str | None) or not isinstance(self.calibration, dict):
+            raise TypeError(
+                f"model_type must be a name or None and calibration a dict, got {self.model_type!r:.50} and "
+                f"{self.calibration!r:.50}"
+            )
         for name, layer in self.layers.items():
-            check_sparsity(f"layers[{name!r}].up_sparsity", layer.up_sparsity)
-            check_sparsity(f"layers[{name!r}].down_sparsity", layer.down_sparsity)
+            layer.validate(name)
         down_layers = self.layers if self.rule == "two_threshold" else {}
         for field_name, expected in (("thresholds", self.layers), ("down_thresholds", down_layers)):
             thresholds: dict[str, Tensor] = getattr(self, field_name)
             if thresholds.keys() != expected.keys():
                 raise ValueError(
                     f"{field_name} must have one entry per layer for rule {self.rule!r}: "
-                    + _difference(expected, thresholds, "layers", field_name)
+                    + difference(expected, thresholds, "layers", field_name)
                 )
             for name, threshold in thresholds.items():
                 _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
+        if self.weights and self.weights.keys() != self.layers.keys():
+            raise ValueError(
+                "weights must have one entry per layer: " + difference(self.layers, self.weights, "layers", "weights")
+            )
+        for name, statistics in self.statistics.items():
+            if name in self.layers:
+                _check_shapes(name, statistics, self.thresholds[name], self.down_thresholds.get(name))
+        for name, sample in self.weights.items():
+            check_sample(f"weights[{name!r}]", sample)
 
     def for_part(self, model: nn.Module, mlps: Sequence[MLPShape]) -> CatsConfig:
         """This config with the names that its MLPs have in ``model``, where they differ by the base model's prefix.
@@ -197,14 +216,14 @@ class CatsConfig:
         names = {mlp.name for mlp in mlps}
         for rename in (lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
             if names != self.layers.keys() and {rename(name) for name in self.layers} == names:
-                parts = ("thresholds", "down_thresholds", "layers", "statistics")
+                parts = ("thresholds", "down_thresholds", "layers", "statistics", "weights")
                 return replace(
                     self, **{part: {rename(name): v for name, v in getattr(self, part).items()} for part in parts}
                 )
         return self
 
     def check_fits(self, model: nn.Module, mlps: Sequence[MLPShape]) -> None:
-        """Raise ValueError unless the config was made for a model of this kind."""
+        """Raise ValueError unless the config was made for a model of this kind and, if it has them, these weights."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type != self.model_type:
             raise ValueError(f"config is for a model of type {self.model_type!r}, got one of type {model_type!r}")
@@ -212,7 +231,7 @@ class CatsConfig:
         if set(names) != self.layers.keys():
             raise ValueError(
                 f"config has {len(self.layers)} MLPs and the model {len(names)}: "
-                + _difference(self.layers, names, "the config", "the model")
+                + difference(self.layers, names, "the config", "the model")
             )
         for mlp in mlps:
             layer = self.layers[mlp.name]
@@ -220,6 +239,9 @@ class CatsConfig:
                 want, have = getattr(layer, attribute), getattr(mlp, attribute)
                 if want != have:
                     raise ValueError(f"config has {attribute} {want!r} for {mlp.name}, the model has {have!r}")
+        for mlp in mlps:
+            if mlp.name in self.weights:
+                check_mlp_weights(mlp.name, self.weights[mlp.name], mlp.module)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, ready for JSON."""
@@ -233,7 +255,7 @@ class CatsConfig:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``cats_config.json`` and ``cats_thresholds.safetensors`` into a directory, made if missing.
+        """Write ``cats_config.json`` and ``cats_thresholds.cats`` into a directory, made if missing.
 
         Both files are complete on disk before they replace earlier ones. After an error the earlier ones are back.
 
@@ -244,21 +266,32 @@ class CatsConfig:
             TypeError, ValueError: the config is not valid.
             OSError: a file cannot be written.
         """
+        save_config_files(Path(save_directory), self.to_files())
+
+    def to_files(self) -> dict[str, bytes]:
+        """The contents of the two files that :meth:`save_pretrained` writes, by name.
+
+        Raises:
+            TypeError, ValueError: the config is not valid.
+        """
         self.validate()
         tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
         tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
+        tensors |= {f"{name}.weights": t.cpu().contiguous() for name, t in self.weights.items()}
         numbers: dict[str, dict[str, int]] = {}  # what the counts of each layer stand for
         for name, statistics in self.statistics.items():
             parts, numbers[name] = statistics.pack()
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         if self.losses is not None:
-            tensors |= {"search.options": self.losses.options, "search.losses": self.losses.losses}
-            tensors["search.spread"] = torch.tensor(self.losses.spread, dtype=torch.float64)
-        save_config_files(Path(save_directory), self.to_dict() | {"statistics": numbers}, tensors)
+            tensors |= {f"search.{key}": tensor for key, tensor in self.losses.pack().items()}
+        return pack_files(self.to_dict() | {"statistics": numbers}, tensors)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> CatsConfig:
         """Read what :meth:`save_pretrained` wrote.
+
+        Files of format version 2 have no sample of the weights: a warning says that they cannot be told from those for
+        another model of the same shape.
 
         Args:
             directory: also one of a CATS checkpoint.
@@ -271,40 +304,62 @@ class CatsConfig:
             ValueError: a file is not what was written (format, hash), or its contents are not valid.
         """
         document, tensors = load_config_files(Path(directory))
+        path, version = Path(directory) / CONFIG_FILE, document["format_version"]
+        if version < FORMAT_VERSION:
+            warnings.warn(
+                f"{path} is of format version {version}, which does not say for which weights its thresholds are: only "
+                "the names and shapes of layers are compared with the model's; save it again once it is in use",
+                UserWarning,
+                stacklevel=2,
+            )
         try:
             return cls._from_parts(document, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             what = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{Path(directory) / CONFIG_FILE} is not a valid CATS config: {what}") from error
+            raise ValueError(f"{path} is not a valid CATS config: {what}") from error
 
     @classmethod
     def _from_parts(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> CatsConfig:
         document = {"last_gate_power": document["gate_power"], **document}  # earlier files had one power
-        layers = {name: LayerConfig(**entry) for name, entry in document["layers"].items()}
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*layers, *document["statistics"], "search")}
+        check_choice("rule", document["rule"], RULES)
+        for key in ("layers", "statistics"):
+            if not isinstance(document[key], dict):
+                raise TypeError(f"{key} must be an object, got {document[key]!r:.50}")
+        layers = {name: LayerConfig.from_dict(name, entry) for name, entry in document["layers"].items()}
+        for name, layer in layers.items():
+            layer.validate(name)
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*layers, "search")}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
             parts.setdefault(name, {})[part] = tensor
-        thresholds, down_thresholds = (
+        thresholds, down_thresholds, weights = (
             {name: parts[name].pop(key) for name in layers if key in parts[name]}
-            for key in ("threshold", "down_threshold")
+            for key in ("threshold", "down_threshold", "weights")
         )
-        statistics = {name: LayerStatistics.unpack(parts[name], n) for name, n in document["statistics"].items()}
-        search, losses = parts.pop("search"), None
-        if search:
-            losses = LossTable(search["options"], search["losses"], float(search.get("spread", 1.0)))
-        config = cls(
+        if document["format_version"] < FORMAT_VERSION:  # infinite where a neuron has no weight
+            for values in (thresholds, down_thresholds):
+                values |= {n: t.clamp(max=LARGEST) for n, t in values.items() if t.dim() and t.dtype == torch.float32}
+        statistics, last = {}, next(reversed(layers), None)
+        for name, numbers in document["statistics"].items():
+            if name not in layers:
+                raise ValueError(f"statistics has an entry for no layer: {name!r:.80}")
+            statistics[name] = LayerStatistics.unpack(parts[name], numbers, layers[name].intermediate_size)
+            power = document["last_gate_power" if name == last else "gate_power"]
+            statistics[name].check_rule(name, document["rule"], power != 0, layers[name].experts is None)
+        search = parts.pop("search")
+        losses = LossTable.unpack(search, len(layers)) if search else None
+        unknown = [f"{name}.{key}" for name, left in (*parts.items(), ("search", search)) for key in left]
+        if unknown:
+            raise ValueError(f"there are tensors for no layer: {', '.join(sorted(unknown)[:3])}")
+        return cls(
             thresholds=thresholds,
             down_thresholds=down_thresholds,
             layers=layers,
             statistics=statistics,
             losses=losses,
+            weights=weights,
             **{key: document[key] for key in _PLAIN_FIELDS},
         )
-        unknown = [f"{name}.{key}" for name, left in parts.items() for key in left]
-        if unknown:
-            raise ValueError(f"{THRESHOLDS_FILE} has entries for no layer: {', '.join(sorted(unknown))}")
-        return config
 
 
 def thresholds_of(
@@ -317,24 +372,17 @@ def thresholds_of(
 
 
 def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
-    if not isinstance(threshold, Tensor) or threshold.dtype != torch.float32:
-        kind = threshold.dtype if isinstance(threshold, Tensor) else type(threshold).__name__
-        raise TypeError(f"{name} must be a float32 tensor, got {kind}")
-    shapes = [()] if layer.experts else [(), (layer.intermediate_size,)]
-    if threshold.shape not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} must have shape {expected}, got {list(threshold.shape)}")
-    bad = threshold[~(threshold >= 0)]  # the negation catches NaN
-    if len(bad):
-        raise ValueError(f"{name} must be >= 0, got {float(bad[0])}")
+    check_tensor(name, threshold, (torch.float32,), [()] if layer.experts else [(), (layer.intermediate_size,)])
+    check_usable(name, threshold)
 
 
-def _difference(left: Iterable[str], right: Iterable[str], left_name: str, right_name: str) -> str:
-    """The names that only one side has, three of each at most."""
-    parts = []
-    for only, other, label in ((left, right, left_name), (right, left, right_name)):
-        names = [name for name in only if name not in set(other)]
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"only in {label}: {', '.join(names[:3])}{more}")
-    return "; ".join(parts)
+def _check_shapes(name: str, statistics: LayerStatistics, threshold: Tensor, down_threshold: Tensor | None) -> None:
+    """Raise ValueError unless other thresholds, which ``statistics`` give, could be written over these."""
+    pairs = (("thresholds", threshold, "gate_weight"), ("down_thresholds", down_threshold, "down_weight"))
+    for field_name, value, weight in pairs:
+        want = getattr(statistics, weight)
+        if value is not None and value.shape != (() if want is None else want.shape):
+            raise ValueError(
+                f"{field_name}[{name!r}] must have shape {[] if want is None else list(want.shape)}, as its statistics "
+                f"give it, got {list(value.shape)}: to set it by hand, leave them out (statistics={{}})"
+            )

@@ -12,13 +12,25 @@ import struct
 import torch
 from torch import Tensor
 
+from cats_ext.thresholds.rules import check_count
+
 _MANTISSA = 23  # stored mantissa bits of float32
+_MOST_BITS = 16
 _CHUNK = 1 << 20  # values bucketed at a time: temporaries of some 20 MB
 
 
 def bucket_edge(bucket: int, mantissa_bits: int) -> float:
     """Smallest magnitude that falls into ``bucket``."""
     return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - mantissa_bits)))[0]
+
+
+def check_counts(name: str, counts: Tensor) -> None:
+    """Raise ValueError unless no count is negative and their sum is in [1, 2**62]."""
+    if counts.numel() and int(counts.min()) < 0:
+        raise ValueError(f"{name} must have no negative count, got {int(counts.min())}")
+    total = float(counts.double().sum())
+    if not 1 <= total <= 2**62:
+        raise ValueError(f"{name} must count between 1 and 2**62 values, got {total:.6g}")
 
 
 class Histogram:
@@ -29,8 +41,7 @@ class Histogram:
     """
 
     def __init__(self, mantissa_bits: int = 9, device: torch.device | str = "cpu") -> None:
-        if not 0 <= mantissa_bits <= 16:
-            raise ValueError(f"mantissa_bits must be in [0, 16], got {mantissa_bits}")
+        check_count("mantissa_bits", mantissa_bits, 0, _MOST_BITS)
         self.mantissa_bits = mantissa_bits
         self.counts = torch.zeros(256 << mantissa_bits, dtype=torch.int64, device=device)
 
@@ -108,9 +119,9 @@ class Histogram:
     @classmethod
     def from_trimmed(cls, first: int, counts: Tensor, mantissa_bits: int, zeros: int = 0) -> Histogram:
         """Inverse of ``trimmed()``, or of ``zeros`` and ``trimmed(start=1)``."""
+        check_count("mantissa_bits", mantissa_bits, 0, _MOST_BITS)
+        check_count("first", first, 0, (255 << mantissa_bits) - len(counts))
         histogram = cls(mantissa_bits)
-        if first < 0 or first + len(counts) > 255 << mantissa_bits:
-            raise ValueError(f"buckets {first} to {first + len(counts)} exceed the histogram's {255 << mantissa_bits}")
         histogram.counts[first : first + len(counts)] = counts
         histogram.counts[0] += zeros
         return histogram

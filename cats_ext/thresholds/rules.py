@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 RULES = ("plain", "weighted", "two_threshold")
 IMPORTANCES = ("norm", "gradient")
 
@@ -35,6 +38,34 @@ def check_bool(name: str, value: bool) -> None:
     """Raise unless ``value`` is True or False: a text such as "false" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_count(name: str, value: int, least: int = 0, most: int = 2**62) -> None:
+    """Raise unless ``value`` is an int in [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r:.50}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be in [{least}, {most}], got {value!r:.50}")
+
+
+def check_tensor(name: str, value: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise unless ``value`` is a tensor of one of the dtypes and shapes; -1 is any size."""
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        raise TypeError(f"{name} must be a {kinds} tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if not any(
+        len(shape) == value.dim() and all(n in (-1, size) for n, size in zip(shape, value.shape, strict=True))
+        for shape in shapes
+    ):
+        expected = " or ".join(str(list(shape)).replace("-1", "any") for shape in shapes)
+        raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
+
+
+def check_usable(name: str, value: Tensor) -> None:
+    """Raise unless every element is finite and at least 0."""
+    bad = value[~((value >= 0) & value.isfinite())]  # the negation catches NaN
+    if len(bad):
+        raise ValueError(f"{name} must be finite and >= 0, got {bad[0].item()}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

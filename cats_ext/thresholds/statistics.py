@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cats_ext.thresholds.histogram import Histogram, bucket_edge
+from cats_ext.thresholds.histogram import Histogram, bucket_edge, check_counts
+from cats_ext.thresholds.rules import check_count, check_tensor, check_usable
 
 SMALLEST = torch.finfo(torch.float32).tiny  # this threshold drops exact zeros, and nothing else
+LARGEST = torch.finfo(torch.float32).max  # this one drops every finite number
 GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
+_COUNTS = (torch.int32, torch.int64)
+_NUMBERS = {"mantissa_bits", "first", "zeros", "total", "joint_first"}
 
 
 @dataclass(eq=False)
@@ -95,16 +99,15 @@ class JointHistogram:
         return JointHistogram(self.edges.cpu(), self.counts[:, low:high].cpu().contiguous(), self.first + low)
 
     def validate(self) -> None:
-        """Raise ValueError unless edges and counts fit each other."""
+        """Raise TypeError or ValueError unless edges and counts are those of a histogram, and fit each other."""
         columns = 256 << CONTRIBUTION_BITS
-        if self.edges.dim() != 1 or self.counts.dim() != 2 or len(self.edges) != len(self.counts):
-            raise ValueError(f"joint histogram has {list(self.edges.shape)} edges for {list(self.counts.shape)} counts")
-        if self.first < 0 or self.first + self.counts.shape[1] > columns:
-            raise ValueError(
-                f"buckets {self.first} to {self.first + self.counts.shape[1]} exceed the joint histogram's {columns}"
-            )
-        if not bool((self.edges[1:] > self.edges[:-1]).all()) or bool((self.counts < 0).any()):
-            raise ValueError("joint histogram must have ascending edges and no negative count")
+        check_tensor("joint_edges", self.edges, (torch.float32,), [(-1,)])
+        check_tensor("joint_counts", self.counts, (torch.int64,), [(len(self.edges), -1)])
+        check_count("joint_first", self.first, 0, columns - self.counts.shape[1])
+        check_usable("joint_edges", self.edges)
+        if not len(self.edges) or self.edges[0] != 0 or not bool((self.edges[1:] > self.edges[:-1]).all()):
+            raise ValueError(f"joint_edges must ascend from 0, got {self.edges[:4].tolist()} and so on")
+        check_counts("joint_counts", self.counts)
 
 
 @dataclass
@@ -143,6 +146,14 @@ class LayerStatistics:
             return cut, 0.0
         return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
 
+    def check_rule(self, name: str, rule: str, gate_weight: bool, down_weight: bool) -> None:
+        """Raise ValueError unless there is what ``rule`` takes, with or without weights of the gate and of down."""
+        two = rule == "two_threshold"
+        for part, want in {"joint": two, "gate_weight": gate_weight, "down_weight": two and down_weight}.items():
+            if (getattr(self, part) is not None) != want:
+                which = "have" if want else "not have"
+                raise ValueError(f"statistics[{name!r}] must {which} {part} with rule {rule!r} and the config's powers")
+
     # --- files: tensors for safetensors, and the numbers for JSON that describe them ----------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -150,6 +161,7 @@ class LayerStatistics:
         first, counts = self.gate.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
         tensors = {"gate_histogram": _narrow(counts)}
         numbers = {"mantissa_bits": self.gate.mantissa_bits, "first": first, "zeros": self.gate.zeros}
+        numbers["total"] = self.gate.total
         if self.joint is not None:
             joint = self.joint.trimmed()
             tensors |= {"joint_edges": joint.edges, "joint_counts": _narrow(joint.counts)}
@@ -158,27 +170,41 @@ class LayerStatistics:
         return tensors | {key: weight.cpu() for key, weight in weights.items() if weight is not None}, numbers
 
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], numbers: dict[str, int]) -> LayerStatistics:
+    def unpack(cls, tensors: dict[str, Tensor], numbers: dict[str, int], intermediate_size: int) -> LayerStatistics:
         """Inverse of :meth:`pack`; removes what it uses from ``tensors``.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing or does not fit.
+            KeyError, TypeError, ValueError: something is missing, out of its range, or does not fit.
         """
-        numbers = dict(numbers)
-        joint_first = numbers.pop("joint_first", None)
-        gate = Histogram.from_trimmed(counts=tensors.pop("gate_histogram"), **numbers)
+        if not isinstance(numbers, dict) or not numbers.keys() <= _NUMBERS:
+            raise TypeError(f"statistics must be an object with {', '.join(sorted(_NUMBERS))}, got {numbers!r:.80}")
+        bits, first, zeros = (numbers[key] for key in ("mantissa_bits", "first", "zeros"))
+        counts = tensors.pop("gate_histogram")
+        check_tensor("gate_histogram", counts, _COUNTS, [(-1,)])
+        check_count("zeros", zeros)
+        gate = Histogram.from_trimmed(first, counts, bits, zeros)
+        check_counts("gate_histogram", gate.counts)
+        if gate.total != numbers.get("total", gate.total):  # not in files of version 2
+            raise ValueError(f"gate_histogram must count {numbers['total']!r:.50} values, got {gate.total}")
         joint = None
-        if joint_first is not None:
-            joint = JointHistogram(tensors.pop("joint_edges"), tensors.pop("joint_counts").long(), joint_first)
+        if "joint_first" in numbers:
+            edges, counts = tensors.pop("joint_edges"), tensors.pop("joint_counts")
+            check_tensor("joint_counts", counts, _COUNTS, [(-1, -1)])
+            joint = JointHistogram(edges, counts.long(), numbers["joint_first"])
             joint.validate()
-        return cls(gate, joint, tensors.pop("gate_weight", None), tensors.pop("down_weight", None))
+        weights = {key: tensors.pop(key, None) for key in ("gate_weight", "down_weight")}
+        for key, weight in weights.items():
+            if weight is not None:
+                check_tensor(key, weight, (torch.float32,), [(intermediate_size,)])
+                check_usable(key, weight)
+        return cls(gate, joint, **weights)
 
 
 def _per_neuron(cut: float, weight: Tensor | None) -> Tensor:
-    """The threshold on ``|value|`` for a cut of ``|value| * weight``: infinite at weight 0, where nothing is lost."""
+    """The threshold on ``|value|`` for a cut of ``|value| * weight``: the largest at weight 0: nothing is lost."""
     if weight is None:
         return torch.tensor(cut)
-    return torch.zeros_like(weight) if cut == 0 else cut / weight
+    return torch.zeros_like(weight) if cut == 0 else (cut / weight).clamp(max=LARGEST)
 
 
 def _narrow(counts: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ def test_resumed_is_the_same(whole, tmp_path, monkeypatch, after):
     for name, threshold in whole.thresholds.items():
         assert torch.equal(config.thresholds[name], threshold)
         assert torch.equal(config.down_thresholds[name], whole.down_thresholds[name])
-    assert not path.exists()
+    calibrate(model, tokens(400), checkpoint=path, **ARGUMENTS)  # until the result is on disk, nothing is lost
+    assert run[0] == 16 - after
 
 
 @pytest.fixture
@@ -88,6 +89,11 @@ def test_a_checkpoint_of_other_text_is_refused(checkpoint):
         calibrate(tiny_model(), tokens(400, seed=1), checkpoint=checkpoint, **ARGUMENTS)
 
 
+def test_a_checkpoint_of_other_weights_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="other arguments, text, model or version"):
+        calibrate(tiny_model(seed=1), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
+
+
 def test_a_checkpoint_of_another_version_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr("cats_ext.calibration.settings.__version__", "0")
     with pytest.raises(ValueError, match="other arguments, text, model or version"):
@@ -102,6 +108,43 @@ def test_a_damaged_checkpoint_is_refused(checkpoint):
             calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
 
 
+def test_a_flipped_bit_is_refused(checkpoint):
+    content = checkpoint.read_bytes()
+    for place in range(8, len(content), len(content) // 60):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        checkpoint.write_bytes(altered)
+        with pytest.raises(ValueError, match=r"is damaged|other arguments"):
+            calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_pass(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 0)
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "checkpoint", "cannot be written: Not a directory"),
+        ("/proc/checkpoint", "cannot be written: No such file or directory"),
+        ("/dev/full", "exists and is not a file"),
+        (tmp_path / ("x" * 300), "cannot be written: File name too long"),
+    ):
+        with pytest.raises(OSError, match=f"checkpoint '{path}' {reason}"):
+            calibrate(tiny_model(), tokens(400), checkpoint=path, **ARGUMENTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_that_can_no_longer_be_written_is_warned_of(checkpoint, whole, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(calibration_checkpoint, "write_together", full)
+    with pytest.warns(RuntimeWarning, match=f"checkpoint '{checkpoint}' cannot be written: No space left"):
+        config = calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
+    assert config.to_dict() == whole.to_dict() and checkpoint.read_bytes() == before
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(checkpoint, whole, monkeypatch):
     before = checkpoint.read_bytes()
 
@@ -109,7 +152,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(checkpoint, whole, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cats_ext.thresholds.files.os.fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             calibrate(tiny_model(), tokens(400), checkpoint=checkpoint, **ARGUMENTS)
     assert checkpoint.read_bytes() == before

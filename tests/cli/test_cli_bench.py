@@ -63,9 +63,10 @@ def test_bench_refuses_to_time_a_wrong_result(small_working_set, monkeypatch):
         (("--shape", "big"), "one of mistral-7b"),
         (("--shape", "0x96"), "got '0x96'"),
         (("--sparsity", "half"), "--sparsity must be numbers separated by commas, got 'half'"),
-        (("--sparsity", "0.5,1"), "sparsity must be in [0, 1), got 1.0"),
-        (("--tokens", 0), "tokens must be at least 1, got 0"),
-        (("--passes", 0), "passes must be at least 1, got 0"),
+        (("--sparsity", "0.5,1"), "--sparsity must be in [0, 1), got 1.0"),
+        (("--shape", "9" * 5000 + "x1"), "--shape must be HxI, as in 4096x14336, or one of"),
+        (("--shape", "999999999x99"), "--shape must fit into memory: 999999999x99 with 1 tokens in float32 takes"),
+        (("--shape", "64x96", "--tokens", 2**31 - 1), "--shape must fit into memory: 64x96 with 2147483647 tokens"),
     ],
 )
 def test_bench_errors(arguments, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.cli_runner import cats, error_of, json_of
 from support.models import LAYERS
 
 import cats_ext
+from cats_ext.calibration import passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +57,10 @@ def test_calibrate_says_what_to_do_next(model_dir, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        *(("--sparsity", value, "sparsity must be in [0, 1)") for value in (-0.1, 1, 1.5, "nan")),
+        *(("--sparsity", value, "--sparsity must be in [0, 1)") for value in (-0.1, 1, 1.5, "nan")),
         ("--budget", 0.2, "budget must be in (1/3, 1]"),
-        ("--gate-power", 2, "gate_power must be in [0, 1], got 2.0"),
+        ("--gate-power", 2, "--gate-power must be in [0, 1], got 2.0"),
         ("--spread", 0, "spread must be a number in (0, 1], got 0.0"),
-        ("--batch-size", 0, "batch_size must be a positive integer, got 0"),
     ],
 )
 def test_calibrate_refuses_settings_before_loading(option, value, message):
@@ -99,6 +100,44 @@ def test_calibrate_refuses_bad_text(model_dir, tmp_path):
     assert "line 2 of" in message("bad.jsonl", b'{"text": "a cat"}\n{"txt": "a cat"}\n')
     assert "must be a string, got int" in message("number.jsonl", b'{"text": 1}\n')
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--checkpoint"])
+def test_calibrate_tries_to_write_before_it_reads_anything(option, tmp_path):
+    (tmp_path / "file").touch()
+    other = ("--output", tmp_path / "out") if option == "--checkpoint" else ()
+    for path in (tmp_path / "file" / "deep", "/proc/deep", tmp_path / ("x" * 300)):
+        message = error_of("calibrate", "./missing", "--text", "missing.txt", option, path, *other)
+        assert f"{option} '{path}' cannot be written: " in message
+    if option == "--checkpoint":
+        assert f"--checkpoint '{tmp_path}' is a directory" in error_of(
+            "calibrate", "./missing", "--text", "missing.txt", option, tmp_path, *other
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_save_loses_nothing(model_dir, text_file, tmp_path, monkeypatch):
+    arguments = ("calibrate", model_dir, "--text", text_file, "-o", tmp_path / "out", "--rule", "plain")
+    save = cats_ext.CatsConfig.save_pretrained
+
+    def full(config, directory):
+        if str(directory) == str(tmp_path / "out"):
+            raise OSError(28, "No space left on device")
+        save(config, directory)
+
+    monkeypatch.setattr(cats_ext.CatsConfig, "save_pretrained", full)
+    message = error_of(*arguments)
+    start = f"--output '{tmp_path / 'out'}' cannot be written: No space left on device; the thresholds are in "
+    kept = message.partition(start)[2]
+    assert len(cats_ext.CatsConfig.from_pretrained(kept).layers) == LAYERS
+    shutil.rmtree(kept)
+    checkpoint = ("--checkpoint", tmp_path / "counts")
+    message = error_of(*arguments, *checkpoint)
+    assert f"the same command continues from --checkpoint {tmp_path / 'counts'}" in message
+    monkeypatch.undo()
+    monkeypatch.setattr(passes, "_options", None)  # no pass runs
+    json_of(*arguments, *checkpoint)
+    assert not (tmp_path / "counts").exists()
 
 
 def test_calibrate_refuses_a_file_as_output(model_dir, text_file):

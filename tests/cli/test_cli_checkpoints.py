@@ -61,16 +61,10 @@ def test_another_sparsity(directories):
     assert generate(directories["dense"], "--cats", directories["thresholds"], "--sparsity", 0)["text"] == dense
 
 
-@pytest.mark.parametrize(
-    ("directory", "sparsity", "message"),
-    [
-        ("dense", "0.6", "--sparsity 0.6 needs thresholds: --cats DIRECTORY, or a model saved with them"),
-        ("sparse", "1.5", "sparsity must be in [0, 1), got 1.5"),
-    ],
-)
-def test_errors(directories, directory, sparsity, message):
-    arguments = ["generate", str(directories[directory]), *GENERATE, "--sparsity", sparsity]
+def test_a_sparsity_needs_thresholds(directories):
+    arguments = ["generate", str(directories["dense"]), *GENERATE, "--sparsity", "0.6"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "CATS_DEBUG": "0"})
+    message = "--sparsity 0.6 needs thresholds: --cats DIRECTORY, or a model saved with them"
     assert result.exit_code == 1 and message in result.stderr and result.stdout == ""
 
 

@@ -87,7 +87,7 @@ def test_text_unlike_the_calibrations_is_remarked_on(model_dir, thresholds, tmp_
     ("arguments", "message"),
     [
         ((), "give something to measure on: --text FILE, --set NAME or --tasks NAMES"),
-        (("--text", "missing.txt"), "text file 'missing.txt' does not exist"),
+        (("--text", "missing.txt"), "--text 'missing.txt' does not exist"),
         (("--set", "novels"), "--set must be one of wikitext2, c4, docstrings, got 'novels'"),
         (("--set", "c4", "--text", "a.txt"), "give --text or --set, not both, got 'a.txt' and 'c4'"),
         (("--set", "docstrings", "--curve", "0.3"), "--curve needs thresholds: --cats DIRECTORY"),

@@ -56,10 +56,7 @@ def test_generate_samples_from_a_seed(model_dir):
     ("arguments", "message"),
     [
         (("--prompt", " "), "--prompt must not be empty"),
-        (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
         (("--prompt", "a", "--max-new-tokens", 512), "exceeds the model's 512 positions"),
-        (("--prompt", "a", "--temperature", -1), "--temperature must be at least 0, got -1.0"),
-        (("--prompt", "a", "--temperature", "nan"), "--temperature must be at least 0, got nan"),
         (("--prompt", "a", "--chat"), "chat template"),
         (("--prompt", "a", "--cats", "missing"), "missing is not a directory with a CATS config"),
         (("--prompt", "a", "--device", "tpu"), "--device must be cpu, cuda or cuda:N, got 'tpu'"),

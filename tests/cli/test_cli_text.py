@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, named_text, read_texts
+from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, named_text, read_texts, stream_texts
 
 
 class Rows(list):
@@ -73,3 +74,16 @@ def test_read_texts_keeps_order_and_drops_blanks(tmp_path):
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": " "}\n')
     assert read_texts([tmp_path / "a.jsonl", tmp_path / "b.txt"]) == ["first", "second"]
+
+
+def test_line_separators_of_unicode_do_not_end_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8")
+    assert read_texts([tmp_path / "a.jsonl"]) == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.txt.gz"])
+def test_a_stream_has_every_character(name, tmp_path):
+    text = "".join(f"zwölf {i} 猫\r\n" for i in range(150_000))
+    (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wb").write(text.encode())
+    parts = [part for _, part in stream_texts([tmp_path / name])]
+    assert "".join(parts) == text and len(parts) > 2 and all(part[0].isspace() for part in parts[1:])

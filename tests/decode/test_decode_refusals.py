@@ -99,3 +99,10 @@ def test_fused_refuses_hooks_and_other_linears():
     model.model.layers[0].self_attn.o_proj.__class__ = type("Other", (torch.nn.Linear,), {})
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj is a Other"):
         DecodeEngine(model, fused=True).generate(tokens(5)[None], max_new_tokens=1)
+
+
+def test_fused_refuses_hooks_for_all_modules():
+    engine = DecodeEngine(tiny_model(), fused=True)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        with pytest.raises(ValueError, match=r"fused=True: .*there are hooks for all modules"):
+            engine.generate(tokens(5)[None], max_new_tokens=1)

@@ -120,6 +120,9 @@ def test_state_changes_with_the_modes(model):
         assert fingerprint.read()[0] != before
     finally:
         torch.use_deterministic_algorithms(False)
+    for kind in ("forward", "forward_pre"):
+        with getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None):
+            assert fingerprint.read()[0] != before
     assert fingerprint.read()[0] == before
 
 

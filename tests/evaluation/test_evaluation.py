@@ -99,8 +99,8 @@ def test_progress(capsys):
         (tokens(10).float(), {}, TypeError, "input_ids must be an integer tensor of token ids, got torch.float32"),
         ([1, 2, 3], {}, TypeError, "got list"),
         (tokens(10) + VOCABULARY, {}, ValueError, "input_ids has token id"),
-        (tokens(10), dict(window=1), ValueError, "window must be at least 2 tokens, got 1"),
-        (tokens(10), dict(max_windows=0), ValueError, "max_windows must be at least 1, got 0"),
+        (tokens(10), dict(window=1), ValueError, "window must be an integer of at least 2, got 1"),
+        (tokens(10), dict(max_windows=0), ValueError, "max_windows must be a positive integer, got 0"),
         (tokens(10), dict(batch_size=0), ValueError, "batch_size must be a positive integer, got 0"),
     ],
 )

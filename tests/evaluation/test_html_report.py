@@ -130,3 +130,11 @@ def test_figures_are_drawn_from_their_arguments():
 def test_figures_of_nothing(figure, message):
     with pytest.raises(ValueError, match=message):
         figure()
+
+
+@pytest.mark.parametrize("text", [{"source": "a"}, "a", {"source": "a", "dense": {"ppl": "x"}, "variants": []}])
+def test_a_measurement_of_another_form_is_named(thresholds, tmp_path, text):
+    shutil.copytree(thresholds, tmp_path / "out")
+    (tmp_path / "out" / "eval.json").write_text(json.dumps({"model": "a", "dtype": "b", "text": text}))
+    with pytest.raises(ValueError, match=r"eval\.json is not what 'cats eval' wrote: "):
+        html_report(tmp_path / "out")

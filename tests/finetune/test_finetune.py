@@ -189,6 +189,13 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(what, tmp_path, monkeypatc
     assert tune(tmp_path)["resumed_from"] == "checkpoint-2"
 
 
+def test_a_model_that_the_last_step_broke_is_not_saved(tmp_path):
+    settings = FinetuneSettings(**(vars(SETTINGS) | {"method": "dense", "steps": 1, "learning_rate": 1e300}))
+    with pytest.raises(TrainingStoppedError, match=r"held-out text is nan after the tuning.* than 1e\+300 helps"):
+        tune(tmp_path, settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["training"]
+
+
 def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -229,15 +236,16 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--lora-targets", "q_proj,c_attn"), r"has no linear module 'c_attn'; it has down_proj, gate_proj"),
+        (("--lora-targets", "q_proj,c_attn"), "--lora-targets must be linear modules of LlamaForCausalLM, down_proj, "),
         (("--method", "dense", "--sparsity", "0.5"), "--sparsity 0.5 is for --method cats, got --method dense"),
-        (("--method", "dense", "--recalibrate"), "recalibrate is for method 'cats', got method 'dense'"),
+        (("--method", "dense", "--recalibrate"), "--recalibrate is for method 'cats', got method 'dense'"),
         (("--full", "--lora-targets", "q_proj"), "give --full or --lora-targets"),
         (("--sparsity", "1"), "sparsity must be"),
         (("--dataset", "some/set"), "give --text or --dataset, got --text"),
-        (("--steps", "0"), "steps must be an integer of at least 1, got 0"),
-        (("--learning-rate", "nan"), "learning_rate must be positive and finite, got nan"),
-        (("--sequence-length", "400", "--text", "missing.txt"), "text file 'missing.txt' does not exist"),
+        (("--lora-targets", ""), "v_proj, got ''"),
+        (("--report-to", "nosuch"), "--report-to must be one of those installed, "),
+        (("--learning-rate", "nan"), "--learning-rate must be positive and finite, got nan"),
+        (("--sequence-length", "400", "--text", "missing.txt"), "--text 'missing.txt' does not exist"),
     ],
     ids=str,
 )
@@ -259,7 +267,7 @@ def test_bfloat16(rank, tmp_path):
     found = finetune(model, tokens(LENGTH * 12), tmp_path, settings, progress=False)
     assert all(torch.tensor(loss).isfinite() for _, loss in found["loss"]) and len(found["loss"]) == 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16 and type(layers_of(loaded)[0]) is CatsMLP
+    assert loaded.dtype == torch.bfloat16 and isinstance(layers_of(loaded)[0], CatsMLP)
     tuned, start = model.state_dict(), tiny_model(dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(value, tuned[name]) for name, value in loaded.state_dict().items())
     assert not torch.equal(tuned["model.layers.0.mlp.down_proj.weight"], start["model.layers.0.mlp.down_proj.weight"])

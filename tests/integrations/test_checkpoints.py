@@ -23,7 +23,7 @@ from cats_ext import CatsConfig, CatsMLP, apply_cats, remove_cats, set_sparsity
 
 FILES = {
     "cats_config.json",
-    "cats_thresholds.safetensors",
+    "cats_thresholds.cats",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -71,7 +71,7 @@ def test_round_trip_with_identical_logits(family, rule, tmp_path):
         for ids, want in zip((few(), many()), expected, strict=True):
             assert torch.equal(logits(loaded, ids), want)
         assert loaded.state_dict().keys() == model.state_dict().keys()
-    for name in ("cats_config.json", "cats_thresholds.safetensors"):
+    for name in ("cats_config.json", "cats_thresholds.cats"):
         assert (tmp_path / "cats" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     torch.testing.assert_close(logits(remove_cats(again), few()), dense)
 
@@ -214,7 +214,7 @@ def test_a_copy_saves_its_own_weights(tmp_path, config):
 
 def test_a_model_made_dense_saves_a_dense_checkpoint(tmp_path, config):
     remove_cats(apply_cats(tiny_model(), config)).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == FILES - {"cats_config.json", "cats_thresholds.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"cats_config.json", "cats_thresholds.cats"}
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -237,7 +237,7 @@ def test_a_state_dict_that_is_given_is_what_is_saved(how, tmp_path, config):
         model.save_pretrained(tmp_path, True, gathered)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in gathered.items())
-    assert type(layers_of(load(tmp_path))[0]) is CatsMLP
+    assert isinstance(layers_of(load(tmp_path))[0], CatsMLP)
 
 
 def test_push_to_hub_uploads_the_thresholds(tmp_path, config, monkeypatch):
@@ -280,19 +280,19 @@ def test_from_the_hub(subfolder, cats_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "cached_file", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments = {"revision": "v2", "subfolder": subfolder, "cache_dir": tmp_path}
-    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP
+    assert isinstance(layers_of(load("someone/model", **arguments))[0], CatsMLP)
     place = {"cache_dir": str(tmp_path), "revision": commit, "subfolder": subfolder}
-    assert asked == [("someone/model", name, place) for name in ("cats_config.json", "cats_thresholds.safetensors")]
-    assert type(layers_of(load("someone/model", **arguments))[0]) is CatsMLP and len(asked) == 2
+    assert asked == [("someone/model", name, place) for name in ("cats_config.json", "cats_thresholds.cats")]
+    assert isinstance(layers_of(load("someone/model", **arguments))[0], CatsMLP) and len(asked) == 2
 
 
 def test_saving_that_fails_leaves_the_model_as_it_was(tmp_path, config):
     model = apply_cats(tiny_model(), config)
     before = snapshot(model)
     layers_of(model)[1].threshold.fill_(-1)
-    with pytest.raises(ValueError, match=r"thresholds\['model.layers.1.mlp'\] must be >= 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"thresholds\['model.layers.1.mlp'\] must be finite and >= 0, got -1.0"):
         model.save_pretrained(tmp_path, state_dict=model.state_dict())
-    assert model.hf_quantizer.saving == (None, None) and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
     assert_unchanged(model, before)
 
 
@@ -313,12 +313,14 @@ def test_an_adapter_of_transformers_own_is_saved_by_itself(tmp_path, config):
 def test_damaged_checkpoints(cats_directory, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(cats_directory, broken)
-    blob = (broken / "cats_thresholds.safetensors").read_bytes()
-    (broken / "cats_thresholds.safetensors").write_bytes(blob[:-8])
-    with pytest.raises(ValueError, match=r"cats_thresholds.safetensors is not the file .* \(truncated or altered\)"):
+    blob = (broken / "cats_thresholds.cats").read_bytes()
+    (broken / "cats_thresholds.cats").write_bytes(blob[:-8])
+    with pytest.raises(
+        ValueError, match=r"cats_thresholds.cats are not as saved \(truncated, altered or edited by hand\)"
+    ):
         load(broken)
-    (broken / "cats_thresholds.safetensors").unlink()
-    with pytest.raises(OSError, match=r"cats_thresholds.safetensors"):
+    (broken / "cats_thresholds.cats").unlink()
+    with pytest.raises(OSError, match=r"cats_thresholds.cats"):
         load(broken)
     (broken / "cats_config.json").unlink()
     with pytest.raises(
@@ -345,6 +347,14 @@ def test_thresholds_of_another_model_or_a_second_config(dense_directory, cats_di
 def test_an_incomplete_entry(dense_directory):
     with pytest.raises(ValueError, match=r"must be a cats_ext.CatsConfig, .* got rule=plain, sparsity=None"):
         load(dense_directory, quantization_config={"quant_method": "cats", "rule": "plain"})
+
+
+def test_further_items_in_the_entry_are_passed_over(cats_directory, tmp_path):
+    shutil.copytree(cats_directory, tmp_path, dirs_exist_ok=True)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["quantization_config"] |= {"self": 1, "more": 2}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert isinstance(layers_of(load(tmp_path))[0], CatsMLP)
 
 
 @pytest.mark.parametrize("checkpoint", ["dense", "cats"])

@@ -156,7 +156,7 @@ def ids(table):
 
 
 def fails(op: str, arguments: dict, message: str, where: str = "") -> None:
-    call = definitions._fallback(op, "cpu", warn=False) if where == "reference" else getattr(torch.ops.cats, op)
+    call = definitions._formula(op) if where == "reference" else getattr(torch.ops.cats, op)
     with pytest.raises(RuntimeError, match=f"^{message}"):
         call(**arguments)
 
@@ -231,6 +231,72 @@ def test_biases_must_be_contiguous(name, stride, where):
     arguments = sparse_arguments(device_of(where))
     arguments[name] = arguments[name].repeat(2)[:: max(stride, 1)] if stride else arguments[name][0].expand(H)
     fails("sparse_mlp_counted", arguments, f"sparse_mlp: {name} must be contiguous, got stride {stride}", where)
+
+
+REQUIRED = {
+    "sparse_mlp_counted": (sparse_arguments, ("x", "w_gate", "w_up", "w_down_t", "counts", "threshold")),
+    "gated_threshold": (gated_arguments, ("gate", "up", "threshold")),
+    "gated_threshold_forward": (gated_arguments, ("gate", "up", "threshold")),
+    "gated_threshold_backward": (gated_arguments, ("grad_h", "gate", "up", "threshold")),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, names) in REQUIRED.items() for name in names])
+@pytest.mark.parametrize("where", WHERE)
+def test_none_is_no_tensor(op, name, where):
+    arguments = REQUIRED[op][0](device_of(where))
+    if op != "gated_threshold_backward":
+        arguments.pop("grad_h", None)
+    arguments[name] = None
+    fails(
+        op,
+        arguments,
+        rf"{op.partition('_counted')[0].removesuffix('_forward').removesuffix('_backward')}: "
+        rf"{name} must be a tensor, got None$",
+        where,
+    )
+
+
+KINDS = {
+    "sparse": (lambda t: t.to_sparse(), "torch.sparse_coo"),
+    "rows": (lambda t: t.to_sparse_csr(), "torch.sparse_csr"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t]), "nested tensor"),
+    "jagged": (lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged), "nested tensor"),
+    "mkldnn": (lambda t: t.to_mkldnn(), "torch._mkldnn"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantised torch.qint8"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", ["sparse_mlp", "gated_threshold", "gated_threshold_forward"])
+def test_other_kinds_of_tensors(op, kind):
+    change, name = KINDS[kind]
+    arguments = (sparse_arguments if op == "sparse_mlp" else gated_arguments)("cpu")
+    arguments.pop("grad_h" if "grad_h" in arguments else "counts")
+    first, second = list(arguments)[:2]
+    for argument in (first, second):
+        fails(
+            op,
+            arguments | {argument: change(arguments[argument])},
+            f"{op}: {argument} must be a dense tensor, got {name}$",
+        )
+
+
+def test_dtypes_without_kernels_have_their_names():
+    arguments = sparse_arguments("cpu") | {"threshold": torch.empty((), dtype=torch.uint4)}
+    fails("sparse_mlp_counted", arguments, r"sparse_mlp: threshold must be float32, got torch\.uint4$")
+
+
+def test_out_of_memory_is_a_sentence():
+    arguments = sparse_arguments("cpu") | {"x": torch.ones(1, H).expand(2**44, H)}
+    message = (
+        rf"sparse_mlp: cannot allocate the output .* for x of shape \[{2**44}, 6\] and dtype {FLOAT} on cpu: out of mem"
+    )
+    fails("sparse_mlp_counted", arguments, message)
+    gate = torch.ones(1, I).expand(2**44, I)
+    message = "gated_threshold: cannot allocate the output"
+    fails("gated_threshold_forward", {"gate": gate, "up": gate, "threshold": torch.tensor(0.0)}, message)
 
 
 # A mixed call goes to the kernel of the "stronger" device, so the other one is what the message calls wrong.

@@ -35,6 +35,9 @@ def test_opcheck(device):
     [
         (0, torch.zeros(2, 5), r"x must have shape \[T, 64\], got \[2, 5\]"),
         (0, torch.zeros(2, 64, dtype=torch.float64), "x must be float32, float16 or bfloat16"),
+        (0, None, "x must be a tensor, got None"),
+        (2, None, "routing must be a tensor, got None"),
+        (3, torch.zeros(4, 40, 64).to_sparse(), "w_gate_up must be a dense tensor, got torch.sparse_coo"),
         (1, torch.zeros(2, 2), r"experts must be int64 \[2, K\], got torch.float32"),
         (1, torch.tensor([[0, 4], [1, 2]]), r"experts must be in \[0, 4\), got 4"),
         (2, torch.zeros(2, 3), r"routing must be floating point \[2, 2\], got torch.float32 \[2, 3\]"),

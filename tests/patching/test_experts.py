@@ -61,7 +61,7 @@ def test_family(name, device, called):
     config = config_for(model)
     apply_cats(model, config)
     for block_name, block in blocks.items():
-        assert type(block) is CatsExperts and block.down_proj.mT.is_contiguous()
+        assert isinstance(block, CatsExperts) and block.down_proj.mT.is_contiguous()
         thresholds = config.thresholds[block_name].to(device), config.down_thresholds[block_name].to(device)
         weights = block.gate_up_proj.detach(), block.down_proj.detach()
         for count in (1, MAX_EXPERT_TOKENS[device], 40):

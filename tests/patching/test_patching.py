@@ -22,8 +22,7 @@ from cats_ext.patching.surgery import make_dense, make_sparse, set_class
 def test_unusual_strides_come_back():
     model = tiny_model()
     down = layers_of(model)[0].down_proj
-    padded = torch.zeros(HIDDEN, INTERMEDIATE + 24)[:, :INTERMEDIATE].copy_(down.weight.detach())
-    down.weight.data = padded
+    down.weight.data = torch.zeros(HIDDEN, INTERMEDIATE + 24)[:, :INTERMEDIATE].copy_(down.weight.detach())
     before = snapshot(model)
     remove_cats(apply_cats(model, config_for(model)))
     assert down.weight.stride() == (INTERMEDIATE + 24, 1)
@@ -165,3 +164,35 @@ def test_a_model_in_training_mode_stays_in_it():
     assert torch.equal(logits(model, many()), expected)
     remove_cats(model)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_removal_from_the_part_with_all_mlps_frees_the_whole(tmp_path):
+    model = tiny_model()
+    config = config_for(model)
+    apply_cats(model, config)
+    remove_cats(model.model)
+    model.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "cats_config.json").exists()
+    assert not {"hf_quantizer", "save_pretrained"} & vars(model).keys()
+    loaded = type(model).from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(loaded, few()), logits(model, few()))
+
+    before = snapshot(model)
+    apply_cats(model, config)  # once more, now with the whole asked to be restored
+    remove_cats(model.model)
+    with pytest.raises(ValueError, match="is not patched: there is nothing to remove"):
+        remove_cats(model)
+    assert_unchanged(model, before)
+
+
+def test_removal_from_some_mlps_is_refused():
+    model = tiny_model()
+    apply_cats(model, config_for(model))
+    before = snapshot(model)
+    for part in (layers_of(model)[1], model.model.layers[:2]):
+        with pytest.raises(
+            ValueError, match=r"is a part of a patched model and has \d of its MLPs, but not model.layers"
+        ):
+            remove_cats(part)
+        assert_unchanged(model, before)
+    remove_cats(model)

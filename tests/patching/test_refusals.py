@@ -126,11 +126,11 @@ UNSUPPORTED = {
     "another child": (lambda mlp, model: mlp.add_module("norm", nn.LayerNorm(2)), "it has further children: norm"),
     "tied": (
         lambda mlp, model: setattr(mlp.gate_proj, "weight", model.model.layers[0].mlp.gate_proj.weight),
-        "gate_proj.weight is shared with another module",
+        "gate_proj.weight shares memory with another weight of the model",
     ),
     "same memory": (
         lambda mlp, model: setattr(mlp.gate_proj.weight, "data", model.model.layers[2].mlp.up_proj.weight.data),
-        "gate_proj.weight is shared with another module",
+        "gate_proj.weight shares memory with another weight of the model",
     ),
     "shared": (lambda mlp, model: setattr(model.model.layers[2], "mlp", mlp), "used in more than one place"),
     "dtype": (lambda mlp, model: mlp.up_proj.half(), "up_proj.weight is torch.float16 on cpu, but gate_proj.weight is"),

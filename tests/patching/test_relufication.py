@@ -101,7 +101,7 @@ def test_without_the_package_it_is_the_relufied_model_too(tmp_path):
 
 def test_a_config_that_names_no_activation(tmp_path, monkeypatch):
     """Then only the checkpoint's CATS entry knows, and saving says so."""
-    monkeypatch.setattr("cats_ext.integrations.transformers.ACTIVATION_ENTRIES", ("activation_of_others",))
+    monkeypatch.setattr("cats_ext.integrations.saving.ACTIVATION_ENTRIES", ("activation_of_others",))
     with pytest.warns(UserWarning, match="LlamaForCausalLM has none of activation_of_others: without cats_ext this"):
         inputs, expected, _ = relufied("llama", tmp_path / "first")
     assert json.loads((tmp_path / "first" / "config.json").read_text())["hidden_act"] == "silu"

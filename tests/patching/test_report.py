@@ -98,11 +98,15 @@ def test_tracking_does_not_change_the_output(model):
                 torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_threshold_zero_and_infinity():
+def test_threshold_zero_and_the_largest():
     model = tiny_model()
     config = calibrate(model, tokens(200), rule="plain", progress=False)
     names = list(config.thresholds)
-    values = {names[0]: torch.tensor(0.0), names[1]: torch.tensor(torch.inf), names[2]: config.thresholds[names[2]]}
+    values = {
+        names[0]: torch.tensor(0.0),
+        names[1]: torch.tensor(torch.finfo(torch.float32).max),
+        names[2]: config.thresholds[names[2]],
+    }
     apply_cats(model, replace(config, thresholds=values))
     with track_sparsity(model):
         run(model, 4)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
 import torch
 from support.models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model, tokens
+from support.patched import InterruptAt
 
 from cats_ext import (
+    CatsMLP,
     SparsityDriftWarning,
     apply_cats,
     calibrate,
@@ -110,3 +113,33 @@ def sparsity_report_of_first(mlp, x):
     v = torch.nn.functional.silu(mlp.gate_proj(x)).abs()
     kept = int((v >= mlp.threshold).sum())
     return [INTERMEDIATE, kept, kept]
+
+
+def tracking(model):
+    return [layer.mlp.forward_settings.tracking for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_interrupted_tracking_is_as_it_was(model, before):
+    track_sparsity(model, before)
+    for line in itertools.count():
+        try:
+            with InterruptAt(line, [track_sparsity, CatsMLP.track], KeyboardInterrupt):
+                track_sparsity(model, not before)
+            break
+        except KeyboardInterrupt:
+            assert tracking(model) == [before] * LAYERS
+    assert line > 3 * LAYERS and tracking(model) == [not before] * LAYERS
+
+
+def test_tracking_interrupted_on_the_way_out_is_off(model):
+    for line in itertools.count():
+        try:
+            with track_sparsity(model):
+                interrupt = InterruptAt(line, [CatsMLP.track], KeyboardInterrupt)
+                interrupt.__enter__()
+            interrupt.__exit__()
+            break
+        except KeyboardInterrupt:
+            assert tracking(model) == [False] * LAYERS, line
+    assert line >= LAYERS and tracking(model) == [False] * LAYERS

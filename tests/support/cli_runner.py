@@ -27,3 +27,10 @@ def error_of(*arguments: object) -> str:
     assert "Traceback" not in result.output and result.stdout == ""
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     return line
+
+
+def usage_error_of(*arguments: object) -> str:
+    """What a command says that fails with exit code 2."""
+    result = cats(*arguments)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    return " ".join(result.stderr.replace("│", " ").split())

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.models import INTERMEDIATE, LAYERS, tiny_model, tokens
 
 from cats_ext import CatsConfig, apply_cats, calibrate
-from cats_ext.thresholds.files import CONFIG_FILE, THRESHOLDS_FILE
+from cats_ext.thresholds.allocation import LossTable
+from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE, _digest, pack_files, save_config_files
 
 NAME = "model.layers.0.mlp"
 
@@ -40,7 +41,8 @@ def assert_same(a: CatsConfig, b: CatsConfig) -> None:
     for left, right in ((a.thresholds, b.thresholds), (a.down_thresholds, b.down_thresholds)):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
-    assert a.statistics == b.statistics
+    assert a.statistics == b.statistics and a.losses == b.losses
+    assert a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
 
 
 @pytest.mark.parametrize("which", ["config", "plain"])
@@ -80,7 +82,7 @@ def test_json_is_readable_and_small(config, tmp_path):
     document = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert document["rule"] == "two_threshold" and document["model_type"] == "llama"
     assert document["layers"][NAME]["intermediate_size"] == INTERMEDIATE
-    assert document["thresholds_sha256"] == hashlib.sha256((tmp_path / THRESHOLDS_FILE).read_bytes()).hexdigest()
+    assert len(document["sha256"]) == 64 and load_file(tmp_path / THRESHOLDS_FILE)
     assert document["bytes_share"] == pytest.approx(2 / 3)
     assert (tmp_path / THRESHOLDS_FILE).stat().st_size < LAYERS * 2 * 100_000
     assert not os.stat(tmp_path / CONFIG_FILE).st_mode & 0o111
@@ -89,30 +91,21 @@ def test_json_is_readable_and_small(config, tmp_path):
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", ["open", "copy2", "first replace", "second replace"])
-def test_an_error_while_saving_leaves_the_earlier_config(config, plain, tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
+@pytest.mark.parametrize("time", [1, 2])
+def test_an_error_while_saving_leaves_the_earlier_config(config, plain, tmp_path, monkeypatch, call, time):
     plain.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-    calls = []
+    really, calls = getattr(os, call), []
 
-    def fail(*arguments):
-        raise OSError(28, "No space left on device")
+    def fail(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == time:
+            raise KeyboardInterrupt
+        really(*arguments, **named)
 
-    if failing == "open":
-        monkeypatch.setattr("cats_ext.thresholds.files.os.fsync", fail)
-    elif failing == "copy2":
-        monkeypatch.setattr("cats_ext.thresholds.files.shutil.copy2", fail)
-    else:
-        really = os.replace
-
-        def replace_or_fail(source, target):
-            calls.append(target)
-            if len(calls) == (1 if failing == "first replace" else 2):
-                fail()
-            really(source, target)
-
-        monkeypatch.setattr("cats_ext.thresholds.files.os.replace", replace_or_fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(KeyboardInterrupt):
         config.save_pretrained(tmp_path)
     monkeypatch.undo()
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
@@ -127,9 +120,9 @@ def test_an_error_in_a_new_directory_leaves_nothing(config, tmp_path, monkeypatc
             raise KeyboardInterrupt
         really(source, target)
 
-    monkeypatch.setattr("cats_ext.thresholds.files.os.replace", replace_once)
+    monkeypatch.setattr(os, "replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
-        config.save_pretrained(tmp_path)
+        config.save_pretrained(tmp_path / "new")
     assert os.listdir(tmp_path) == []
 
 
@@ -168,7 +161,7 @@ def test_altered_thresholds(config, plain, tmp_path, how):
         plain.save_pretrained(tmp_path / "other")
         content = (tmp_path / "other" / THRESHOLDS_FILE).read_bytes()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"truncated or altered.*sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"truncated, altered .*sha256 [0-9a-f]{64}, expected '[0-9a-f]{64}'.*save it"):
         CatsConfig.from_pretrained(tmp_path)
 
 
@@ -180,18 +173,71 @@ def test_invalid_json(config, tmp_path, text):
         CatsConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "nested too deeply"), ('{"format_version": ' + "1" * 5000 + "}", "a number has 5000 digits")],
+    ids=["nested", "long number"],
+)
+def test_unreasonable_json(tmp_path, text, message):
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE} is not valid JSON: {message}"):
+        CatsConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, THRESHOLDS_FILE])
+def test_a_huge_file_is_not_read(config, tmp_path, name):
+    config.save_pretrained(tmp_path)
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(10 * 2**30)  # takes no space on disk
+    with pytest.raises(ValueError, match=rf"{name} must have at most \d+ bytes, got 10737418240"):
+        CatsConfig.from_pretrained(tmp_path)
+
+
 def change_json(directory, **changes) -> None:
     path = directory / CONFIG_FILE
     document = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, ...])
+def test_every_character_of_the_json_counts(config, tmp_path):
+    """Digits, letters and signs are changed in turn: refused, or the same config."""
+    config.save_pretrained(tmp_path)
+    path, text = tmp_path / CONFIG_FILE, (tmp_path / CONFIG_FILE).read_text()
+    for place in range(0, len(text), 23):
+        path.write_text(text[:place] + {"1": "2", "x": "y"}.get(text[place], "1") + text[place + 1 :])
+        try:
+            found = CatsConfig.from_pretrained(tmp_path)
+        except ValueError as error:
+            assert CONFIG_FILE in str(error)
+        else:  # a digit beyond the precision of a float
+            assert_same(config, found)
+    document = json.loads(text)
+    document["layers"] = dict(reversed(document["layers"].items()))  # which the search's table depends on
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="altered or edited by hand"):
+        CatsConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(text)))  # other white space
+    assert_same(config, CatsConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, "3", 3.0, True, [], None, ...])
 def test_wrong_format_version(config, tmp_path, version):
     config.save_pretrained(tmp_path)
     change_json(tmp_path, format_version=version)
-    with pytest.raises(ValueError, match="must have format_version 2, got"):
+    with pytest.raises(ValueError, match="must have format_version 2 or 3, got"):
         CatsConfig.from_pretrained(tmp_path)
+
+
+def save_altered(config, directory, changes=None, tensors=None) -> None:
+    """Save ``config`` with other entries and tensors, and a hash of them; those that are ``...`` are left out."""
+    config.save_pretrained(directory)
+    document = json.loads((directory / CONFIG_FILE).read_text()) | (changes or {})
+    parts = load_file(directory / THRESHOLDS_FILE) | (tensors or {})
+    document, parts = ({k: v for k, v in part.items() if v is not ...} for part in (document, parts))
+    save_config_files(directory, pack_files(document, parts))
+
+
+NUMBERS = {"first": 9, "mantissa_bits": 9, "zeros": 0, "joint_first": 0}
 
 
 @pytest.mark.parametrize(
@@ -199,44 +245,166 @@ def test_wrong_format_version(config, tmp_path, version):
     [
         (dict(rule="magic"), "rule must be one of plain, weighted, two_threshold, got 'magic'"),
         (dict(rule=...), "missing entry 'rule'"),
+        (dict(rule=["plain"]), r"rule must be one of .* got \['plain'\]"),
+        (dict(rule="weighted"), "must not have joint with rule 'weighted'"),
         (dict(sparsity=1.5), r"sparsity must be in \[0, 1\), got 1.5"),
         (dict(sparsity="much"), "sparsity must be a number"),
         (dict(sparse_prefill="false"), "sparse_prefill must be True or False, got 'false'"),
-        (dict(layers={}), "no layer|at least one MLP"),
-        (dict(layers={NAME: {"hidden_size": 64}}), "missing 4 required positional arguments"),
-        (dict(layers=[1]), "object"),
-        (dict(statistics={NAME: {"first": -1, "mantissa_bits": 9}}), "exceed"),
-        (dict(statistics={NAME: {"first": 9, "mantissa_bits": 9, "joint_first": -1}}), "exceed the joint histogram's"),
-        (dict(statistics={NAME: {"last": 1}}), "unexpected keyword argument 'last'"),
-        (dict(statistics={"elsewhere": {}}), "missing entry 'gate_histogram'"),
-        (dict(statistics={}), "entries for no layer"),
+        (dict(model_type=3), "model_type must be a name or None"),
+        (dict(calibration=[]), "calibration a dict, got 'llama' and \\[\\]"),
+        (dict(layers={}, statistics={}), r"losses must have shape \[0, \d+\]"),
+        (dict(layers={NAME: {"hidden_size": 64}}), "must be an object with hidden_size, intermediate_size"),
+        (dict(layers=[1]), r"layers must be an object, got \[1\]"),
+        (dict(layers={NAME: 1}), "must be an object with hidden_size, .* got 1"),
+        (dict(statistics=3), "statistics must be an object, got 3"),
+        (dict(statistics={NAME: []}), "statistics must be an object with first, joint_first"),
+        (dict(statistics={NAME: NUMBERS | {"first": -1}}), r"first must be in \[0, \d+\], got -1"),
+        (dict(statistics={NAME: NUMBERS | {"first": 10**30}}), r"first must be in \[0, \d+\], got 1000"),
+        (dict(statistics={NAME: NUMBERS | {"mantissa_bits": 17}}), r"mantissa_bits must be in \[0, 16\], got 17"),
+        (dict(statistics={NAME: NUMBERS | {"mantissa_bits": 9.0}}), "mantissa_bits must be an integer, got 9.0"),
+        (dict(statistics={NAME: NUMBERS | {"zeros": -1}}), "zeros must be in"),
+        (dict(statistics={NAME: NUMBERS | {"joint_first": -1}}), "joint_first must be in"),
+        (dict(statistics={NAME: NUMBERS | {"last": 1}}), "must be an object with .* got {.*last"),
+        (dict(statistics={"elsewhere": {}}), "statistics has an entry for no layer: 'elsewhere'"),
+        (dict(statistics={}), "tensors for no layer"),
     ],
+    ids=str,
 )
 def test_invalid_contents(config, tmp_path, changes, message):
-    config.save_pretrained(tmp_path)
-    change_json(tmp_path, **changes)
+    save_altered(config, tmp_path, changes)
     with pytest.raises(ValueError, match=message):
         CatsConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "experts"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "64", 10**30])
+def test_invalid_layers(config, key, value):
+    with pytest.raises((TypeError, ValueError), match=rf"layers\['{NAME}'\].{key} must be"):
+        replace(config, layers=config.layers | {NAME: replace(config.layers[NAME], **{key: value})})
+
+
+EDGES = torch.tensor([0.0, 1.0, 1.0])
+WEIGHTS = torch.ones(INTERMEDIATE)
 
 
 @pytest.mark.parametrize(
     ("key", "tensor", "message"),
     [
-        (f"{NAME}.threshold", torch.tensor(-1.0), r"thresholds\['model.layers.0.mlp'\] must be >= 0, got -1.0"),
-        (f"{NAME}.threshold", torch.tensor(float("nan")), "must be >= 0, got nan"),
-        (f"{NAME}.threshold", torch.ones(3), rf"must have shape \[\] or \[{INTERMEDIATE}\], got \[3\]"),
-        (f"{NAME}.down_threshold", torch.ones(INTERMEDIATE).double(), "must be a float32 tensor, got torch.float64"),
-        (f"{NAME}.down_threshold", None, "down_thresholds must have one entry per layer .* only in layers: " + NAME),
-        ("model.layers.9.mlp.threshold", torch.tensor(1.0), "entries for no layer: model.layers.9.mlp.threshold"),
+        ("threshold", torch.tensor(-1.0), r"thresholds\['model.layers.0.mlp'\] must be finite and >= 0, got -1.0"),
+        ("threshold", torch.tensor(float("nan")), "must be finite and >= 0, got nan"),
+        ("threshold", torch.tensor(float("inf")), "must be finite and >= 0, got inf"),
+        ("threshold", torch.ones(3), rf"must have shape \[\] or \[{INTERMEDIATE}\], got \[3\]"),
+        ("threshold", torch.ones((), dtype=torch.complex64), "must be a float32 tensor, got torch.complex64"),
+        ("threshold", torch.ones(()).to(torch.float8_e4m3fn), "must be a float32 tensor, got torch.float8_e4m3fn"),
+        ("down_threshold", torch.ones(INTERMEDIATE).double(), "must be a float32 tensor, got torch.float64"),
+        ("down_threshold", ..., "down_thresholds must have one entry per layer .* only in layers: " + NAME),
+        ("gate_histogram", torch.tensor([1, -1]), "gate_histogram must have no negative count, got -1"),
+        ("gate_histogram", torch.zeros(4, dtype=torch.int64), "gate_histogram must count between 1 and"),
+        ("gate_histogram", torch.full((4,), 2**62), "gate_histogram must count between 1 and"),
+        ("gate_histogram", torch.ones(4, dtype=torch.int64), r"gate_histogram must count \d+ values, got \d+"),
+        ("gate_histogram", torch.ones(4), "gate_histogram must be a int32 or int64 tensor, got torch.float32"),
+        ("gate_histogram", torch.ones(2, 2).int(), r"gate_histogram must have shape \[any\], got \[2, 2\]"),
+        ("gate_histogram", torch.ones(200_000).int(), r"first must be in \[0, -\d+\]"),
+        ("joint_edges", EDGES, r"joint_counts must have shape \[3, any\]"),
+        ("joint_edges", ..., "missing entry 'joint_edges'"),
+        ("joint_counts", torch.ones(3), "joint_counts must be a int32 or int64 tensor"),
+        ("gate_weight", WEIGHTS[:3], rf"gate_weight must have shape \[{INTERMEDIATE}\], got \[3\]"),
+        ("gate_weight", WEIGHTS * float("nan"), "gate_weight must be finite and >= 0, got nan"),
+        ("down_weight", -WEIGHTS, "down_weight must be finite and >= 0, got -1.0"),
+        ("gate_weight", ..., "must have gate_weight with rule 'two_threshold' and the config's powers"),
+        ("down_weight", ..., "must have down_weight with rule 'two_threshold'"),
+        ("weights", torch.ones(3, 4), r"weights\['model.layers.0.mlp'\] must have shape \[3, 128\], got \[3, 4\]"),
+        ("weights", ..., "weights must have one entry per layer: only in layers: model.layers.0.mlp"),
+        ("more", torch.tensor(1.0), "tensors for no layer: model.layers.0.mlp.more"),
     ],
 )
 def test_invalid_tensors_with_a_right_hash(config, tmp_path, key, tensor, message):
-    config.save_pretrained(tmp_path)
-    path = tmp_path / THRESHOLDS_FILE
-    tensors = load_file(path) | {key: tensor}
-    save_file({name: value for name, value in tensors.items() if value is not None}, path)
-    change_json(tmp_path, thresholds_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    save_altered(config, tmp_path, tensors={f"{NAME}.{key}": tensor})
     with pytest.raises(ValueError, match=message):
+        CatsConfig.from_pretrained(tmp_path)
+
+
+def test_edges_that_do_not_ascend(config, tmp_path):
+    edges = config.statistics[NAME].joint.edges.clone()
+    for wrong in (edges.flip(0), edges + 1, edges * float("inf"), torch.cat([edges[:2], edges[1:-1]])):
+        save_altered(config, tmp_path, tensors={f"{NAME}.joint_edges": wrong.contiguous()})
+        with pytest.raises(ValueError, match=r"joint_edges must (ascend from 0|be finite)"):
+            CatsConfig.from_pretrained(tmp_path)
+
+
+def test_a_search_that_does_not_fit(config, tmp_path):
+    options = torch.tensor([[0.0, 0.0], [0.5, 0.7]], dtype=torch.float64)
+    table = LossTable(options, torch.ones(LAYERS, 2, dtype=torch.float64), 0.5)
+    searched = replace(config, losses=table)
+    searched.save_pretrained(tmp_path)
+    assert_same(searched, CatsConfig.from_pretrained(tmp_path))
+    for key, tensor, message in (
+        ("losses", table.losses[1:].contiguous(), r"losses must have shape \[3, 2\], got \[2, 2\]"),
+        ("losses", table.losses * float("nan"), "losses must be finite and >= 0, got nan"),
+        ("options", table.options + 0.5, r"options must be sparsities in \[0, 1\)"),
+        ("spread", torch.tensor(1.5, dtype=torch.float64), r"spread in \(0, 1\]"),
+        ("options", ..., "missing entry 'options'"),
+        ("more", table.options, "tensors for no layer: search.more"),
+    ):
+        save_altered(searched, tmp_path, tensors={f"search.{key}": tensor})
+        with pytest.raises(ValueError, match=message):
+            CatsConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_with_a_right_hash_that_is_no_safetensors(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / CONFIG_FILE).read_text())
+    header = b'{"x":{"dtype":"F4","shape":[3],"data_offsets":[0,2]}}'
+    for blob in (b"", bytes(8), len(header).to_bytes(8, "little") + header + bytes(2)):
+        document["sha256"] = _digest(document, blob)
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(document))
+        (tmp_path / THRESHOLDS_FILE).write_bytes(blob)
+        with pytest.raises(ValueError, match=rf"{THRESHOLDS_FILE} is not a safetensors file"):
+            CatsConfig.from_pretrained(tmp_path)
+
+
+# --- format version 2 ------------------------------------------------------------------------------------------------
+
+
+def save_as_version_2(config, directory, tensors=None) -> None:
+    """As earlier versions did: no sample of the weights, a hash over the tensors only, infinite thresholds."""
+    replace(config, weights={}).save_pretrained(directory)
+    document = json.loads((directory / CONFIG_FILE).read_text()) | {"format_version": 2}
+    save_file(load_file(directory / THRESHOLDS_FILE) | (tensors or {}), directory / OLD_FILES[0])
+    (directory / THRESHOLDS_FILE).unlink()
+    del document["sha256"]
+    for numbers in document["statistics"].values():
+        del numbers["total"]
+    document["thresholds_sha256"] = hashlib.sha256((directory / OLD_FILES[0]).read_bytes()).hexdigest()
+    (directory / CONFIG_FILE).write_text(json.dumps(document))
+
+
+def test_version_2_is_read_with_a_warning_and_replaced(config, tmp_path):
+    infinite = config.thresholds[NAME].clone()
+    infinite[5] = torch.inf
+    save_as_version_2(config, tmp_path, {f"{NAME}.threshold": infinite})
+    with pytest.warns(UserWarning, match="of format version 2, which does not say for which weights"):
+        loaded = CatsConfig.from_pretrained(tmp_path)
+    assert loaded.thresholds[NAME][5] == torch.finfo(torch.float32).max
+    loaded.thresholds[NAME][5] = config.thresholds[NAME][5]
+    assert_same(loaded, replace(config, weights={}))
+    apply_cats(tiny_model(), loaded)
+    loaded.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG_FILE, THRESHOLDS_FILE]
+    assert_same(loaded, CatsConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*format version 2")
+def test_version_2_is_checked_as_far_as_it_can_be(config, tmp_path):
+    save_as_version_2(config, tmp_path, {f"{NAME}.down_threshold": torch.tensor(torch.inf)})
+    with pytest.raises(ValueError, match=r"down_thresholds\['model.layers.0.mlp'\] must be finite and >= 0, got inf"):
+        CatsConfig.from_pretrained(tmp_path)
+    path = tmp_path / OLD_FILES[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{OLD_FILES[0]} is not as saved \(truncated, altered"):
+        CatsConfig.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{OLD_FILES[0]} is missing"):
         CatsConfig.from_pretrained(tmp_path)
 
 
@@ -244,7 +412,7 @@ def test_invalid_tensors_with_a_right_hash(config, tmp_path, key, tensor, messag
 
 
 def test_validation_in_memory(plain, config):
-    with pytest.raises(ValueError, match=r"must be >= 0, got -0\.5"):
+    with pytest.raises(ValueError, match=r"must be finite and >= 0, got -0\.5"):
         replace(plain, thresholds=plain.thresholds | {NAME: torch.tensor(-0.5)})
     with pytest.raises(TypeError, match="must be a float32 tensor, got float"):
         replace(plain, thresholds=plain.thresholds | {NAME: 0.5})
@@ -254,7 +422,12 @@ def test_validation_in_memory(plain, config):
         replace(plain, down_thresholds=config.down_thresholds)
     with pytest.raises(ValueError, match=r"up_sparsity must be in \[0, 1\), got 1.0"):
         replace(plain, layers=plain.layers | {NAME: replace(plain.layers[NAME], up_sparsity=1.0)})
-    replace(plain, thresholds=plain.thresholds | {NAME: torch.tensor(torch.inf)})  # drops everything, and may
+    with pytest.raises(ValueError, match="must be finite and >= 0, got inf"):
+        replace(plain, thresholds=plain.thresholds | {NAME: torch.tensor(torch.inf)})
+    with pytest.raises(TypeError, match=r"config cannot be written as JSON: .*Tensor"):
+        replace(plain, calibration={"tokens": torch.tensor(3)}).to_files()
+    with pytest.raises(ValueError, match="config cannot be written as JSON: Out of range"):
+        replace(plain, calibration={"tokens": float("nan")}).to_files()
 
 
 def test_a_config_changed_after_it_was_made_is_checked_again(plain, tmp_path):

@@ -16,10 +16,10 @@ from cats_ext.cli.common import escape, note_uncompiled, output, print_json, res
 def bench(
     shape: Annotated[str, typer.Option(help=f"HxI, or one of {', '.join(benchmark.SHAPES)}.")] = "mistral-7b",
     sparsity: Annotated[str, typer.Option(help="Shares of neurons to skip, comma-separated.")] = "0,0.5,0.7,0.9",
-    tokens: Annotated[int, typer.Option(help="Tokens in one call.")] = 1,
+    tokens: Annotated[int, options.count("Tokens in one call.")] = 1,
     dtype: options.DType = None,
     device: options.Device = None,
-    passes: Annotated[int, typer.Option(help="Passes over all layers; the median counts.")] = 20,
+    passes: Annotated[int, options.count("Passes over all layers; the median counts.")] = 20,
     json: options.Json = False,
 ) -> None:
     """Time the sparse op against the dense PyTorch MLP on this machine.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,12 @@ from typing import Annotated
 import typer
 
 import cats_ext
+from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.calibration.settings import CalibrationSettings
+from cats_ext.calibration.texts import sample_texts
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, load, output, print_json, show_next
-from cats_ext.cli.text import read_texts
+from cats_ext.cli.text import stream_texts
 from cats_ext.thresholds.allocation import ALLOCATIONS
 from cats_ext.thresholds.rules import IMPORTANCES, RULES
 
@@ -53,10 +56,10 @@ def calibrate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="File from which the same command continues after an interruption.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to use at most.")] = DEFAULTS.max_tokens,
+    max_tokens: Annotated[int, options.count("Tokens to use at most.")] = DEFAULTS.max_tokens,
     sequence_length: options.Window = DEFAULTS.sequence_length,
-    batch_size: Annotated[int, typer.Option(help="Windows run together.")] = DEFAULTS.batch_size,
-    seed: Annotated[int, typer.Option(help="Chooses the windows where there are more than needed.")] = DEFAULTS.seed,
+    batch_size: Annotated[int, options.count("Windows run together.")] = DEFAULTS.batch_size,
+    seed: Annotated[int, options.seed("Chooses the windows where there are more than needed.")] = DEFAULTS.seed,
     device: options.Device = None,
     dtype: options.DType = None,
     json: options.Json = False,
@@ -86,12 +89,15 @@ def calibrate(
         batch_size=batch_size,
         seed=seed,
     )
-    texts = read_texts(text)
-    options.check_output(out, directory=True)
-    network, tokenizer, _ = load(model, options.pick_device(device), dtype)
+    check_writable("--output", out, directory=True)
+    if checkpoint is not None:
+        check_writable("--checkpoint", checkpoint, directory=False)
+    where = options.pick_device(device)
+    texts = sample_texts(stream_texts(text), max_tokens, sequence_length, seed)
+    network, tokenizer, _ = load(model, where, dtype)
     config = cats_ext.calibrate(network, texts, tokenizer=tokenizer, checkpoint=checkpoint, **asdict(settings))
     config = replace(config, sparse_prefill=not dense_prefill)
-    config.save_pretrained(out)
+    _save(config, out, checkpoint)
     if json:
         print_json({"directory": str(out), **config.to_dict()})
         return
@@ -108,3 +114,19 @@ def calibrate(
         )
     commands = (f"eval {model} --cats {out} --text FILE", f"generate {model} --cats {out} --prompt TEXT")
     show_next(console, f"Thresholds are in [bold]{escape(str(out))}[/].", commands)
+
+
+def _save(config: cats_ext.CatsConfig, out: Path, checkpoint: Path | None) -> None:
+    """Write ``config``, then remove the checkpoint; if ``out`` has become unwritable, say where the work is kept."""
+    try:
+        config.save_pretrained(out)
+    except OSError as error:
+        if checkpoint is not None:
+            kept = f"the same command continues from --checkpoint {checkpoint}, with all passes done"
+        else:
+            elsewhere = tempfile.mkdtemp(prefix="cats-thresholds-")
+            config.save_pretrained(elsewhere)
+            kept = f"the thresholds are in {elsewhere}"
+        raise OSError(f"{cannot_be_written('--output', out, error)}; {kept}") from error
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import typer
 
 from cats_ext.cli import options
 from cats_ext.cli.common import load_patched, notes
@@ -20,12 +19,13 @@ _RESET, _LEAVE = "/reset", ("/exit", "/quit")
 def chat(
     model: options.Model,
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsity: options.Sparsity = None,
-    system: Annotated[str | None, typer.Option(help="Instructions that the conversation starts with.")] = None,
+    system: Annotated[str | None, options.text("Instructions that the conversation starts with.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most; without it half the context, up to 512.")
+        int | None, options.count("Tokens of an answer at most; without it half the context, up to 512.")
     ] = None,
-    context: Annotated[int, typer.Option(min=16, help="Tokens that the model looks back on at most.")] = 4096,
+    context: Annotated[int, options.count("Tokens that the model looks back on at most.", least=16)] = 4096,
     temperature: options.Temperature = 0.0,
     seed: options.SamplingSeed = 0,
     device: options.Device = None,
@@ -47,7 +47,11 @@ def chat(
     """
     from cats_ext.cli.generation import continue_prompt, decoder
 
-    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    if max_new_tokens is not None and max_new_tokens >= context:
+        raise ValueError(f"--max-new-tokens must be less than --context {context}, got {max_new_tokens}")
+    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, cats, sparsity, check_weights)
     if not tokenizer.chat_template:
         raise ValueError("cats chat needs a model whose tokenizer has a chat template, and this one has none")
     context = min(context, getattr(network.config, "max_position_embeddings", context))
@@ -88,7 +92,10 @@ def _read() -> str | None:
     while True:
         if sys.stdin.isatty():
             notes.print("[bold cyan]>[/] ", end="")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: {error.reason}") from error
         if not line or line.strip() in _LEAVE:
             return None
         if line.strip():

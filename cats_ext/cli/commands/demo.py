@@ -19,6 +19,7 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext._inputs import window_bos
+from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.cli import models, options
 from cats_ext.cli.common import escape, load, notes, output, patched, print_json, result_table, status
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize
@@ -63,10 +64,10 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option("--output", "-o", help="The figure: a .png, or a directory for it.")] = Path(),
     sparsity: Annotated[float, typer.Option(help="Share of neurons to skip, in [0, 1).")] = 0.5,
-    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue?",
-    new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to write, and to time.")] = 48,
-    calibration_tokens: Annotated[int, typer.Option(min=128, help="Tokens to calibrate on.")] = 8192,
-    eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure perplexity on.")] = 4096,
+    prompt: Annotated[str, options.text("What the model is asked.")] = "Why is the sky blue?",
+    new_tokens: Annotated[int, options.count("Tokens to write, and to time.", "--max-new-tokens", least=2)] = 48,
+    calibration_tokens: Annotated[int, options.count("Tokens to calibrate on.", least=128)] = 8192,
+    eval_tokens: Annotated[int, options.count("Tokens to measure perplexity on.", least=2)] = 4096,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -82,10 +83,11 @@ def demo(
 
     $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
     """
-    from cats_ext.cli.generation import encode_prompt
+    from cats_ext.cli.generation import check_prompt, encode_prompt
 
     started, load_at_start = time.perf_counter(), os.getloadavg()[0]
     sparsity_split(sparsity, "plain")
+    check_prompt(prompt)
     figure_path = _figure_path(out)
     where = options.pick_device(device)
     calibration_text, held_out_text, source = _texts(text)
@@ -93,7 +95,7 @@ def demo(
     console = output(json)
     network, tokenizer, _ = load(model, where)
     question = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template))
-    held_out = tokenize(tokenizer, [held_out_text])[:eval_tokens]
+    held_out = tokenize(tokenizer, [held_out_text], eval_tokens)
     document: dict[str, Any] = {"model": model, "device": str(where), "sparsity": sparsity, "prompt": prompt}
     document["load_at_start"] = load_at_start
     document |= show_model(console, model, network)
@@ -122,8 +124,7 @@ def _figure_path(out: Path) -> Path:
     if find_spec("matplotlib") is None:
         raise ImportError("the demo's figure needs matplotlib: pip install 'cats_ext[demo]'")
     path = out if out.suffix == ".png" else out / "cats_demo.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options.check_output(path, directory=False)
+    check_writable("--output", path, directory=False)
     return path
 
 
@@ -299,7 +300,11 @@ def show_figure(console: Console, plain: Variant, path: Path) -> None:
         for index, name in _three(list(config.layers))
     ]
     title = f"Neurons below the threshold (grey) are skipped: {config.sparsity:.0%} in each layer"
-    plot_activations(panels, path, title=title)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_activations(panels, path, title=title)
+    except OSError as error:
+        raise cannot_be_written("--output", path, error) from error
     silu = all(layer.activation == "silu" for layer in config.layers.values())
     peak = " The peak at 0.28 is SiLU's lowest value, -0.28." if silu else ""
     _heading(console, "Figure", f"|act(gate)| in {len(panels)} layers, with the thresholds.{peak}")

@@ -14,11 +14,23 @@ from rich.table import Table
 
 import cats_ext
 from cats_ext._inputs import window_bos
+from cats_ext._outputs import check_writable
 from cats_ext.cli import options
-from cats_ext.cli.common import escape, json_text, load, note_drift, output, patched, print_json, result_table
+from cats_ext.cli.common import (
+    UnwrittenError,
+    escape,
+    json_text,
+    load,
+    note_drift,
+    output,
+    patched,
+    print_json,
+    result_table,
+    write_output,
+)
 from cats_ext.cli.text import NAMED_TEXTS, named_text, read_texts, tokenize
 from cats_ext.evaluation.comparison import compare, perplexity
-from cats_ext.evaluation.tasks import answers, compare_answers, local_task
+from cats_ext.evaluation.tasks import answers, check_tasks, compare_answers, local_task
 from cats_ext.thresholds.rules import check_sparsity
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ def evaluate(
         str | None, typer.Option("--set", help=f"Instead of a file: {', '.join(NAMED_TEXTS)} (needs a network).")
     ] = None,
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsities: Annotated[
         str | None, typer.Option("--curve", help="Further sparsities to measure, comma-separated, from stored counts.")
     ] = None,
@@ -44,10 +57,10 @@ def evaluate(
     task_data: Annotated[
         Path | None, typer.Option(help="Directory with a NAME.jsonl(.gz) per task, instead of downloads.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many items of a task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Task requests run together.")] = 16,
+    limit: Annotated[int | None, options.count("Use only the first so many items of a task.")] = None,
+    batch_size: Annotated[int, options.count("Task requests run together.")] = 16,
     window: options.Window = 1024,
-    max_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    max_windows: Annotated[int | None, options.count("Use only the first so many windows.")] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the JSON there too; 'cats report' reads it.")
     ] = None,
@@ -75,10 +88,12 @@ def evaluate(
     if not (text or named or tasks):
         raise ValueError("give something to measure on: --text FILE, --set NAME or --tasks NAMES")
     curve = _curve(sparsities)
+    if out is not None:
+        check_writable("--output", out, directory=False)
+    where = options.pick_device(device)
     texts = named_text(named) if named else read_texts(text) if text else []
     chosen = _tasks(tasks, task_data)
-    options.check_output(out, directory=False)
-    network, tokenizer, config = load(model, options.pick_device(device), dtype, cats)
+    network, tokenizer, config = load(model, where, dtype, cats, check_weights)
     if config is None and curve:
         raise ValueError("--curve needs thresholds: --cats DIRECTORY, or a model saved with them")
     document: dict[str, Any] = {
@@ -87,7 +102,7 @@ def evaluate(
         "config": None if config is None else {k: v for k, v in config.to_dict().items() if k != "layers"},
     }
     if texts:
-        ids = tokenize(tokenizer, texts)
+        ids = tokenize(tokenizer, texts, None if max_windows is None else max_windows * window)
         windows = {"window": window, "max_windows": max_windows, "bos_token_id": window_bos(tokenizer)}
         document["text"] = {
             "source": named or [str(path) for path in text],
@@ -96,21 +111,23 @@ def evaluate(
     if chosen:
         run = {"limit": limit, "batch_size": batch_size}
         document["tasks"] = measure_tasks(network, tokenizer, chosen, variants_of(config, [], relufication), run)
+    if not json:
+        console = output(json)
+        if texts:
+            show_text(console, document["text"])
+        if chosen:
+            show_tasks(console, document["tasks"])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_text(document), encoding="utf-8")
+        try:
+            write_output("--output", out, json_text(document))
+        except OSError as error:
+            raise UnwrittenError(str(error), document) from error
     if json:
         print_json(document)
-        return
-    console = output(json)
-    if texts:
-        show_text(console, document["text"])
-    if chosen:
-        show_tasks(console, document["tasks"])
 
 
 def _curve(sparsities: str | None) -> list[float]:
-    values = options.numbers("--curve", sparsities) if sparsities else []
+    values = options.numbers("--curve", sparsities) if sparsities is not None else []
     for value in values:
         check_sparsity("--curve", value)
     return values
@@ -118,7 +135,10 @@ def _curve(sparsities: str | None) -> list[float]:
 
 def _tasks(tasks: str | None, task_data: Path | None) -> list[Any]:
     names = [name.strip() for name in tasks.split(",")] if tasks else []
-    return [name if task_data is None else local_task(name, task_data) for name in names]
+    if task_data is not None:
+        return [local_task(name, task_data) for name in names]
+    check_tasks(names)
+    return names
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from cats_ext._outputs import check_writable
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, load, notes, output, print_json, result_table, show_next
 from cats_ext.cli.text import dataset_texts, read_texts
 from cats_ext.finetune import METHODS, FinetuneSettings
 from cats_ext.finetune import finetune as tune
+from cats_ext.finetune.trainer import check_integrations
 
 Method = options.choices("Method", METHODS)
 DEFAULTS = FinetuneSettings()
@@ -31,7 +33,7 @@ def finetune(
             "files. Its field 'text' is read, by default of the split train."
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of --dataset are read at most.")] = 10_000,
+    rows: Annotated[int, options.count("How many rows of --dataset are read at most.")] = 10_000,
     method: Annotated[
         Method, typer.Option(help="cats: masked by thresholds; relufication: with ReLU; dense: as it is.")
     ] = DEFAULTS.method,
@@ -39,24 +41,25 @@ def finetune(
         float | None, typer.Option(help="cats: share of neurons to skip; without it 0.5, or that of the thresholds.")
     ] = None,
     cats: options.CatsDirectory = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
+    check_weights: options.CheckWeights = True,
+    steps: Annotated[int, options.count("Optimizer steps.")] = DEFAULTS.steps,
     full: Annotated[bool, typer.Option("--full", help="Tune all weights instead of LoRA adapters.")] = False,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = DEFAULTS.lora_rank,
+    lora_rank: Annotated[int, options.count("Rank of the adapters.", most=1 << 16)] = DEFAULTS.lora_rank,
     lora_targets: Annotated[
         str | None, typer.Option(help="Linear modules to adapt, with commas; without it all but the output layer.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest; without it 2e-4, 2e-5 with --full.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = DEFAULTS.batch_size,
+    batch_size: Annotated[int, options.count("Windows in a step.")] = DEFAULTS.batch_size,
     sequence_length: options.Window = DEFAULTS.sequence_length,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Calibrate again after the tuning.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the last two are kept.")] = 50,
+    save_every: Annotated[int, options.count("Steps between checkpoints; the last two are kept.")] = 50,
     report_to: Annotated[
         str | None, typer.Option(help="Where Trainer logs to, with commas, or none; tensorboard if it is installed.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the windows' order and the adapters.")] = DEFAULTS.seed,
+    seed: Annotated[int, options.seed("Of the windows' order and the adapters.")] = DEFAULTS.seed,
     device: options.Device = None,
     dtype: options.DType = None,
     json: options.Json = False,
@@ -82,29 +85,32 @@ def finetune(
         raise ValueError(f"give --text or --dataset, {given}")
     if full and lora_targets is not None:
         raise ValueError(f"give --full or --lora-targets, not both, got --lora-targets {lora_targets}")
-    options.check_output(out, directory=True)
+    check_writable("--output", out, directory=True)
     settings = FinetuneSettings(
         method=method.value,
         sparsity=DEFAULTS.sparsity if sparsity is None else sparsity,
         steps=steps,
         lora_rank=0 if full else lora_rank,
         lora_alpha=2.0 * lora_rank,
-        lora_targets=tuple(name.strip() for name in lora_targets.split(",")) if lora_targets else None,
+        lora_targets=tuple(name.strip() for name in lora_targets.split(",")) if lora_targets is not None else None,
         learning_rate=learning_rate if learning_rate is not None else 2e-5 if full else DEFAULTS.learning_rate,
         batch_size=batch_size,
         sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
-    texts = read_texts(text) if text else dataset_texts(dataset, rows)
+    integrations = _integrations(report_to)
+    if report_to is not None:
+        check_integrations(integrations)
     where = options.pick_device(device)
     if where.type == "cuda":
         if where.index not in (None, 0):
             raise ValueError(f"--device {device}: tuning takes the first GPU; choose with CUDA_VISIBLE_DEVICES")
         where = torch.device("cuda", 0)
+    texts = read_texts(text) if text else dataset_texts(dataset, rows)
     if full and dtype is None:
         dtype = options.Precision.FLOAT32  # small updates vanish in bfloat16 weights
-    network, tokenizer, config = load(model, where, dtype, cats)
+    network, tokenizer, config = load(model, where, dtype, cats, check_weights)
     if method.value != "cats":
         config = None
     if config is not None:
@@ -119,7 +125,7 @@ def finetune(
         config=config,
         recalibrate=recalibrate,
         save_every=save_every,
-        report_to=_integrations(report_to),
+        report_to=integrations,
     )
     if json:
         print_json(found)

@@ -16,10 +16,11 @@ from cats_ext.cli.common import load_patched, note_drift, notes, print_json
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, options.text("Text to continue.")],
     cats: options.CatsDirectory = None,
+    check_weights: options.CheckWeights = True,
     sparsity: options.Sparsity = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    max_new_tokens: Annotated[int, options.count("Tokens to write at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     temperature: options.Temperature = 0.0,
     seed: options.SamplingSeed = 0,
@@ -38,9 +39,10 @@ def generate(
 
     $ cats generate ./mistral-7b --cats thresholds --chat --prompt "What is a cat?"
     """
-    from cats_ext.cli.generation import continue_prompt, encode_prompt
+    from cats_ext.cli.generation import check_prompt, continue_prompt, encode_prompt
 
-    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity)
+    check_prompt(prompt)
+    network, tokenizer, config = load_patched(model, options.pick_device(device), dtype, cats, sparsity, check_weights)
     input_ids = encode_prompt(tokenizer, prompt, chat)
     if config is not None:
         cats_ext.track_sparsity(network)

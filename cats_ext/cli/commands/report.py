@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cats_ext.cli import options
-from cats_ext.cli.common import escape, notes
+from cats_ext._outputs import check_writable
+from cats_ext.cli.common import escape, notes, write_output
 from cats_ext.evaluation.html_report import html_report
 
 
@@ -30,8 +30,7 @@ def report(
     $ cats eval MODEL --cats thresholds --text held-out.txt --curve 0.3,0.7 -o thresholds/eval.json
     """
     target = out or directory / "report.html"
-    options.check_output(target, directory=False)
+    check_writable("--output", target, directory=False)
     page = html_report(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    write_output("--output", target, page)
     notes.print(f"[bold]{escape(str(target))}[/]", soft_wrap=True)
