@@ -70,8 +70,8 @@ def _cats_plan() -> ctypes._CFuncPtr:
         reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
         raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
     function = ctypes.CDLL(loaded[0]).cats_plan
-    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 3)
-    function.argtypes, function.restype = (*shape, *(ctypes.c_int,) * 3, ctypes.POINTER(_Choice)), None
+    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 3, ctypes.POINTER(ctypes.c_char_p))
+    function.argtypes, function.restype = (*shape, *(ctypes.c_int,) * 3, ctypes.POINTER(_Choice)), ctypes.c_bool
     return function
 
 
@@ -85,23 +85,27 @@ def plan(
     step: bool = False,
     aligned: bool = True,
     deterministic: bool = False,
+    formats: tuple[str, str, str] | None = None,
 ) -> Plan:
-    """The next launch for ``tokens`` tokens of a layer of dense weights.
+    """The next launch for ``tokens`` tokens of a layer.
 
     Args:
         step: the form for a step of decoding, ``sparse_mlp_step``.
         aligned: all rows and vectors start at multiples of 16 bytes, as those of whole tensors do.
         deterministic: the same bits in every run.
+        formats: of packed gate, up and down rows (:mod:`cats_ext.rows`); None: dense weights.
 
     Raises:
         RuntimeError: no compiled library is loaded.
-        ValueError: the op has no such dtype.
+        ValueError: the op has no such dtype, or there is no such format.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic)
+    names = (ctypes.c_char_p * 3)(*map(str.encode, formats)) if formats else None
+    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic, names)
     choice = _Choice()
-    _cats_plan()(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes, choice)
+    if not _cats_plan()(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes, choice):
+        raise ValueError(f"formats must be three names of packed row formats, got {formats!r}")
     members = {field.name: getattr(choice, field.name) for field in fields(Plan)}
     return Plan(**members | {"kernel": KERNELS[choice.kernel], "reason": choice.reason.decode()})
 

@@ -232,12 +232,16 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
     return shape.step ? none(reason) : generic(shape, device, reason);
 }
 
-// For Python (cats_ext/ops/plan.py): rows are dense.
-extern "C" __attribute__((visibility("default"))) void
+// For Python (cats_ext/ops/plan.py). formats: names of packed ones, of gate, up and down, or null. False: no such name.
+extern "C" __attribute__((visibility("default"))) bool
 cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
-          bool deterministic, int compute_capability, int multiprocessors, int shared_bytes, Choice *choice) {
-    const Shape shape{tokens, hidden_size, intermediate_size, row_layout(dtype), aligned, step, deterministic};
+          bool deterministic, const char *const *formats, int compute_capability, int multiprocessors, int shared_bytes,
+          Choice *choice) {
+    Shape shape{tokens, hidden_size, intermediate_size, row_layout(dtype), aligned, step, deterministic};
+    for (int i = 0; formats && i < 3; i++)
+        if (!parse_row_format(formats[i], &shape.formats[i])) return false;
     *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});
+    return true;
 }
 
 } // namespace cats

@@ -188,3 +188,46 @@ def test_deterministic_generic_sums_have_a_place_for_every_cta():
 def test_limits_of_this_gpu():
     limits = device_limits(torch.device("cuda"))
     assert limits.compute_capability >= 80 and limits.multiprocessors > 0 and limits.shared_bytes >= 99 * KIB
+
+
+PACKED = [("int4_g128",) * 3, ("int4_g64_zp",) * 3, ("int4_g128", "int4_g128", "int8_g128"), ("int8_g128",) * 3]
+PACKED += [("fp8_e4m3",) * 3, ("int4_g32",) * 3, ("int4_g128", "int8_g128", "int4_g128")]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_shape_of_packed_rows_has_a_plan_within_the_limits(gpu):
+    limits = GPUS[gpu]
+    for (hidden, intermediate), formats, dtype in product(shapes()[::2], PACKED, DTYPES):
+        for tokens, deterministic in product((1, 2, 3, 4, 5, 9), (False, True)):
+            for p in launches(
+                hidden, intermediate, tokens, dtype, limits, formats=formats, deterministic=deterministic
+            ):
+                case = (hidden, intermediate, formats, dtype, tokens, p)
+                assert p.supported and p.kernel in ("packed", "generic"), case
+                assert p.shared_bytes <= limits.shared_bytes - KIB, case
+                if p.kernel == "generic":
+                    continue
+                assert limits.compute_capability >= 90 and dtype != F32 and hidden % 8 == 0, case
+                assert "g32" not in formats[0] and formats[0] == formats[1] and p.bulk_copy, case
+                assert 1 <= p.tokens <= 4 and 1 <= p.ctas <= limits.multiprocessors, case
+                assert 8 * p.column_groups * 128 >= hidden and p.threads == 384, case
+                assert p.row_stride % 128 == 16, case  # ldmatrix reads 8 rows from all banks
+                assert p.ring_rows in (8, 16) and 2 <= p.slots <= 16, case
+                if "g64" in formats[0]:  # two scales for a block of 128 columns have no room with more
+                    assert p.tokens * p.column_groups <= 8, case
+
+
+@pytest.mark.parametrize("formats", PACKED)
+def test_a_step_of_packed_rows_needs_the_kernel_for_them(formats):
+    for hidden, intermediate in shapes():
+        one = plan(hidden, intermediate, 1, BF16, H100, formats=formats)
+        step = plan(hidden, intermediate, 1, BF16, H100, formats=formats, step=True)
+        assert step.supported == (one.kernel == "packed"), (hidden, intermediate, one, step)
+
+
+def test_packed_rows_of_mistral_7b():
+    for tokens, taken in ((1, 1), (2, 2), (3, 3), (4, 4), (16, 4)):
+        p = plan(4096, 14336, tokens, BF16, H100, formats=("int4_g128",) * 3)
+        assert (p.kernel, p.tokens, p.column_groups, p.ring_rows, p.slots) == ("packed", taken, 4, 16, 5)
+    with pytest.raises(ValueError, match=r"formats must be three names of packed row formats, got .*int3"):
+        plan(4096, 14336, 1, BF16, H100, formats=("int3",) * 3)
