@@ -46,6 +46,14 @@ def test_generate_at_sparsity_0_is_dense(model_dir, text_file, tmp_path):
     assert json_of(*arguments, "--cats", tmp_path)["text"] == json_of(*arguments)["text"]
 
 
+def test_generate_with_thresholds_for_other_weights(model_dir, thresholds, tmp_path):
+    save_tiny_model(tmp_path, seed=1)
+    arguments = ("generate", tmp_path, "--cats", thresholds, "--prompt", "a cat", "--max-new-tokens", 4)
+    assert "config is for other weights" in (message := error_of(*arguments)) and "--no-check-weights" in message
+    assert "apply_cats" not in message
+    assert json_of(*arguments, "--no-check-weights")["sparsity"]["target"] == 0.5
+
+
 def test_generate_samples_from_a_seed(model_dir):
     arguments = ("generate", model_dir, "--prompt", "a", "--max-new-tokens", 16, "--temperature", 2.0, "--seed")
     first, again, other = (json_of(*arguments, seed)["text"] for seed in (1, 1, 2))

@@ -87,6 +87,7 @@ SPARSE = [  # argument, what is done to it, the message
     ("down_threshold", lambda t: t.half(), rf"down_threshold must be float32, got {HALF}"),
     ("down_threshold", lambda t: t[:1], r"down_threshold must have shape \[\] or \[4\], got \[1\]"),
     ("activation", lambda _: "tanh", "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"),
+    ("activation", lambda _: "relu\0", r"activation must be one of silu, gelu, gelu_tanh, relu, got 'relu\?'"),
     ("gate_bias", lambda t: t[1:], r"gate_bias must have shape \[4\], got \[3\]"),
     ("gate_bias", double, rf"gate_bias must have x's dtype {FLOAT}, got {DOUBLE}"),
     ("up_bias", lambda t: t[None], r"up_bias must have shape \[4\], got \[1, 4\]"),
@@ -255,6 +256,19 @@ def test_none_is_no_tensor(op, name, where):
         rf"{name} must be a tensor, got None$",
         where,
     )
+
+
+@pytest.mark.parametrize("where", WHERE[:2])
+def test_memory_that_was_freed(where):
+    """As FSDP does between uses. An optional argument without memory must not count as absent."""
+    for op, make in (("sparse_mlp_counted", sparse_arguments), ("gated_threshold_backward", gated_arguments)):
+        for name, value in make(where).items():
+            if isinstance(value, torch.Tensor):
+                arguments = make(where)
+                arguments[name] = value.clone()
+                arguments[name].untyped_storage().resize_(0)
+                message = rf"{op.rpartition('_')[0]}: {name} must have memory, its storage has 0 bytes$"
+                fails(op, arguments, message)
 
 
 KINDS = {

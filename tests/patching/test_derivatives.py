@@ -9,7 +9,7 @@ from support.patched import config_for, few, layers_of, many
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from cats_ext import apply_cats, masking_disabled
+from cats_ext import apply_cats, masking_disabled, track_sparsity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +95,16 @@ def test_tokens_without_tangents_still_take_the_kernel(called):
     with torch.no_grad():
         model(input_ids=tokens(1)[None])
     assert set(called) == {"sparse_mlp"}
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_counting_inside_a_transform_is_refused_by_name(mlp, count):
+    x = torch.randn(count, HIDDEN)
+    for transform in (
+        lambda: vmap(mlp)(x[None]),
+        lambda: jvp(mlp, (x,), (x,)),
+        lambda: grad(lambda x: mlp(x).sum())(x),
+    ):
+        with track_sparsity(mlp), pytest.raises(RuntimeError, match=r"^neurons cannot be counted inside torch.func's"):
+            transform()
+        transform()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from support.models import tiny_model, tokens
-from support.patched import assert_unchanged, config_for, few, layers_of, logits, many, snapshot
+from support.patched import InterruptAt, assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from cats_ext import (
     sparsity_report,
     track_sparsity,
 )
+from cats_ext.patching.surgery import set_class
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +130,8 @@ def test_copies_are_dense_too(model, duplicate):
     torch.testing.assert_close(logits(model, few()), dense)
 
 
-def test_methods_of_the_original_class_are_there():
+@pytest.mark.parametrize("where", ["masking disabled", "dense prefill", "patched"])
+def test_methods_of_the_original_class_are_there(where):
     class Helped(type(layers_of(tiny_model())[0])):
         def forward(self, x):
             return self.helper(super().forward(x))
@@ -139,7 +143,24 @@ def test_methods_of_the_original_class_are_there():
     for mlp in layers_of(model):
         mlp.__class__ = Helped
     dense = logits(model, many())
-    apply_cats(model, config_for(model))
-    with masking_disabled(model):
-        torch.testing.assert_close(logits(model, many()), dense)
+    apply_cats(model, config_for(model), sparse_prefill=where == "patched")
+    with masking_disabled(model) if where == "masking disabled" else nullcontext():
+        assert torch.allclose(logits(model, many()), dense, rtol=1e-5, atol=1e-5) == (where != "patched")
         assert all(isinstance(mlp, Helped) for mlp in layers_of(model))
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, few()), logits(model, few()))
+    assert all(type(mlp) is Helped for mlp in layers_of(remove_cats(twin)))
+
+
+def test_interrupted_anywhere_it_is_over(model):
+    """At each line of the context, of leaving it, and of the body's end: what was patched is patched again."""
+    before = [type(mlp) for mlp in layers_of(model)]
+    for line in itertools.count():
+        try:
+            with InterruptAt(line, [masking_disabled.__wrapped__, set_class], KeyboardInterrupt):
+                with masking_disabled(model):
+                    pass
+            break
+        except KeyboardInterrupt:
+            assert [type(mlp) for mlp in layers_of(model)] == before, line
+    assert line > 20

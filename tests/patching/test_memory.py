@@ -71,6 +71,63 @@ def test_a_model_that_was_shared_after_patching_is_not_taken_out():
     assert torch.equal(logits(model, few()), logits(tiny_model(), few()))
 
 
+@pytest.mark.parametrize("kind", ["state dict", "numpy", "view"])
+def test_memory_that_others_hold_keeps_its_values(kind):
+    """What a layer leaves is the next one's only if nobody has it."""
+    model = tiny_model()
+    config = config_for(model)
+    weights = [mlp.down_proj.weight for mlp in layers_of(model)]
+    if kind == "numpy":
+        held = [weight.detach().numpy().copy() for weight in weights]
+        for weight, array in zip(weights, held, strict=True):
+            weight.data = torch.from_numpy(array)
+    else:
+        held = [weight.data if kind == "state dict" else weight.detach().mT for weight in weights]
+    copies = [torch.as_tensor(values).clone() for values in held]
+    remove_cats(apply_cats(model, config))
+    apply_cats(model, config)
+    for values, copied in zip(held, copies, strict=True):
+        assert torch.equal(torch.as_tensor(values), copied)
+    assert torch.equal(logits(remove_cats(model), few()), logits(tiny_model(), few()))
+
+
+def test_layers_of_several_sizes_and_layouts():
+    """An interrupt at the last layer: each weight is laid out as before."""
+    model = tiny_model()
+    config = config_for(model)
+    first, second, *_ = (mlp.down_proj.weight for mlp in layers_of(model))
+    wide = torch.zeros(HIDDEN, INTERMEDIATE + 5)
+    wide[:, :INTERMEDIATE] = first.detach()
+    first.data = wide[:, :INTERMEDIATE]  # with a gap after each row
+    del wide
+    second.data = second.data.mT.contiguous().mT  # as it is to be
+    expected, before = logits(model, few()), snapshot(model)
+
+    def interrupted(model, config):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cats_ext.patching.listeners.patched", interrupted)
+        apply_cats(model, config)
+    assert_unchanged(model, before)
+    apply_cats(model, config)
+    assert all(mlp.down_proj.weight.mT.is_contiguous() for mlp in layers_of(model))
+    remove_cats(model)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, few()), expected)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_an_activation_without_memory_is_no_other_activation(error):
+    def runs_out(x):
+        raise error("out of memory")
+
+    model, config = tiny_model(), config_for(tiny_model())
+    layers_of(model)[1].act_fn.forward = runs_out
+    with pytest.raises(error, match="out of memory"):
+        apply_cats(model, config)
+
+
 OVERLAPPING = {
     "rows": lambda big: (big[:INTERMEDIATE], big[INTERMEDIATE // 2 : INTERMEDIATE // 2 + INTERMEDIATE]),
     "the last element": lambda big: (

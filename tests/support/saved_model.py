@@ -11,13 +11,13 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 
-def save_tiny_model(directory: Path, family: str = "llama") -> None:
+def save_tiny_model(directory: Path, family: str = "llama", seed: int = 0) -> None:
     """Save a model of ``family`` whose tokens are the ASCII characters, with two special tokens in use."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(i): i for i in range(3, 128)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tiny_model(family).save_pretrained(directory)
+    tiny_model(family, seed=seed).save_pretrained(directory)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

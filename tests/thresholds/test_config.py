@@ -311,6 +311,16 @@ WEIGHTS = torch.ones(INTERMEDIATE)
         ("gate_weight", WEIGHTS[:3], rf"gate_weight must have shape \[{INTERMEDIATE}\], got \[3\]"),
         ("gate_weight", WEIGHTS * float("nan"), "gate_weight must be finite and >= 0, got nan"),
         ("down_weight", -WEIGHTS, "down_weight must be finite and >= 0, got -1.0"),
+        (
+            "threshold",
+            torch.tensor(0.1),
+            rf"thresholds\['{NAME}'\] must have shape \[{INTERMEDIATE}\], as its statistics",
+        ),
+        (
+            "down_threshold",
+            torch.tensor(0.1),
+            rf"down_thresholds\['{NAME}'\] must have shape .* got \[\]: to set it by",
+        ),
         ("gate_weight", ..., "must have gate_weight with rule 'two_threshold' and the config's powers"),
         ("down_weight", ..., "must have down_weight with rule 'two_threshold'"),
         ("weights", torch.ones(3, 4), r"weights\['model.layers.0.mlp'\] must have shape \[3, 128\], got \[3, 4\]"),

@@ -125,6 +125,21 @@ def test_killed_at_any_point_leaves_no_mixture_that_is_used(tmp_path):
         if "b" in found:
             version = found["b"][:3]
             assert found["a"][:3] == version and ("part" in found) == (version == b"old")
+        # The next save, of another file, finds all of the old ones or all of the new ones, and nothing else.
+        write_together({directory / "d": b"newest d"})
+        new = {"a": b"new a", "b": b"new b", "of the user": b"stays"}
+        assert contents(directory) in [{**version, "d": b"newest d"} for version in (OLD, new)], directory
+        assert not [name for name in os.listdir(directory) if name.startswith(".")]
+
+
+def test_folders_of_living_processes_and_of_users_stay(tmp_path):
+    (tmp_path / ".cats-saving-mine").mkdir()
+    with staged(tmp_path) as new:
+        (new / "a").write_bytes(b"of the first")
+        write_together({tmp_path / "b": b"of the second"})
+        publish(new, tmp_path)
+    assert contents(tmp_path) == {"a": b"of the first", "b": b"of the second"}
+    assert os.listdir(tmp_path / ".cats-saving-mine") == []
 
 
 def test_threads_end_with_the_files_of_one(tmp_path):
