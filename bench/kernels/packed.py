@@ -5,7 +5,7 @@
 Every path is captured in a CUDA graph over layers of distinct weights, several times the L2 in all; paths take turns,
 medians are reported. Thresholds are exact quantiles of |act(gate)| for the x in use; with several tokens a neuron's row
 is read if one of them keeps it. "int4pack" is torch's tinygemm kernel, groups of 128, compiled with its activation;
-"int8" is a product with weights that torch.compile converts, one scale a row.
+"int8" is a product with weights that torch.compile converts as it reads them, one scale a row.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def dense_variants(x: Tensor, intermediate: int, count: int) -> Iterator[Variant
         def mlp(x: Tensor, gate: object, up: object, down: object) -> Tensor:
             return product(F.silu(product(x, gate)) * product(x, up), down)
 
-        compiled = torch.compile(mlp, dynamic=False)
+        compiled = torch.compile(mlp, dynamic=False, options={"coordinate_descent_tuning": True})
         return Captured(lambda: [compiled(x, *layer) for layer in layers])
 
     weights = 3 * hidden * intermediate
