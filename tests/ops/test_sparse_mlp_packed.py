@@ -9,6 +9,7 @@ from support.packed_rows import HIDDEN, make_packed_case
 
 from cats_ext import ops
 from cats_ext.ops import reference
+from cats_ext.ops.plan import device_limits, plan
 from cats_ext.rows import FORMATS, quantize_rows
 
 WIDTHS = [(name, hidden) for name, form in FORMATS.items() for hidden in HIDDEN[form.group_size]]
@@ -172,10 +173,19 @@ def step_args(formats, hidden, intermediate, dtype, device):
     return [a.to(device) if isinstance(a, torch.Tensor) else a for a in args], case.expected()
 
 
+def has_step(formats, hidden, dtype):
+    return plan(hidden, 2304, 1, dtype, device_limits(torch.device("cuda")), step=True, formats=formats).supported
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("formats", [*((name,) * 3 for name in FORMATS), MIXED[0]], ids=str)
 def test_step_adds_the_mlp_of_the_normalised_row(formats, dtype, device):
-    args, expected = step_args(formats, 576 if "128" not in formats[0] else 1024, 2304, dtype, device)
+    hidden = 576 if "128" not in formats[0] else 1024
+    args, expected = step_args(formats, hidden, 2304, dtype, device)
+    if device == "cuda" and not has_step(formats, hidden, dtype):
+        with pytest.raises(RuntimeError, match="sparse_mlp_packed_step: cudaErrorNotSupported"):
+            ops.sparse_mlp_packed_step(*args)
+        return
     ops.sparse_mlp_packed_step(*args)
     got = args[9][: expected.numel()].double().cpu()
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
@@ -196,7 +206,8 @@ def test_opcheck(tokens, device):
 
 
 def test_opcheck_step(device):
-    torch.library.opcheck(ops.sparse_mlp_packed_step, tuple(step_args(MIXED[0], 64, 2200, torch.float32, device)[0]))
+    args, _ = step_args(("int4_g64", "int4_g64", "int8_g64"), 64, 2200, torch.bfloat16, device)
+    torch.library.opcheck(ops.sparse_mlp_packed_step, tuple(args))
 
 
 def test_compile_whole_graph(device):
