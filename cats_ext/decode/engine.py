@@ -20,7 +20,7 @@ from torch import Tensor
 from cats_ext.decode.fingerprint import Fingerprint
 from cats_ext.decode.sampling import GenerationRequest, prepare_generation
 from cats_ext.decode.session import SPARE, Session
-from cats_ext.decode.state import check_ids, check_ready, uncounted, unwrapped_decodable
+from cats_ext.decode.state import Turns, check_ids, check_ready, uncounted, unwrapped_decodable
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -122,6 +122,7 @@ class DecodeEngine:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            Turns.of(self.model).running(),
         ):
             if self.model.training or device.type == "meta":
                 check_ready(self.model)  # raises
@@ -168,16 +169,18 @@ class DecodeEngine:
         length = -(-(max(request.max_length, self.max_length) + SPARE) // _LENGTH_STEP) * _LENGTH_STEP
         if self._session is not None and not self._session.serves(batch, length, padded):
             self._drop_session()
-        if self._session is None:
-            fused = self.fused
-            if fused is None and (self.compile or not self.captures):
-                fused = False
-            with uncounted(self.model):
-                self._session = Session(self.model, batch, length, padded, state, fused, self.compile)
+        if self._session is None or (self.captures and not self._session.captured(request.selection)):
+            with Turns.of(self.model).preparing(ids.device):
+                if self._session is None:
+                    fused = self.fused
+                    if fused is None and (self.compile or not self.captures):
+                        fused = False
+                    with uncounted(self.model):
+                        self._session = Session(self.model, batch, length, padded, state, fused, self.compile)
+                if self.captures:
+                    self._session.capture(request.selection)
             _, versions = self._fingerprint.read()  # the check of the fused step has set thresholds to 0 and back
         session = self._session
-        if self.captures:
-            session.capture(request.selection)
         session.start(ids, mask, versions, reuse and batch == 1 and not padded)
         return session
 

@@ -189,6 +189,11 @@ class Session:
                 self.logits = torch.empty_like(logits)
             self.logits.copy_(logits)
 
+    def captured(self, selection: Selection) -> bool:
+        """Set ``graph`` for this selection, if it is known; whether there is nothing to :meth:`capture`."""
+        self.graph = None if self._graphs is None else self._graphs.get(selection.graph_key)
+        return self.graph is not None or self._graphs is None
+
     def capture(self, selection: Selection) -> None:
         """Set ``graph`` for this selection; None, with a warning, if the step cannot be captured."""
         self.graph = None
@@ -201,8 +206,6 @@ class Session:
 
     def _graph(self, selection: Selection) -> torch.cuda.CUDAGraph:
         key = selection.graph_key
-        if key in self._graphs:
-            return self._graphs[key]
         if len(self._graphs) >= _MAX_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
         device = self.model.device
@@ -217,7 +220,8 @@ class Session:
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._advance(selection, key is not None)
         torch.cuda.set_rng_state(random_state, device)
         self._graphs[key] = graph

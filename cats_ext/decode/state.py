@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +107,65 @@ def nothing_skipped(model: nn.Module) -> Iterator[None]:
             for threshold in thresholds:
                 threshold.zero_()
         yield
+
+
+class Turns:
+    """Of the engines of one model, which may run in threads and on streams of their own.
+
+    Calls run side by side. While one prepares a session it changes thresholds and counts in place, and no other runs.
+    """
+
+    _of_models: ClassVar[WeakKeyDictionary[nn.Module, Turns]] = WeakKeyDictionary()
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: Counter[int] = Counter()  # calls by thread: a streamer may call another engine
+        self._preparing: int | None = None  # the thread
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Turns:
+        with cls._lock:
+            return cls._of_models.setdefault(model, cls())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For a call of an engine, from its first look at the model on."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._preparing in (None, me))
+            self._running[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running[me] -= 1
+                self._running += Counter()  # without zeros
+                self._changed.notify_all()
+
+    @contextmanager
+    def preparing(self, device: torch.device) -> Iterator[None]:
+        """Inside a running call: alone, and with nothing in flight on the device before and after."""
+        me = threading.get_ident()
+        with self._changed:
+            mine = self._running.pop(me)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._preparing is None and not self._running)
+            self._preparing = me
+        try:
+            _wait_for(device)
+            yield
+            _wait_for(device)
+        finally:
+            with self._changed:
+                self._preparing = None
+                self._running[me] = mine
+                self._changed.notify_all()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

@@ -31,7 +31,7 @@ def test_op_calls_on_a_gpu():
     place = lambda t, at_end: to_device(t, "cuda")  # noqa: E731
     for number in range(CALLS):
         call = op_calls.make_call(number, SEED, place)
-        if call.op == "sparse_mlp_step" and not call.spoilt:
+        if call.op.endswith("_step") and not call.spoilt:
             continue
         outcome, what = op_calls.run_case(number, SEED, place)
         record.add(outcome, f"{outcome}, call {number}: {what}" if what else None)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cats_ext.ops import reference
 from cats_ext.ops.definitions import SCHEMAS
+from cats_ext.rows import FORMATS, quantize_rows
 
 OPS = sorted(SCHEMAS)
 LARGEST = 1 << 20  # bytes of an argument
@@ -56,6 +57,22 @@ def _rows(r: random.Random, t: Tensor) -> Tensor:
     """``t`` [I, H] as it is, or with other elements between its rows."""
     gap = r.choice([0, 0, 0, 1, 8, r.randint(1, 40)])
     return torch.nn.functional.pad(t, (0, gap))[:, : t.shape[1]]
+
+
+def _packed(r: random.Random, weights: list[Tensor], arguments: dict[str, Any]) -> list[Tensor]:
+    """Packs ``weights`` into ``arguments``, each in a format of its own, and returns what the rows stand for."""
+    exact, hidden = [], weights[0].shape[1]
+    for name, weight in zip(("gate", "up", "down"), weights, strict=True):
+        fitting = [key for key, form in FORMATS.items() if not form.group_size or hidden % form.group_size == 0]
+        form = FORMATS[r.choice(fitting)]
+        rows = quantize_rows(weight.float(), form)
+        gap = 16 * r.choice([0, 0, 1, 3])
+        arguments["w_down_t" if name == "down" else f"w_{name}"] = torch.nn.functional.pad(rows, (0, gap))[
+            :, : rows.shape[1]
+        ]
+        arguments[f"{name}_format"] = form.name
+        exact.append(form.unpack(rows, hidden))
+    return exact
 
 
 def _threshold(r: random.Random, values: Tensor) -> Tensor | None:
@@ -108,7 +125,9 @@ def _mlp(r: random.Random, op: str, g: torch.Generator) -> Call:
     dtype, activation = r.choice(DTYPES), r.choice(ACTIVATIONS)
     hidden = r.choice([1, r.randint(1, 120), 8 * r.randint(1, 30), r.choice([1024, 2048])])
     intermediate = r.randint(1, 40) if hidden > 500 else r.choice([1, r.randint(1, 150), 8 * r.randint(1, 20)])
-    step = op == "sparse_mlp_step"
+    step, packed = op.endswith("_step"), "packed" in op
+    if packed:
+        hidden = r.choice([1, hidden, 32 * r.randint(1, 8), 128 * r.randint(1, 6)])
     shape = (
         (1, hidden)
         if step
@@ -117,8 +136,13 @@ def _mlp(r: random.Random, op: str, g: torch.Generator) -> Call:
     x = _normal(g, *shape).to(dtype)
     if not step and len(shape) == 2 and r.random() < 0.2:
         x = _normal(g, shape[0], hidden + 8).to(dtype)[:, 3 : 3 + hidden]
-    w_gate, w_up = (_rows(r, _normal(g, intermediate, hidden, scale=hidden**-0.5).to(dtype)) for _ in range(2))
-    w_down_t = _rows(r, _normal(g, intermediate, hidden, scale=intermediate**-0.5).to(dtype))
+    weights = [_normal(g, intermediate, hidden, scale=n**-0.5).to(dtype) for n in (hidden, hidden, intermediate)]
+    rows: dict[str, Any] = {}
+    if packed:
+        w_gate, w_up, _ = _packed(r, weights, rows)
+    else:
+        w_gate, w_up, w_down_t = (_rows(r, w) for w in weights)
+        rows = {"w_gate": w_gate, "w_up": w_up, "w_down_t": w_down_t}
     sizes = {"gate_bias": intermediate, "up_bias": intermediate} | ({} if step else {"down_bias": hidden})
     biases = {k: _normal(g, n, scale=0.3).to(dtype) if r.random() < 0.3 else None for k, n in sizes.items()}
     arguments: dict[str, Any] = {"x": x}
@@ -130,7 +154,7 @@ def _mlp(r: random.Random, op: str, g: torch.Generator) -> Call:
     bias = lambda name: None if biases[name] is None else biases[name].double()  # noqa: E731
     gate = linear(exact_x, w_gate.double(), bias("gate_bias"))
     v, h = _values(gate, linear(exact_x, w_up.double(), bias("up_bias")), activation)
-    arguments |= {"w_gate": w_gate, "w_up": w_up, "w_down_t": w_down_t}
+    arguments |= rows
     if step:
         arguments["y_sum"] = torch.zeros(hidden + r.choice([1, 1, 5]))
     if op.endswith("counted"):
@@ -203,7 +227,7 @@ def spoil(r: random.Random, call: Call) -> bool:
     elif how == "layout":
         wrong = t.to_sparse() if t.dim() else None
     elif how == "memory":  # freed, as FSDP frees what it has sharded
-        if not t.numel() or call.op == "sparse_mlp_step":  # on the CPU that is torch's own ops
+        if not t.numel() or call.op.endswith("_step"):  # on the CPU that is torch's own ops
             return False
         wrong = t.clone()
         wrong.untyped_storage().resize_(0)
@@ -251,6 +275,9 @@ def _expected(call: Call) -> list[Tensor]:
     cpu = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in call.arguments.items()}
     cpu.pop("deterministic", None)
     y_sum, counts = cpu.pop("y_sum", None), cpu.pop("counts", None)
+    for name, rows in (("gate", "w_gate"), ("up", "w_up"), ("down", "w_down_t")):
+        if form := cpu.pop(f"{name}_format", None):
+            cpu[rows] = FORMATS[form].unpack(cpu[rows], cpu["x"].shape[-1])
     exact = {k: v.double() if isinstance(v, Tensor) and "threshold" not in k else v for k, v in cpu.items()}
     if call.op == "gated_threshold_backward":
         return list(reference.gated_threshold_backward_ref(**exact, compute_dtype=torch.float64))
@@ -284,7 +311,7 @@ def _difference(call: Call, before: dict[str, Tensor]) -> str:
         if a.shape != e.shape:
             return f"shape {list(a.shape)}, expected {list(e.shape)}"
         tolerance = TOLERANCE.get(a.dtype, dict(rtol=0, atol=0))
-        if call.op == "sparse_mlp_step":  # what is summed has been normalised in the dtype of x
+        if call.op.endswith("_step"):  # what is summed has been normalised in the dtype of x
             tolerance = TOLERANCE[torch.float32]
         if not torch.allclose(a.cpu().double(), e.double(), **tolerance, equal_nan=True):
             return f"off by {float((a.cpu().double() - e.double()).abs().max()):.3g}"
