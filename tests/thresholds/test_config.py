@@ -334,6 +334,16 @@ def test_invalid_tensors_with_a_right_hash(config, tmp_path, key, tensor, messag
         CatsConfig.from_pretrained(tmp_path)
 
 
+def test_loading_on_another_default_device(config, tmp_path):
+    """As transformers loads a checkpoint."""
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        assert_same(config, CatsConfig.from_pretrained(tmp_path))
+    save_altered(config, tmp_path, tensors={f"{NAME}.gate_histogram": torch.zeros(0, dtype=torch.int64)})
+    with torch.device("meta"), pytest.raises(ValueError, match=r"gate_histogram must count .* values, got"):
+        CatsConfig.from_pretrained(tmp_path)
+
+
 def test_edges_that_do_not_ascend(config, tmp_path):
     edges = config.statistics[NAME].joint.edges.clone()
     for wrong in (edges.flip(0), edges + 1, edges * float("inf"), torch.cat([edges[:2], edges[1:-1]])):
