@@ -33,8 +33,6 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
-MOST_KERNEL_TOKENS = max(*MAX_KERNEL_TOKENS.values(), MAX_BATCHED_TOKENS)
-
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
 # 86, 278 and 157 (bench/results/h100/experts.csv).
@@ -122,8 +120,7 @@ def choose(
     """
     if dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
         return DENSE, None
-    # For many tokens on CUDA no further question; on the CPU some dtypes take the kernel for any number.
-    if (x.numel() <= MOST_KERNEL_TOKENS * hidden_size or not x.is_cuda) and kernel_fits(x, hidden_size):
+    if kernel_fits(x, hidden_size):
         operands = projections.operands(source)
         if (
             operands is not None
@@ -174,8 +171,9 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
     """
     # Once a layer and token: is_cuda and is_cpu cost a fifth of device.type.
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-    tokens_fit = x.numel() <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
-    if not tokens_fit and device == "cuda" and x.numel() <= MAX_BATCHED_TOKENS * hidden_size:
+    size = x.numel()
+    tokens_fit = size <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
+    if not tokens_fit and device == "cuda" and size <= MAX_BATCHED_TOKENS * hidden_size:
         tokens_fit = (
             x.dtype != torch.float32
             and hidden_size in BATCHED_HIDDEN_SIZES

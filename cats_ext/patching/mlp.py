@@ -144,7 +144,7 @@ class CatsMLP(PatchedMLP):
 
     def activation(self) -> str | Callable[[Tensor], Tensor]:
         """What is computed: a name, or the module's own where it has been replaced or a hook has to see it."""
-        _, activation, own, *_ = self.forward_settings
+        _, activation, own, _, _, _ = self.forward_settings
         module = self._modules.get(own)
         if activation is None:
             return getattr(self, own) if module is None else module

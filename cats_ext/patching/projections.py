@@ -7,7 +7,7 @@ does not. A module with other projections (quantised rows, parallel linears) is 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops.dispatch import Operands, Projections
@@ -76,9 +76,11 @@ def readable_parameters(*modules: nn.Module) -> list[dict[str, Tensor | None]] |
         return None
     found = []
     for module in modules:
-        linear = module if type(module) is nn.Linear else under_idle_adapter(module)
+        linear = module
         if type(linear) is not nn.Linear:
-            return None
+            linear = under_idle_adapter(module)
+            if type(linear) is not nn.Linear:
+                return None
         # Attributes, not items of __dict__, for which torch.compile's guards would look at every layer.
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
@@ -97,13 +99,13 @@ def call_linear(linear: nn.Module, x: Tensor) -> Tensor:
         type(linear) is not nn.Linear
         or linear._forward_hooks
         or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
         or FORWARD_HOOKS
         or FORWARD_PRE_HOOKS
-        or BACKWARD_HOOKS
-        or BACKWARD_PRE_HOOKS
         or "forward" in linear.__dict__
+        or (
+            is_grad_enabled()
+            and (linear._backward_hooks or linear._backward_pre_hooks or BACKWARD_HOOKS or BACKWARD_PRE_HOOKS)
+        )
     ):
         return linear(x)
     parameters = linear._parameters

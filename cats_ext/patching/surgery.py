@@ -32,7 +32,7 @@ class MemoryLayouts:
     """
 
     def __init__(self, layouts: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-        changing = {name: both for name, both in layouts.items() if both[0].stride() != both[1]}
+        changing = {name: (weight, new) for name, (weight, new) in layouts.items() if weight.stride() != new}
         for name, (weight, _) in changing.items():
             check_own_memory(name, weight)
         self._weights = [weight for weight, _ in changing.values()]
@@ -54,7 +54,7 @@ class MemoryLayouts:
         if weight.stride() == strides:
             return
         wanted = _memory_of(weight, strides)
-        in_use = {weight.untyped_storage()._cdata for weight in self._weights}
+        in_use = {other.untyped_storage()._cdata for other in self._weights}
         spare = next(
             memory
             for memory in self._memories

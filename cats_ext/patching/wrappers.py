@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from types import MethodType
 
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules import module as _torch
 
 # Hooks for all modules at once (register_module_forward_hook and the like): dictionaries that torch fills and empties.
@@ -49,12 +49,12 @@ def is_observed(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
         or FORWARD_HOOKS
         or FORWARD_PRE_HOOKS
-        or BACKWARD_HOOKS
-        or BACKWARD_PRE_HOOKS
+        or (
+            is_grad_enabled()
+            and (module._backward_hooks or module._backward_pre_hooks or BACKWARD_HOOKS or BACKWARD_PRE_HOOKS)
+        )
     )
 
 

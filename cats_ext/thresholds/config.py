@@ -303,7 +303,8 @@ class CatsConfig:
             FileNotFoundError: the directory or one of the two files is missing.
             ValueError: a file is not what was written (format, hash), or its contents are not valid.
         """
-        document, tensors = load_config_files(Path(directory))
+        with torch.device("cpu"):  # not "meta", under which transformers loads a model
+            document, tensors = load_config_files(Path(directory))
         path, version = Path(directory) / CONFIG_FILE, document["format_version"]
         if version < FORMAT_VERSION:
             warnings.warn(
@@ -313,7 +314,8 @@ class CatsConfig:
                 stacklevel=2,
             )
         try:
-            return cls._from_parts(document, tensors)
+            with torch.device("cpu"):
+                return cls._from_parts(document, tensors)
         except (KeyError, TypeError, ValueError) as error:
             what = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not a valid CATS config: {what}") from error
