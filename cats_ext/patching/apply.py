@@ -58,9 +58,8 @@ def apply_cats(
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
     with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix of each size, taken
-    before anything is changed. From then on
-    ``save_pretrained`` of a transformers model writes a checkpoint with the thresholds beside the dense weights, which
-    ``from_pretrained`` loads patched.
+    before anything is changed. From then on ``save_pretrained`` of a transformers model writes a checkpoint with the
+    thresholds beside the dense weights, which ``from_pretrained`` loads patched.
 
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,

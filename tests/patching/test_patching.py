@@ -13,6 +13,7 @@ from torch import nn
 
 from cats_ext import CatsMLP, apply_cats, masking_disabled, remove_cats
 from cats_ext._inputs import evaluation_mode
+from cats_ext.calibration.passes import _frozen
 from cats_ext.integrations.transformers import attach, detach
 from cats_ext.patching.apply import _patch
 from cats_ext.patching.detection import _check_formula
@@ -132,6 +133,23 @@ def test_masking_interrupted_comes_back_everywhere(call, monkeypatch):
     with pytest.raises(KeyboardInterrupt), masking_disabled(model):
         pass
     assert_unchanged(model, before)
+
+
+def test_contexts_interrupted_at_any_line_put_everything_back():
+    model = tiny_model().train()
+    model.model.norm.eval()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = [module.training for module in model.modules()]
+    for line in itertools.count():
+        try:
+            with InterruptAt(line, [evaluation_mode.__wrapped__, _frozen.__wrapped__], KeyboardInterrupt):
+                with evaluation_mode(model), _frozen(model):
+                    pass
+            break
+        except KeyboardInterrupt:
+            assert [module.training for module in model.modules()] == before, line
+            assert [name for name, p in model.named_parameters() if p.requires_grad] == trained, line
+    assert line > 20
 
 
 @pytest.mark.parametrize("mode", [False, True], ids=["going there", "coming back"])
