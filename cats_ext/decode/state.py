@@ -132,33 +132,34 @@ class Turns:
     def running(self) -> Iterator[None]:
         """For a call of an engine, from its first look at the model on."""
         me = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: self._preparing in (None, me))
-            self._running[me] += 1
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._preparing in (None, me))
+                self._running[me] += 1
             yield
-        finally:
+        finally:  # also of an interrupt before it is counted: the line below drops what is not above 0
             with self._changed:
                 self._running[me] -= 1
-                self._running += Counter()  # without zeros
+                self._running += Counter()
                 self._changed.notify_all()
 
     @contextmanager
     def preparing(self, device: torch.device) -> Iterator[None]:
         """Inside a running call: alone, and with nothing in flight on the device before and after."""
-        me = threading.get_ident()
-        with self._changed:
-            mine = self._running.pop(me)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._preparing is None and not self._running)
-            self._preparing = me
+        me, mine = threading.get_ident(), 0
         try:
+            with self._changed:
+                mine = self._running.pop(me, 0)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._preparing is None and not self._running)
+                self._preparing = me
             _wait_for(device)
             yield
             _wait_for(device)
         finally:
             with self._changed:
-                self._preparing = None
+                if self._preparing == me:
+                    self._preparing = None
                 self._running[me] = mine
                 self._changed.notify_all()
 
