@@ -56,7 +56,6 @@ enum class SparseMlpKernel : int32_t { kAuto, kBulkCopy, kAsyncCopy, kGeneric };
 struct PlanOverrides {
     SparseMlpKernel kernel = SparseMlpKernel::kAuto; // kBulkCopy needs compute capability 9.0
     int slots = 0;                                   // batches of rows in flight
-    int rows = 0;                                    // packed: of a batch, 8 or 16
     int first_batches = 0;                           // gate batches that are prefetched into L2
 };
 

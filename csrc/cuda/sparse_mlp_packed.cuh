@@ -3,8 +3,8 @@
 // columns.
 //
 // Rows of 4 bits arrive four times as fast as rows of bf16, so what decides is what a weight and a batch cost in
-// instructions, and the ends of a launch: the chain of first reads, decisions and last additions, 8 us with nothing
-// between. Programmatic dependent launch: as in sparse_mlp_kernel.cuh.
+// instructions, and the ends of a launch: the chain of first reads, decisions and last additions, some 9 us with
+// nothing between (bench/results/h100/packed_plan.log). Programmatic dependent launch: as in sparse_mlp_kernel.cuh.
 #pragma once
 
 #include "packed_worker.cuh"
