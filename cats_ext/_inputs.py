@@ -28,16 +28,18 @@ def check_integer(name: str, value: int, least: int, most: int = sys.maxsize) ->
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode and there are no gradients; afterwards each has its earlier mode."""
     modes = {module: module.training for module in model.modules()}
+    gradients = torch.is_grad_enabled()
 
     def put_back() -> None:
+        torch.set_grad_enabled(gradients)
         for module, mode in modes.items():
             module.training = mode
 
     try:
         try:
             model.eval()
-            with torch.no_grad():
-                yield
+            torch.set_grad_enabled(False)  # not no_grad(): its own way out can be interrupted
+            yield
         finally:
             put_back()
     finally:  # of an interrupt in or right before the first one

@@ -149,6 +149,7 @@ def test_contexts_interrupted_at_any_line_put_everything_back():
         except KeyboardInterrupt:
             assert [module.training for module in model.modules()] == before, line
             assert [name for name, p in model.named_parameters() if p.requires_grad] == trained, line
+            assert torch.is_grad_enabled(), line
     assert line > 20
 
 
