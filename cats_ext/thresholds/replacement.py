@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from cats_ext._progress import finish_despite_interrupt
@@ -170,11 +171,20 @@ def _sync(path: Path) -> None:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Inside, no other thread or process that calls this moves files into ``directory``."""
-    with _threads:
-        handle = os.open(directory, os.O_RDONLY)
+    held: list[Callable[[], None]] = []  # what gives it back, filled in one step with taking it
+
+    def give_back() -> None:
+        while held:
+            held.pop()()
+
+    try:
         try:
+            held.append(_threads.acquire() and _threads.release)
+            held.append(closing := partial(os.close, os.open(directory, os.O_RDONLY)))
             with suppress(OSError):  # some network file systems have no locks on directories
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(closing.args[0], fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)
+            give_back()
+    finally:  # of an interrupt in or right before the first one
+        give_back()

@@ -173,3 +173,22 @@ def test_a_link_is_replaced_not_followed(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "blob")
     write_together({tmp_path / "a": b"new"})
     assert contents(tmp_path) == {"a": b"new", "blob": b"of the cache"} and not (tmp_path / "a").is_symlink()
+
+
+def test_after_an_interrupt_at_any_line_other_threads_can_save(tmp_path):
+    directory = tmp_path / "saved"
+    functions = [replacement._alone.__wrapped__, staged.__wrapped__, write_together, publish]
+    for line in range(1000):
+        interrupt = InterruptAt(line, functions, KeyboardInterrupt)
+        try:
+            with interrupt:
+                write_together({directory / "a": b"1", directory / "b": b"2"})
+        except KeyboardInterrupt:
+            pass
+        other = threading.Thread(target=write_together, args=({directory / "a": b"of another"},), daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive(), f"waits for ever after an interrupt before line {line}"
+        if interrupt.left >= 0:
+            break
+    assert 20 < line < 999
