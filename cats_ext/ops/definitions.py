@@ -33,8 +33,8 @@ SCHEMAS = {
     "sparse_mlp": f"({_WEIGHTS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     # As sparse_mlp, and adds to counts (int64 [3]): token-neuron pairs evaluated, kept by threshold, kept by both.
     "sparse_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_THRESHOLDS}, {_REST}) -> Tensor",
-    # As sparse_mlp on packed rows: uint8 [I, bytes], in a format of cats_ext.rows each. Only x says how many columns they
-    # have: rows are padded to a multiple of 128, so an x of another width up to that is not refused.
+    # As sparse_mlp on packed rows: uint8 [I, bytes], in a format of cats_ext.rows each. Only x says how many columns
+    # they have: rows are padded to a multiple of 128, so an x of another width up to that is not refused.
     "sparse_mlp_packed": f"({_WEIGHTS}, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     "sparse_mlp_packed_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
