@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from cats_ext._progress import finish_despite_interrupt
 
-_threads = threading.RLock()
 _FOLDER = f".cats-saving-{uuid.getnode():x}-"  # of this machine: the locks of others are not seen in all file systems
 _NAMES = "names.json"  # of the files that are being moved, beside the folders of the old and the new ones
 
@@ -47,11 +45,16 @@ def staged(directory: Path) -> Iterator[Path]:
     place, made = directory / f"{_FOLDER}{uuid.uuid4().hex[:12]}", not directory.exists()
     locks: list[int] = []  # held until the process ends, however it does
 
+    def make() -> None:
+        _clear_abandoned(directory)
+        for folder in ("old", "new"):
+            (place / folder).mkdir(parents=True)
+        _lock(place, locks)
+
     def clean() -> None:
         (place / _NAMES).unlink(missing_ok=True)  # first: all are where they belong
         shutil.rmtree(place, ignore_errors=True)
-        while locks:
-            os.close(locks.pop())
+        _release(locks)
         if made:
             with suppress(OSError):  # not empty: there is something to keep
                 directory.rmdir()
@@ -59,11 +62,7 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with _alone(directory):
-                _clear_abandoned(directory)
-                for folder in ("old", "new"):
-                    (place / folder).mkdir(parents=True)
-                locks += _lock(place)
+            _alone(directory, make)
             yield place / "new"
         finally:
             clean()
@@ -96,7 +95,8 @@ def publish(
             raise IsADirectoryError(f"{directory / name} is a directory, where a file is to be written")
         for folder in (old, directory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+
+    def move() -> None:
         (new.parent / _NAMES).write_text(json.dumps(names))
         _sync(new.parent / _NAMES)
         try:
@@ -110,6 +110,8 @@ def publish(
             finish_despite_interrupt(lambda: _put_back(names, new, old, directory))
             raise
         (new.parent / _NAMES).unlink()
+
+    _alone(directory, move)
     return names
 
 
@@ -135,29 +137,16 @@ def _put_back(names: Sequence[str], new: Path, old: Path, directory: Path) -> No
 def _clear_abandoned(directory: Path) -> None:
     """Remove the folders of processes that were killed; if they were moving files, the old ones are put back."""
     for place in directory.glob(f"{_FOLDER}*"):
-        for lock in _lock(place, fcntl.LOCK_NB):
-            try:
-                if (place / _NAMES).is_file():
-                    names = json.loads((place / _NAMES).read_text())
-                    _put_back(names, place / "new", place / "old", directory)
-                    (place / _NAMES).unlink()
-                shutil.rmtree(place, ignore_errors=True)
-            finally:
-                os.close(lock)
+        _locking(partial(_clear, directory, place))
 
 
-def _lock(path: Path, more: int = 0) -> list[int]:
-    """A handle that locks ``path`` while it is open; none if it cannot be locked, or is gone."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return []
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | more)
-    except OSError:
-        os.close(handle)
-        return []
-    return [handle]
+def _clear(directory: Path, place: Path, locks: list[int]) -> None:
+    if not _lock(place, locks, fcntl.LOCK_NB):
+        return
+    if (place / _NAMES).is_file():
+        _put_back(json.loads((place / _NAMES).read_text()), place / "new", place / "old", directory)
+        (place / _NAMES).unlink()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -168,23 +157,39 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Inside, no other thread or process that calls this moves files into ``directory``."""
-    held: list[Callable[[], None]] = []  # what gives it back, filled in one step with taking it
+def _alone(directory: Path, action: Callable[[], object]) -> None:
+    """Call ``action`` while no other thread or process that does so moves files into ``directory``."""
 
-    def give_back() -> None:
-        while held:
-            held.pop()()
+    def run(locks: list[int]) -> None:
+        _lock(directory, locks)  # some network file systems have no locks on directories
+        action()
 
+    _locking(run)
+
+
+def _locking(action: Callable[[list[int]], object]) -> None:
+    """Call ``action`` with a list for :func:`_lock`, and release what is in it. No ``with``: an interrupt at its end
+    would leave the lock, and the next save would wait for it."""
+    locks: list[int] = []
     try:
         try:
-            held.append(_threads.acquire() and _threads.release)
-            held.append(closing := partial(os.close, os.open(directory, os.O_RDONLY)))
-            with suppress(OSError):  # some network file systems have no locks on directories
-                fcntl.flock(closing.args[0], fcntl.LOCK_EX)
-            yield
+            action(locks)
         finally:
-            give_back()
+            _release(locks)
     finally:  # of an interrupt in or right before the first one
-        give_back()
+        _release(locks)
+
+
+def _lock(path: Path, locks: list[int], more: int = 0) -> bool:
+    """Lock ``path`` until the handle that is added to ``locks`` is closed; False if it cannot be locked, or is gone."""
+    try:
+        locks.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(locks[-1], fcntl.LOCK_EX | more)  # of each handle its own, so that threads exclude each other too
+    except OSError:
+        return False
+    return True
+
+
+def _release(locks: list[int]) -> None:
+    while locks:
+        os.close(locks.pop())

@@ -177,7 +177,8 @@ def test_a_link_is_replaced_not_followed(tmp_path):
 
 def test_after_an_interrupt_at_any_line_other_threads_can_save(tmp_path):
     directory = tmp_path / "saved"
-    functions = [replacement._alone.__wrapped__, staged.__wrapped__, write_together, publish]
+    locking = [replacement._alone, replacement._locking, replacement._lock, replacement._release]
+    functions = [*locking, staged.__wrapped__, write_together, publish]
     for line in range(1000):
         interrupt = InterruptAt(line, functions, KeyboardInterrupt)
         try:
