@@ -117,7 +117,9 @@ def test_killed_at_any_point_leaves_no_mixture_that_is_used(tmp_path):
         "        os._exit(0)\n"
         "    print(os.waitstatus_to_exitcode(os.wait()[1]))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, *map(str, points)], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(replacement.__file__).parents[2])}
+    command = [sys.executable, "-c", script, *map(str, points)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     codes = [int(code) for code in result.stdout.split()]
     assert codes[0] == -signal.SIGKILL and codes[-1] == 0 and len(codes) == len(points), result.stderr
     for directory in points:

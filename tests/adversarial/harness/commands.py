@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from adversarial.harness.record import Record, is_clear
+from adversarial.harness.record import Record, is_clear, same_package
 from support.cli_runner import cats
 
 from cats_ext.cli import models
@@ -277,19 +277,18 @@ UNWRITABLE = tuple(
 def run_unwritable(command: tuple[str, ...], output: str) -> str:
     """What is wrong with how ``cats`` ends when standard output is such; empty if nothing is."""
     program = [sys.executable, "-c", "from cats_ext.cli import main; main()", *command]
-    root = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "CATS_DEBUG": "0", "OMP_NUM_THREADS": "1"}
+    # Not in the current folder, which -c would look for cats_ext in first.
+    where = {"env": same_package() | {"CATS_DEBUG": "0"}, "cwd": os.sep, "stderr": subprocess.PIPE, "text": True}
     if output == "closed":
         shell = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
-        done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(shell, **where)
     elif output == "full":
         with open("/dev/full", "w") as full:
-            done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+            done = subprocess.run(program, stdout=full, **where)
     else:
         read, write = os.pipe()
         os.close(read)
-        done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(program, stdout=write, **where)
         os.close(write)
     said = done.stderr.strip().splitlines()
     if "Traceback" in done.stderr or "Exception ignored" in done.stderr:

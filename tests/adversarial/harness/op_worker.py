@@ -1,6 +1,6 @@
 """Runs calls of the ops in a process of its own, in guarded memory, so that a crash is seen and the rest goes on.
 
-``python -m adversarial.harness.op_worker FIRST END SEED`` prints the number of each call before it is made, and its
+``python op_worker.py FIRST END SEED`` prints the number of each call before it is made, and its
 outcome after it.
 """
 
@@ -10,11 +10,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from adversarial.harness.record import Record
+from adversarial.harness.record import Record, same_package
 
-_TESTS = Path(__file__).resolve().parents[2]
 _MOST_CRASHES = 20
 
 
@@ -23,10 +21,8 @@ def run(count: int, seed: int, first: int = 0) -> Record:
     record = Record("op calls", seed)
     number, end = first, first + count
     while number < end and record.counts["crash"] < _MOST_CRASHES:
-        command = [sys.executable, "-m", "adversarial.harness.op_worker", *map(str, (number, end, seed))]
-        path = os.pathsep.join([str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        command = [sys.executable, __file__, *map(str, (number, end, seed))]
+        done = subprocess.run(command, capture_output=True, text=True, env=same_package())
         for line in done.stdout.splitlines():
             kind, _, rest = line.partition(" ")
             if kind == "call":

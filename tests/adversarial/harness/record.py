@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import tempfile
@@ -11,8 +12,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cats_ext
 from bench.lib import machine
 
+_ROOT = Path(__file__).resolve().parents[3]
 REFUSED, OBSCURE = "refused clearly", "refused obscurely"
 UNCHANGED, CHANGED = "accepted unchanged", "accepted changed"
 CLEAR_TYPES = (ValueError, TypeError, OSError)
@@ -23,6 +26,12 @@ _INTERNAL = re.compile(
     r"|API call failed|digits\) for integer|cannot be converted|too large to convert|Overflow"
 )
 _LONGEST = 700  # characters of one sentence, two paths and two hashes included
+
+
+def same_package() -> dict[str, str]:
+    """The environment of a process that finds this process' cats_ext, which may be installed, before the sources."""
+    paths = (Path(cats_ext.__file__).parents[1], _ROOT / "tests", os.environ.get("PYTHONPATH", ""), _ROOT)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
 
 
 def is_clear(message: str, names: tuple[str, ...]) -> bool:
