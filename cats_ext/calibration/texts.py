@@ -6,7 +6,7 @@ import heapq
 import random
 from collections.abc import Iterable, Iterator
 
-PART = 1 << 20  # characters that are tokenised at once: about 300 MB in the tokenizer
+PART = 1 << 20  # characters that are tokenised at once: a tokenizer takes far more memory than its text
 _CHARACTERS_A_TOKEN = 64  # many more than any tokenizer's average, so a sample has more tokens than are used
 
 
