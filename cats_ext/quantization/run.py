@@ -32,8 +32,6 @@ from cats_ext.thresholds.fit import sample_weights, weight_of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def quantize(
     model: nn.Module,
     weights: str = QuantizationConfig.weights,
@@ -80,6 +78,8 @@ def quantize(
     return quantize_as(model, config, progress=progress)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def quantize_as(model: nn.Module, config: QuantizationConfig, *, progress: bool = True) -> nn.Module:
     """As :func:`quantize`, with its arguments in ``config``."""
     check_module(model)
