@@ -2,8 +2,8 @@
 
     python bench quality.quantized --model DIR --data ../shared/data --output bench/results/quality/quantized.csv
 
-Every variant starts from the model in DIR, in float32. Thresholds are calibrated on the quantised model (the plain rule,
-on WikiText-2's validation part); perplexity is measured on C4. A row is written as soon as it is known.
+Every variant starts from the model in DIR, in float32. Thresholds are calibrated on the quantised model, by the plain
+rule, on WikiText-2's validation part; perplexity is measured on C4. A row is written as soon as it is known.
 """
 
 from __future__ import annotations

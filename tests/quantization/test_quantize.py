@@ -150,7 +150,7 @@ def test_a_patched_model_stays_patched(family):
     remove_cats(model)
     apply_cats(model, now)  # thresholds go with the packed rows from now on
     assert torch.equal(logits(model, few()), sparse)
-    with pytest.raises(ValueError, match=r"config is for other weights than the model's: gate_proj of model\.layers\.0"):
+    with pytest.raises(ValueError, match=r"for other weights than the model's: gate_proj of model\.layers\.0"):
         apply_cats(remove_cats(model), config)
     assert torch.equal(logits(apply_cats(model, config, check_weights=False), few()), sparse)
 
@@ -197,9 +197,9 @@ def test_scope_all(tied):
     assert (model.lm_head.weight is embedding) == tied
     quantize(model, "int4", scope="all", progress=False)
     found = {name: linear.row_format.name for name, linear in quantized_linears(model).items()}
-    assert len(found) == 7 * LAYERS + 1 and found["model.layers.1.self_attn.o_proj"] == found[
-        "model.layers.0.mlp.up_proj"
-    ]
+    assert (
+        len(found) == 7 * LAYERS + 1 and found["model.layers.1.self_attn.o_proj"] == found["model.layers.0.mlp.up_proj"]
+    )
     assert found["lm_head"] == "int8_g128"
     assert model.model.embed_tokens.weight is embedding
     torch.testing.assert_close(model.lm_head.unpacked(torch.float32), head, rtol=0, atol=0.02 * head.abs().max())
