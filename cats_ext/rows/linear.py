@@ -47,8 +47,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.row_format, self.input_rows = row_format, input_rows
         row_format.groups(self.row_width)
-        rows = in_features if input_rows else out_features
-        data = torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=device)
+        data = torch.empty(self.weight_shape, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(data, requires_grad=False)
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", made)
@@ -71,9 +70,10 @@ class QuantizedLinear(nn.Module):
         return self.out_features if self.input_rows else self.in_features
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a packed row."""
-        return self.row_format.row_bytes(self.row_width)
+    def weight_shape(self) -> tuple[int, int]:
+        """Rows, and the bytes of each."""
+        rows = self.in_features if self.input_rows else self.out_features
+        return rows, self.row_format.row_bytes(self.row_width)
 
     def with_rows(self, rows: Tensor) -> QuantizedLinear:
         """A layer of these rows alone, and of their part of the bias if rows are those of outputs."""
