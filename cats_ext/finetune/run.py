@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from cats_ext._inputs import check_integer, check_token_ids
 from cats_ext._progress import progress_bar
-from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.run import calibrate
+from cats_ext.data.windows import collect_windows
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.finetune.settings import FinetuneSettings, check_continues, facts_of
 from cats_ext.finetune.trainer import TrainingStoppedError, check_integrations, last_checkpoint, make_trainer

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cats_ext._inputs import LARGEST_SEED, check_integer, check_token_ids
 from cats_ext._progress import finish_despite_interrupt, progress_bar
+from cats_ext.data.windows import collect_windows
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import check_complete, sparse_mlps
 from cats_ext.patching.detection import (
@@ -26,6 +29,7 @@ from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.patching.projections import kind_of
 from cats_ext.patching.wrappers import only_aligns_devices, unwrapped
 from cats_ext.quantization.config import QuantizationConfig
+from cats_ext.quantization.moments import Moments, parts_by_memory
 from cats_ext.rows import QuantizedLinear, RowFormat
 from cats_ext.thresholds.fit import sample_weights, weight_of
 
@@ -42,6 +46,12 @@ def quantize(
     up: str | None = None,
     down: str | None = None,
     scope: str = QuantizationConfig.scope,
+    data: Any = None,
+    tokenizer: Any = None,
+    max_tokens: int = 32768,
+    sequence_length: int = 1024,
+    batch_size: int = 1,
+    seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
     """Keep the weights of ``model`` in int4, int8 or fp8 from now on, in place.
@@ -51,8 +61,10 @@ def quantize(
     one. Calibrate after quantising: thresholds that a model is patched with stay as they are, and were set for the
     weights before. The weights before are not kept; :func:`cats_ext.remove_cats` does not bring them back.
 
-    Weights are rounded layer by layer and replaced together at the end, so the packed rows are all the memory that is
-    needed beside the model.
+    Without ``data`` weights are rounded to the nearest values, with scales that are searched for the smallest error.
+    With it, the errors of rounding are compensated (GPTQ, arXiv 2210.17323) by what each layer gets when ``model``,
+    dense or patched, runs over that text. Layers are rounded one by one and replaced together at the end: beside the
+    model, memory is needed for the packed rows, and with ``data`` for 4 GiB of sums or those of the widest layer.
 
     Args:
         model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`.
@@ -63,43 +75,57 @@ def quantize(
         scope: "mlp", or "all" for every linear layer beside the MLPs as well (attention), in the format of
             ``weights``, and for the output layer in int8. An output layer that is tied to the embedding gets rows of
             its own, and the embedding stays as it is.
-        progress: show a bar on standard error.
+        data, tokenizer, max_tokens, sequence_length, batch_size, seed: as for :func:`cats_ext.calibrate`.
+        progress: show bars on standard error.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or ``data`` is not what it can be.
         ValueError: an argument is out of its range, the model is quantised already or cannot run sparsely, groups do
-            not divide a matrix's rows, or its weights are not finite, have scales outside of float16, are no plain
-            tensors or are tied to others. The model is unchanged after any error, KeyboardInterrupt included.
+            not divide a matrix's rows, its weights are not finite, have scales outside of float16, are no plain
+            tensors or are tied to others, or no token of ``data`` reaches a layer. The model is unchanged after any
+            error, KeyboardInterrupt included.
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
-    return quantize_as(model, config, progress=progress)
+    check_module(model)
+    windows = None
+    if data is not None:
+        sizes = {"max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
+        for name, value in sizes.items():
+            check_integer(name, value, 1)
+        check_integer("seed", seed, 0, LARGEST_SEED)
+        longest = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
+        windows = collect_windows(data, tokenizer, min(sequence_length, longest or sequence_length), max_tokens, seed)
+        check_token_ids("data", torch.cat(windows), unwrapped(model))
+    return quantize_as(model, config, windows, batch_size=batch_size, progress=progress)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def quantize_as(model: nn.Module, config: QuantizationConfig, *, progress: bool = True) -> nn.Module:
-    """As :func:`quantize`, with its arguments in ``config``."""
+def quantize_as(
+    model: nn.Module,
+    config: QuantizationConfig,
+    windows: list[Tensor] | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> nn.Module:
+    """As :func:`cats_ext.quantize`, with its arguments in ``config``, and windows of token ids ``[T]`` for its data."""
     check_module(model)
     inner = unwrapped(model)
     if quantized_linears(inner):
         raise ValueError(f"model of class {type(model).__name__} is quantised already: quantise the dense one")
     listeners.check(inner)
-    places, made = _places(inner, config), []
-    with progress_bar("quantising", len(places), progress) as advance:
-        for place in places:
-            with _naming(place.name):
-                linear, as_inputs = place.linear, place.input_rows
-                made.append(QuantizedLinear.from_linear(linear, place.row_format, input_rows=as_inputs))
-            advance()
+    places = _places(inner, config)
+    made = _rounded(inner, places, windows, batch_size, progress)
     patched = list(sparse_mlps(inner).values())
     undo: list[Callable[[], object]] = [] if patched else [lambda: listeners.removing(inner)]
     try:
-        for place, linear in zip(places, made, strict=True):
+        for place in places:
             undo.append(partial(setattr, place.owner, place.child, place.linear))
-            setattr(place.owner, place.child, linear)
+            setattr(place.owner, place.child, made[place.name])
             if place.tied:
                 _untie(inner, place.name, undo)
         _follow(patched, undo)
@@ -108,6 +134,30 @@ def quantize_as(model: nn.Module, config: QuantizationConfig, *, progress: bool 
     except BaseException:
         finish_despite_interrupt(lambda: [action() for action in reversed(undo)])
         raise
+
+
+def _rounded(
+    model: nn.Module, places: list[_Place], windows: list[Tensor] | None, batch_size: int, progress: bool
+) -> dict[str, QuantizedLinear]:
+    """The new layers by name; ``model`` stays as it is. The output layer is rounded to the nearest values."""
+    parts = [{place.name: place.linear for place in places}]
+    heads = {place.name: place.linear for place in places if place.head}
+    if windows is not None:
+        parts = [*parts_by_memory({name: linear for name, linear in parts[0].items() if name not in heads}), heads]
+    by_name, made = {place.name: place for place in places}, {}
+    for part in parts:
+        moments = None if windows is None or part is heads else Moments(part)
+        if moments is not None:
+            moments.run(model, windows, batch_size, progress)
+        with progress_bar("rounding", len(part), progress) as advance:
+            for name, linear in part.items():
+                with _naming(name):
+                    moment, place = None if moments is None else moments.of(name), by_name[name]
+                    made[name] = QuantizedLinear.from_linear(
+                        linear, place.row_format, input_rows=place.input_rows, moment=moment
+                    )
+                advance()
+    return made
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -124,7 +174,8 @@ class _Place:
     child: str  # its name there
     row_format: RowFormat
     input_rows: bool = False
-    tied: bool = False  # the output layer, whose weight is the embedding's
+    head: bool = False  # the output layer
+    tied: bool = False  # its weight is the embedding's
 
     @property
     def linear(self) -> nn.Linear:
@@ -158,7 +209,7 @@ def _places(model: nn.Module, config: QuantizationConfig) -> list[_Place]:
             columns = module.out_features if rows_of_inputs else module.in_features
             owner, _, child = name.rpartition(".")
             place = model.get_submodule(owner), child, config.format_of(matrix, columns)
-            found.append(_Place(name, *place, rows_of_inputs, module is head and tied))
+            found.append(_Place(name, *place, rows_of_inputs, module is head, module is head and tied))
     return found
 
 

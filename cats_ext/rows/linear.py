@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from cats_ext.rows.compensation import compensated_rows
 from cats_ext.rows.formats import RowFormat
 from cats_ext.rows.rounding import quantize_rows
 
@@ -54,12 +55,15 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, dense: nn.Linear, row_format: RowFormat, *, input_rows: bool = False, importance: Tensor | None = None
+        cls, dense: nn.Linear, row_format: RowFormat, *, input_rows: bool = False, moment: Tensor | None = None
     ) -> QuantizedLinear:
-        """``dense`` with its weight rounded by :func:`quantize_rows`, which says what ``importance`` is; same bias."""
+        """``dense`` with its weight rounded, to the nearest values or by :func:`compensated_rows` with ``moment``."""
         made = cls(dense.in_features, dense.out_features, row_format, input_rows=input_rows, device="meta")
         weight = dense.weight.detach()
-        packed = quantize_rows(weight.t() if input_rows else weight, row_format, importance)
+        if moment is None:
+            packed = quantize_rows(weight.t() if input_rows else weight, row_format)
+        else:
+            packed = compensated_rows(weight, row_format, moment, input_rows=input_rows)
         made.weight = nn.Parameter(packed, requires_grad=False)
         made.bias = dense.bias
         return made.train(dense.training)

@@ -38,6 +38,7 @@ COUNTS = {
     "generate": ("--max-new-tokens",),
     "chat": ("--max-new-tokens", "--context"),
     "eval": ("--limit", "--batch-size", "--window", "--max-windows"),
+    "quantize": ("--max-tokens", "--sequence-length"),
     "finetune": ("--rows", "--steps", "--lora-rank", "--batch-size", "--sequence-length", "--save-every"),
     "demo": ("--max-new-tokens", "--calibration-tokens", "--eval-tokens"),
     "bench": ("--tokens", "--passes"),
@@ -54,7 +55,7 @@ def test_counts(command, option):
         assert f"Invalid value for '{option}'" in message and value in message
 
 
-@pytest.mark.parametrize("command", ["calibrate", "generate", "chat", "finetune"])
+@pytest.mark.parametrize("command", ["calibrate", "generate", "chat", "finetune", "quantize"])
 def test_seeds(command):
     for value in (-1, 2**32, HUGE):
         message = usage_error_of(*COMMANDS[command], "--seed", value)

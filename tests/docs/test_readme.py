@@ -18,7 +18,10 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A document of its own is read from top to bottom, README's snippets stand alone.
 SNIPPETS = [
     *PYTHON.findall(README),
-    *("\n".join(PYTHON.findall((ROOT / "docs" / name).read_text())) for name in ("transformers.md", "quantization.md", "finetuning.md")),
+    *(
+        "\n".join(PYTHON.findall((ROOT / "docs" / name).read_text()))
+        for name in ("transformers.md", "quantization.md", "finetuning.md")
+    ),
 ]
 DOCUMENTS = "".join([README, *((ROOT / "docs" / name).read_text() for name in ("quantization.md", "finetuning.md"))])
 COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)

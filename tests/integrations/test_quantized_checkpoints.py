@@ -177,9 +177,7 @@ def test_sizes_that_do_not_match_are_refused(changed):
     rows = {f"model.layers.*.mlp.{name}_proj": other for name in ("gate", "up", "down")}
     with pytest.raises(Exception, match=r"ignore_mismatched_sizes|must have packed rows"):
         load(changed(rows=rows))
-    with pytest.raises(
-        ValueError, match=r"mlp\.gate_proj\.weight, torch\.uint8 \[192, 144\] by its config\.json, got"
-    ):
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight, torch\.uint8 \[192, 144\] by its config\.json, got"):
         load(changed(rows=rows), ignore_mismatched_sizes=True)
     path = changed() / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 96}))

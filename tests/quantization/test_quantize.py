@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from support.models import LAYERS, tiny_model
+from support.models import LAYERS, tiny_model, tokens
 from support.patched import InterruptAt, assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from torch import nn
 
@@ -230,6 +230,52 @@ def test_interrupted_at_any_line_leaves_nothing(patched, monkeypatch):
             assert states == ([vars(mlp.cats) for mlp in layers_of(model)] if patched else [])
     assert line > 8 * LAYERS
     assert len(quantized_linears(model)) == 7 * LAYERS + 1
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_with_data_the_outputs_change_less(family, patched, monkeypatch):
+    model = small_model(family)
+    if patched:
+        apply_cats(model, config_for(model, rule="plain"))
+    ids, before = tokens(600), snapshot(model)
+    dense = [mlp.down_proj.weight.detach().clone() for mlp in layers_of(model)]
+    inputs = []
+    layers_of(model)[0].down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    logits(model, ids[None])
+    layers_of(model)[0].down_proj._forward_pre_hooks.clear()
+    nearest = quantize(copy.deepcopy(model), progress=False)
+    arguments = {"data": ids, "sequence_length": 128, "progress": False}
+    at_once = quantize(copy.deepcopy(model), scope="all", **arguments)
+    assert_unchanged(model, before)
+    monkeypatch.setattr("cats_ext.quantization.moments.MEMORY", 1)
+    model = quantize(model, scope="all", **arguments)
+    for name, linear in quantized_linears(model).items():
+        assert torch.equal(linear.weight, at_once.get_submodule(name).weight), name
+    errors = [
+        (inputs[0] @ (layers_of(m)[0].down_proj.unpacked(torch.float32) - dense[0]).t()).norm()
+        for m in (nearest, model)
+    ]
+    assert errors[1] < errors[0]
+    assert len(quantized_linears(model)) == len(quantized_linears(at_once))
+
+
+def test_data_is_checked():
+    model = small_model()
+    for arguments, message in (
+        ({"data": "text"}, "tokenizer must be given when data is text"),
+        ({"data": tokens(600), "max_tokens": 0}, "max_tokens must be a positive integer, got 0"),
+        ({"data": tokens(600) + 10**6}, "data has token id"),
+        ({"data": tokens(60)}, "data must have at least 128 tokens"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            quantize(model, **arguments)
+    model.model.layers[1] = nn.ModuleDict({"mlp": layers_of(model)[1]})
+    model.model.layers[1].forward = lambda x, **_: x
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.gate_proj cannot be quantised: no token of the data reached"
+    ):
+        quantize(model, data=tokens(600), progress=False)
 
 
 @pytest.mark.parametrize(

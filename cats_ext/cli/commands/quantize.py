@@ -11,13 +11,16 @@ from torch import nn
 
 import cats_ext
 from cats_ext._outputs import cannot_be_written, check_writable
+from cats_ext.calibration.settings import CalibrationSettings
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, load_patched, output, print_json, show_next
+from cats_ext.cli.text import stream_texts
+from cats_ext.data.texts import sample_texts
 from cats_ext.quantization import quantized_linears
 from cats_ext.quantization.config import SCOPES, QuantizationConfig
 
 Scope = options.choices("Scope", SCOPES)
-DEFAULTS = QuantizationConfig()
+DEFAULTS, CALIBRATION = QuantizationConfig(), CalibrationSettings()
 _MATRIX = "The same of this matrix alone."
 
 
@@ -33,27 +36,34 @@ def quantize(
     up: Annotated[str | None, typer.Option(help=_MATRIX)] = None,
     down: Annotated[str | None, typer.Option(help=_MATRIX)] = DEFAULTS.down,
     scope: Annotated[Scope, typer.Option(help="all: attention too, and the output layer in int8.")] = DEFAULTS.scope,
+    text: options.OptionalTextFiles = None,
+    max_tokens: Annotated[int, options.count("Tokens of --text to use at most.")] = CALIBRATION.max_tokens,
+    sequence_length: options.Window = CALIBRATION.sequence_length,
+    seed: Annotated[int, options.seed("Chooses the windows where there are more than needed.")] = CALIBRATION.seed,
     device: options.Device = None,
     dtype: Annotated[options.Precision | None, typer.Option(help="Of what stays dense; without it as it is.")] = None,
     json: options.Json = False,
 ) -> None:
     """Round a model's weights to int4, int8 or fp8, and write it.
 
-    The directory is a model like any other: calibrate it, since thresholds depend on
-    the weights. Thresholds that a model was saved with stay as they are.
+    With --text, errors of rounding are compensated by what each layer gets on that text
+    (GPTQ). The directory is a model like any other: calibrate it, since thresholds
+    depend on the weights. Thresholds that a model was saved with stay as they are.
 
     Examples:
 
     $ cats quantize smollm2-135m -o quantised
 
-    $ cats quantize ./mistral-7b --weights int4 --down int8 --scope all -o quantised
+    $ cats quantize ./mistral-7b --text notes.txt --down int8 --scope all -o quantised
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope.value)
     check_writable("--output", out, directory=True)
-    network, tokenizer, _ = load_patched(model, options.pick_device(device), dtype, None, default="auto")
+    where = options.pick_device(device)
+    texts = None if text is None else sample_texts(stream_texts(text), max_tokens, sequence_length, seed)
+    network, tokenizer, _ = load_patched(model, where, dtype, None, default="auto")
     before = _bytes(network)
-    arguments = asdict(config)
-    cats_ext.quantize(network, arguments.pop("weights"), arguments.pop("group_size"), **arguments)
+    run = {"max_tokens": max_tokens, "sequence_length": sequence_length, "seed": seed}
+    cats_ext.quantize(network, **asdict(config), data=texts, tokenizer=tokenizer, **run)
     try:
         network.save_pretrained(out)
         tokenizer.save_pretrained(out)
