@@ -67,7 +67,8 @@ def quantize(
     model, memory is needed for the packed rows, and with ``data`` for 4 GiB of sums or those of the widest layer.
 
     Args:
-        model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`.
+        model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`; the whole of it if it is to be
+            saved.
         weights: int4, int8, fp8 (e4m3, one scale a row), or the name of a format such as ``int4_g64_zp``.
         group_size: columns of a row that share a scale: 32, 64 or 128. By default the largest that divides the rows.
         zero_points: whether int4 has a zero point a group too.
@@ -197,7 +198,7 @@ def _places(model: nn.Module, config: QuantizationConfig) -> list[_Place]:
         for layer in dict.fromkeys(mlp.name.rpartition(".")[0] for mlp in mlps):
             matrices |= {name: "other" for name in _linears_of(model, layer) if name not in matrices}
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        tied = isinstance(head, nn.Linear) and head.weight is model.get_input_embeddings().weight
     found = []
     for name, module in model.named_modules():
         if name not in matrices and module is not head:
