@@ -141,22 +141,19 @@ def _rounded(
     model: nn.Module, places: list[_Place], windows: list[Tensor] | None, batch_size: int, progress: bool
 ) -> dict[str, QuantizedLinear]:
     """The new layers by name; ``model`` stays as it is. The output layer is rounded to the nearest values."""
-    parts = [{place.name: place.linear for place in places}]
-    heads = {place.name: place.linear for place in places if place.head}
-    if windows is not None:
-        parts = [*parts_by_memory({name: linear for name, linear in parts[0].items() if name not in heads}), heads]
     by_name, made = {place.name: place for place in places}, {}
-    for part in parts:
-        moments = None if windows is None or part is heads else Moments(part)
+    nearest = [place.name for place in places if windows is None or place.head]
+    linears = {place.name: place.linear for place in places if place.name not in nearest}
+    for part in (*parts_by_memory(linears), None):
+        moments, names = (None, nearest) if part is None else (Moments(part), list(part))
         if moments is not None:
             moments.run(model, windows, batch_size, progress)
-        with progress_bar("rounding", len(part), progress) as advance:
-            for name, linear in part.items():
+        with progress_bar("rounding", len(names), progress and bool(names)) as advance:
+            for name in names:
+                place = by_name[name]
                 with _naming(name):
-                    moment, place = None if moments is None else moments.of(name), by_name[name]
-                    made[name] = QuantizedLinear.from_linear(
-                        linear, place.row_format, input_rows=place.input_rows, moment=moment
-                    )
+                    options = {"input_rows": place.input_rows, "moment": moments and moments.of(name)}
+                    made[name] = QuantizedLinear.from_linear(place.linear, place.row_format, **options)
                 advance()
     return made
 

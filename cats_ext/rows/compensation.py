@@ -36,7 +36,7 @@ def compensated_rows(weight: Tensor, row_format: RowFormat, moment: Tensor, *, i
         raise ValueError(f"moment must have shape {[inputs, inputs]}, got {list(moment.shape)}")
     check_finite("weight", weight)
     check_finite("moment", moment)
-    w, moment = weight.float().clone(), moment.to(weight.device, torch.float32)
+    w, moment = weight.to(torch.float32, copy=True), moment.to(weight.device, torch.float32)
     spread, importance = _spread(moment), moment.diagonal()
     rounder = (_InputRows if input_rows else _OutputRows)(w, row_format, importance)
     for first in range(0, inputs, BLOCK):
@@ -56,7 +56,8 @@ def _spread(moment: Tensor) -> Tensor:
     diagonal = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damping = _DAMPING
     while damping <= _MOST_DAMPING:
-        damped = moment + torch.eye(len(moment), device=moment.device) * (damping * diagonal)
+        damped = moment.clone()
+        damped.diagonal().add_(damping * diagonal)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
