@@ -52,7 +52,7 @@ def test_command_knows_its_options(command, arguments):
         assert re.search(rf"{option}\b", help_text), f"cats {command} has no {option}"
 
 
-@pytest.mark.parametrize("name", ["readme", "finetuning", "quality", "quantization"])
+@pytest.mark.parametrize("name", ["readme", "finetuning", "quality"])
 def test_tables_are_those_of_the_result_files(name):
     page = importlib.import_module(f"bench.tables.{name}").PAGE
     assert page.render() == page.path.read_text(), f"run python bench tables.{name}"
