@@ -24,6 +24,7 @@ from torch import Tensor
 from cats_ext.patching.apply import current_config, replaced_activation, sparse_mlps
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT, ExactConfig
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE
 from cats_ext.thresholds.fit import sample_weights, weight_of
 from cats_ext.thresholds.replacement import publish, staged
@@ -137,18 +138,22 @@ def _in_progress(saving: Saving) -> Iterator[None]:
 
 def _additions(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Entries of ``config.json`` and further files of a CATS checkpoint."""
+    if isinstance(config := current_config(model), ExactConfig):
+        return {"quantization_config": checkpoint_entry(config, None)}, {}
     activation = replaced_activation(model)
     samples = {
         module.cats.name: sample_weights(partial(_saved_weight, model, state_dict or {}, name, module))
         for name, module in sparse_mlps(model).items()
     }
-    config = replace(current_config(model), weights=samples)
+    config = replace(config, weights=samples)
     entries = {} if activation is None else dict.fromkeys(_activation_entries(model, activation), activation)
     return entries | {"quantization_config": checkpoint_entry(config, activation)}, config.to_files()
 
 
 def checkpoint_entry(config: CatsConfig, activation: str | None) -> dict[str, Any]:
     """The entry ``quantization_config`` of a checkpoint's ``config.json``."""
+    if config.rule == EXACT:
+        return {"quant_method": config.quant_method, "rule": EXACT}
     entry = {"quant_method": config.quant_method, "rule": config.rule, "sparsity": config.sparsity}
     entry["bytes_share"] = config.bytes_share
     return entry if activation is None else entry | {"activation": activation}

@@ -24,8 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_ext.integrations import saving
 from cats_ext.patching.apply import apply_cats, patch_with_relu, remove_cats, sparse_mlps
+from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.listeners import PatchListener, add_listener
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.files import CONFIG_FILE, thresholds_file
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a checkpoint's ``config.json``: what was done, without the thresholds.
 
     Args:
-        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`.
+        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`; or ``rule="exact"`` alone, for
+            :func:`cats_ext.apply_exact`.
         activation: ``relu`` for a ReLUfied model, whose MLPs compute it instead of their own.
     """
 
@@ -56,6 +59,10 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
         activation: str | None = None,
         **_: Any,
     ) -> None:
+        self.quant_method = METHOD
+        self.rule = rule
+        if rule == EXACT:
+            return
         if rule is None or sparsity is None or bytes_share is None:
             raise ValueError(
                 "quantization_config must be a cats_ext.CatsConfig, or the entry of a saved CATS checkpoint with rule, "
@@ -63,8 +70,7 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
             )
         if activation not in (None, "relu"):
             raise ValueError(f"activation in quantization_config must be relu or missing, got {activation!r}")
-        self.quant_method = METHOD
-        self.rule, self.sparsity, self.bytes_share = rule, sparsity, bytes_share
+        self.sparsity, self.bytes_share = sparsity, bytes_share
         if activation is not None:
             self.activation = activation
 
@@ -86,13 +92,15 @@ class CatsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        if self.thresholds is None:
+        if self.thresholds is None and self.quantization_config.rule != EXACT:
             self.thresholds = CatsConfig.from_pretrained(_checkpoint_directory(model.config, checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         _unmark(_marks(model))  # this one is dense
         del model.hf_quantizer
         thresholds, self.thresholds = self.thresholds, None
+        if self.quantization_config.rule == EXACT:
+            return apply_exact(model)
         if self.quantization_config.activation == "relu":
             return patch_with_relu(model, thresholds)
         return apply_cats(model, thresholds)

@@ -151,7 +151,7 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
         listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps], layouts)
+        make_all_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
 
 
@@ -178,7 +178,7 @@ def remove_cats(model: nn.Module) -> nn.Module:
     _check_complete(model, patched)
     states = {name: module.cats for name, module in patched.items()}
     layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
-    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
+    finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model
 
 
@@ -287,7 +287,8 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     return find_gated_mlps(model)
 
 
-def _make_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+def make_all_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+    """Undo the patching of ``modules``, whole or half made."""
     listeners.removing(unwrapped(model))
     for module in modules:
         make_dense(module, layouts)

@@ -73,20 +73,20 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """
     check_module(model)
     named = model.named_modules(remove_duplicate=False)
-    candidates = [(name, module) for name, module in named if _projections(module) is not None]
+    candidates = [(name, module) for name, module in named if looks_gated(module)]
     if not candidates:
         raise ValueError(
             f"model of class {type(model).__name__} has no gated MLP: no module with the children "
             f"{', '.join(SEPARATE)} or {', '.join(MERGED)}"
         )
     times_seen = Counter(id(module) for _, module in candidates)
-    shared = _sharing_memory(model)
+    shared = sharing_memory(model)
     mlps = []
     for name, module in candidates:
         try:
             if times_seen[id(module)] > 1:
                 raise ValueError("it is used in more than one place of the model")
-            mlps.append(_describe(name, module, shared))
+            mlps.append(describe(name, module, shared))
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}) cannot run sparsely: {error}") from error
     return mlps
@@ -117,6 +117,11 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     return None
 
 
+def looks_gated(module: nn.Module) -> bool:
+    """Whether ``module`` has the children of a gated MLP or the parameters of a block of experts."""
+    return _projections(module) is not None
+
+
 def _projections(module: nn.Module) -> tuple[str, ...] | None:
     """Names of the projections if ``module`` looks like a gated MLP or like a block of experts, else None."""
     for names in (SEPARATE, MERGED):
@@ -125,7 +130,7 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
     return None
 
 
-def _sharing_memory(model: nn.Module) -> set[int]:
+def sharing_memory(model: nn.Module) -> set[int]:
     """The ids of the parameters and buffers whose memory overlaps that of another name in the model."""
     named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
     spans = sorted((*_span(tensor), id(tensor)) for _, tensor in named if tensor.numel())
@@ -147,7 +152,16 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
     return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
-def _describe(name: str, module: nn.Module, shared: set[int]) -> GatedMLP:
+def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tensor], Tensor] | None = None) -> GatedMLP:
+    """The gated MLP that ``module``, which has the children of one, is.
+
+    Args:
+        shared: what :func:`sharing_memory` says of its model.
+        act: computes the activations from the gate's output; None: the module's own, one of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: it is none, and why.
+    """
     names = _projections(module)
     if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
@@ -165,12 +179,18 @@ def _describe(name: str, module: nn.Module, shared: set[int]) -> GatedMLP:
     function = getattr(module, activation_name)
     activation = recognise_activation(function)
     if activation is None:
-        label = getattr(function, "__name__", type(function).__name__)
-        raise ValueError(f"its activation {label} is none of {', '.join(ACTIVATIONS)}")
+        activation = label_of(function)
+        if act is None:
+            raise ValueError(f"its activation {activation} is none of {', '.join(ACTIVATIONS)}")
     experts = len(module.down_proj) if in_one_tensor else None
     mlp = GatedMLP(name, module, activation, names == MERGED, experts)
-    _check_formula(mlp)
+    _check_formula(mlp, act or ACTIVATIONS[activation])
     return mlp
+
+
+def label_of(function: Callable[[Tensor], Tensor]) -> str:
+    """What an activation that has no name in ``ACTIVATIONS`` is called."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _check_experts(module: nn.Module, names: tuple[str, ...], shared: set[int]) -> None:
@@ -179,7 +199,7 @@ def _check_experts(module: nn.Module, names: tuple[str, ...], shared: set[int]) 
         raise ValueError("it is a mixture of experts whose weights are not gate_up_proj and down_proj, a tensor each")
     gate_up, down = (module._parameters[n] for n in names)
     for n, weight in zip(names, (gate_up, down), strict=True):
-        _check_weight(n, weight, shared)
+        check_weight(n, weight, shared)
     expected = (len(down), 2 * down.shape[-1], down.shape[-2]) if down.dim() == 3 else None
     if tuple(gate_up.shape) != expected:
         raise ValueError(
@@ -191,7 +211,7 @@ def _check_experts(module: nn.Module, names: tuple[str, ...], shared: set[int]) 
     _check_alike(gate_up, down, names)
 
 
-def _check_weight(name: str, weight: Tensor, shared: set[int]) -> None:
+def check_weight(name: str, weight: Tensor, shared: set[int]) -> None:
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load the weights first, without offloading")
     if weight.numel() == 0:
@@ -223,7 +243,7 @@ def _check_linears(module: nn.Module, names: tuple[str, ...], shared: set[int]) 
                 f"{projection} is a {kind.__module__}.{kind.__name__}, not a torch.nn.Linear (quantised layers are not "
                 "supported; adapters are added after patching, or merged before)"
             )
-        _check_weight(f"{projection}.weight", linear.weight, shared)
+        check_weight(f"{projection}.weight", linear.weight, shared)
     first, down = getattr(module, names[0]), module.down_proj
     expected = (down.in_features * (2 if names == MERGED else 1), down.out_features)
     for projection in names[:-1]:
@@ -238,14 +258,13 @@ def _check_linears(module: nn.Module, names: tuple[str, ...], shared: set[int]) 
 
 
 @torch.no_grad()
-def _check_formula(mlp: GatedMLP) -> None:
+def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
     """Run the module on four vectors: two of unit variance, and two that give large gate values, which clamps change.
 
     In training mode, because the masked path has no dropout. A shallow copy is set to it, so that an interrupt leaves
     the module itself as it was.
     """
     module, weight = mlp.module, mlp.down_weight
-    act = ACTIVATIONS[mlp.activation]
     x = torch.randn(4, mlp.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     gate = _gate_and_up(mlp, x)[0].float()
     x[2:] *= (32 / gate.pow(2).mean().sqrt().clamp(min=1e-3)).to(x.dtype)

@@ -32,10 +32,13 @@ class LayerSparsity:
     up_target: float
     down_sparsity: float
     down_target: float
+    matrices: int = 3  # of the MLP; 2 without a gate
 
     @property
     def bytes_share(self) -> float:
         """Share of the dense MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
+        if self.matrices == 2:  # its up projection is read as a gate is
+            return 1 - self.down_sparsity / 2
         return bytes_share(self.up_sparsity, self.down_sparsity)
 
     @property
@@ -192,11 +195,12 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
-                weight_bytes=3 * neurons * target.hidden_size * state.down_weight.element_size(),
+                weight_bytes=state.matrices * neurons * target.hidden_size * state.down_weight.element_size(),
                 up_sparsity=1 - kept_up / evaluated,
                 up_target=target.up_sparsity,
                 down_sparsity=1 - kept_down / evaluated,
                 down_target=target.down_sparsity,
+                matrices=state.matrices,
             )
         )
     report = SparsityReport(layers)
