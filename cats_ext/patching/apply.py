@@ -16,6 +16,7 @@ from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.rules import check_bool
 from cats_ext.thresholds.statistics import SMALLEST
 
@@ -86,6 +87,8 @@ def apply_cats(
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+    if isinstance(config, ExactConfig):
+        raise TypeError("config must have thresholds, got that of a model that is sparse by itself: call apply_exact")
     check_bool("neuron_rows", neuron_rows)
     check_bool("check_weights", check_weights)
     mlps = find_dense_mlps(model)

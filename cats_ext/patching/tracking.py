@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from torch import nn
 
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.rules import bytes_share
 
 
@@ -191,14 +192,17 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             )
         state, target = module.cats, module.cats.target
         neurons = target.intermediate_size * state.experts_per_token
+        up_sparsity, down_sparsity = 1 - kept_up / evaluated, 1 - kept_down / evaluated
+        if isinstance(state.config, ExactConfig):  # any sparsity is the model's own
+            target = replace(target, up_sparsity=up_sparsity, down_sparsity=down_sparsity)
         layers.append(
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
                 weight_bytes=state.matrices * neurons * target.hidden_size * state.down_weight.element_size(),
-                up_sparsity=1 - kept_up / evaluated,
+                up_sparsity=up_sparsity,
                 up_target=target.up_sparsity,
-                down_sparsity=1 - kept_down / evaluated,
+                down_sparsity=down_sparsity,
                 down_target=target.down_sparsity,
                 matrices=state.matrices,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cats_ext.patching import listeners
-from cats_ext.patching.apply import make_all_dense, sparse_mlps
+from cats_ext.patching.apply import apply_cats, make_all_dense, sparse_mlps
 from cats_ext.patching.detection import ACTIVATION_NAMES, check_module
 from cats_ext.patching.exact.detection import ACTIVATED, GATED, ExactLayer, find_exact_layers
 from cats_ext.patching.exact.modules import ExactDown, ExactMLP, ExactState
@@ -19,7 +19,7 @@ from cats_ext.patching.surgery import (
     set_class,
 )
 from cats_ext.patching.wrappers import unwrapped
-from cats_ext.thresholds.config import LayerConfig
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
 
 
@@ -70,6 +70,11 @@ def apply_exact(model: nn.Module) -> nn.Module:
     except BaseException:
         make_all_dense(inner, [layer.module for layer in layers], layouts)
         raise
+
+
+def apply_config(model: nn.Module, config: CatsConfig) -> nn.Module:
+    """As ``config``, of a model that was patched, was applied: by :func:`apply_exact` or :func:`apply_cats`."""
+    return apply_exact(model) if isinstance(config, ExactConfig) else apply_cats(model, config)
 
 
 def _layer_config(layer: ExactLayer) -> LayerConfig:
