@@ -44,17 +44,11 @@ template <int kTokens> constexpr int64_t activated_shared_bytes(int64_t intermed
     return scan_bytes(intermediate, threads) + (intermediate / ctas + 1) * int64_t(sizeof(ActiveNeuron<kTokens>));
 }
 
-// The bit of neuron j + e is set where v[e] is not zero; NaN is not.
-template <typename T> __device__ __forceinline__ uint32_t nonzero_bits(const T *v, bool vectors, int64_t left) {
+// Bit e is set where value e is not zero; NaN is not.
+__device__ __forceinline__ uint32_t nonzero_bits(const float (&values)[kScanNeurons]) {
     uint32_t bits = 0;
-    if (vectors) {
-        float values[kScanNeurons];
-        Values<T, kScanNeurons>::load(v).decode(values);
 #pragma unroll
-        for (int e = 0; e < kScanNeurons; e++) bits |= uint32_t(!(values[e] == 0.f)) << e;
-    } else {
-        for (int e = 0; e < kScanNeurons && e < left; e++) bits |= uint32_t(!(to_float(v[e]) == 0.f)) << e;
-    }
+    for (int e = 0; e < kScanNeurons; e++) bits |= uint32_t(!(values[e] == 0.f)) << e;
     return bits;
 }
 
@@ -63,17 +57,51 @@ template <typename T, int kTokens>
 __device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t *scan, ActiveNeuron<kTokens> *list) {
     __shared__ uint32_t warp_counts[kActivatedThreads / 32];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
-    const int64_t intermediate = p.intermediate_size, step = int64_t(blockDim.x) * kScanNeurons;
+    const int64_t intermediate = p.intermediate_size;
     const T *v = static_cast<const T *>(p.v);
     const bool vectors = intermediate % kScanNeurons == 0 && reinterpret_cast<uintptr_t>(v) % 16 == 0;
     uint32_t count = 0;
-    for (int64_t j = tid * kScanNeurons, at = tid; j < intermediate; j += step, at += blockDim.x) {
-        uint32_t bits = 0;
+    const auto note = [&](int64_t at, uint32_t bits) { scan[at] = uint8_t(bits), count += __popc(bits); };
+    if (vectors) {
+        constexpr int kAhead = 8 / kTokens; // nothing hides the way to L2: so many loads at a time
+        for (int64_t first = tid; first * kScanNeurons < intermediate; first += kAhead * blockDim.x) {
+            Values<T, kScanNeurons> loaded[kAhead][kTokens];
 #pragma unroll
-        for (int m = 0; m < kTokens; m++)
-            if (m < p.tokens) bits |= nonzero_bits(v + m * intermediate + j, vectors, intermediate - j);
-        scan[at] = uint8_t(bits);
-        count += __popc(bits);
+            for (int a = 0; a < kAhead; a++)
+#pragma unroll
+                for (int m = 0; m < kTokens; m++) {
+                    const int64_t j = (first + a * int64_t(blockDim.x)) * kScanNeurons;
+                    loaded[a][m] = {};
+                    if (j < intermediate && m < p.tokens)
+                        loaded[a][m] = Values<T, kScanNeurons>::load(v + m * intermediate + j);
+                }
+#pragma unroll
+            for (int a = 0; a < kAhead; a++) {
+                const int64_t at = first + a * int64_t(blockDim.x);
+                if (at * kScanNeurons >= intermediate) break;
+                uint32_t bits = 0;
+#pragma unroll
+                for (int m = 0; m < kTokens; m++) {
+                    float values[kScanNeurons];
+                    loaded[a][m].decode(values);
+                    bits |= nonzero_bits(values);
+                }
+                note(at, bits);
+            }
+        }
+    } else {
+        for (int64_t at = tid; at * kScanNeurons < intermediate; at += blockDim.x) {
+            uint32_t bits = 0;
+            for (int m = 0; m < p.tokens; m++) {
+                float values[kScanNeurons] = {};
+#pragma unroll
+                for (int e = 0; e < kScanNeurons; e++)
+                    if (const int64_t j = at * kScanNeurons + e; j < intermediate)
+                        values[e] = to_float(v[m * intermediate + j]);
+                bits |= nonzero_bits(values);
+            }
+            note(at, bits);
+        }
     }
     uint32_t up_to = count; // of the warp's threads up to this one, then of all
 #pragma unroll
@@ -92,10 +120,10 @@ __device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t 
                    end = uint64_t(total) * (blockIdx.x + 1) / gridDim.x;
     uint32_t rank = up_to - count;
     if (rank < end && up_to > begin) {
-        for (int64_t j = tid * kScanNeurons, at = tid; j < intermediate; j += step, at += blockDim.x)
+        for (int64_t at = tid; at * kScanNeurons < intermediate; at += blockDim.x)
             for (uint32_t bits = scan[at]; bits; bits &= bits - 1, rank++) {
                 if (rank < begin || rank >= end) continue;
-                const int64_t neuron = j + __ffs(bits) - 1;
+                const int64_t neuron = at * kScanNeurons + __ffs(bits) - 1;
                 ActiveNeuron<kTokens> &entry = list[rank - begin];
                 entry.neuron = uint32_t(neuron);
 #pragma unroll
