@@ -148,10 +148,16 @@ __global__ void __launch_bounds__(kActivatedThreads, 1)
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
     const int hidden = int(p.hidden_size), row_chunks = hidden / kPerChunk;
     const auto chunk = [&](int c) { return c * int(blockDim.x) + tid; };
-    const auto load = [&](const void *base, int64_t stride, uint32_t neuron, int c) {
-        return Row::load(static_cast<const uint8_t *>(base) +
-                             (neuron * stride + int64_t(chunk(c) - lane) * kPerChunk) * int64_t(sizeof(T)),
-                         lane);
+    const auto row = [](const void *base, int64_t stride, uint32_t neuron) {
+        return static_cast<const uint8_t *>(base) + neuron * stride * int64_t(sizeof(T));
+    };
+    const auto load = [&](const uint8_t *from, int c) {
+        return Row::load(from + int64_t(chunk(c) - lane) * kChunkBytes, lane);
+    };
+    const auto prefetch = [&](int i) { // row i / 2 of the list: up, or down where i is odd
+        const uint32_t neuron = list[i / 2].neuron;
+        if (i % 2) prefetch_l2(row(p.w_down_t, p.w_down_t_stride, neuron), uint32_t(hidden * sizeof(T)));
+        else if (p.w_up) prefetch_l2(row(p.w_up, p.w_up_stride, neuron), uint32_t(hidden * sizeof(T)));
     };
 
     launch_dependents();
@@ -162,6 +168,8 @@ __global__ void __launch_bounds__(kActivatedThreads, 1)
     int turn = 0;
     for (int first = 0; first < active; first += kRows, turn ^= 1) {
         const int count = min(kRows, active - first);
+        // A batch is computed when all of it has arrived: the next one is brought into L2 meanwhile.
+        if (const int i = 2 * (first + kRows) + tid; tid < 2 * kRows && i < 2 * active) prefetch(i);
         typename Row::Packed up[kRows][kChunks], down[kRows][kChunks];
 #pragma unroll
         for (int r = 0; r < kRows; r++)
@@ -170,8 +178,8 @@ __global__ void __launch_bounds__(kActivatedThreads, 1)
                 up[r][c] = down[r][c] = {};
                 if (r >= count || chunk(c) >= row_chunks) continue;
                 const uint32_t neuron = list[first + r].neuron;
-                if (p.w_up) up[r][c] = load(p.w_up, p.w_up_stride, neuron, c);
-                down[r][c] = load(p.w_down_t, p.w_down_t_stride, neuron, c);
+                if (p.w_up) up[r][c] = load(row(p.w_up, p.w_up_stride, neuron), c);
+                down[r][c] = load(row(p.w_down_t, p.w_down_t_stride, neuron), c);
             }
         const auto value = [&](int r, int m) { return r < count ? list[first + r].values[m] : 0.f; }; // v
         if (p.w_up) {
