@@ -127,11 +127,19 @@ _GEMMA_3N = {
     "laurel_rank": 8,
 }
 EXACT = {
-    "llama-relu": ExactFamily("ReLUfied models", "llama", {"hidden_act": "relu"}, form="gated", matrices=3),
-    "phi3-relu": ExactFamily("the same, merged", "phi3", {"hidden_act": "relu"}, form="gated", matrices=3),
-    "mixtral-relu": ExactFamily("mixtures", "mixtral", {**_EXPERTS, "hidden_act": "relu"}, form="gated", matrices=3),
-    "llama-relu2": ExactFamily("squared ReLU", "llama", {"hidden_act": "relu2"}, form="activated", matrices=3),
-    "gemma3n": ExactFamily("Gemma 3n", "gemma3n_text", _GEMMA_3N, form="activated", matrices=3, layers=2),
+    "llama-relu": ExactFamily(
+        "ReLUfied Llama (ProSparse, MiniCPM-S)", "llama", {"hidden_act": "relu"}, form="gated", matrices=3
+    ),
+    "phi3-relu": ExactFamily("ReLUfied Phi-3", "phi3", {"hidden_act": "relu"}, form="gated", matrices=3),
+    "mixtral-relu": ExactFamily(
+        "ReLUfied Mixtral", "mixtral", {**_EXPERTS, "hidden_act": "relu"}, form="gated", matrices=3
+    ),
+    "llama-relu2": ExactFamily(
+        "Llama with squared ReLU", "llama", {"hidden_act": "relu2"}, form="activated", matrices=3
+    ),
+    "gemma3n": ExactFamily(
+        "Gemma 3n, its sparse layers", "gemma3n_text", _GEMMA_3N, form="activated", matrices=3, layers=2
+    ),
     "bitnet": ExactFamily("BitNet", "bitnet", matrices=3),
     "nemotron": ExactFamily("Nemotron", "nemotron"),
     "arcee": ExactFamily("Arcee AFM", "arcee"),

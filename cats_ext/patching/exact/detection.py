@@ -120,7 +120,9 @@ def _describe_exact(
             reason = str(error)
     down_name = next((n for n in DOWN if n in module._modules), None)
     if down_name is None:
-        raise ValueError(reason if looks_gated(module) else "its projections are parameters, not modules (experts without a gate)")
+        raise ValueError(
+            reason if looks_gated(module) else "its projections are parameters, not modules (experts without a gate)"
+        )
     down = module._modules[down_name]
     if not isinstance(down, nn.Linear):
         raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__}, not a torch.nn.Linear")
