@@ -35,7 +35,8 @@ uses, are MLPs as above.
 EXACT_HEAD = """
 ## Sparse by themselves
 
-`apply_exact` runs these as they are, without thresholds ([exact.md](exact.md)); `tests/patching/test_exact.py` tests them.
+`apply_exact` runs these as they are, without thresholds ([exact.md](exact.md)). `tests/patching/test_exact.py` tests
+each on the CPU and on a GPU.
 
 """
 REFUSED_HEAD = """
