@@ -9,6 +9,7 @@ from cats_ext.integrations import register_with_transformers
 from cats_ext.integrations.deferred_stop import deferred_stop
 from cats_ext.ops import experts as expert_ops
 from cats_ext.patching.apply import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
+from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.patching.tracking import (
     SparsityDriftWarning,
@@ -32,6 +33,7 @@ __all__ = [
     "SparsityReport",
     "__version__",
     "apply_cats",
+    "apply_exact",
     "apply_relufication",
     "calibrate",
     "deferred_stop",

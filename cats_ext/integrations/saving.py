@@ -25,6 +25,7 @@ from cats_ext.patching.apply import current_config, replaced_activation, sparse_
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.quantization.layout import Rows, describe
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT, ExactConfig
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE
 from cats_ext.thresholds.fit import sample_weights, weight_of
 from cats_ext.thresholds.replacement import publish, staged
@@ -143,12 +144,14 @@ def _additions(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> 
     patched, rows = sparse_mlps(model), describe(model) or None
     if not patched:
         return {"quantization_config": checkpoint_entry(rows=rows)}, {}
+    if isinstance(config := current_config(model), ExactConfig):
+        return {"quantization_config": checkpoint_entry(config, rows=rows)}, {}
     activation = replaced_activation(model)
     samples = {
         module.cats.name: sample_weights(partial(_saved_weight, model, state_dict or {}, name, module))
         for name, module in patched.items()
     }
-    config = replace(current_config(model), weights=samples)
+    config = replace(config, weights=samples)
     entries = {} if activation is None else dict.fromkeys(_activation_entries(model, activation), activation)
     return entries | {"quantization_config": checkpoint_entry(config, activation, rows)}, config.to_files()
 
@@ -159,7 +162,8 @@ def checkpoint_entry(
     """The entry ``quantization_config`` of a checkpoint's ``config.json``."""
     entry: dict[str, Any] = {"quant_method": CatsConfig.quant_method}
     if config is not None:
-        entry |= {"rule": config.rule, "sparsity": config.sparsity, "bytes_share": config.bytes_share}
+        entry |= {"rule": config.rule}
+        entry |= {} if config.rule == EXACT else {"sparsity": config.sparsity, "bytes_share": config.bytes_share}
     optional = {"activation": activation, "rows": rows}
     return entry | {key: value for key, value in optional.items() if value is not None}
 

@@ -27,12 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_ext.integrations import saving
 from cats_ext.patching.apply import apply_cats, patch_with_relu, remove_cats, sparse_mlps
+from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.listeners import PatchListener, add_listener
 from cats_ext.quantization import QuantizationConfig, quantized_linears
 from cats_ext.quantization.layout import Rows, check_rows, describe, prepare
 from cats_ext.quantization.run import quantize_as
 from cats_ext.rows.formats import ROW_ALIGNMENT
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.files import CONFIG_FILE, thresholds_file
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a checkpoint's ``config.json``: what was done, without the thresholds.
 
     Args:
-        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`; None of a checkpoint without thresholds.
+        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`; ``rule="exact"`` alone, for
+            :func:`cats_ext.apply_exact`; None of a checkpoint without thresholds.
         activation: ``relu`` for a ReLUfied model, whose MLPs compute it instead of their own.
         rows: the formats of packed rows, as :func:`cats_ext.quantization.layout.describe` gives them.
     """
@@ -69,7 +72,8 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         thresholds = {"rule": rule, "sparsity": sparsity, "bytes_share": bytes_share}
-        if None in thresholds.values() and (rows is None or any(value is not None for value in thresholds.values())):
+        nothing = all(value is None for value in thresholds.values())
+        if None in thresholds.values() and rule != EXACT and (rows is None or not nothing):
             raise ValueError(
                 "quantization_config must be a cats_ext.CatsConfig, or the entry of a saved CATS checkpoint with rule, "
                 f"sparsity and bytes_share, got rule={rule}, sparsity={sparsity}, bytes_share={bytes_share}"
@@ -109,7 +113,7 @@ class CatsQuantizer(HfQuantizer):
             return
         if config.rows is not None:
             prepare(model, config.rows)
-        if self.thresholds is None and config.rule is not None:
+        if self.thresholds is None and config.rule not in (None, EXACT):
             self.thresholds = CatsConfig.from_pretrained(_checkpoint_directory(model.config, checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -120,6 +124,8 @@ class CatsQuantizer(HfQuantizer):
             return quantize_as(model, config, progress=False)
         _check_rows(model)
         attach(model)
+        if config.rule == EXACT:
+            return apply_exact(model)
         if thresholds is None:
             return model
         return patch_with_relu(model, thresholds) if config.activation == "relu" else apply_cats(model, thresholds)

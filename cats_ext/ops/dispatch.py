@@ -38,6 +38,11 @@ MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 42
 # On CUDA 16 is the most that has been tested.
 MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 
+# As MAX_KERNEL_TOKENS, of activated_mlp. On CUDA what one launch takes, by arithmetic: at 90 % sparsity with masks that
+# are independent from token to token, 4 tokens read 34 % of the rows and 16 tokens 81 %.
+MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 4}
+MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
+
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
 # 86, 278 and 157 (bench/results/h100/experts.csv).
@@ -190,6 +195,25 @@ def kernel_fits(x: Tensor, hidden_size: int, max_tokens: dict[str, int] = MAX_KE
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not _autocast_is_enabled(device)
+    )
+
+
+def activated_fits(rows: Tensor, width: int, hidden_size: int) -> bool:
+    """Whether ``activated_mlp`` serves as many tokens as ``rows`` ``[..., width]`` has, and their dtype.
+
+    Not under autocast, where a gradient is needed or taken forward, or where CUDA has a slow kernel only.
+    """
+    device = "cuda" if rows.is_cuda else "cpu" if rows.is_cpu else rows.device.type
+    row_bytes = hidden_size * rows.element_size()
+    return (
+        rows.dtype in ops.SPARSE_DTYPES
+        and (
+            rows.numel() <= MAX_ACTIVATED_TOKENS.get(device, 0) * width
+            or (device == "cpu" and rows.dtype in _SCALAR_ON_CPU)
+        )
+        and (device != "cuda" or (row_bytes % 16 == 0 and row_bytes <= MOST_ACTIVATED_BYTES))
+        and not _autocast_is_enabled(device)
+        and forward_ad._current_level < 0
     )
 
 

@@ -16,6 +16,7 @@ from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.rules import check_bool
 from cats_ext.thresholds.statistics import SMALLEST
 
@@ -86,6 +87,8 @@ def apply_cats(
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+    if isinstance(config, ExactConfig):
+        raise TypeError("config must have thresholds, got that of a model that is sparse by itself: call apply_exact")
     check_bool("neuron_rows", neuron_rows)
     check_bool("check_weights", check_weights)
     mlps = find_dense_mlps(model)
@@ -153,7 +156,7 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
         listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps], layouts)
+        make_all_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
 
 
@@ -180,7 +183,7 @@ def remove_cats(model: nn.Module) -> nn.Module:
     check_complete(model, patched)
     states = {name: module.cats for name, module in patched.items()}
     layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
-    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
+    finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model
 
 
@@ -289,7 +292,8 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     return find_gated_mlps(model)
 
 
-def _make_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+def make_all_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+    """Undo the patching of ``modules``, whole or half made."""
     listeners.removing(unwrapped(model))
     for module in modules:
         make_dense(module, layouts)

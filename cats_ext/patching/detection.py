@@ -86,7 +86,7 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """
     check_module(model)
     named = model.named_modules(remove_duplicate=False)
-    candidates = [(name, module) for name, module in named if projection_names(module) is not None]
+    candidates = [(name, module) for name, module in named if looks_gated(module)]
     if not candidates:
         raise ValueError(
             f"model of class {type(model).__name__} has no gated MLP: no module with the children "
@@ -99,7 +99,7 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         try:
             if times_seen[id(module)] > 1:
                 raise ValueError("it is used in more than one place of the model")
-            mlps.append(_describe(name, module, shared))
+            mlps.append(describe(name, module, shared))
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}) cannot run sparsely: {error}") from error
     return mlps
@@ -128,6 +128,11 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
         if torch.is_tensor(values) and torch.allclose(values, reference(points), rtol=1e-5, atol=1e-5):
             return name
     return None
+
+
+def looks_gated(module: nn.Module) -> bool:
+    """Whether ``module`` has the children of a gated MLP or the parameters of a block of experts."""
+    return projection_names(module) is not None
 
 
 def projection_names(module: nn.Module) -> tuple[str, ...] | None:
@@ -160,7 +165,16 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
     return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
-def _describe(name: str, module: nn.Module, shared: set[int]) -> GatedMLP:
+def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tensor], Tensor] | None = None) -> GatedMLP:
+    """The gated MLP that ``module``, which has the children of one, is.
+
+    Args:
+        shared: what :func:`sharing_memory` says of its model.
+        act: computes the activations from the gate's output; None: the module's own, one of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: it is none, and why.
+    """
     names = projection_names(module)
     if "forward" in vars(module) and not only_aligns_devices(module):
         raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
@@ -178,12 +192,18 @@ def _describe(name: str, module: nn.Module, shared: set[int]) -> GatedMLP:
     function = getattr(module, activation_name)
     activation = recognise_activation(function)
     if activation is None:
-        label = getattr(function, "__name__", type(function).__name__)
-        raise ValueError(f"its activation {label} is none of {', '.join(ACTIVATIONS)}")
+        activation = label_of(function)
+        if act is None:
+            raise ValueError(f"its activation {activation} is none of {', '.join(ACTIVATIONS)}")
     experts = len(module.down_proj) if in_one_tensor else None
     mlp = GatedMLP(name, module, activation, names == MERGED, experts)
-    _check_formula(mlp)
+    _check_formula(mlp, act or ACTIVATIONS[activation])
     return mlp
+
+
+def label_of(function: Callable[[Tensor], Tensor]) -> str:
+    """What an activation that has no name in ``ACTIVATIONS`` is called."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _check_experts(module: nn.Module, names: tuple[str, ...], shared: set[int]) -> None:
@@ -275,7 +295,7 @@ def _check_rows(projection: str, linear: QuantizedLinear) -> None:
 
 
 @torch.no_grad()
-def _check_formula(mlp: GatedMLP) -> None:
+def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
     """Run the module on four vectors: two of unit variance, and two that give large gate values, which clamps change.
 
     In training mode, because the masked path has no dropout. A shallow copy is set to it, so that an interrupt leaves
@@ -287,7 +307,6 @@ def _check_formula(mlp: GatedMLP) -> None:
         probe._modules = probe._modules | _few_neurons(mlp)
         mlp = replace(mlp, module=probe)
     module, weight = mlp.module, mlp.down_weight
-    act = ACTIVATIONS[mlp.activation]
     dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
     x = torch.randn(4, mlp.hidden_size, generator=torch.Generator().manual_seed(0))
     x = x.to(weight.device, dtypes[0] if dtypes else torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import weight_of
 
 
@@ -164,10 +165,11 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
 
 
 def _row_bytes(module: PatchedMLP) -> tuple[int, int, int]:
-    """Bytes of a neuron's row of gate, up and down."""
+    """Bytes of a neuron's row of gate, up and down. Without a gate the up projection counts as one: it is all read."""
     down = module.cats.down_weight
     if down.dtype != torch.uint8:
-        return (module.cats.target.hidden_size * down.element_size(),) * 3
+        size = module.cats.target.hidden_size * down.element_size()
+        return size, size if module.cats.matrices == 3 else 0, size
     gate, up = weight_of(module, "gate_proj"), weight_of(module, "up_proj")
     if gate is None:
         gate = up = weight_of(module, "gate_up_proj")
@@ -208,14 +210,17 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             )
         state, target = module.cats, module.cats.target
         neurons = target.intermediate_size * state.experts_per_token
+        up_sparsity, down_sparsity = 1 - kept_up / evaluated, 1 - kept_down / evaluated
+        if isinstance(state.config, ExactConfig):  # any sparsity is the model's own
+            target = replace(target, up_sparsity=up_sparsity, down_sparsity=down_sparsity)
         layers.append(
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
                 matrix_bytes=tuple(neurons * size for size in _row_bytes(module)),
-                up_sparsity=1 - kept_up / evaluated,
+                up_sparsity=up_sparsity,
                 up_target=target.up_sparsity,
-                down_sparsity=1 - kept_down / evaluated,
+                down_sparsity=down_sparsity,
                 down_target=target.down_sparsity,
             )
         )
