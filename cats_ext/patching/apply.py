@@ -144,9 +144,7 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
-    strides = [
-        neuron_strides(mlp.down_weight) if neuron_rows and not mlp.packed else mlp.down_weight.stride() for mlp in mlps
-    ]
+    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
     layouts = MemoryLayouts(
         {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
     )

@@ -72,8 +72,11 @@ def _memory_of(weight: Tensor, strides: tuple[int, ...]) -> tuple[int, torch.dty
 
 
 def neuron_strides(weight: Tensor) -> tuple[int, ...]:
-    """The strides of ``weight`` ``[..., H, I]`` with one contiguous row a neuron; its own if it lies that way."""
-    if weight.mT.is_contiguous():
+    """The strides of ``weight`` ``[..., H, I]`` with one contiguous row a neuron; its own if it lies that way.
+
+    Packed rows always do.
+    """
+    if weight.dtype == torch.uint8 or weight.mT.is_contiguous():
         return weight.stride()
     *_, height, width = weight.shape
     return *(() if weight.dim() == 2 else (height * width,)), 1, height

@@ -14,7 +14,15 @@ from support.models import tiny_model
 from support.patched import assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cats_ext import CatsMLP, QuantizationConfig, apply_cats, apply_relufication, quantize, remove_cats
+from cats_ext import (
+    CatsMLP,
+    QuantizationConfig,
+    apply_cats,
+    apply_exact,
+    apply_relufication,
+    quantize,
+    remove_cats,
+)
 from cats_ext.quantization import quantized_linears
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
@@ -73,6 +81,17 @@ def test_round_trip_alone_and_with_thresholds(family, arguments, tmp_path):
     remove_cats(again).save_pretrained(tmp_path / "both")  # the thresholds that were there go
     assert {p.name for p in (tmp_path / "both").iterdir()} == DENSE_FILES
     assert torch.equal(logits(load(tmp_path / "both"), few()), expected[0])
+
+
+def test_a_model_that_is_sparse_by_itself(tmp_path):
+    model = quantized_model("llama-relu")
+    dense = logits(model, few())
+    apply_exact(model)
+    assert (logits(model, few()) - dense).norm() <= 1e-5 * dense.norm()
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == DENSE_FILES
+    again = load(tmp_path)
+    assert isinstance(layers_of(again)[0], CatsMLP) and torch.equal(logits(again, few()), logits(model, few()))
 
 
 def test_files_are_as_small_as_the_format_says(directory):
