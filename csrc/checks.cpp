@@ -20,7 +20,7 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// formats: of gate, up and down, null where the weights are dense. The sentence of the check that fails, valid until
+// formats: of gate, up and down, or of rows; null where the weights are dense. The sentence of the check that fails, valid until
 // the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
@@ -51,6 +51,15 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
             if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
+        } else if (op == "packed_linear_step") {
+            std::vector<TensorArgument> weights, biases;
+            for (const char *name : kPartWeights)
+                if (const TensorArgument t = argument(name); t.present()) weights.push_back(t);
+            for (const char *name : kPartBiases)
+                if (const TensorArgument t = argument(name); t.present()) biases.push_back(t);
+            check_packed_linear({argument("x"), argument("delta"), argument("norm_weight"), weights,
+                                 named(formats[0]).value_or(""), biases, argument("residual"), argument("largest"),
+                                 argument("total"), argument("y"), argument("x_new")});
         } else {
             if (op == "gated_threshold_backward") check_present("gated_threshold", argument("grad_h"));
             check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,

@@ -20,7 +20,7 @@ from cats_ext.ops import reference
 from cats_ext.ops.definitions import SCHEMAS
 from cats_ext.rows import FORMATS, quantize_rows
 
-OPS = sorted(SCHEMAS)
+OPS = sorted(op for op in SCHEMAS if op != "packed_linear_step")
 LARGEST = 1 << 20  # bytes of an argument
 RIGHT, REFUSED = "right", "refused clearly"
 Place = Callable[[Tensor, bool], Tensor]
