@@ -17,6 +17,7 @@ from cats_ext.patching.tracking import (
     sparsity_report,
     track_sparsity,
 )
+from cats_ext.quantization import QuantizationConfig, quantize
 from cats_ext.thresholds.config import CatsConfig
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "CatsConfig",
     "CatsMLP",
     "DecodeEngine",
+    "QuantizationConfig",
     "SparsityDriftWarning",
     "SparsityReport",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "functional",
     "masking_disabled",
     "ops",
+    "quantize",
     "remove_cats",
     "reset_sparsity",
     "set_sparsity",

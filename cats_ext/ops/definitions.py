@@ -167,7 +167,7 @@ def _register() -> None:
         for device in {*uncompiled, "cpu"} if step else uncompiled:
             torch.library.register_kernel(f"cats::{op}", device, _formula(op) if step else _fallback(op, device))
         # Inside torch.func's transforms the formula runs, which has all derivatives and batching rules.
-        counted = op == "sparse_mlp_counted"
+        counted = op.endswith("_counted")
         _library.impl(op, _refuse_counting if counted else _formula(op), "FuncTorchDynamicLayerFrontMode")
         refuse_other_layouts(_library, op)
 

@@ -71,7 +71,7 @@ def apply_cats(
             default True.
         neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
             never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights
-            in shared memory or a flat buffer.
+            in shared memory or a flat buffer. Packed rows lie right as they are.
         check_weights: False takes thresholds that were made for other weights, such as those of the model that this one
             was tuned from. By default a sample of the weights is compared with the config's, in any dtype.
 
@@ -141,7 +141,9 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
-    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+    strides = [
+        neuron_strides(mlp.down_weight) if neuron_rows and not mlp.packed else mlp.down_weight.stride() for mlp in mlps
+    ]
     layouts = MemoryLayouts(
         {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
     )
@@ -156,7 +158,7 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
 
 
 def remove_cats(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply_cats`: same modules, same values, same memory layout.
+    """Undo :func:`apply_cats`: same modules, same values, same memory layout. A quantised model stays quantised.
 
     Adapters and hooks added since stay where they are. If interrupted, the removal is completed before the exception
     is passed on.
@@ -175,14 +177,14 @@ def remove_cats(model: nn.Module) -> nn.Module:
     if not sparse_mlps(model):
         listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
-    _check_complete(model, patched)
+    check_complete(model, patched)
     states = {name: module.cats for name, module in patched.items()}
     layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
     finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
     return model
 
 
-def _check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
+def check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
     """Raise ValueError if the rest of the model would stay patched: it then has no config that fits it."""
     states = [module.cats for module in patched.values()]
     others = {name for state in states for name in state.config.layers} - {state.name for state in states}

@@ -116,10 +116,10 @@ class PatchedMLP(nn.Module):
 class CatsMLP(PatchedMLP):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
-    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
-    of the dense layer, with the mask applied between them. Whenever a projection is not a bare ``nn.Linear`` (an
-    adapter at work, a hook), the children are called as modules, and so is an activation that has been replaced or has
-    a hook.
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp``, or of packed rows ``sparse_mlp_packed``, on the
+    children's weights; many tokens the products of the dense layer, with the mask applied between them. Whenever a
+    projection is not a bare layer (an adapter at work, a hook), the children are called as modules, and so is an
+    activation that has been replaced or has a hook.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class CatsMLP(PatchedMLP):
         return activation if module is None or not is_observed(module) else module
 
     def operands(self) -> Operands | None:
-        """The weights and biases that the kernel reads; None where a module has to be called or one lies otherwise."""
-        if not isinstance(self.activation(), str):
+        """The dense weights and biases that the kernel reads; None if there are none, or a module has to be called."""
+        if not isinstance(self.activation(), str) or self.forward_settings.projections.startswith("packed"):
             return None
         return KINDS[self.forward_settings.projections].operands(self._modules)
 

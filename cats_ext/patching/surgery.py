@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, recognise_activation
 from cats_ext.patching.experts import CatsExperts
 from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings, PatchedMLP
+from cats_ext.patching.projections import kind_of
 from cats_ext.patching.wrappers import rebind_forward
 from cats_ext.thresholds.config import CatsConfig
 
@@ -93,7 +94,7 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strid
         mlp.hidden_size,
         mlp.activation,
         None if relufied else name,
-        projections="merged" if mlp.merged else "separate",
+        projections=kind_of(mlp.merged, mlp.packed),
         dense_prefill=not config.sparse_prefill,
     )
     layouts.lay_out(weight, strides)

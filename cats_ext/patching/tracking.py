@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
-from cats_ext.thresholds.rules import bytes_share
+from cats_ext.thresholds.fit import weight_of
 
 
 class SparsityDriftWarning(UserWarning):
@@ -27,16 +28,21 @@ class LayerSparsity:
 
     name: str
     tokens: int
-    weight_bytes: int  # of the dense MLP, or of the experts that a token takes
+    matrix_bytes: tuple[int, int, int]  # of gate, up and down; of the experts that a token takes
     up_sparsity: float
     up_target: float
     down_sparsity: float
     down_target: float
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(self.matrix_bytes)
+
+    @property
     def bytes_share(self) -> float:
-        """Share of the dense MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
-        return bytes_share(self.up_sparsity, self.down_sparsity)
+        """Share of the MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
+        gate, up, down = self.matrix_bytes
+        return (gate + up * (1 - self.up_sparsity) + down * (1 - self.down_sparsity)) / self.weight_bytes
 
     @property
     def bytes_read(self) -> float:
@@ -93,7 +99,10 @@ class SparsityReport:
             "down_sparsity": self.down_sparsity,
             "down_target": self._mean("down_target"),
             "bytes_share": self.bytes_share,
-            "layers": [{**asdict(layer), "bytes_share": layer.bytes_share} for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "weight_bytes": layer.weight_bytes, "bytes_share": layer.bytes_share}
+                for layer in self.layers
+            ],
         }
 
     def __rich__(self) -> Table:
@@ -154,6 +163,17 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
         raise
 
 
+def _row_bytes(module: PatchedMLP) -> tuple[int, int, int]:
+    """Bytes of a neuron's row of gate, up and down."""
+    down = module.cats.down_weight
+    if down.dtype != torch.uint8:
+        return (module.cats.target.hidden_size * down.element_size(),) * 3
+    gate, up = weight_of(module, "gate_proj"), weight_of(module, "up_proj")
+    if gate is None:
+        gate = up = weight_of(module, "gate_up_proj")
+    return gate.shape[1], up.shape[1], down.shape[1]
+
+
 def reset_sparsity(model: nn.Module) -> None:
     """Forget what has been counted in a patched ``model``.
 
@@ -192,7 +212,7 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
-                weight_bytes=3 * neurons * target.hidden_size * state.down_weight.element_size(),
+                matrix_bytes=tuple(neurons * size for size in _row_bytes(module)),
                 up_sparsity=1 - kept_up / evaluated,
                 up_target=target.up_sparsity,
                 down_sparsity=1 - kept_down / evaluated,

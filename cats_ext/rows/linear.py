@@ -46,11 +46,12 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.row_format, self.input_rows = row_format, input_rows
-        rows, columns = (in_features, out_features) if input_rows else (out_features, in_features)
-        row_format.groups(columns)
-        data = torch.empty(rows, row_format.row_bytes(columns), dtype=torch.uint8, device=device)
+        row_format.groups(self.row_width)
+        rows = in_features if input_rows else out_features
+        data = torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(data, requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", made)
 
     @classmethod
     def from_linear(
@@ -68,6 +69,21 @@ class QuantizedLinear(nn.Module):
     def row_width(self) -> int:
         """Columns of a packed row."""
         return self.out_features if self.input_rows else self.in_features
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return self.row_format.row_bytes(self.row_width)
+
+    def with_rows(self, rows: Tensor) -> QuantizedLinear:
+        """A layer of these rows alone, and of their part of the bias if rows are those of outputs."""
+        sizes = (len(rows), self.out_features) if self.input_rows else (self.in_features, len(rows))
+        made = QuantizedLinear(*sizes, self.row_format, input_rows=self.input_rows, device="meta")
+        made.weight = nn.Parameter(self.weight[rows], requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.detach()
+            made.bias = nn.Parameter(bias if self.input_rows else bias[rows], requires_grad=False)
+        return made
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, ``[out_features, in_features]``."""

@@ -14,6 +14,7 @@ FLOORS = (
     {"_version", "_progress", "_outputs", "rows"},
     {"ops", "thresholds", "_inputs"},
     {"env", "functional", "patching"},
+    {"quantization"},
     {"decode", "evaluation", "integrations"},
     {"calibration"},
     {"finetune", "__init__"},
