@@ -21,8 +21,9 @@ from cats_ext.decode.launch import Attention, AttentionPartials, Norm, PackedRow
 from cats_ext.ops.definitions import sparse_mlp_packed_step, sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import packed_linear_supported, step_supported
-from cats_ext.patching.detection import recognise_activation
+from cats_ext.patching.detection import MERGED, projection_names, recognise_activation
 from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.projections import KINDS, PackedOperands, kind_of
 from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
 from cats_ext.rows import QuantizedLinear
 
@@ -227,42 +228,33 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
     if not _is_plain(mlp) or deterministic():
         return None
     if isinstance(mlp, CatsMLP):
-        if mlp.forward_settings.tracking or not isinstance(mlp.activation(), str):
+        settings = mlp.forward_settings
+        if settings.tracking or not isinstance(mlp.activation(), str):
             return None
-        mask = mlp.threshold, mlp.down_threshold, mlp.forward_settings.activation
-    else:  # a dense one: nothing is below its threshold
-        activation = recognise_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None))
-        if activation is None:
-            return None
-        mask = torch.zeros((), device=y_sum.device), None, activation
-    weights, formats, biases = _packed_operands(mlp)
-    if not formats:
-        operands = mlp.operands() if isinstance(mlp, CatsMLP) else None
-        if operands is None:
-            return None
-        weights, biases = operands
-    gate_bias, up_bias, down_bias = biases
+        operands = KINDS[settings.projections].operands(mlp._modules)
+        mask = mlp.threshold, mlp.down_threshold, settings.activation
+    else:
+        operands = _packed_operands(mlp)
+        activation = recognise_activation(getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None)))
+        mask = torch.zeros((), device=y_sum.device), None, activation  # nothing is below the threshold
+    if operands is None or mask[-1] is None:
+        return None
+    weights, (gate_bias, up_bias, down_bias), *formats = operands
+    formats = formats[0] if formats else ()
     if down_bias is not None or not step_supported(weights, norm.weight, y_sum, formats or None):
         return None  # the sum has no bias
     op = sparse_mlp_packed_step if formats else sparse_mlp_step
     return lambda x: op(x, norm.weight, norm.eps, *weights, *formats, y_sum, *mask, gate_bias, up_bias)
 
 
-def _packed_operands(mlp: nn.Module) -> tuple[tuple[Tensor, ...], tuple[str, ...], tuple[Tensor | None, ...]]:
-    """Rows, formats and biases of a gated MLP whose projections are packed rows of neurons; without formats if not."""
-    merged = hasattr(mlp, "gate_up_proj")
-    names = ("gate_up_proj", "down_proj") if merged else ("gate_proj", "up_proj", "down_proj")
-    linears = [getattr(mlp, name, None) for name in names]
-    if not all(type(linear) is QuantizedLinear and _is_plain(linear) for linear in linears):
-        return (), (), ()
-    if [linear.input_rows for linear in linears] != [False] * (len(linears) - 1) + [True]:
-        return (), (), ()
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    formats = [linear.row_format.name for linear in linears]
-    if merged:
-        weights[:1], formats[:1] = weights[0].chunk(2), formats[:1] * 2
-        biases[:1] = (None, None) if biases[0] is None else biases[0].chunk(2)
-    return tuple(weights), tuple(formats), tuple(biases)
+def _packed_operands(mlp: nn.Module) -> PackedOperands | None:
+    """Of an unpatched gated MLP, if its projections hold a packed row for each neuron."""
+    names = projection_names(mlp)
+    if names is None or not all(type(getattr(mlp, name)) is QuantizedLinear for name in names):
+        return None
+    if any(getattr(mlp, name).input_rows != (name == "down_proj") for name in names):
+        return None
+    return KINDS[kind_of(merged=names == MERGED, packed=True)].operands(mlp._modules)
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

@@ -108,10 +108,10 @@ def test_projections_of_different_formats(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_patched(family, device, monkeypatch):
-    model, calls = tiny_model(family, dtype=half_on(device, torch.float32), **SIZES).to(device), []
+    model, calls = quantised(tiny_model(family, dtype=half_on(device, torch.float32), **SIZES), "int4_g64"), []
+    model = model.to(device)
     config = cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False)
     cats_ext.apply_cats(model, config)
-    quantised(model, "int4_g64")
     op = decode_fused.sparse_mlp_packed_step
     monkeypatch.setattr(decode_fused, "sparse_mlp_packed_step", lambda *args: calls.append(args) or op(*args))
     assert_same_logits(model)
@@ -175,5 +175,5 @@ def test_what_the_kernel_takes():
     assert not packed_linear_supported(weight, 4096, torch.float32)
     assert not packed_linear_supported(weight, 20, torch.bfloat16)
     model = quantised(tiny_model(**SIZES).cuda(), "int4_g64")
-    with pytest.raises(NotFusableError, match="has packed rows of 128 columns, and its dtype is torch.float32"):
+    with pytest.raises(NotFusableError, match=r"has packed rows of 128 columns, and its dtype is torch.float32"):
         decode_fused.check_fusable(model)
