@@ -20,8 +20,8 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// formats: of gate, up and down, or of rows; null where the weights are dense. The sentence of the check that fails, valid until
-// the thread's next call, or null.
+// formats: of gate, up and down, or of rows; null where the weights are dense. The sentence of the check that fails,
+// valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
            int64_t activation_size, const char *const *formats) {

@@ -158,7 +158,8 @@ inline const void *check_packed_weight(const char *op, const TensorArgument &w, 
                  name, "'");
     check_present(op, w);
     CATS_REQUIRE(w.dtype == kUInt8, op, ": ", w.name, " must be torch.uint8, got ", dtype(w));
-    CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on ", x.name, "'s device ", device(x), ", got ", device(w));
+    CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on ", x.name, "'s device ", device(x), ", got ",
+                 device(w));
     const int64_t bytes = format->row_bytes(columns);
     CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == bytes, op, ": ", w.name, " must have shape [", rows,
                  ", ", bytes, "], the bytes of rows of ", columns, " columns in ", name, ", got ", shape(w));
@@ -290,8 +291,8 @@ inline PackedLinearParams check_packed_linear(const PackedLinearArguments &a) {
     CATS_REQUIRE(a.biases.empty() || int64_t(a.biases.size()) == parts, op, ": biases must be none or ", parts,
                  ", as many as weights, got ", a.biases.size());
     const auto float_part = [&](const TensorArgument &t, int64_t dim) {
-        CATS_REQUIRE(t.present() && t.dtype == kFloat && t.dim == dim && t.on_same_device(y) &&
-                         is_contiguous(t) && std::equal(t.sizes, t.sizes + 2, x.sizes),
+        CATS_REQUIRE(t.present() && t.dtype == kFloat && t.dim == dim && t.on_same_device(y) && is_contiguous(t) &&
+                         std::equal(t.sizes, t.sizes + 2, x.sizes),
                      op, ": ", t.name, " must be contiguous float32 of shape [S, heads", dim == 3 ? ", D]" : "]",
                      " with x's S and heads, on ", device(y), ", got ", t.present() ? dtype(t) : "None", " of shape ",
                      t.present() ? shape(t) : "[]");
@@ -324,8 +325,8 @@ inline PackedLinearParams check_packed_linear(const PackedLinearArguments &a) {
         CATS_REQUIRE(w.dim == 2 && w.sizes[0] > 0, op, ": ", w.name, " must have shape [N, bytes], got ", shape(w));
         p.outputs[i] = w.sizes[0];
         outputs += w.sizes[0];
-        p.weights[i] = check_packed_weight(op, w, y, w.sizes[0], p.inputs, "row_format", a.row_format, &p.format,
-                                           &p.strides[i]);
+        p.weights[i] =
+            check_packed_weight(op, w, y, w.sizes[0], p.inputs, "row_format", a.row_format, &p.format, &p.strides[i]);
         if (!a.biases.empty()) {
             check_present(op, a.biases[i]);
             p.biases[i] = check_vector(op, a.biases[i], y, w.sizes[0]);

@@ -113,9 +113,11 @@ void sparse_mlp_packed_step(const Tensor &x, const Tensor &norm_weight, double n
              x, norm_weight, norm_eps, y_sum);
 }
 
-std::vector<TensorArgument> part_arguments(const char *const (&names)[kMaxParts + 1], const std::vector<Tensor> &parts) {
+std::vector<TensorArgument> part_arguments(const char *const (&names)[kMaxParts + 1],
+                                           const std::vector<Tensor> &parts) {
     std::vector<TensorArgument> found;
-    for (size_t i = 0; i < parts.size(); i++) found.push_back(argument(names[std::min<size_t>(i, kMaxParts)], parts[i]));
+    for (size_t i = 0; i < parts.size(); i++)
+        found.push_back(argument(names[std::min<size_t>(i, kMaxParts)], parts[i]));
     return found;
 }
 

@@ -16,9 +16,9 @@ struct PackedLinearParams {
     int64_t inputs; // K, columns of a row
     int32_t parts;  // weights
     RowFormat format;
-    const void *weights[kMaxParts];                // [N, bytes], packed rows
+    const void *weights[kMaxParts];                 // [N, bytes], packed rows
     int64_t strides[kMaxParts], outputs[kMaxParts]; // bytes from row to row; N
-    const void *biases[kMaxParts];                 // [N] or null
+    const void *biases[kMaxParts];                  // [N] or null
 
     const void *x;           // [K]; or null, with partial results
     const void *delta;       // [K] or null: added to x

@@ -1,10 +1,10 @@
 // The product of packed rows with one row, for a step of decoding: ../packed_linear.h.
 //
 // A team of 8 warps multiplies 16 rows at a time on the tensor cores, each warp with its own blocks of 128 columns:
-// D[16 rows, 8] += W[16 rows, 16 columns] B[16 columns, 8]. A lane loads 16 bytes of two rows and multiplies their words
-// as they are (unpack.cuh), since the order of the columns in a dot product does not matter. Each column of B has x in
-// one group of columns and zeros elsewhere, so that the groups of a warp share its registers and each sum in D has one
-// scale; of the sums of a block only those of its own groups are used.
+// D[16 rows, 8] += W[16 rows, 16 columns] B[16 columns, 8]. A lane loads 16 bytes of two rows and multiplies their
+// words as they are (unpack.cuh), since the order of the columns in a dot product does not matter. Each column of B has
+// x in one group of columns and zeros elsewhere, so that the groups of a warp share its registers and each sum in D has
+// one scale; of the sums of a block only those of its own groups are used.
 //
 // Weights wait in registers, and the first ones are asked for before the previous kernel has ended. All teams of a CTA
 // share the preparation of x. From sm_90 on, launches overlap (programmatic dependent launch).
@@ -59,7 +59,9 @@ __device__ __forceinline__ float load_now(const float *from) {
 
 __device__ __forceinline__ float4 load4_now(const float *from) {
     float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from));
     return v;
 }
 
@@ -111,7 +113,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
             T bias = round_to<T>(0.f), residual = bias;
             int y_at = -1;
             if (writer) y_at = load_additions(batch, bias, residual); // needed after the product
-            float d[kSets][2][2] = {}; // [set][row, row + 8][column of D]
+            float d[kSets][2][2] = {};                                // [set][row, row + 8][column of D]
 #pragma unroll
             for (int b = 0; b < kBlocks; b++) {
                 if (b < count_) multiply(b, d);
@@ -148,7 +150,8 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
 #pragma unroll
         for (int k = 0; k < kMaxParts - 1; k++) {
             const int batches = ceil_div(p_.outputs[k], kTeamRows);
-            if (part == k && k + 1 < p_.parts && batch >= batches) batch -= batches, before += int(p_.outputs[k]), part++;
+            if (part == k && k + 1 < p_.parts && batch >= batches)
+                batch -= batches, before += int(p_.outputs[k]), part++;
         }
         first = batch * kTeamRows;
         return part;
@@ -183,8 +186,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int load = 0; load < kLoads; load++)
-                words_[slot][load][r] = load_weights(rows.at[r] + at + load * 64);
+            for (int load = 0; load < kLoads; load++) words_[slot][load][r] = load_weights(rows.at[r] + at + load * 64);
     }
 
     // Groups that do not exist get the scale of another: all that they multiply is zero.
@@ -203,8 +205,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
                     const uint32_t at = group / kTileGroups * (kTileChunks * kChunkBytes + p_.format.scale_bytes) +
                                         group % kTileGroups * (p_.format.zero_points ? 4 : 2);
 #pragma unroll
-                    for (int r = 0; r < 2; r++)
-                        scales_[s][r][e] = load_scale(rows.at[r] + at, p_.format.zero_points);
+                    for (int r = 0; r < 2; r++) scales_[s][r][e] = load_scale(rows.at[r] + at, p_.format.zero_points);
                 }
         }
     }
@@ -214,7 +215,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
         float c[4] = {};
 #pragma unroll
         for (int load = 0; load < kLoads; load++) {
-            const uint4 (&both)[2] = words_[b % kDepth][load];
+            const uint4(&both)[2] = words_[b % kDepth][load];
             const uint32_t low[4] = {both[0].x, both[0].y, both[0].z, both[0].w},
                            high[4] = {both[1].x, both[1].y, both[1].z, both[1].w};
 #pragma unroll
@@ -248,8 +249,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
                         dot += d[s][r][e];
                     } else {
                         const uint32_t bits = scales_[s][r][e];
-                        const float offset =
-                            kInt4 && p_.format.zero_points ? half_bits(bits >> 16) : Unpack::kOffset;
+                        const float offset = kInt4 && p_.format.zero_points ? half_bits(bits >> 16) : Unpack::kOffset;
                         dot = fmaf(half_bits(bits), fmaf(d[s][r][e], Unpack::kFactor, -offset * x_sums_[s][e]), dot);
                     }
                 }

@@ -1,5 +1,5 @@
-// Packed weights as operands of the tensor cores: masked bits of a word are two fp16 numbers as they are, subnormal ones.
-// Such products are exact in fp32 and run at full speed.
+// Packed weights as operands of the tensor cores: masked bits of a word are two fp16 numbers as they are, subnormal
+// ones. Such products are exact in fp32 and run at full speed.
 #pragma once
 
 #include "../row_format.h"
