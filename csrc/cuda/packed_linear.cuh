@@ -10,8 +10,7 @@
 // share the preparation of x. From sm_90 on, launches overlap (programmatic dependent launch).
 #pragma once
 
-#include "../packed_linear.h"
-#include "mbarrier.cuh"
+#include "packed_linear_ring.cuh"
 #include "mma.cuh"
 #include "unpack.cuh"
 #include "values.cuh"
@@ -49,23 +48,6 @@ __device__ __forceinline__ uint32_t load_scale(const uint8_t *from, bool wide) {
     }
     return v;
 }
-
-// Loads that stay where they stand, so that several are under way at a time.
-__device__ __forceinline__ float load_now(const float *from) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from));
-    return v;
-}
-
-__device__ __forceinline__ float4 load4_now(const float *from) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from));
-    return v;
-}
-
-__device__ __forceinline__ float half_bits(uint32_t bits) { return __half2float(__ushort_as_half(uint16_t(bits))); }
 
 // kGroup: columns that share a scale; 128 of rows with one scale. kBlocks: the most blocks of a warp.
 template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLinear {

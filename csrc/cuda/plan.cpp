@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace cats {
 
@@ -176,6 +177,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     for (int rows : {16, 8}) {
         ring.rows = rows;
         ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 5;
+        if (const char *tune = std::getenv("CATS_TUNE_SLOTS"); tune && shape.step) ring.slots = std::atoi(tune);
         while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
         if (shared_bytes() <= shared_limit(device) && (ring.slots > 2 || rows == 8)) break;
     }
@@ -187,6 +189,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     // step has asked for some of them by then.
     const int first_batches = shape.step ? 4 : 7;
     ring.first_batches = overrides.first_batches ? overrides.first_batches : first_batches * 16 / ring.rows;
+    if (const char *tune = std::getenv("CATS_TUNE_FIRST"); tune && shape.step) ring.first_batches = std::atoi(tune);
     return choice;
 }
 
