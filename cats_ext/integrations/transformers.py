@@ -118,11 +118,7 @@ class CatsQuantizer(HfQuantizer):
         del model.hf_quantizer
         if isinstance(config, QuantizationConfig):
             return quantize_as(model, config, progress=False)
-        for name, linear in quantized_linears(model).items():
-            if not getattr(linear.weight, "_is_hf_initialized", False):
-                raise ValueError(f"the checkpoint has no packed rows {name}.weight of the shape in its config.json")
-            if linear.weight.data_ptr() % ROW_ALIGNMENT:  # it lies in the file that is mapped into memory
-                linear.weight.data = linear.weight.data.clone()
+        _check_rows(model)
         attach(model)
         if thresholds is None:
             return model
@@ -167,6 +163,21 @@ def check_not_quantised(model: nn.Module) -> None:
         f"model of class {type(model).__name__} is quantised with {method}, which is not supported: load it {without}, "
         "or dequantize it first"
     )
+
+
+def _check_rows(model: nn.Module) -> None:
+    """Raise ValueError unless all packed rows have been loaded; give them memory of their own where they need it."""
+    for name, linear in quantized_linears(model).items():
+        weight = linear.weight
+        loaded = getattr(weight, "_is_hf_initialized", False)
+        if not loaded or weight.dtype != torch.uint8 or tuple(weight.shape) != linear.weight_shape:
+            found = f"{weight.dtype} {list(weight.shape)}" if loaded else "none that can be used"
+            raise ValueError(
+                f"the checkpoint must have packed rows {name}.weight, torch.uint8 {list(linear.weight_shape)} by its "
+                f"config.json, got {found}"
+            )
+        if weight.data_ptr() % ROW_ALIGNMENT:  # it lies in the file, which is mapped into memory
+            weight.data = weight.data.clone()
 
 
 def attach(model: nn.Module, config: CatsConfig | None = None) -> None:

@@ -262,10 +262,9 @@ def _check_rows(projection: str, linear: QuantizedLinear) -> None:
     if linear.input_rows != (projection == "down_proj"):
         wanted, got = ("in", "out") if projection == "down_proj" else ("out", "in")
         raise ValueError(f"{projection} must have a packed row for each {wanted}put, got one for each {got}put")
-    shape = linear.in_features if linear.input_rows else linear.out_features, linear.row_bytes
-    if tuple(linear.weight.shape) != shape:
+    if tuple(linear.weight.shape) != linear.weight_shape:
         raise ValueError(
-            f"{projection}.weight must have shape {list(shape)} for {linear.row_format.name}, got "
+            f"{projection}.weight must have shape {list(linear.weight_shape)} for {linear.row_format.name}, got "
             f"{list(linear.weight.shape)}"
         )
     if linear.weight.data_ptr() % ROW_ALIGNMENT:

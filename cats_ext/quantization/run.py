@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cats_ext._inputs import LARGEST_SEED, check_integer, check_token_ids
 from cats_ext._progress import finish_despite_interrupt, progress_bar
+from cats_ext.data.windows import collect_windows
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import check_complete, sparse_mlps
 from cats_ext.patching.detection import (
@@ -26,14 +29,13 @@ from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.patching.projections import kind_of
 from cats_ext.patching.wrappers import only_aligns_devices, unwrapped
 from cats_ext.quantization.config import QuantizationConfig
+from cats_ext.quantization.moments import Moments, parts_by_memory
 from cats_ext.rows import QuantizedLinear, RowFormat
 from cats_ext.thresholds.fit import sample_weights, weight_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def quantize(
     model: nn.Module,
     weights: str = QuantizationConfig.weights,
@@ -44,6 +46,12 @@ def quantize(
     up: str | None = None,
     down: str | None = None,
     scope: str = QuantizationConfig.scope,
+    data: Any = None,
+    tokenizer: Any = None,
+    max_tokens: int = 32768,
+    sequence_length: int = 1024,
+    batch_size: int = 1,
+    seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
     """Keep the weights of ``model`` in int4, int8 or fp8 from now on, in place.
@@ -53,11 +61,14 @@ def quantize(
     one. Calibrate after quantising: thresholds that a model is patched with stay as they are, and were set for the
     weights before. The weights before are not kept; :func:`cats_ext.remove_cats` does not bring them back.
 
-    Weights are rounded layer by layer and replaced together at the end, so the packed rows are all the memory that is
-    needed beside the model.
+    Without ``data`` weights are rounded to the nearest values, with scales that are searched for the smallest error.
+    With it, the errors of rounding are compensated (GPTQ, arXiv 2210.17323) by what each layer gets when ``model``,
+    dense or patched, runs over that text. Layers are rounded one by one and replaced together at the end: beside the
+    model, memory is needed for the packed rows, and with ``data`` for 4 GiB of sums or those of the widest layer.
 
     Args:
-        model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`.
+        model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`; the whole of it if it is to be
+            saved.
         weights: int4, int8, fp8 (e4m3, one scale a row), or the name of a format such as ``int4_g64_zp``.
         group_size: columns of a row that share a scale: 32, 64 or 128. By default the largest that divides the rows.
         zero_points: whether int4 has a zero point a group too.
@@ -65,41 +76,57 @@ def quantize(
         scope: "mlp", or "all" for every linear layer beside the MLPs as well (attention), in the format of
             ``weights``, and for the output layer in int8. An output layer that is tied to the embedding gets rows of
             its own, and the embedding stays as it is.
-        progress: show a bar on standard error.
+        data, tokenizer, max_tokens, sequence_length, batch_size, seed: as for :func:`cats_ext.calibrate`.
+        progress: show bars on standard error.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or ``data`` is not what it can be.
         ValueError: an argument is out of its range, the model is quantised already or cannot run sparsely, groups do
-            not divide a matrix's rows, or its weights are not finite, have scales outside of float16, are no plain
-            tensors or are tied to others. The model is unchanged after any error, KeyboardInterrupt included.
+            not divide a matrix's rows, its weights are not finite, have scales outside of float16, are no plain
+            tensors or are tied to others, or no token of ``data`` reaches a layer. The model is unchanged after any
+            error, KeyboardInterrupt included.
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
-    return quantize_as(model, config, progress=progress)
+    check_module(model)
+    windows = None
+    if data is not None:
+        sizes = {"max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
+        for name, value in sizes.items():
+            check_integer(name, value, 1)
+        check_integer("seed", seed, 0, LARGEST_SEED)
+        longest = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
+        windows = collect_windows(data, tokenizer, min(sequence_length, longest or sequence_length), max_tokens, seed)
+        check_token_ids("data", torch.cat(windows), unwrapped(model))
+    return quantize_as(model, config, windows, batch_size=batch_size, progress=progress)
 
 
-def quantize_as(model: nn.Module, config: QuantizationConfig, *, progress: bool = True) -> nn.Module:
-    """As :func:`quantize`, with its arguments in ``config``."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def quantize_as(
+    model: nn.Module,
+    config: QuantizationConfig,
+    windows: list[Tensor] | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> nn.Module:
+    """As :func:`cats_ext.quantize`, with its arguments in ``config``, and windows of token ids ``[T]`` for its data."""
     check_module(model)
     inner = unwrapped(model)
     if quantized_linears(inner):
         raise ValueError(f"model of class {type(model).__name__} is quantised already: quantise the dense one")
     listeners.check(inner)
-    places, made = _places(inner, config), []
-    with progress_bar("quantising", len(places), progress) as advance:
-        for place in places:
-            with _naming(place.name):
-                linear, as_inputs = place.linear, place.input_rows
-                made.append(QuantizedLinear.from_linear(linear, place.row_format, input_rows=as_inputs))
-            advance()
+    places = _places(inner, config)
+    made = _rounded(inner, places, windows, batch_size, progress)
     patched = list(sparse_mlps(inner).values())
     undo: list[Callable[[], object]] = [] if patched else [lambda: listeners.removing(inner)]
     try:
-        for place, linear in zip(places, made, strict=True):
+        for place in places:
             undo.append(partial(setattr, place.owner, place.child, place.linear))
-            setattr(place.owner, place.child, linear)
+            setattr(place.owner, place.child, made[place.name])
             if place.tied:
                 _untie(inner, place.name, undo)
         _follow(patched, undo)
@@ -108,6 +135,27 @@ def quantize_as(model: nn.Module, config: QuantizationConfig, *, progress: bool 
     except BaseException:
         finish_despite_interrupt(lambda: [action() for action in reversed(undo)])
         raise
+
+
+def _rounded(
+    model: nn.Module, places: list[_Place], windows: list[Tensor] | None, batch_size: int, progress: bool
+) -> dict[str, QuantizedLinear]:
+    """The new layers by name; ``model`` stays as it is. The output layer is rounded to the nearest values."""
+    by_name, made = {place.name: place for place in places}, {}
+    nearest = [place.name for place in places if windows is None or place.head]
+    linears = {place.name: place.linear for place in places if place.name not in nearest}
+    for part in (*parts_by_memory(linears), None):
+        moments, names = (None, nearest) if part is None else (Moments(part), list(part))
+        if moments is not None:
+            moments.run(model, windows, batch_size, progress)
+        with progress_bar("rounding", len(names), progress and bool(names)) as advance:
+            for name in names:
+                place = by_name[name]
+                with _naming(name):
+                    options = {"input_rows": place.input_rows, "moment": moments and moments.of(name)}
+                    made[name] = QuantizedLinear.from_linear(place.linear, place.row_format, **options)
+                advance()
+    return made
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -124,7 +172,8 @@ class _Place:
     child: str  # its name there
     row_format: RowFormat
     input_rows: bool = False
-    tied: bool = False  # the output layer, whose weight is the embedding's
+    head: bool = False  # the output layer
+    tied: bool = False  # its weight is the embedding's
 
     @property
     def linear(self) -> nn.Linear:
@@ -146,7 +195,7 @@ def _places(model: nn.Module, config: QuantizationConfig) -> list[_Place]:
         for layer in dict.fromkeys(mlp.name.rpartition(".")[0] for mlp in mlps):
             matrices |= {name: "other" for name in _linears_of(model, layer) if name not in matrices}
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        tied = isinstance(head, nn.Linear) and head.weight is model.get_input_embeddings().weight
     found = []
     for name, module in model.named_modules():
         if name not in matrices and module is not head:
@@ -158,7 +207,7 @@ def _places(model: nn.Module, config: QuantizationConfig) -> list[_Place]:
             columns = module.out_features if rows_of_inputs else module.in_features
             owner, _, child = name.rpartition(".")
             place = model.get_submodule(owner), child, config.format_of(matrix, columns)
-            found.append(_Place(name, *place, rows_of_inputs, module is head and tied))
+            found.append(_Place(name, *place, rows_of_inputs, module is head, module is head and tied))
     return found
 
 

@@ -18,9 +18,12 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A document of its own is read from top to bottom, README's snippets stand alone.
 SNIPPETS = [
     *PYTHON.findall(README),
-    *("\n".join(PYTHON.findall((ROOT / "docs" / name).read_text())) for name in ("transformers.md", "finetuning.md")),
+    *(
+        "\n".join(PYTHON.findall((ROOT / "docs" / name).read_text()))
+        for name in ("transformers.md", "quantization.md", "finetuning.md")
+    ),
 ]
-DOCUMENTS = README + (ROOT / "docs" / "finetuning.md").read_text()
+DOCUMENTS = "".join([README, *((ROOT / "docs" / name).read_text() for name in ("quantization.md", "finetuning.md"))])
 COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)
 
 
@@ -49,7 +52,7 @@ def test_command_knows_its_options(command, arguments):
         assert re.search(rf"{option}\b", help_text), f"cats {command} has no {option}"
 
 
-@pytest.mark.parametrize("name", ["readme", "finetuning", "quality"])
+@pytest.mark.parametrize("name", ["readme", "finetuning", "quality", "quantization"])
 def test_tables_are_those_of_the_result_files(name):
     page = importlib.import_module(f"bench.tables.{name}").PAGE
     assert page.render() == page.path.read_text(), f"run python bench tables.{name}"

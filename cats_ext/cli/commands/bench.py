@@ -1,4 +1,4 @@
-"""``cats bench``: the op against the dense PyTorch MLP on this machine."""
+"""``cats bench`` and ``cats env``: the op against the dense MLP on this machine, and what this installation is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from typing import Annotated
 import torch
 import typer
 
+from cats_ext import env as environment
 from cats_ext.cli import op_benchmark as benchmark
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, note_uncompiled, output, print_json, result_table, status
+
+
+def env(json: options.Json = False) -> None:
+    """Versions, devices, and which kernels are compiled in and loaded. Goes into every bug report.
+
+    Examples:
+
+    $ cats env
+
+    $ cats env --json
+    """
+    report = environment.collect()
+    if json:
+        print_json(report)
+    else:
+        print(environment.describe(report))
 
 
 def bench(
