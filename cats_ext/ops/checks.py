@@ -74,7 +74,8 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     array = (_NamedTensor * len(tensors))(*tensors)
     activation = arguments.get("activation", "").encode()
     names = ("row_format",) if "row_format" in arguments else _FORMATS
-    formats = (ctypes.c_char_p * 3)(*(arguments[n].encode() if n in arguments else None for n in names))
+    texts = (arguments[n].encode().replace(b"\0", b"\\0") if n in arguments else None for n in names)
+    formats = (ctypes.c_char_p * 3)(*texts)
     sentence = _cats_check()(op.encode(), array, len(tensors), activation, len(activation), formats)
     if sentence is not None:
         raise RuntimeError(sentence.decode())

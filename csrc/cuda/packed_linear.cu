@@ -45,9 +45,9 @@ cudaError_t launch(const PackedLinearParams &p, const LinearTarget &target) {
     // A lane reads 16 bytes of a row, 4 lanes of a row: rows half a line apart are read from different banks.
     LinearRing ring{0, row_bytes, round_up(row_bytes + 64, 128) - 64};
     const int slot_bytes = linear_slot_bytes(ring) + 16, other = linear_shared_bytes(ring, p.inputs);
-    const int wanted = std::max(2, (tune("CATS_TUNE_LINEAR_KB", kRingBytes >> 10) << 10) / slot_bytes);
-    ring.slots = std::min({ceil_div(ceil_div(rows, ctas), kLinearRows), wanted,
-                           (target.shared_bytes - 1024 - other) / slot_bytes});
+    const int wanted = std::max(3, (tune("CATS_TUNE_LINEAR_KB", kRingBytes >> 10) << 10) / slot_bytes);
+    ring.slots = std::min(
+        {ceil_div(ceil_div(rows, ctas), kLinearRows), wanted, (target.shared_bytes - 1024 - other) / slot_bytes});
     if (ring.slots < 1) return cudaErrorNotSupported;
     const LaunchSize size{dim3(unsigned(ctas)), kLinearThreads, linear_shared_bytes(ring, p.inputs)};
     return launch_kernel<ring_linear_kernel<kType, kGroup, T, kBlocks>>(size, target.launch, p, ring);
@@ -55,7 +55,7 @@ cudaError_t launch(const PackedLinearParams &p, const LinearTarget &target) {
 
 template <WeightType kType, int kGroup, typename T>
 cudaError_t launch_blocks(const PackedLinearParams &p, const LinearTarget &target) {
-    const int each = ceil_div(ceil_div(p.inputs, kPackedColumns), kLinearWorkers);
+    const int each = ceil_div(ceil_div(p.inputs, kPackedColumns), kLinearWarps);
     return (each <= 2   ? launch<kType, kGroup, T, 2>
             : each <= 4 ? launch<kType, kGroup, T, 4>
                         : launch<kType, kGroup, T, 8>)(p, target);
@@ -91,10 +91,13 @@ cudaError_t packed_linear_cuda(const PackedLinearParams &params, cudaStream_t st
     LinearTarget target;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-    const auto attribute = [&](cudaDeviceAttr which, int *value) { return cudaDeviceGetAttribute(value, which, device); };
+    const auto attribute = [&](cudaDeviceAttr which, int *value) {
+        return cudaDeviceGetAttribute(value, which, device);
+    };
     if (const cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, &capability)) return error;
     if (const cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, &target.multiprocessors)) return error;
-    if (const cudaError_t error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &target.shared_bytes)) return error;
+    if (const cudaError_t error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &target.shared_bytes))
+        return error;
     target.launch = {stream, device, capability >= 9};
     if (params.dtype == DType::kFloat16) return launch_format<__half>(params, target);
     if (params.dtype == DType::kBFloat16) return launch_format<__nv_bfloat16>(params, target);

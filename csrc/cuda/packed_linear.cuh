@@ -10,8 +10,8 @@
 // share the preparation of x. From sm_90 on, launches overlap (programmatic dependent launch).
 #pragma once
 
-#include "packed_linear_ring.cuh"
 #include "mma.cuh"
+#include "packed_linear_ring.cuh"
 #include "unpack.cuh"
 #include "values.cuh"
 

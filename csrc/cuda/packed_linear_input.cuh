@@ -76,7 +76,7 @@ template <typename T, int kPieces> class LinearInput {
         float rms = 1.f;
         if (p_.norm_weight) {
             if (lane_ == 0) squares[warp_] = sum;
-            asm volatile("bar.sync 1, %0;" ::"n"(kWarps * 32) : "memory");
+            __syncthreads();
             sum = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; w++) sum += squares[w];
@@ -92,8 +92,7 @@ template <typename T, int kPieces> class LinearInput {
             decode(norm_[i], weight, T{});
             if (p_.norm_weight)
 #pragma unroll
-                for (int k = 0; k < 8; k++)
-                    v[k] = to_float(round_to<T>(to_float(round_to<T>(v[k] * rms)) * weight[k]));
+                for (int k = 0; k < 8; k++) v[k] = to_float(round_to<T>(to_float(round_to<T>(v[k] * rms)) * weight[k]));
             if (column(i) < end_) to[i * 32 + lane_] = operands<kInt4>(v, factor);
         }
         __syncwarp();

@@ -1,7 +1,7 @@
 // The product of packed rows with one row, for a step of decoding: ../packed_linear.h.
 //
 // Each CTA has an equal share of the rows, in batches of 8. One warp copies them into a ring of slots in shared memory,
-// 8 warps multiply them on the tensor cores, each with its own blocks of 128 columns:
+// and 8 warps multiply them on the tensor cores, each with its own blocks of 128 columns:
 //
 //     D[8 rows of block b, then of block b + 1; 8] += W[8 + 8 rows, 16 columns] B[16 columns, 8]
 //
@@ -20,9 +20,9 @@
 
 namespace cats {
 
-constexpr int kLinearWorkers = 8, kLinearThreads = (kLinearWorkers + 1) * 32;
-constexpr int kLinearRows = 8;                 // of a batch
-constexpr int kSumBatches = 8;                 // whose partial sums are added at a time
+constexpr int kLinearWarps = 8, kLinearThreads = kLinearWarps * 32;
+constexpr int kLinearRows = 8; // of a batch
+constexpr int kSumBatches = 8; // whose partial sums are added at a time
 constexpr int kSumRows = kSumBatches * kLinearRows;
 
 struct LinearRing {
@@ -34,7 +34,7 @@ CATS_HOST_DEVICE constexpr int linear_x_bytes(int64_t inputs) { return round_up(
 CATS_HOST_DEVICE constexpr int linear_slot_bytes(const LinearRing &ring) { return kLinearRows * ring.row_stride; }
 constexpr int linear_shared_bytes(const LinearRing &ring, int64_t inputs) {
     return ring.slots * (linear_slot_bytes(ring) + 16) + linear_x_bytes(inputs) +
-           2 * kLinearWorkers * kSumRows * int(sizeof(float));
+           2 * kLinearWarps * kSumRows * int(sizeof(float));
 }
 
 __device__ __forceinline__ float half_bits(uint32_t bits) { return __half2float(__ushort_as_half(uint16_t(bits))); }
@@ -59,28 +59,61 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
 #pragma unroll
         for (int part = 0; part < kMaxParts; part++)
             if (part < p.parts) rows += int(p.outputs[part]);
-        first_row_ = int(int64_t(rows) * blockIdx.x / gridDim.x);
-        rows_ = int(int64_t(rows) * (blockIdx.x + 1) / gridDim.x) - first_row_;
+        // As many for each CTA, or one more: of n CTAs the first rows % n.
+        const int more = rows % int(gridDim.x), cta = int(blockIdx.x);
+        rows_ = rows / int(gridDim.x) + (cta < more);
+        first_row_ = rows / int(gridDim.x) * cta + min(cta, more);
         batches_ = ceil_div(rows_, kLinearRows);
         uint8_t *at = smem + ring.slots * linear_slot_bytes(ring);
         x_ready_ = reinterpret_cast<uint4 *>(at);
         partials_ = reinterpret_cast<float *>(at + linear_x_bytes(p.inputs));
-        barriers_ = reinterpret_cast<uint64_t *>(partials_ + 2 * kLinearWorkers * kSumRows);
+        barriers_ = reinterpret_cast<uint64_t *>(partials_ + 2 * kLinearWarps * kSumRows);
     }
 
     __device__ __forceinline__ void run() {
-        if (warp_ == kLinearWorkers) {
+        if (copies()) {
             for (int s = lane_; s < ring_.slots; s += 32) {
                 init_barrier(full(s), kBulk ? 1 : 32);
-                init_barrier(done(s), kLinearWorkers);
+                init_barrier(done(s), kLinearWarps);
             }
             publish_barriers();
             __syncwarp();
-            copy_first();
+            const int batches = min(batches_, ring_.slots);
+            for (int s = lane_; s < batches; s += 32) expect(s, s);
+            __syncwarp();
+            copy_rows(0, 0, min(rows_, batches * kLinearRows));
         }
-        __syncthreads(); // the barriers are there
-        if (warp_ == kLinearWorkers) copy_rest();
-        else work();
+        const int blocks = ceil_div(p_.inputs, kPackedColumns), each = ceil_div(blocks, kLinearWarps);
+        first_ = min(warp_ * each, blocks);
+        count_ = min(each, blocks - first_);
+        {
+            LinearInput<T, kBlocks / 2> input(p_, first_, count_);
+            input.load_norm();
+            __syncthreads(); // the barriers are there
+            wait_for_previous_kernel();
+            unscale_ = input.template prepare<kInt4>(x_ready_ + first_ * (kPackedColumns / 8));
+        }
+        keep_x();
+        Additions additions = load_additions(0);
+        int slot = 0, previous = 0;
+        uint32_t parity = 0, previous_parity = 0;
+        for (int batch = 0; batch < batches_; batch++) {
+            if (batch && copies()) refill(batch - 1 + ring_.slots, previous, previous_parity);
+            wait(full(slot), parity);
+            const float dot = product(slots_ + slot * linear_slot_bytes(ring_) + row_ * ring_.row_stride);
+            __syncwarp();
+            if (lane_ == 0) arrive(done(slot));
+            const int of_sums = batch % kSumBatches;
+            float *sums = partials_ + batch / kSumBatches % 2 * (kLinearWarps * kSumRows);
+            if (quad_ == 0) sums[warp_ * kSumRows + of_sums * kLinearRows + row_] = dot;
+            if (of_sums + 1 == kSumBatches || batch + 1 == batches_) {
+                __syncthreads();
+                add_up(sums, additions);
+                additions = load_additions((batch + 1) * kLinearRows);
+            }
+            previous = slot, previous_parity = parity;
+            if (++slot == ring_.slots) slot = 0, parity ^= 1;
+        }
     }
 
   private:
@@ -93,7 +126,9 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
     __device__ __forceinline__ uint64_t *full(int slot) const { return barriers_ + 2 * slot; }
     __device__ __forceinline__ uint64_t *done(int slot) const { return barriers_ + 2 * slot + 1; }
 
-    // --- the warp that copies ----------------------------------------------------------------------------------------
+    // --- copies ------------------------------------------------------------------------------------------------------
+
+    __device__ __forceinline__ bool copies() const { return warp_ == kLinearWarps - 1; }
 
     __device__ __forceinline__ const uint8_t *row_address(int row) const { // of this CTA
         row += first_row_;
@@ -109,6 +144,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
         uint8_t *to = slots_ + slot * linear_slot_bytes(ring_);
         if constexpr (kBulk) {
             const uint64_t policy = read_once_policy();
+#pragma unroll 1
             for (int r = lane_; r < count; r += 32)
                 copy_bulk(to + r * ring_.row_stride, row_address(first + r), uint32_t(ring_.row_bytes),
                           full(slot + r / kLinearRows), policy);
@@ -117,7 +153,8 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
                 const uint8_t *from = row_address(first + r);
                 for (int i = lane_ * kChunkBytes; i < ring_.row_bytes; i += 32 * kChunkBytes)
                     copy_async<kChunkBytes>(to + r * ring_.row_stride + i, from + i);
-                if ((r + 1) % kLinearRows == 0 || r + 1 == count) arrive_after_async_copies(full(slot + r / kLinearRows));
+                if ((r + 1) % kLinearRows == 0 || r + 1 == count)
+                    arrive_after_async_copies(full(slot + r / kLinearRows));
             }
         }
     }
@@ -129,57 +166,16 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
         }
     }
 
-    __device__ __forceinline__ void copy_first() const {
-        const int batches = min(batches_, ring_.slots);
-        for (int s = lane_; s < batches; s += 32) expect(s, s);
+    // The slot of the batch before, when all warps have read it.
+    __device__ __forceinline__ void refill(int batch, int slot, uint32_t parity) const {
+        if (batch >= batches_) return;
+        wait(done(slot), parity);
+        if (lane_ == 0) expect(batch, slot);
         __syncwarp();
-        copy_rows(0, 0, min(rows_, batches * kLinearRows));
+        copy_rows(batch * kLinearRows, slot, min(kLinearRows, rows_ - batch * kLinearRows));
     }
 
-    __device__ __forceinline__ void copy_rest() const {
-        int slot = 0;
-        uint32_t parity = 0;
-        for (int batch = ring_.slots; batch < batches_; batch++) {
-            wait(done(slot), parity);
-            if (lane_ == 0) expect(batch, slot);
-            __syncwarp();
-            copy_rows(batch * kLinearRows, slot, min(kLinearRows, rows_ - batch * kLinearRows));
-            if (++slot == ring_.slots) slot = 0, parity ^= 1;
-        }
-    }
-
-    // --- the warps that multiply -------------------------------------------------------------------------------------
-
-    __device__ __forceinline__ void work() {
-        const int blocks = ceil_div(p_.inputs, kPackedColumns), each = ceil_div(blocks, kLinearWorkers);
-        first_ = min(warp_ * each, blocks);
-        count_ = min(each, blocks - first_);
-        {
-            LinearInput<T, kBlocks / 2> input(p_, first_, count_);
-            input.load_norm();
-            wait_for_previous_kernel();
-            unscale_ = input.template prepare<kInt4>(x_ready_ + first_ * (kPackedColumns / 8));
-        }
-        keep_x();
-        Additions additions = load_additions(0);
-        int slot = 0;
-        uint32_t parity = 0;
-        for (int batch = 0; batch < batches_; batch++) {
-            wait(full(slot), parity);
-            const float dot = product(slots_ + slot * linear_slot_bytes(ring_) + row_ * ring_.row_stride);
-            __syncwarp();
-            if (lane_ == 0) arrive(done(slot));
-            const int of_sums = batch % kSumBatches;
-            float *sums = partials_ + batch / kSumBatches % 2 * (kLinearWorkers * kSumRows);
-            if (quad_ == 0) sums[warp_ * kSumRows + of_sums * kLinearRows + row_] = dot;
-            if (of_sums + 1 == kSumBatches || batch + 1 == batches_) {
-                asm volatile("bar.sync 1, %0;" ::"n"(kLinearWorkers * 32) : "memory");
-                add_up(sums, additions);
-                additions = load_additions((batch + 1) * kLinearRows);
-            }
-            if (++slot == ring_.slots) slot = 0, parity ^= 1;
-        }
-    }
+    // --- sums --------------------------------------------------------------------------------------------------------
 
     // What is added to the product of a row; at: its place in y, -1: none.
     struct Additions {
@@ -206,18 +202,20 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
         if (a.at < 0) return;
         float y = to_float(a.bias);
 #pragma unroll
-        for (int w = 0; w < kLinearWorkers; w++) y += sums[w * kSumRows + threadIdx.x];
+        for (int w = 0; w < kLinearWarps; w++) y += sums[w * kSumRows + threadIdx.x];
         T result = round_to<T>(y);
         if (p_.residual) result = round_to<T>(to_float(result) + to_float(a.residual));
         static_cast<T *>(p_.y)[a.at] = result;
     }
 
-    // The registers of B: in this lane's column row_, of each set, what its loads meet. The rest is the sums of x.
+    // --- products ----------------------------------------------------------------------------------------------------
+
+    // The registers of B: in this lane's column row_, of each set, what its loads meet. And the sums of x in D's
+    // columns, which offsets are multiplied by: products with ones.
     __device__ __forceinline__ void keep_x() {
 #pragma unroll
         for (int s = 0; s < kSets; s++) {
             const int group = s * 8 + row_, block = group / kGroups;
-            float sum = 0.f;
 #pragma unroll
             for (int load = 0; load < kLoads; load++) {
                 const int column = (load * 4 + quad_) * kRun;
@@ -226,38 +224,45 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
 #pragma unroll
                 for (int i = 0; i < kRun / 8; i++) {
                     const uint4 x = there ? from[i] : uint4{};
-                    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        x_[s][(load * kRun / 8 + i) * 4 + k] = pairs[k];
-                        const float2 both = __half22float2(reinterpret_cast<const __half2 &>(pairs[k]));
-                        sum = fmaf(both.x + both.y, kInt4 && k % 2 ? 16.f : 1.f, sum);
-                    }
+                    uint32_t *to = x_[s] + (load * kRun / 8 + i) * 4;
+                    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
                 }
             }
-            sum += __shfl_xor_sync(kAll, sum, 1);
-            sum += __shfl_xor_sync(kAll, sum, 2);
+            if constexpr (kFloat8) continue;
+            float c[2][4] = {};
 #pragma unroll
-            for (int e = 0; e < 2; e++) x_sums_[s][e] = __shfl_sync(kAll, sum, quad_ * 8 + e * 4);
+            for (int i = 0; i < 16; i += 2) {
+                constexpr uint32_t kOnes = 0x3c003c00, kOdd = kInt4 ? 0x4c004c00 : kOnes; // 16: an odd operand's weight
+                mma<__half>(c[i / 2 % 2], kOnes, kOnes, kOdd, kOdd, x_[s][i], x_[s][i + 1]);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) x_sums_[s][e] = c[0][e] + c[1][e];
         }
     }
 
     // Where block b of this warp begins in a row.
-    __device__ __forceinline__ uint32_t block_at(int b) const {
-        const int block = first_ + b;
-        return block / kTileBlocks * (kTileChunks * kChunkBytes + p_.format.scale_bytes) + p_.format.scale_bytes +
+    __device__ __forceinline__ uint32_t block_at(int b, int scale_bytes) const {
+        const uint32_t block = first_ + b;
+        return block / kTileBlocks * (kTileChunks * kChunkBytes + scale_bytes) + scale_bytes +
                block % kTileBlocks * kBlockBytes;
+    }
+
+    // The same value. What follows from it is computed after this point, and takes no registers before.
+    static __device__ __forceinline__ int computed_here(int value) {
+        asm volatile("" : "+r"(value));
+        return value;
     }
 
     // The dot product of this warp's columns, in the lanes of the row.
     __device__ __forceinline__ float product(const uint8_t *row) const {
+        const int scale_bytes = computed_here(p_.format.scale_bytes);
         float d[kSets][2] = {}; // [set][column of D]
 #pragma unroll
         for (int b = 0; b < kBlocks; b += 2) {
             if (b >= count_) break;
             // Of an odd number of blocks the last is there twice: no column of the second one is used.
-            const uint32_t lower = block_at(b) + quad_ * kChunkBytes,
-                           upper = block_at(min(b + 1, count_ - 1)) + quad_ * kChunkBytes;
+            const uint32_t lower = block_at(b, scale_bytes) + quad_ * kChunkBytes,
+                           upper = block_at(min(b + 1, count_ - 1), scale_bytes) + quad_ * kChunkBytes;
             const int set = b * kGroups / 8, column = b * kGroups % 8;
             float c[2][4] = {}; // two chains of products
 #pragma unroll
@@ -289,15 +294,15 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class RingLinea
             for (int s = 0; s < kSets; s++) dot += d[s][0] + d[s][1];
             dot *= *reinterpret_cast<const float *>(row) * Unpack::kFactor;
         } else {
-            constexpr int kTileGroups = kTileBlocks * kGroups;
-            const int last = int(p_.inputs) / kGroup - 1; // groups that do not exist: all that they multiply is zero
+            constexpr uint32_t kTileGroups = kTileBlocks * kGroups;
+            const int last =
+                computed_here(int(p_.inputs)) / kGroup - 1; // groups that do not exist: all that they multiply is zero
 #pragma unroll
             for (int s = 0; s < kSets; s++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    const int group = min(first_ * kGroups + s * 8 + quad_ * 2 + e, last);
-                    const uint8_t *at = row +
-                                        group / kTileGroups * (kTileChunks * kChunkBytes + p_.format.scale_bytes) +
+                    const uint32_t group = min(first_ * kGroups + s * 8 + quad_ * 2 + e, last);
+                    const uint8_t *at = row + group / kTileGroups * (kTileChunks * kChunkBytes + scale_bytes) +
                                         group % kTileGroups * (p_.format.zero_points ? 4 : 2);
                     const float scale = half_bits(*reinterpret_cast<const uint16_t *>(at));
                     const float offset = kInt4 && p_.format.zero_points

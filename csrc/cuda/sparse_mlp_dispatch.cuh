@@ -154,15 +154,14 @@ cudaError_t launch_packed(const Choice &choice, const SparseMlpParams &params, c
         };
         error = launch_where<int(std::size(kPackedInstances))>(found, [&](auto index) {
             constexpr PackedInstance kInstance = kPackedInstances[decltype(index)::value];
-            constexpr int kThreads = (kInstance.workers + 1 + kCopierWarps) * 32;
             if constexpr (kInstance.tokens == 1 && kInstance.blocks == 4 && kDotType == WeightType::kInt4)
                 if (const char *narrow = std::getenv("CATS_TUNE_NARROW"); narrow && std::atoi(narrow))
-                    return launch_kernel<sparse_mlp_packed_kernel<kDotType, T, kInstance.tokens, kInstance.workers,
-                                                                  kInstance.blocks, 576>>(launch_size(choice), target,
-                                                                                          args);
-            return launch_kernel<sparse_mlp_packed_kernel<kDotType, T, kInstance.tokens, kInstance.workers,
-                                                          kInstance.blocks, kThreads>>(launch_size(choice), target,
-                                                                                       args);
+                    return launch_kernel<sparse_mlp_packed_narrow_kernel<kDotType, T, kInstance.tokens,
+                                                                         kInstance.workers, kInstance.blocks>>(
+                        launch_size(choice), target, args);
+            return launch_kernel<
+                sparse_mlp_packed_kernel<kDotType, T, kInstance.tokens, kInstance.workers, kInstance.blocks>>(
+                launch_size(choice), target, args);
         });
     }
     if (error != cudaSuccess || !workspace.partial_sums) return error;

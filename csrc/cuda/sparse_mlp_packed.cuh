@@ -57,10 +57,18 @@ __device__ __forceinline__ void sparse_mlp_packed_body(const RingArguments &args
     if (!step) finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// CATS_TUNE: kBound, threads that registers are limited for
-template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks, int kBound>
-__global__ void __launch_bounds__(kBound, 1)
+template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks>
+__global__ void __launch_bounds__((kWorkers + 1 + kCopierWarps) * 32, 1)
     sparse_mlp_packed_kernel(const __grid_constant__ RingArguments args) {
+#ifdef __CUDA_ARCH__
+    if constexpr (__CUDA_ARCH__ >= 900) sparse_mlp_packed_body<kDotType, T, kTokens, kWorkers, kBlocks>(args);
+    else __trap();
+#endif
+}
+
+// CATS_TUNE
+template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlocks>
+__global__ void __maxnreg__(112) sparse_mlp_packed_narrow_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= 900) sparse_mlp_packed_body<kDotType, T, kTokens, kWorkers, kBlocks>(args);
     else __trap();

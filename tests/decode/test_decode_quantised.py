@@ -137,6 +137,28 @@ def test_same_tokens_as_generate(device):
         assert torch.equal(out, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "phi3", "llama-tied"])
+def test_quantize_all_then_patch(family, weights, device):
+    family, tied = family.removesuffix("-tied"), family.endswith("tied")
+    model = tiny_model(family, dtype=half_on(device, torch.float32), **SIZES, tie_word_embeddings=tied).to(device)
+    cats_ext.quantize(model, weights, scope="all", progress=False)
+    assert_same_logits(model)
+    ids = tokens(PROMPT)[None].to(device)
+    engine = DecodeEngine(model, fused=True)
+    for sparsity in (None, 0.3, 0.7):  # dense, patched, and changed in place
+        if sparsity == 0.3:
+            cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
+        if sparsity is not None:
+            cats_ext.set_sparsity(model, sparsity)
+            assert_same_logits(model)
+        out = engine.generate(ids, max_new_tokens=8)
+        assert engine.fused_active
+        if device == "cpu":
+            assert torch.equal(out, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8))
+
+
 @pytest.mark.parametrize("path", ["self_attn.q_proj", "mlp.down_proj", "mlp.gate_proj"])
 @pytest.mark.parametrize("change", ["in place", "data", "module", "format"])
 def test_changed_rows_are_noticed(path, change):
