@@ -14,6 +14,7 @@
 #include "mbarrier.cuh"
 #include "mma.cuh"
 #include "packed_linear_loads.cuh"
+#include "team.cuh"
 #include "unpack.cuh"
 #include "values.cuh"
 
@@ -89,7 +90,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
             if (more) load_scales(rows);
             float *sums = partials_ + parity * kTeamWarps * kTeamRows;
             if (quad_ < 2) sums[warp_ * kTeamRows + quad_ * 8 + row_] = quad_ ? dots[1] : dots[0];
-            asm volatile("bar.sync %0, %1;" ::"r"(team_ + 1), "n"(kTeamThreads) : "memory");
+            team_barrier_.synchronise(team_, parity);
             if (y_at >= 0) {
                 float y = to_float(bias);
 #pragma unroll
@@ -342,6 +343,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
     }
 
     const PackedLinearParams &p_;
+    const TeamBarrier<kMaxTeams, kTeamWarps> team_barrier_;
     const int lane_, warp_, quad_, row_, team_; // row_: of D, or the column of B
     int first_, count_, padded_;                // blocks of this warp; columns of x with padding
     T *x_row_, *norm_row_;
