@@ -55,10 +55,11 @@ def fused_logits(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(logits), model(ids).logits[0]
 
 
-def assert_same_logits(model: nn.Module) -> None:
+def assert_same_logits(model: nn.Module, tolerance: float = 1.0) -> None:
+    """Up to ``tolerance`` times ``TOLERANCE``."""
     got, expected = fused_logits(model, tokens(PROMPT)[None])
     error = (got.float() - expected.float()).norm() / expected.float().norm()
-    assert error <= TOLERANCE[model.dtype], f"relative error {error:.1e}"
+    assert error <= tolerance * TOLERANCE[model.dtype], f"relative error {error:.1e}"
 
 
 def half_on(device: str, dtype: torch.dtype) -> torch.dtype:
@@ -152,7 +153,9 @@ def test_quantize_all_then_patch(family, weights, device):
             cats_ext.apply_cats(model, cats_ext.calibrate(model, [tokens(256)], sparsity=0.5, progress=False))
         if sparsity is not None:
             cats_ext.set_sparsity(model, sparsity)
-            assert_same_logits(model)
+            # Rounding to bfloat16 carries neurons over their thresholds: the prompt is computed another way. A wrong
+            # mask gives 0.5 and more.
+            assert_same_logits(model, 1 if device == "cpu" else 3)
         out = engine.generate(ids, max_new_tokens=8)
         assert engine.fused_active
         if device == "cpu":
