@@ -9,7 +9,7 @@ import typer
 
 from cats_ext._version import __version__
 from cats_ext.cli import streams
-from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
+from cats_ext.cli.commands import bench, calibrate, chat, demo, evaluate, exact, finetune, generate, quantize, report
 from cats_ext.cli.common import Command, one_sentence_errors
 
 app = typer.Typer(
@@ -27,10 +27,12 @@ for name, command in {
     "generate": generate.generate,
     "chat": chat.chat,
     "eval": evaluate.evaluate,
+    "exact": exact.exact,
     "finetune": finetune.finetune,
+    "quantize": quantize.quantize,
     "report": report.report,
     "bench": bench.bench,
-    "env": env.env,
+    "env": bench.env,
 }.items():
     app.command(name, cls=Command)(one_sentence_errors(command))
 

@@ -56,14 +56,17 @@ def sample_weights(weight: Callable[[str], Tensor | None]) -> Tensor:
     Args:
         weight: gives the weight of ``gate_proj``, ``up_proj`` and ``down_proj``, ``[I, H]`` or ``[H, I]``, or of
             ``gate_up_proj``, with the gate's rows first, if it returns None for ``gate_proj``; of experts with a
-            dimension of experts before. However gate and up are stored, the sample is the same.
+            dimension of experts before. However gate and up are stored, the sample is the same. Of packed rows, uint8
+            ``[I, bytes]`` each, it is of their bytes.
     """
-    down = weight("down_proj").detach().mT  # by neuron
+    down = weight("down_proj").detach()
+    if down.dtype != torch.uint8:
+        down = down.mT  # by neuron, as packed rows are
     gate, up = weight("gate_proj"), weight("up_proj")
     if gate is None:
         gate, up = weight("gate_up_proj").detach().split(down.shape[-2], dim=-2)
-    places = torch.tensor(_places(down.shape)).unbind(1)
-    return torch.stack([tensor.detach()[places].float().cpu() for tensor in (gate, up, down)])
+    samples = [t.detach()[torch.tensor(_places(t.shape)).unbind(1)].float().cpu() for t in (gate, up, down)]
+    return torch.stack(samples)
 
 
 def weight_of(module: nn.Module, projection: str) -> Tensor | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WRITERS = ["readme", "performance", "comparison", "finetuning", "quality"]
+TABLES = ROOT / "bench" / "tables"
+WRITERS = sorted(path.stem for path in TABLES.glob("*.py") if "\nPAGE = Page(" in path.read_text())
 GENERATED = re.compile(r"<!-- ([\w-]+): begin -->.*?<!-- \1: end -->", re.DOTALL)
 # A rate, a ratio, a time or memory: what only a measurement can give.
 MEASURED = re.compile(r"\d\s?(?:tokens? (?:a|per) second|tokens/s|[GT]B/s|us|ms|microseconds|milliseconds)\b|\d\.\d+x")
@@ -23,6 +24,8 @@ ALLOWED = {"docs/performance.md": ['"1.31x"'], "docs/transformers.md": ["takes 0
 @pytest.mark.parametrize("name", WRITERS)
 def test_tables_are_those_of_the_result_files(name):
     page = importlib.import_module(f"bench.tables.{name}").PAGE
+    if not any(len(block[0].splitlines()) > 2 for block in GENERATED.finditer(page.path.read_text())):
+        pytest.skip("there are no results yet")
     assert page.render() == page.path.read_text(), f"run python bench tables.{name}"
 
 

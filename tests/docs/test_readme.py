@@ -15,11 +15,12 @@ from cats_ext.cli import app
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+NOT_RUN = {"exact.md"}  # needs a model that is sparse by itself, which its own tests have
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A page of docs is read from top to bottom, README's snippets stand alone.
 SNIPPETS = [
     *PYTHON.findall(README),
-    *("\n".join(snippets) for page in PAGES if (snippets := PYTHON.findall(page.read_text()))),
+    *("\n".join(found) for page in PAGES if page.name not in NOT_RUN and (found := PYTHON.findall(page.read_text()))),
 ]
 DOCUMENTS = "".join([README, *(page.read_text() for page in PAGES)])
 COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)

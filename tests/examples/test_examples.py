@@ -52,6 +52,11 @@ def test_calibrate_generate_and_evaluate(workplace, monkeypatch, capsys):
     assert capsys.readouterr().out.count("same top token") == 3
 
 
+def test_quantise(workplace, monkeypatch, capsys):
+    run(monkeypatch, "quantise.py", "./my-model", "text.txt", "small", "--weights", "int8", "--max-tokens", 1024)
+    assert "of the MLP weights" in capsys.readouterr().out and (workplace / "small" / "config.json").exists()
+
+
 def test_chat(workplace, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -170,7 +170,7 @@ def test_weights_that_are_not_here_are_asked_for(config, tmp_path):
     with pytest.raises(ValueError, match=r"weights of model.layers.1.mlp are sharded: pass state_dict= with the"):
         model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, state_dict=gathered)
-    with pytest.raises(ValueError, match="distributed_checkpoint must be False for a patched model"):
+    with pytest.raises(ValueError, match="distributed_checkpoint must be False for a patched or quantised model"):
         model.save_pretrained(tmp_path, distributed_checkpoint=True)
 
 
