@@ -40,7 +40,7 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
 def test_links_to_files(document):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", document.read_text()):
         assert (document.parent / target).exists(), target
 
 

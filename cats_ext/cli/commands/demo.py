@@ -118,6 +118,7 @@ def demo(
     console.print(f"\n[dim]{document['seconds']:.0f} s in total. For your own model:[/]")
     console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
     console.print("  cats generate MODEL --cats thresholds --prompt TEXT")
+    console.print("  cats bench --model MODEL --cats thresholds")
     document["summary"] = summary(variants, document["tokens_per_second"]["speedup"])
     console.print(f"\n[bold]In short:[/] {document['summary']}", soft_wrap=True)
     if json:
