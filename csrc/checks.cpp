@@ -20,8 +20,8 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// formats: of gate, up and down, null where the weights are dense. The sentence of the check that fails, valid until
-// the thread's next call, or null.
+// formats: of gate, up and down, or of rows; null where the weights are dense. The sentence of the check that fails,
+// valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
            int64_t activation_size, const char *const *formats) {
@@ -54,6 +54,15 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
         } else if (op == "activated_mlp") {
             check_activated_mlp({argument("v"), argument("w_down_t"), argument("down_bias"), argument("x"),
                                  argument("w_up"), argument("up_bias")});
+        } else if (op == "packed_linear_step") {
+            std::vector<TensorArgument> weights, biases;
+            for (const char *name : kPartWeights)
+                if (const TensorArgument t = argument(name); t.present()) weights.push_back(t);
+            for (const char *name : kPartBiases)
+                if (const TensorArgument t = argument(name); t.present()) biases.push_back(t);
+            check_packed_linear({argument("x"), argument("delta"), argument("norm_weight"), weights,
+                                 named(formats[0]).value_or(""), biases, argument("residual"), argument("largest"),
+                                 argument("total"), argument("y"), argument("x_new")});
         } else {
             if (op == "gated_threshold_backward") check_present("gated_threshold", argument("grad_h"));
             check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,

@@ -11,8 +11,9 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
-#include "sparse_mlp.h"
+#include "packed_linear.h"
 
 namespace cats {
 
@@ -127,6 +128,13 @@ inline void check_same_shape(const char *op, const TensorArgument &t, const Tens
                  " must have ", like.name, "'s shape ", shape(like), ", got ", shape(t));
 }
 
+inline bool is_contiguous(const TensorArgument &t) {
+    int64_t expected = 1;
+    for (int64_t d = t.dim - 1; d >= 0; expected *= t.sizes[d], d--)
+        if (t.sizes[d] != 1 && t.strides[d] != expected) return false;
+    return true;
+}
+
 // The checks below return what the kernels' parameters need: the data, and the stride through a pointer.
 
 inline const void *check_weight(const char *op, const TensorArgument &w, const TensorArgument &x, int64_t rows,
@@ -150,7 +158,8 @@ inline const void *check_packed_weight(const char *op, const TensorArgument &w, 
                  name, "'");
     check_present(op, w);
     CATS_REQUIRE(w.dtype == kUInt8, op, ": ", w.name, " must be torch.uint8, got ", dtype(w));
-    CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on x's device ", device(x), ", got ", device(w));
+    CATS_REQUIRE(w.on_same_device(x), op, ": ", w.name, " must be on ", x.name, "'s device ", device(x), ", got ",
+                 device(w));
     const int64_t bytes = format->row_bytes(columns);
     CATS_REQUIRE(w.dim == 2 && w.sizes[0] == rows && w.sizes[1] == bytes, op, ": ", w.name, " must have shape [", rows,
                  ", ", bytes, "], the bytes of rows of ", columns, " columns in ", name, ", got ", shape(w));
@@ -291,6 +300,76 @@ inline ActivatedMlpParams check_activated_mlp(const ActivatedMlpArguments &a) {
     p.x = x.data;
     p.w_up = check_weight(op, a.w_up, v, p.intermediate_size, p.hidden_size, &p.w_up_stride);
     p.up_bias = check_vector(op, a.up_bias, v, p.intermediate_size);
+    return p;
+}
+
+constexpr const char *kPartWeights[kMaxParts + 1] = {"weights[0]", "weights[1]", "weights[2]", "weights[3]"};
+constexpr const char *kPartBiases[kMaxParts + 1] = {"biases[0]", "biases[1]", "biases[2]", "biases[3]"};
+
+struct PackedLinearArguments {
+    TensorArgument x, delta, norm_weight;
+    std::vector<TensorArgument> weights;
+    std::string_view row_format;
+    std::vector<TensorArgument> biases; // none, or one for each weight
+    TensorArgument residual, largest, total, y, x_new;
+};
+
+// All parameters; the caller sets norm_eps.
+inline PackedLinearParams check_packed_linear(const PackedLinearArguments &a) {
+    constexpr const char *op = "packed_linear_step";
+    const TensorArgument &x = a.x, &y = a.y;
+    const int64_t parts = int64_t(a.weights.size());
+    PackedLinearParams p{};
+    p.dtype = check_dtype(op, y, /*allow_double=*/false);
+    check_present(op, x);
+    CATS_REQUIRE(parts >= 1 && parts <= kMaxParts, op, ": weights must be 1 to ", kMaxParts, " tensors, got ", parts);
+    CATS_REQUIRE(a.biases.empty() || int64_t(a.biases.size()) == parts, op, ": biases must be none or ", parts,
+                 ", as many as weights, got ", a.biases.size());
+    const auto float_part = [&](const TensorArgument &t, int64_t dim) {
+        CATS_REQUIRE(t.present() && t.dtype == kFloat && t.dim == dim && t.on_same_device(y) && is_contiguous(t) &&
+                         std::equal(t.sizes, t.sizes + 2, x.sizes),
+                     op, ": ", t.name, " must be contiguous float32 of shape [S, heads", dim == 3 ? ", D]" : "]",
+                     " with x's S and heads, on ", device(y), ", got ", t.present() ? dtype(t) : "None", " of shape ",
+                     t.present() ? shape(t) : "[]");
+        return static_cast<const float *>(t.data);
+    };
+    if (a.largest.present() || a.total.present()) {
+        CATS_REQUIRE(x.dim == 3, op, ": x must have shape [S, heads, D] with largest and total, got ", shape(x));
+        p.weighted = float_part(x, 3), p.largest = float_part(a.largest, 2), p.total = float_part(a.total, 2);
+        p.splits = int32_t(x.sizes[0]), p.heads = int32_t(x.sizes[1]), p.head_dim = int32_t(x.sizes[2]);
+        p.inputs = x.sizes[1] * x.sizes[2];
+        CATS_REQUIRE(p.splits > 0, op, ": x must have at least one split, got shape ", shape(x));
+        CATS_REQUIRE(!a.delta.present() && !a.x_new.present(), op, ": delta and x_new must be None with largest");
+    } else {
+        CATS_REQUIRE(x.dim == 1, op, ": x must have shape [K], got ", shape(x));
+        p.inputs = x.sizes[0];
+        p.x = check_vector(op, x, y, p.inputs);
+        p.delta_is_float = a.delta.present() && a.delta.dtype == kFloat;
+        TensorArgument delta = a.delta;
+        if (p.delta_is_float) delta.dtype = y.dtype;
+        p.delta = check_vector(op, delta, y, p.inputs);
+        p.x_new = const_cast<void *>(check_vector(op, a.x_new, y, p.inputs));
+    }
+    CATS_REQUIRE(p.inputs > 0, op, ": x must have K > 0, got shape ", shape(x));
+    p.norm_weight = check_vector(op, a.norm_weight, y, p.inputs);
+    p.parts = int32_t(parts);
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < parts; i++) {
+        const TensorArgument &w = a.weights[i];
+        check_present(op, w);
+        CATS_REQUIRE(w.dim == 2 && w.sizes[0] > 0, op, ": ", w.name, " must have shape [N, bytes], got ", shape(w));
+        p.outputs[i] = w.sizes[0];
+        outputs += w.sizes[0];
+        p.weights[i] =
+            check_packed_weight(op, w, y, w.sizes[0], p.inputs, "row_format", a.row_format, &p.format, &p.strides[i]);
+        if (!a.biases.empty()) {
+            check_present(op, a.biases[i]);
+            p.biases[i] = check_vector(op, a.biases[i], y, w.sizes[0]);
+        }
+    }
+    CATS_REQUIRE(!a.residual.present() || parts == 1, op, ": residual must be None with several weights");
+    p.residual = check_vector(op, a.residual, y, outputs);
+    p.y = const_cast<void *>(check_vector(op, y, y, outputs));
     return p;
 }
 

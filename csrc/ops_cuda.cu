@@ -4,8 +4,10 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <vector>
 
+#include "cuda/packed_linear_launch.h"
 #include "cuda/sparse_mlp_launch.h"
 #include "cuda/workspace.h"
 #include "ops.h"
@@ -125,12 +127,38 @@ void sparse_mlp_packed_step(const Tensor &x, const Tensor &norm_weight, double n
              x, norm_weight, norm_eps, y_sum);
 }
 
+std::vector<TensorArgument> part_arguments(const char *const (&names)[kMaxParts + 1],
+                                           const std::vector<Tensor> &parts) {
+    std::vector<TensorArgument> found;
+    for (size_t i = 0; i < parts.size(); i++)
+        found.push_back(argument(names[std::min<size_t>(i, kMaxParts)], parts[i]));
+    return found;
+}
+
+void packed_linear_step(const Tensor &x, const OptionalTensor &delta, const OptionalTensor &norm_weight,
+                        double norm_eps, const std::vector<Tensor> &weights, const StringArgument &row_format,
+                        const std::vector<Tensor> &biases, const OptionalTensor &residual,
+                        const OptionalTensor &largest, const OptionalTensor &total, const Tensor &y,
+                        const OptionalTensor &x_new) {
+    PackedLinearParams params = check_packed_linear(
+        {argument("x", x), argument("delta", delta), argument("norm_weight", norm_weight),
+         part_arguments(kPartWeights, weights), row_format.value, part_arguments(kPartBiases, biases),
+         argument("residual", residual), argument("largest", largest), argument("total", total), argument("y", y),
+         argument("x_new", x_new)});
+    params.norm_eps = float(norm_eps);
+    params.y = y.mutable_data_ptr();
+    if (x_new.has_value()) params.x_new = x_new->mutable_data_ptr();
+    const CudaBackend::OnDevice on_device(y.get_device_index());
+    check_cuda("packed_linear_step", packed_linear_cuda(params, current_stream(y.get_device_index())));
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     implement_ops<CudaBackend>(m);
     m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
     m.impl("sparse_mlp_packed_step", TORCH_BOX(&sparse_mlp_packed_step));
+    m.impl("packed_linear_step", TORCH_BOX(&packed_linear_step));
 }
 
 } // namespace cats

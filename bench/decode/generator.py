@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import cats_ext
 from bench.lib.timing import synchronize
 from cats_ext.decode.cache import cache_argument
 from cats_ext.decode.engine import DecodeEngine
+from cats_ext.rows import QuantizedLinear
 
 COMPILED = ("compiled", "deferred")
 MODES = ("eager", *COMPILED, "captured")
@@ -67,6 +68,16 @@ class Arrivals:
 def weight_bytes(model: PreTrainedModel) -> int:
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def read_bytes(model: PreTrainedModel, skipped: float = 0.0) -> float:
+    """Bytes of weights that a step reads, if it skips this share of the up and down rows."""
+    read = 0.0
+    for path, linear in model.named_modules():
+        if isinstance(linear, nn.Linear | QuantizedLinear):
+            kept = {"up_proj": 1 - skipped, "down_proj": 1 - skipped, "gate_up_proj": 1 - skipped / 2}
+            read += linear.weight.nbytes * kept.get(path.rpartition(".")[2], 1.0)
+    return read
 
 
 def allocated_by(act: Callable[[], Any]) -> tuple[Any, int, int]:

@@ -10,7 +10,8 @@ any end-of-text token, and of that the median of --repetitions. What generate ta
 depend on the host, whose speed varies from second to second: the dense model is kept beside the patched one, both are
 timed in turns, --turns times, and the ratio is the median of the turns'. For the first token there is the ratio of the
 least times too. Minima resist jitter of the host, but one fast run decides them. Memory is what torch has allocated:
-at rest the weights and what the mode keeps between calls, and the most during a call. Results are appended to
+at rest the weights and what the mode keeps between calls, and the most during a call. With --weights models in packed
+rows follow, in captured mode; speedups are over the dense bf16 model where that ran too. Results are appended to
 decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; tables.decode_figure
 draws the paper's figure 4 from them.
 """
@@ -23,6 +24,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,21 +33,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cats_ext
-from bench.decode.generator import COMPILED, MODES, Generator, allocated_by, weight_bytes
+from bench.decode.generator import COMPILED, MODES, Generator, allocated_by, read_bytes, weight_bytes
 from bench.lib import machine
 from bench.lib.command import command
-from bench.lib.models import CONFIGS, random_model
+from bench.lib.models import CONFIGS, random_model, random_quantized_model
+from bench.lib.read_limit import gpu_read_limit
 from bench.lib.results import ResultFile
 from bench.lib.timing import in_turns
+from cats_ext.rows import FORMATS
+
+DENSE = "bf16"  # on CUDA; on a CPU float32
 
 
-def load(name: str, layers: int | None, device: str) -> PreTrainedModel:
+def load(name: str, layers: int | None, device: str, weights: str = DENSE) -> PreTrainedModel:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if name not in CONFIGS:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
+        return model if weights == DENSE else cats_ext.quantize(model, weights, scope="all", progress=False)
     config = CONFIGS[name]()
     config.num_hidden_layers = layers or config.num_hidden_layers
-    return random_model(config, dtype, device).eval().requires_grad_(False)
+    random = random_model if weights == DENSE else partial(random_quantized_model, name=weights)
+    return random(config, dtype, device).eval().requires_grad_(False)
 
 
 class Bench:
@@ -55,6 +63,7 @@ class Bench:
         facts = machine.facts(self.device, arguments.commit) | {"transformers": transformers.__version__}
         paths = {name: arguments.output and arguments.output / name for name in ("decode.csv", "first_token.csv")}
         self.files = {name: ResultFile(path, facts, append=True) for name, path in paths.items()}
+        self.limit = gpu_read_limit() if self.device == "cuda" else float("nan")
         self.dense: dict[tuple, float] = {}  # seconds a captured token, by model and prompt
 
     def add(self, name: str, row: dict[str, Any]) -> None:
@@ -63,6 +72,28 @@ class Bench:
 
     def out_of_time(self) -> bool:
         return time.perf_counter() - self.started > self.arguments.seconds
+
+    def models(self, name: str) -> None:
+        for weights in self.arguments.weights:
+            self.weights = weights
+            if weights == DENSE:
+                self.model(name)
+            else:
+                self.quantized(name)
+
+    def quantized(self, name: str) -> None:
+        self.name, model = name, load(name, self.arguments.layers, self.device, self.weights)
+        self.captured(model, 0.0)
+        self.patch(model)
+        self.captured(model, *self.arguments.sparsity)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def patch(self, model: PreTrainedModel) -> None:
+        windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
+        config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
+        cats_ext.apply_cats(model, config)
 
     def model(self, name: str) -> None:
         self.name, model = name, load(name, self.arguments.layers, self.device)
@@ -73,9 +104,7 @@ class Bench:
             self.captured(model, 0.0)
             gc.collect()  # the engine's graph and cache, which the sparse rows' memory would count
         twin = copy.deepcopy(model) if compiled or "eager" in modes else None
-        windows = torch.randint(model.config.vocab_size, (8, 256), device=self.device)
-        config = cats_ext.calibrate(model, [windows], sparsity=0.5, rule=self.arguments.rule, progress=False)
-        cats_ext.apply_cats(model, config)
+        self.patch(model)
         if "captured" in modes:
             self.captured(model, *self.arguments.sparsity)
         if "eager" in modes:
@@ -186,6 +215,7 @@ class Bench:
         self, generator: Generator, prompt: int, new: int, sparsity: float, reached: float | str, seconds: float
     ) -> dict[str, Any]:
         row = {"model": self.name, "layers": generator.model.config.num_hidden_layers, "mode": generator.mode}
+        row["weights"] = self.weights
         row |= {"prompt": prompt, "new_tokens": new, "rule": self.arguments.rule if sparsity else ""}
         row |= {"sparsity": sparsity, "reached": reached}
         return row | {"ms_per_token": round(seconds * 1e3, 4), "tokens_per_s": round(1 / seconds, 2)}
@@ -201,6 +231,8 @@ class Bench:
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
         row = self.row(generator, prompt, new, sparsity, reached, seconds)
         row |= {"speedup": round(dense / seconds, 4), "prepare_s": prepared}
+        gb_per_s = read_bytes(model, float(reached or 0)) / seconds / 1e9
+        row |= {"gb_per_s": round(gb_per_s), "share_of_limit": round(gb_per_s / self.limit, 3)}
         self.add("decode.csv", row | {"bytes_at_rest": memory[0], "bytes_peak": memory[1]})
 
 
@@ -211,6 +243,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of random weights: only so many of the model's layers")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
+    parser.add_argument("--weights", nargs="+", choices=(DENSE, *FORMATS), default=[DENSE])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="lengths to decode after")
     parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompts, in eager mode")
@@ -222,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing more after so long")
     bench = Bench(parser.parse_args())
     for name in bench.arguments.model:
-        bench.model(name)
+        bench.models(name)
 
 
 if __name__ == "__main__":

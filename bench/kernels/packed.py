@@ -23,6 +23,7 @@ from bench.lib import machine
 from bench.lib.command import command
 from bench.lib.graphs import Captured, Run
 from bench.lib.layers import kth_threshold
+from bench.lib.packed_rows import random_packed
 from bench.lib.read_limit import gpu_read_limit
 from bench.lib.results import ResultFile
 from bench.lib.shapes import SHAPES, parse_shape
@@ -50,20 +51,6 @@ def formats_of(name: str) -> tuple[RowFormat, RowFormat, RowFormat]:
     first, _, last = name.partition("+")
     dot = RowFormat.parse(first)
     return dot, dot, RowFormat.parse(last or first)
-
-
-def random_packed(form: RowFormat, rows: int, hidden: int) -> Tensor:
-    """Rows of about unit norm. Rounding real weights would take longer than all measurements."""
-    like = {"device": "cuda"}
-    q = {
-        "int4": lambda: torch.randint(0, 16, (rows, hidden), dtype=torch.uint8, **like),
-        "int8": lambda: torch.randint(-127, 128, (rows, hidden), dtype=torch.int8, **like),
-        "fp8": lambda: (torch.randn(rows, hidden, **like) * 100).clamp(-448, 448).to(torch.float8_e4m3fn),
-    }[form.type]()
-    spread = {"int4": 4.6, "int8": 73.3, "fp8": 100.0}[form.type]
-    scales = (0.75 + 0.5 * torch.rand(rows, form.groups(hidden), **like)) / (spread * hidden**0.5)
-    zeros = torch.full_like(scales, 7.5).half() if form.zero_points else None
-    return form.pack(q, scales.to(torch.float32 if form.type == "fp8" else torch.float16), zeros)
 
 
 def packed_variants(name: str, x: Tensor, intermediate: int, sparsities: list[float], count: int) -> Iterator[Variant]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
+from cats_ext.rows import RowFormat
 
 _BASE = frozenset(vars(nn.Module()))  # the attributes of every module; settings are the others
-_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None)}
+_PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None), RowFormat}
 _THRESHOLDS = ("threshold", "down_threshold")  # buffers of patched modules, written in place by set_sparsity
 
 _children, _parameters, _buffers = map(itemgetter, ("_modules", "_parameters", "_buffers"))

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from cats_ext.decode import launch as ops
 from cats_ext.decode.fingerprint import version
-from cats_ext.decode.launch import Attention, AttentionPartials, Norm
-from cats_ext.ops.definitions import sparse_mlp_step
+from cats_ext.decode.launch import Attention, AttentionPartials, Norm, PackedRows, Weight
+from cats_ext.ops.definitions import sparse_mlp_packed_step, sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
-from cats_ext.ops.plan import step_supported
-from cats_ext.patching.detection import recognise_activation
+from cats_ext.ops.plan import packed_linear_supported, step_supported
+from cats_ext.patching.detection import MERGED, projection_names, recognise_activation
 from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.projections import KINDS, PackedOperands, kind_of
 from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
+from cats_ext.rows import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +82,7 @@ class FusedStep:
             self.blocks.append(_attention_block(layer, replace(attention, partials=partials), mlp_norm))
             self.blocks.append(mlp)
         self.norm = _norm(base.norm)
-        self.head = (model.lm_head.weight,), (model.lm_head.bias,)
+        self.head = (_weight(model.lm_head),), (model.lm_head.bias,)
 
     @property
     def outdated(self) -> bool:
@@ -121,8 +123,18 @@ def check_fusable(model: nn.Module) -> None:
             continue
         if not _is_plain(module):
             raise NotFusableError(f"{path or 'the model'} has a hook or a replaced forward")
-        if path.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
-            raise NotFusableError(f"{path} is a {type(module).__name__}, not a torch.nn.Linear")
+        if path.endswith(("_proj", "lm_head")):
+            _check_linear(path, module, model.dtype)
+
+
+def _check_linear(path: str, module: nn.Module, dtype: torch.dtype) -> None:
+    if type(module) is QuantizedLinear:
+        if module.input_rows:
+            raise NotFusableError(f"{path} has packed rows of inputs")
+        if not packed_linear_supported(module.weight, module.in_features, dtype):
+            raise NotFusableError(f"{path} has packed rows of {module.in_features} columns, and its dtype is {dtype}")
+    elif type(module) is not nn.Linear:
+        raise NotFusableError(f"{path} is a {type(module).__name__}, not a torch.nn.Linear")
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -158,18 +170,23 @@ def _describe_attention(module: nn.Module, keys: Tensor, values: Tensor, cos: Te
     )
 
 
-def _projections(module: nn.Module) -> tuple[nn.Linear, ...]:
+def _weight(linear: nn.Linear | QuantizedLinear) -> Weight:
+    return PackedRows(linear.weight, linear.row_format.name) if type(linear) is QuantizedLinear else linear.weight
+
+
+def _projections(module: nn.Module) -> tuple[nn.Linear | QuantizedLinear, ...]:
     return (module.qkv_proj,) if hasattr(module, "qkv_proj") else (module.q_proj, module.k_proj, module.v_proj)
 
 
 def _attention_block(layer: nn.Module, attention: Attention, next_norm: Norm | None) -> Block:
     norm, out, projections = _norm(layer.input_layernorm), layer.self_attn.o_proj, _projections(layer.self_attn)
-    weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+    weights, biases = tuple(map(_weight, projections)), tuple(p.bias for p in projections)
+    out_weight = _weight(out)
 
     def block(x: Tensor, delta: Tensor | None, position: Tensor) -> tuple[Tensor, Tensor | None]:
         qkv, x = ops.linear(x, weights, biases, norm=norm, delta=delta)
         heads = ops.attention(qkv, attention, position)
-        return ops.add_linear(heads, out.weight, out.bias, x, norm=next_norm)
+        return ops.add_linear(heads, out_weight, out.bias, x, norm=next_norm)
 
     return block
 
@@ -191,12 +208,11 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
 
         return dense, None
 
-    operands = _sparse_operands(mlp, norm, y_sum)
-    if operands is not None:
-        weights, mask_and_biases = operands
+    add = _sparse_step(mlp, norm, y_sum)
+    if add is not None:
 
         def sparse(x: Tensor, _: None, position: Tensor) -> tuple[Tensor, Tensor]:
-            sparse_mlp_step(x, norm.weight, norm.eps, *weights, y_sum, *mask_and_biases)
+            add(x)
             return x, y_sum[: len(x)]
 
         return sparse, None
@@ -207,16 +223,38 @@ def _mlp_block(layer: nn.Module, y_sum: Tensor) -> tuple[Block, Norm | None]:
     return module, norm
 
 
-def _sparse_operands(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> tuple[tuple[Tensor, ...], tuple] | None:
-    """What ``sparse_mlp_step`` takes for a patched MLP, before and after its sum; None if it cannot serve."""
-    if not isinstance(mlp, CatsMLP) or not _is_plain(mlp) or mlp.forward_settings.tracking or deterministic():
+def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor], None] | None:
+    """What adds the output of a patched MLP, or of one with packed rows, for x to ``y_sum``; None if no op serves."""
+    if not _is_plain(mlp) or deterministic():
         return None
-    operands = mlp.operands()
-    if operands is None or operands[1][-1] is not None:  # the sum has no bias
+    if isinstance(mlp, CatsMLP):
+        settings = mlp.forward_settings
+        if settings.tracking or not isinstance(mlp.activation(), str):
+            return None
+        operands = KINDS[settings.projections].operands(mlp._modules)
+        mask = mlp.threshold, mlp.down_threshold, settings.activation
+    else:
+        operands = _packed_operands(mlp)
+        activation = recognise_activation(getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None)))
+        mask = torch.zeros((), device=y_sum.device), None, activation  # nothing is below the threshold
+    if operands is None or mask[-1] is None:
         return None
-    weights, (gate_bias, up_bias, _) = operands
-    mask = mlp.threshold, mlp.down_threshold, mlp.forward_settings.activation
-    return (weights, (*mask, gate_bias, up_bias)) if step_supported(weights, norm.weight, y_sum) else None
+    weights, (gate_bias, up_bias, down_bias), *formats = operands
+    formats = formats[0] if formats else ()
+    if down_bias is not None or not step_supported(weights, norm.weight, y_sum, formats or None):
+        return None  # the sum has no bias
+    op = sparse_mlp_packed_step if formats else sparse_mlp_step
+    return lambda x: op(x, norm.weight, norm.eps, *weights, *formats, y_sum, *mask, gate_bias, up_bias)
+
+
+def _packed_operands(mlp: nn.Module) -> PackedOperands | None:
+    """Of an unpatched gated MLP, if its projections hold a packed row for each neuron."""
+    names = projection_names(mlp)
+    if names is None or not all(type(getattr(mlp, name)) is QuantizedLinear for name in names):
+        return None
+    if any(getattr(mlp, name).input_rows != (name == "down_proj") for name in names):
+        return None
+    return KINDS[kind_of(merged=names == MERGED, packed=True)].operands(mlp._modules)
 
 
 def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | None:

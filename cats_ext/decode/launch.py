@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.ops.definitions import packed_linear_step
 from cats_ext.ops.plan import device_limits
 from cats_ext.ops.reference import ACTIVATIONS, rms_norm_ref
 
@@ -24,6 +26,17 @@ class Norm:
 
     weight: Tensor
     eps: float
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The weight of a product as packed rows (:mod:`cats_ext.rows`), uint8 ``[N, bytes]``."""
+
+    data: Tensor
+    row_format: str
+
+
+Weight = Tensor | PackedRows  # [N, K]
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def _grid(tile: Tile, blocks: int, device: torch.device) -> tuple[int]:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     *,
     norm: Norm,
@@ -161,6 +174,16 @@ def linear(
     Raises:
         ValueError: on CUDA, a row of ``x`` or of a weight is not contiguous.
     """
+    kinds = [list(kind) for _, kind in groupby(zip(weights, biases, strict=True), lambda part: _row_format(part[0]))]
+    if len(kinds) > 1:
+        products = []
+        for kind in kinds:
+            y, x = linear(x, *zip(*kind, strict=True), norm=norm, delta=delta)
+            products.append(y)
+            delta = None
+        return torch.cat(products), x
+    if _row_format(weights[0]):
+        return _packed_linear(x, weights, biases, norm, delta)
     if x.is_cuda:
         return _linear_cuda(x, weights, biases, norm=norm, delta=delta)
     row = x if delta is None else x + delta.to(x.dtype)
@@ -170,7 +193,7 @@ def linear(
 
 def add_linear(
     x: Tensor | AttentionPartials,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     residual: Tensor,
     *,
@@ -189,10 +212,41 @@ def add_linear(
     Raises:
         ValueError: see :func:`linear`.
     """
-    if weight.is_cuda:
+    if isinstance(weight, PackedRows):
+        y = _packed_add_linear(x, weight, bias, residual)
+    elif weight.is_cuda:
         return _linear_cuda(x, [weight], [bias], residual=residual, out_norm=norm)
-    y = residual + F.linear(x, weight, bias)
+    else:
+        y = residual + F.linear(x, weight, bias)
     return y, None if norm is None else _rms_norm(y, norm)
+
+
+def _row_format(weight: Weight) -> str:
+    return weight.row_format if isinstance(weight, PackedRows) else ""
+
+
+def _packed_linear(
+    x: Tensor, weights: Sequence[PackedRows], biases: Sequence[Tensor | None], norm: Norm, delta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(sum(len(w.data) for w in weights))
+    x_new = None if delta is None else torch.empty_like(x)
+    packed_linear_step(
+        x, delta, norm.weight, norm.eps, [w.data for w in weights], weights[0].row_format,
+        [b for b in biases if b is not None], None, None, None, y, x_new,
+    )  # fmt: skip
+    return y, x if x_new is None else x_new
+
+
+def _packed_add_linear(
+    x: Tensor | AttentionPartials, weight: PackedRows, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    y = torch.empty_like(residual)
+    parts = (x.weighted, x.largest, x.total) if isinstance(x, AttentionPartials) else (x, None, None)
+    biases = [] if bias is None else [bias]
+    packed_linear_step(
+        parts[0], None, None, 0.0, [weight.data], weight.row_format, biases, residual, *parts[1:], y, None
+    )
+    return y
 
 
 def _linear_cuda(

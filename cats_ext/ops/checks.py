@@ -61,14 +61,21 @@ def _named_tensor(name: str, t: Tensor) -> _NamedTensor:
     )
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def check(op: str, arguments: dict[str, Any]) -> None:
     """Raise ``RuntimeError`` if a call of ``op`` with these arguments, all by name, is wrong."""
     if not LIBRARIES["_C"].loaded:
         return
-    tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
+    lists = {f"{name}[{i}]": v for name, value in arguments.items() if _is_list(value) for i, v in enumerate(value)}
+    tensors = [_named_tensor(name, t) for name, t in (arguments | lists).items() if isinstance(t, Tensor)]
     array = (_NamedTensor * len(tensors))(*tensors)
     activation = arguments.get("activation", "").encode()
-    formats = (ctypes.c_char_p * 3)(*(arguments[n].encode() if n in arguments else None for n in _FORMATS))
+    names = ("row_format",) if "row_format" in arguments else _FORMATS
+    texts = (arguments[n].encode().replace(b"\0", b"\\0") if n in arguments else None for n in names)
+    formats = (ctypes.c_char_p * 3)(*texts)
     sentence = _cats_check()(op.encode(), array, len(tensors), activation, len(activation), formats)
     if sentence is not None:
         raise RuntimeError(sentence.decode())

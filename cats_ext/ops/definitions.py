@@ -48,6 +48,13 @@ SCHEMAS = {
     # x and w_up. See reference.activated_mlp_ref.
     "activated_mlp": "(Tensor v, Tensor w_down_t, Tensor? down_bias=None, Tensor? x=None, Tensor? w_up=None, "
     "Tensor? up_bias=None, bool deterministic=False) -> Tensor",
+    # For a step of decoding: y [sum of N] = W in + bias + residual, for up to three weights of packed rows, uint8
+    # [N, bytes], of one input [K]: x, x + delta (in float32 or x's dtype; x_new gets it), or the attention of which x
+    # [S, heads, D], largest and total [S, heads] are partial results; normalised (RMS) where there is a norm_weight.
+    # The kernel before it on the stream must not write weights. On CUDA packed_linear_supported says what it takes.
+    "packed_linear_step": "(Tensor x, Tensor? delta, Tensor? norm_weight, float norm_eps, Tensor[] weights, "
+    "str row_format, Tensor[] biases, Tensor? residual, Tensor? largest, Tensor? total, Tensor(a!) y, "
+    "Tensor(b!)? x_new) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
@@ -63,6 +70,7 @@ sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
 sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 activated_mlp = torch.ops.cats.activated_mlp
+packed_linear_step = torch.ops.cats.packed_linear_step
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
 gated_threshold_backward = torch.ops.cats.gated_threshold_backward
@@ -103,6 +111,7 @@ _OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "sparse_mlp_step": ((), _step_ref(reference.sparse_mlp_ref)),
     "sparse_mlp_packed_step": ((), _step_ref(reference.sparse_mlp_packed_ref)),
     "activated_mlp": (("v",), _activated_mlp_ref),
+    "packed_linear_step": ((), reference.packed_linear_step_ref),
     "gated_threshold": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_backward": (("gate", "up"), reference.gated_threshold_backward_ref),

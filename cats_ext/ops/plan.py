@@ -120,8 +120,10 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
 
 
-def step_supported(weights: Sequence[Tensor], *others: Tensor) -> bool:
-    """Whether ``sparse_mlp_step`` takes a layer: ``weights`` ``[I, H]`` each, ``others`` the rest that must be aligned.
+def step_supported(
+    weights: Sequence[Tensor], norm_weight: Tensor, y_sum: Tensor, formats: tuple[str, str, str] | None = None
+) -> bool:
+    """Whether ``sparse_mlp_step`` takes a layer with ``weights`` ``[I, H]``, or packed rows in ``formats``.
 
     True where the op runs on its reference, which takes every layer.
     """
@@ -129,8 +131,17 @@ def step_supported(weights: Sequence[Tensor], *others: Tensor) -> bool:
     if gate.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:
         return True
     strides = [weight.stride(0) * weight.element_size() for weight in weights]
-    aligned = all(t.data_ptr() % 16 == 0 for t in (*weights, *others))
+    aligned = all(t.data_ptr() % 16 == 0 for t in (*weights, norm_weight, y_sum))
     aligned = aligned and all(stride % 16 == 0 and stride < 2**32 for stride in strides)
-    intermediate_size, hidden_size = gate.shape
-    limits = device_limits(gate.device)
-    return plan(hidden_size, intermediate_size, 1, gate.dtype, limits, step=True, aligned=aligned).supported
+    shape = norm_weight.numel(), gate.shape[0], 1, norm_weight.dtype
+    return plan(*shape, device_limits(gate.device), step=True, aligned=aligned, formats=formats).supported
+
+
+MAX_PACKED_INPUTS = 8192  # kMaxPackedInputs
+
+
+def packed_linear_supported(weight: Tensor, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether ``packed_linear_step`` takes rows of ``inputs`` columns. True where the op runs on its reference."""
+    if weight.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:
+        return True
+    return dtype in (torch.float16, torch.bfloat16) and inputs % 8 == 0 and inputs <= MAX_PACKED_INPUTS

@@ -161,6 +161,45 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def merged_attention_ref(weighted: Tensor, largest: Tensor, total: Tensor) -> Tensor:
+    """The attention ``[heads * D]``, in float32, that partial results over parts of the keys stand for.
+
+    Args:
+        weighted: ``[S, heads, D]``, sums of values weighted by exp(score - largest).
+        largest, total: ``[S, heads]``, the largest score and the sum of the weights.
+    """
+    weights = (largest - largest.amax(0)).exp()
+    return ((weighted * weights[..., None]).sum(0) / (total * weights).sum(0)[..., None]).flatten()
+
+
+def packed_linear_step_ref(
+    x: Tensor,
+    delta: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    weights: list[Tensor],
+    row_format: str,
+    biases: list[Tensor],
+    residual: Tensor | None,
+    largest: Tensor | None,
+    total: Tensor | None,
+    y: Tensor,
+    x_new: Tensor | None,
+) -> None:
+    row = x if largest is None else merged_attention_ref(x, largest, total).to(y.dtype)
+    if delta is not None:
+        row = row + delta.to(row.dtype)
+    if x_new is not None:
+        x_new.copy_(row)
+    if norm_weight is not None:
+        row = rms_norm_ref(row, norm_weight, norm_eps)
+    form = RowFormat.parse(row_format)
+    unpacked = (form.unpack(w, row.numel()).to(row.dtype) for w in weights)
+    products = [F.linear(row, w, b) for w, b in zip(unpacked, biases or [None] * len(weights), strict=True)]
+    result = torch.cat(products)
+    y.copy_(result if residual is None else residual + result)
+
+
 def gated_threshold_counts_ref(
     gate: Tensor, up: Tensor, threshold: Tensor, down_threshold: Tensor | None = None, activation: str = "silu"
 ) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from adversarial.harness import packed_linear_calls
 from adversarial.harness.record import is_clear
 from support.op_cases import ACTIVATIONS, DTYPES, TOLERANCE, clear_of
 from torch import Tensor
@@ -36,6 +37,8 @@ class Call:
 
     def __str__(self) -> str:
         def show(value: Any) -> str:
+            if isinstance(value, list):
+                return f"[{', '.join(map(show, value))}]"
             if not isinstance(value, Tensor):
                 return repr(value)
             return f"{str(value.dtype)[6:]}{list(value.shape)}/{list(value.stride())}"
@@ -202,7 +205,7 @@ def _wrong_strides(name: str, t: Tensor) -> Tensor | None:
     """The same values with a stride that the op does not take; None if it takes all that there are."""
     if name.startswith("w_") and t.shape[1] > 1:
         return t.mT.contiguous().mT if t.shape[0] > 1 else torch.stack([t, t], -1)[..., 0]
-    if (name.endswith("bias") or name in ("norm_weight", "counts", "y_sum")) and len(t) > 1:
+    if (name.endswith("bias") or name in ("norm_weight", "counts", "y_sum", "delta", "x_new")) and len(t) > 1:
         return torch.stack([t, t], 1)[:, 0]
     return None
 
@@ -214,6 +217,10 @@ _ACTIVATIONS = ["", "SiLU", "silu ", "swish", "x" * 200, "gelu_new", "si\0lu", "
 def spoil(r: random.Random, call: Call) -> bool:
     """Make one argument wrong. Returns whether there was a way to."""
     tensors = {name: t for name, t in call.arguments.items() if isinstance(t, Tensor)}
+    linear = call.op == "packed_linear_step"
+    if linear and r.random() < 0.3:
+        call.spoilt = packed_linear_calls.spoil(r, call.arguments)
+        return True
     name, t = r.choice(sorted(tensors.items(), key=lambda item: item[0]))
     kinds = [
         "dtype",
@@ -233,12 +240,14 @@ def spoil(r: random.Random, call: Call) -> bool:
         dtype = r.choice([d for d in [*_OTHER_DTYPES, *DTYPES] if d != t.dtype])
         if len({u.dtype for n, u in tensors.items() if n in ("gate", "up", "grad_h")} | {dtype}) == 1:
             return False
+        if linear and name == "delta" and dtype == torch.float32:
+            return False
         wrong = t.to(dtype)
     elif how == "shape":
         wrong = _wrong_shape(r, name, t)
         if name == "x" and "packed" in call.op and -(-wrong.shape[-1] // 128) == -(-t.shape[-1] // 128):
             return False  # rows are padded: x alone says how many of their columns there are
-        neurons = tensors["gate"].shape[-1] if "gate" in tensors else len(tensors["w_down_t"])
+        neurons = 0 if linear else tensors["gate"].shape[-1] if "gate" in tensors else len(tensors["w_down_t"])
         if call.op == "activated_mlp" and "x" not in tensors:  # then nothing says how many dimensions or columns
             if name == "v" and wrong.shape[-1] == neurons:
                 return False
@@ -259,12 +268,16 @@ def spoil(r: random.Random, call: Call) -> bool:
         wrong = t.to("meta")
     elif how == "missing":
         required = [n for n in tensors if "bias" not in n and n != "down_threshold"]
+        if linear:
+            required = [n for n in tensors if n in packed_linear_calls.REQUIRED]
         name, wrong = r.choice(required), None
         if r.random() < 0.3:
             del call.arguments[name]
             call.spoilt = f"without {name}"
             return True
     elif how == "activation":
+        if linear:
+            return False
         name, wrong = "activation", r.choice(_ACTIVATIONS)
         if name not in call.arguments:
             return False
@@ -285,15 +298,23 @@ def make_call(number: int, seed: int, place: Place) -> Call:
     r = random.Random(f"{seed}:{number}")
     g = torch.Generator().manual_seed(r.getrandbits(48))
     op = r.choice(OPS)
-    make = _elementwise if op.startswith("gated") else _activated if op == "activated_mlp" else _mlp
-    call = make(r, op, g)
+    if op == "packed_linear_step":
+        call = Call(op, packed_linear_calls.make(r, g))
+    else:
+        make = _elementwise if op.startswith("gated") else _activated if op == "activated_mlp" else _mlp
+        call = make(r, op, g)
     if r.random() < 0.5:
         while not spoil(r, call):
             pass
-    for name, value in call.arguments.items():
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(part) for part in value]
         here = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
-        if here and (value.untyped_storage().nbytes() or not value.numel()):
-            call.arguments[name] = place(value, r.random() < 0.7)
+        exists = here and (value.untyped_storage().nbytes() or not value.numel())
+        return place(value, r.random() < 0.7) if exists else value
+
+    call.arguments |= {name: placed(value) for name, value in call.arguments.items()}
     return call
 
 
@@ -326,6 +347,12 @@ def _bits(t: Tensor) -> Tensor:
 
 def _difference(call: Call, before: dict[str, Tensor]) -> str:
     """What is wrong with the result of a right call; empty if nothing is."""
+    if call.op == "packed_linear_step":
+        call.run()
+        for name, value in before.items():
+            if name not in ("y", "x_new") and not torch.equal(_bits(call.arguments[name]), _bits(value)):
+                return f"{name} was written to"
+        return packed_linear_calls.difference(call.arguments, call.arguments["y"])
     expected = _expected(call)
     out = call.run()
     actual = list(out) if isinstance(out, tuple) else [] if out is None else [out]
@@ -372,5 +399,6 @@ def is_clear_op_error(message: str, op: str) -> bool:
     """A sentence of the op that begins with its name, or torch's own on a value that no schema of this kind takes."""
     own = ("Expected a value of type", "is missing value")
     by_torch = message.startswith(f"cats::{op}() ") and any(part in message for part in own)
-    family = next(family for family in ("gated_threshold", "activated_mlp", "sparse_mlp") if op.startswith(family))
+    families = {"gated": "gated_threshold", "packed": op, "activated": op}
+    family = families.get(op.partition("_")[0], "sparse_mlp")
     return by_torch or (message.startswith(family) and is_clear(message, (family,)))
