@@ -29,6 +29,14 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
         yield lambda: progress.advance(task)
 
 
+def duration(seconds: float) -> str:
+    """A rough time for people, in seconds up to two minutes, then in minutes, then in hours."""
+    for unit, length in (("s", 1), ("min", 60)):
+        if seconds < 120 * length:
+            return f"{max(1, round(seconds / length))} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 def note(message: str) -> None:
     """Print a line on standard error, where the bars are."""
     Console(stderr=True, highlight=False).print(message, soft_wrap=True)

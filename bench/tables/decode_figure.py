@@ -1,11 +1,15 @@
 """Draws figure 4 of arXiv 2404.08763, tokens per second against sparsity, from the decode.csv of decode.speed.
 
 python bench tables.decode_figure bench/results/h100/decode.csv bench/results/h100/decode.png
+python bench tables.decode_figure bench/results/h100/decode.csv bench/results/h100/decode_engine.png captured
+
+The second form draws the named modes only.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,11 +25,13 @@ TITLES = {
 }
 
 
-def draw(source: Path, target: Path) -> None:
-    rows = read_rows(source)
+def draw(source: Path, target: Path, modes: Sequence[str] = ()) -> None:
+    rows = [row for row in read_rows(source) if not modes or row["mode"] in modes]
+    if not rows:
+        raise SystemExit(f"{source} has no row with mode {' or '.join(modes)}")
     models = list(dict.fromkeys(row["model"] for row in rows))
     prompts = sorted({int(row["prompt"]) for row in rows})
-    figure = Figure(figsize=(5.2 * len(models), 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(models), 3.8 if modes else 5), dpi=150, layout="constrained")
     lines = {}
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for mode in COLOURS:
@@ -53,6 +59,6 @@ def draw(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    draw(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -21,6 +21,15 @@ def link(name: str) -> str:
     return f"[`{name}`](bench/results/{name})"
 
 
+def image(name: str, text: str) -> str:
+    return f"![{text}](bench/results/{name})"
+
+
+def ratio(more: str, less: str) -> str:
+    """``more / less`` of two numbers as they are shown, so that a reader who divides them gets the same."""
+    return f"{float(more) / float(less):.2f}x"
+
+
 def source(name: str, row: dict[str, str]) -> str:
     return f"{link(name)}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
 

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from cats_ext._inputs import batches_of
-from cats_ext._progress import note
+from cats_ext._progress import duration, note
 from cats_ext.calibration.accumulator import LayerAccumulator
 from cats_ext.calibration.checkpoint import Checkpoint
 from cats_ext.calibration.passes import run_gradient_pass, run_pass
@@ -19,9 +19,11 @@ from cats_ext.calibration.settings import CalibrationSettings
 from cats_ext.data.windows import sample_windows
 from cats_ext.patching.detection import GatedMLP
 from cats_ext.thresholds.allocation import search_options
+from cats_ext.thresholds.histogram import Histogram
 
 _GRADIENT_TOKENS = 16384  # of the passes with gradients, in whole windows from all parts of the data
 _GRADIENT_COST = 4  # of a token with gradients, in tokens without (measured on two CPU cores: 3.6)
+_TRIAL_TOKENS = 256  # of the first window, on which the time is estimated
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def count_activations(
         layers: by name of the MLP, in the model's order.
         windows: token ids, ``[T]`` each.
         settings: for this model.
-        progress: show a bar a pass, and how long a search takes, on standard error.
+        progress: show about how long it takes, and a bar a pass, on standard error.
 
     Raises:
         ValueError: activations of a layer are NaN, infinite or all zero, or no token reached it.
@@ -57,26 +59,36 @@ def count_activations(
     batches = batches_of(windows, settings.batch_size)
     single = [window[None] for window in sample_windows(windows, _GRADIENT_TOKENS)]  # gradients need the memory
     passes = _passes(layers, settings)
-    seconds_a_token = 0.0
+    if progress and checkpoint.step < len(passes):
+        todo = [single if this.gradient else batches for this in passes[checkpoint.step :]]
+        todo[0] = todo[0][checkpoint.batch :]
+        costs = [_GRADIENT_COST if this.gradient else 1 for this in passes[checkpoint.step :]]
+        work = sum(cost * sum(batch.numel() for batch in some) for cost, some in zip(costs, todo, strict=True))
+        work += 4 * CHECK_TOKENS * (settings.allocation == "search")  # two models, dense and sparse, each measured
+        about = f"{len(passes)} pass{'es' * (len(passes) > 1)}: "
+        about += f"about {duration(work * _seconds_a_token(model, mlps, windows[0]))}"
+        note(f"calibration on {sum(map(len, windows)):,} tokens in {about}")
     for number in range(checkpoint.step, len(passes)):
         this = passes[number]
-        if settings.allocation == "search" and number == len(passes) - 1 and progress and seconds_a_token:
-            # the check of the search runs two models, dense and sparse
-            tokens = _GRADIENT_COST * sum(batch.numel() for batch in single) + 4 * CHECK_TOKENS
-            note(f"search for an allocation: about {max(1, round(seconds_a_token * tokens)):,} s")
         title = f"calibration, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibration"
         todo = single if this.gradient else batches
         start = checkpoint.batch if number == checkpoint.step else 0
         run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else run_pass
-        started = time.monotonic()
         after = partial(checkpoint.save, number)
         run(model, mlps, todo, this.observe, title=title, progress=progress, start=start, after=after)
-        if not this.gradient:
-            seconds_a_token = (time.monotonic() - started) / sum(batch.numel() for batch in todo[start:] or todo)
         for layer in layers.values():
             this.finish(layer)
     if checkpoint.step < len(passes):
         checkpoint.write(len(passes), 0)
+
+
+def _seconds_a_token(model: nn.Module, mlps: list[GatedMLP], window: Tensor) -> float:
+    """Of a pass without gradients, from the second of two short ones, whose counts are not kept."""
+    tokens = window[None, :_TRIAL_TOKENS]
+    for _ in range(2):
+        started = time.monotonic()
+        run_pass(model, mlps, [tokens], lambda mlp, gate, up: Histogram(device=gate.device).add(gate))
+    return (time.monotonic() - started) / tokens.numel()
 
 
 def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) -> list[_Pass]:

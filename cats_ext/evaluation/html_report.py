@@ -12,12 +12,18 @@ from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import CONFIG_FILE, read_json
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .2rem .7rem; text-align: right }
+.table { overflow-x: auto; overflow-wrap: normal }
+table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 1px solid #99a } tr:hover td { background: #f3f5f8 }
+th { white-space: normal; vertical-align: bottom } td.words { white-space: normal; min-width: 10rem } summary { cursor: pointer; font-weight: 600; margin: .8rem 0 }
 svg { max-width: 100%; height: auto } .note { color: #556 }
+@media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding: .2rem .4rem } }
 """.strip()  # noqa: E501
+
+_LONG = 30  # characters in a cell, above which it may have several lines
 
 
 def html_report(directory: str | Path) -> str:
@@ -36,8 +42,10 @@ def html_report(directory: str | Path) -> str:
     results = _results(directory)
     title = f"CATS thresholds: {directory.resolve().name}"
     parts = [f"<h1>{escape(title)}</h1>", *_summary(config)]
+    reached: dict[str, dict[str, Any]] = {}
     for name, document in results:
         try:
+            reached = reached or _reached(config, document)
             parts += _text_section(name, document) + _task_section(name, document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{directory / name} is not what 'cats eval' wrote: {error!r}") from error
@@ -46,8 +54,9 @@ def html_report(directory: str | Path) -> str:
             '<p class="note">Nothing is measured yet: <code>cats eval MODEL --cats DIR --text FILE --output '
             "DIR/eval.json</code>.</p>"
         )
-    parts += _activation_section(config) + _layer_section(config)
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    parts += _activation_section(config) + _layer_section(config, reached)
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{viewport}<title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
@@ -65,10 +74,11 @@ def _results(directory: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
+        words = (' class="words"' if len(value) > _LONG else "" for value in values)
+        return "<tr>" + "".join(f"<{tag}{w}>{escape(v)}</{tag}>" for w, v in zip(words, values, strict=True)) + "</tr>"
 
     body = "".join(cells("td", row) for row in rows)
-    return f"<table><thead>{cells('th', header)}</thead><tbody>{body}</tbody></table>"
+    return f'<div class="table"><table><thead>{cells("th", header)}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _summary(config: CatsConfig) -> list[str]:
@@ -167,12 +177,37 @@ def _activation_section(config: CatsConfig) -> list[str]:
     return ["<h2>Activations and thresholds</h2>", plots.svg(plots.activations_figure(panels, label=label))]
 
 
-def _layer_section(config: CatsConfig) -> list[str]:
-    rows = [
-        (name, f"{layer.up_sparsity:.1%}", f"{layer.down_sparsity:.1%}", f"{layer.bytes_share:.1%}")
-        for name, layer in config.layers.items()
-    ]
-    return ["<h2>Targets of each layer</h2>", _table(("layer", "up skipped", "down skipped", "read"), rows)]
+def _layer_section(config: CatsConfig, reached: dict[str, dict[str, Any]]) -> list[str]:
+    """Every layer's targets and, if it was measured, what was reached; folded under the range of the targets."""
+    header, rows = ["layer", "up skipped", "down skipped", "read"], []
+    for name, layer in config.layers.items():
+        shares = [layer.up_sparsity, layer.down_sparsity, layer.bytes_share]
+        if reached:
+            found = reached[name]
+            shares += [found["up_sparsity"], found["down_sparsity"]]
+        rows.append([name, *(f"{share:.1%}" for share in shares)])
+    if reached:
+        header += ["up reached", "down reached"]
+    layers = config.layers.values()
+    up, down = ([getattr(layer, f"{key}_sparsity") for layer in layers] for key in ("up", "down"))
+    spread = " and ".join(f"{_range(shares)} of {key}" for key, shares in (("up", up), ("down", down)))
+    summary = f"<summary>{len(rows)} layers skip {spread}</summary>"
+    return ["<h2>Each layer</h2>", f"<details>{summary}{_table(header, rows)}</details>"]
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _reached(config: CatsConfig, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By layer, what a measurement on a text found with these thresholds; empty if there was none."""
+    targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in config.layers.items()}
+    for variant in (document.get("text") or {}).get("variants", ()):
+        layers = {layer["name"]: layer for layer in variant["reached"]["layers"]}
+        if targets == {name: (layer["up_target"], layer["down_target"]) for name, layer in layers.items()}:
+            return layers
+    return {}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -150,7 +150,7 @@ def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
 
 def test_the_search_says_beforehand_how_long_it_takes(uneven, capsys):
     calibrate(uneven, tokens(200), budget=0.6, sequence_length=100)
-    assert re.search(r"search for an allocation: about \d+ s\n", capsys.readouterr().err)
+    assert re.match(r"calibration on \d+ tokens in 4 passes: about \d+ s\n", capsys.readouterr().err)
     calibrate(uneven, tokens(200), budget=0.6, sequence_length=100, progress=False)
     assert capsys.readouterr().err == ""
 

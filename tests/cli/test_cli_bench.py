@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support.cli_runner import cats, error_of, json_of
+from support.saved_model import save_tiny_model
 
+from cats_ext.cli import model_benchmark
 from cats_ext.cli import op_benchmark as benchmark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,9 +59,50 @@ def test_bench_refuses_to_time_a_wrong_result(small_working_set, monkeypatch):
     assert "differs from the dense MLP" in error_of("bench", *arguments)
 
 
+def test_bench_of_a_model(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    arguments = ("bench", "--model", tmp_path / "model", "--sparsity", "0,0.5,0.7", "--tokens", 4, "--passes", 2)
+    document = json_of(*arguments, "--device", "cpu")
+    rates = document["tokens_per_second"]
+    assert rates.keys() == {model_benchmark.ENGINE, model_benchmark.PLAIN}
+    assert all(mode.keys() == {"0.0", "0.5", "0.7"} and min(mode.values()) > 0 for mode in rates.values())
+    assert document["advice"].startswith("Use ") and "for timing only" in document["thresholds"]
+    shown = cats(*arguments, "--device", "cpu")
+    assert shown.exit_code == 0 and "70% skipped" in shown.stdout and "Use " in shown.stdout
+
+
+def mode_of(name: str, *rates: float) -> model_benchmark.Mode:
+    return model_benchmark.Mode(name, None, rates=dict(zip((0.0, 0.5, 0.7), rates, strict=True)))
+
+
+def test_advice_is_the_fastest_mode_against_the_fastest_dense_one():
+    found = [mode_of("one", 10.0, 13.0, 15.0), mode_of("other", 12.0, 12.0, 12.0)]
+    assert model_benchmark.advice(found, lambda s: 1 - 2 / 3 * s) == (
+        "Use one. Compared with the fastest dense mode, other, it is 1.08 times as fast at 50% (67% read), "
+        "1.25 times as fast at 70% (53% read)."
+    )
+    found = [mode_of("one", 10.0, 10.1, 10.1), mode_of("other", 12.0, 11.0, 12.1)]
+    assert model_benchmark.advice(found, lambda s: 1).startswith("Use other without CATS: at 12.0 tokens/s")
+
+
+def test_a_mode_that_fails_is_left_out(monkeypatch, tmp_path):
+    save_tiny_model(tmp_path / "model")
+
+    def fail(*_, **__):
+        raise ValueError("not this model")
+
+    monkeypatch.setattr(model_benchmark.DecodeEngine, "generate", fail)
+    arguments = ("bench", "--model", tmp_path / "model", "--sparsity", "0.5", "--tokens", 3, "--passes", 1)
+    assert json_of(*arguments, "--device", "cpu")["tokens_per_second"].keys() == {model_benchmark.PLAIN}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--shape", "64x96", "--model", "m"), "give --shape or --model, not both, got 64x96 and m"),
+        (("--cats", "thresholds"), "--cats is for --model, got 'thresholds' without it"),
+        (("--model", "m", "--sparsity", "0"), "--sparsity must have a number above 0 with --model, got '0'"),
+        (("--model", "m", "--sparsity", "1"), "--sparsity must be in [0, 1), got 1.0"),
         (("--shape", "big"), "one of mistral-7b"),
         (("--shape", "0x96"), "got '0x96'"),
         (("--sparsity", "half"), "--sparsity must be numbers separated by commas, got 'half'"),

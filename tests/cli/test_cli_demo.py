@@ -66,10 +66,38 @@ def test_demo_at_sparsity_0_changes_nothing(model_dir, text_file, tmp_path):
     assert document["tokens_per_second"]["worth"] == 1
 
 
+def test_demo_ends_with_what_was_gained_and_lost():
+    from cats_ext.cli.commands import demo
+
+    report = type("Report", (), {"bytes_share": 2 / 3})
+    variants = {demo.DENSE: demo.Variant("", None, 10.0), demo.TWO: demo.Variant("", None, 11.0, report)}
+    assert demo.summary(variants, 1.25) == (
+        "reading 67% of its MLP weights for each token, the model writes 1.25 times as fast, and its perplexity on "
+        "text it has not seen is 10.0% higher (lower is better)."
+    )
+    variants[demo.TWO].perplexity = 10.0
+    assert "is not faster on this machine (0.90x)" in demo.summary(variants, 0.9)
+    assert demo.summary(variants, 0.9).endswith("is the same.")
+
+
+def test_demo_side_by_side(model_dir, text_file, tmp_path, monkeypatch):
+    from cats_ext.cli import options
+
+    monkeypatch.setattr(options, "pick_device", lambda name: torch.device("cpu"))  # as if there were a GPU
+    arguments = ("demo", "--model", model_dir, "--text", text_file, "-o", tmp_path, "--gpu", "--max-new-tokens", 4)
+    document = json_of(*arguments)
+    assert len(document["continuations"]) == 2 and document["summary"].startswith("reading ")
+    shown = cats(*arguments).stdout
+    assert "CATS, two thresholds: " in shown and shown.rstrip().splitlines()[-1].startswith("In short: reading ")
+    monkeypatch.undo()
+    assert "--gpu is for a CUDA device, got --device cpu" in error_of(*arguments, "--device", "cpu")
+
+
 def test_demo_says_so_if_it_is_slower(capsys):
     from rich.console import Console
 
-    from cats_ext.cli import demo, generation
+    from cats_ext.cli import generation
+    from cats_ext.cli.commands import demo
 
     rates = iter([0, 9.0, 0, 6.0] * 3)  # warm-up, dense, warm-up, sparse
     report = type("Report", (), {"bytes_share": 2 / 3})

@@ -65,6 +65,12 @@ def test_page(measured):
     assert f"{document['dense']['ppl']:.2f}" in text
     config = CatsConfig.from_pretrained(measured)
     assert all(name in text for name in config.layers) and f"{config.bytes_share:.1%}" in text
+    assert "up reached" in text and 'name="viewport"' in page and checker.tags.count("details") == 1
+    for layer in document["variants"][0]["reached"]["layers"]:
+        cells = [layer["name"], *(f"{layer[key]:.1%}" for key in ("up_target", "down_target"))]
+        row = next(row for row in re.findall(r"<tr>.*?</tr>", page) if f"<td>{layer['name']}</td>" in row)
+        cells += [f"{layer[key]:.1%}" for key in ("up_sparsity", "down_sparsity")]
+        assert all(f"{cell}</td>" in row for cell in cells)
     assert cats("report", measured).exit_code == 0  # its own output is no input
     assert (measured / "report.html").read_text(encoding="utf-8") == page
 
@@ -72,7 +78,8 @@ def test_page(measured):
 def test_page_without_measurements_says_how_to_get_them(thresholds, tmp_path):
     out = tmp_path / "new" / "page.html"
     assert cats("report", thresholds, "-o", out).exit_code == 0
-    assert "Nothing is measured yet" in out.read_text(encoding="utf-8")
+    page = out.read_text(encoding="utf-8")
+    assert "Nothing is measured yet" in page and "up reached" not in page
 
 
 def test_tasks_and_search_are_shown(tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -69,6 +70,7 @@ def demo(
     calibration_tokens: Annotated[int, options.count("Tokens to calibrate on.", least=128)] = 8192,
     eval_tokens: Annotated[int, options.count("Tokens to measure perplexity on.", least=2)] = 4096,
     device: options.Device = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="On a GPU: both models write side by side, live.")] = False,
     json: options.Json = False,
 ) -> None:
     """Make a real language model sparse: thresholds, perplexity, text, speed and a figure.
@@ -81,7 +83,7 @@ def demo(
 
     $ cats demo --sparsity 0.7 --text my-notes.txt
 
-    $ cats demo --model ./llama-3.2-1b --device cuda --output figures/
+    $ cats demo --model ./llama-3.2-1b --gpu --output figures/
     """
     from cats_ext.cli.generation import check_prompt, encode_prompt
 
@@ -89,7 +91,9 @@ def demo(
     sparsity_split(sparsity, "plain")
     check_prompt(prompt)
     figure_path = _figure_path(out)
-    where = options.pick_device(device)
+    if gpu and not (device or "cuda").startswith("cuda"):
+        raise ValueError(f"--gpu is for a CUDA device, got --device {device}")
+    where = options.pick_device(device or ("cuda" if gpu else None))
     calibration_text, held_out_text, source = _texts(text)
 
     console = output(json)
@@ -103,7 +107,8 @@ def demo(
     document |= show_thresholds(console, variants[PLAIN], source)
     document["variants"] = show_quality(console, variants, held_out.numel())
     _heading(console, "Text", f"The most probable continuation of: [italic]{escape(prompt)}[/]")
-    document["continuations"] = show_text(console, network, tokenizer, variants, question, new_tokens)
+    show = show_writing if gpu else show_text
+    document["continuations"] = show(console, network, tokenizer, variants, question, new_tokens)
     document["tokens_per_second"] = show_speed(
         console, network, tokenizer, variants, new_tokens, document["mlp_share"], load_at_start
     )
@@ -113,6 +118,9 @@ def demo(
     console.print(f"\n[dim]{document['seconds']:.0f} s in total. For your own model:[/]")
     console.print("  cats calibrate MODEL --text FILE --rule two_threshold -o thresholds")
     console.print("  cats generate MODEL --cats thresholds --prompt TEXT")
+    console.print("  cats bench --model MODEL --cats thresholds")
+    document["summary"] = summary(variants, document["tokens_per_second"]["speedup"])
+    console.print(f"\n[bold]In short:[/] {document['summary']}", soft_wrap=True)
     if json:
         print_json(document)
 
@@ -249,6 +257,41 @@ def show_text(
     return {name: asdict(continuation) for name, continuation in written.items()}
 
 
+def show_writing(
+    console: Console,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: dict[str, Variant],
+    question: torch.Tensor,
+    new_tokens: int,
+) -> dict[str, Any]:
+    """As :func:`show_text` for the dense model and two thresholds, live in two columns, with tokens a second."""
+    from cats_ext.cli.generation import continue_prompt, decoder
+
+    engine, names = decoder(network), (DENSE, TWO)
+    texts, titles, written = dict.fromkeys(names, ""), dict.fromkeys(names, "waiting"), {}
+
+    def columns() -> Table:
+        grid = Table(*(f"{name}: {titles[name]}" for name in names), box=None, expand=True, padding=(0, 2))
+        grid.add_row(*(escape(texts[name].strip()) for name in names))
+        return grid
+
+    with Live(columns(), console=console, refresh_per_second=10) as live:
+        for name in names:
+
+            def write(piece: str, name: str = name) -> None:
+                texts[name] += piece
+                live.update(columns())
+
+            with patched(network, variants[name].patch):
+                continue_prompt(network, tokenizer, question, 4, exact_length=True, engine=engine)  # captures the step
+                titles[name] = "writing"
+                done = continue_prompt(network, tokenizer, question, new_tokens, write=write, engine=engine)
+            titles[name], texts[name], written[name] = f"{done.tokens_per_second:.0f} tokens/s", done.text, done
+            live.update(columns())
+    return {name: asdict(continuation) for name, continuation in written.items()}
+
+
 def show_speed(
     console: Console,
     network: PreTrainedModel,
@@ -291,6 +334,20 @@ def show_speed(
             "the size of a 7B model."
         )
     return {"dense": dense, "sparse": fast, "speedup": fast / dense, "worth": worth, "rounds": rates}
+
+
+def summary(variants: dict[str, Variant], speedup: float) -> str:
+    """What was gained and what was lost, in one sentence."""
+    dense, two = variants[DENSE], variants[TWO]
+    change = two.perplexity / dense.perplexity - 1
+    lost = f"{abs(change):.1%} {'higher' if change > 0 else 'lower'} (lower is better)"
+    gained = (
+        f"writes {speedup:.2f} times as fast" if speedup >= 1 else f"is not faster on this machine ({speedup:.2f}x)"
+    )
+    return (
+        f"reading {two.report.bytes_share:.0%} of its MLP weights for each token, the model {gained}, and its "
+        f"perplexity on text it has not seen is {lost if abs(change) >= 5e-4 else 'the same'}."
+    )
 
 
 def show_figure(console: Console, plain: Variant, path: Path) -> None:
