@@ -240,6 +240,16 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                (group & ((1 << shift) - 1)) * (format.zero_points ? 4 : 2);
     }
 
+    // What lies behind the end of a short row is read as well, and multiplied by zero: its operands are finite,
+    // whatever it is. racecheck would report that it may be about to change.
+    __device__ __forceinline__ bool is_read(int b) const {
+#ifdef CATS_FOR_RACECHECK
+        return warp_ * kBlocks + b < blocks_;
+#else
+        return true;
+#endif
+    }
+
     // Where block b of this warp begins in a row.
     template <WeightType kType> __device__ __forceinline__ uint32_t block_at(int b, int scale_bytes) const {
         constexpr int kTileBlocks = kType == WeightType::kInt4 ? 8 : 4;
@@ -270,6 +280,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                 const int first = b * kTokens;        // column of B
                 const uint32_t at = block_at<kType>(s * kSetBlocks + b, scale_bytes);
                 float c[2][4] = {}; // by halves of the block
+                if (!is_read(s * kSetBlocks + b)) continue;
 #pragma unroll
                 for (int load = 0; load < kLoads; load++) {
                     uint32_t lo[4], hi[4];
@@ -368,15 +379,17 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                     const uint8_t *row = first_row + (2 * quad_ + e + (rows == 8 ? 0 : 8 * k)) * stride;
                     const auto &row_state = state.rows[2 * quad_ + e + 8 * k];
                     const bool used = exists && row_state.tokens >> token & 1; // an absent row may hold anything
-                    float scale;
+                    float scale = 0.f;
                     offset[k][e] = Unpack::kOffset;
-                    if constexpr (kFloat8) {
-                        scale = *reinterpret_cast<const float *>(row);
-                    } else {
-                        const uint8_t *at =
-                            scale_at<kType>(row, format, scale_bytes, group64 >> (group_shift - 6), group_shift);
-                        scale = PackedRow::half_at(at);
-                        if (kInt4 && format.zero_points) offset[k][e] = used ? PackedRow::half_at(at + 2) : 0.f;
+                    if (is_read((s * kShare + column_group) / 2)) {
+                        if constexpr (kFloat8) {
+                            scale = *reinterpret_cast<const float *>(row);
+                        } else {
+                            const uint8_t *at =
+                                scale_at<kType>(row, format, scale_bytes, group64 >> (group_shift - 6), group_shift);
+                            scale = PackedRow::half_at(at);
+                            if (kInt4 && format.zero_points) offset[k][e] = used ? PackedRow::half_at(at + 2) : 0.f;
+                        }
                     }
                     value[k][e] = used ? row_state.values[token] * scale * h_factor_ : 0.f;
                     most = fmaxf(most, fabsf(value[k][e]));
@@ -407,6 +420,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
             for (int share = 0; share < kShare; share++) {
                 const int group = s * kShare + share; // of 64 columns, in this warp
                 const bool mine = column_group == share;
+                if (!is_read(group / 2)) continue;
                 const uint32_t at = tiles_at + block_at<kType>(group / 2, scale_bytes) + group % 2 * (kInt4 ? 32 : 64);
                 constexpr int kLoads = kInt4 ? 1 : 2; // 16 rows of 32 bytes
 #pragma unroll
