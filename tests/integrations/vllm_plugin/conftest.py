@@ -1,0 +1,41 @@
+"""vLLM's engine and its workers in the process of the tests, on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+CHECKPOINTS = {
+    "llama": ("llama", "two_threshold"),
+    "llama-plain": ("llama", "plain"),
+    "llama-bias": ("llama-bias", "two_threshold"),
+    "qwen2": ("qwen2", "plain"),
+    "qwen3": ("qwen3", "two_threshold"),
+    "gemma2": ("gemma2", "two_threshold"),
+    "phi3": ("phi3", "plain"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checkpoints(tmp_path_factory):
+    """Directories, and what transformers generates from them, by name; made before vLLM runs."""
+    from support.served import expected, save_checkpoint
+
+    directories = {
+        name: save_checkpoint(tmp_path_factory.mktemp(name), family, rule)
+        for name, (family, rule) in CHECKPOINTS.items()
+    }
+    return {name: (directory, expected(directory)) for name, directory in directories.items()}
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints):
+    return checkpoints["llama"]

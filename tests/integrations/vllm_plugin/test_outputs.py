@@ -1,0 +1,91 @@
+"""vLLM generates from a CATS checkpoint what transformers generates with the same thresholds."""
+
+from __future__ import annotations
+
+import os
+
+import cats_ext
+import pytest
+import torch
+from support.served import engine, served, served_alone, skip_without_vllm
+
+skip_without_vllm()
+
+FAMILIES = ["llama", "llama-plain", "llama-bias", "qwen2", "qwen3", "gemma2", "phi3"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_tokens_as_transformers(checkpoints, name):
+    directory, expected = checkpoints[name]
+    with engine(directory) as llm:
+        assert served(llm) == expected["sparse"]
+        assert served_alone(llm) == expected["sparse"]
+
+
+def test_compiled(llama, tmp_path, monkeypatch):
+    """The second engine takes the first one's compiled code from the cache, with other thresholds."""
+    directory, expected = llama
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with engine(directory, enforce_eager=False) as llm:
+        assert served(llm) == served_alone(llm) == expected["sparse"]
+    with engine(directory, enforce_eager=False) as llm:
+        assert served(llm) == expected["sparse"]
+        cats_ext.integrations.vllm.set_sparsity(llm, 0.0)
+        assert served(llm) == expected["dense"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3"])
+def test_transformers_backend(checkpoints, name):
+    directory, expected = checkpoints[name]
+    with engine(directory, model_impl="transformers") as llm:
+        assert served(llm) == served_alone(llm) == expected["sparse"]
+
+
+def test_chunked_prefill(llama):
+    directory, expected = llama
+    with engine(directory, enable_chunked_prefill=True, max_num_batched_tokens=16) as llm:
+        assert served(llm) == expected["sparse"]
+
+
+def test_prefix_caching(llama):
+    directory, expected = llama
+    with engine(directory, enable_prefix_caching=True, block_size=16) as llm:
+        assert served(llm) == expected["sparse"]
+        assert served(llm) == expected["sparse"]  # the prompts' blocks are cached now
+
+
+def test_speculative_decoding(llama):
+    directory, expected = llama
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(directory, speculative_config=drafts) as llm:
+        assert served(llm) == expected["sparse"]
+
+
+def test_bfloat16(llama):
+    directory, _ = llama
+    with engine(directory, dtype="bfloat16") as llm:
+        assert all(len(tokens) == 24 for tokens in served(llm))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CATS_TEST_MODEL" not in os.environ, reason="CATS_TEST_MODEL names no model")
+@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+def test_real_model(rule, tmp_path):
+    from support.served import generate
+
+    from cats_ext.cli.models import load_model
+
+    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device="cpu", dtype=torch.float32, progress=False)
+    text = "A cat is a small animal that people keep in their homes. It sleeps most of the day. " * 60
+    config = cats_ext.calibrate(model, text, tokenizer=tokenizer, rule=rule, sparsity=0.5, progress=False)
+    cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
+    texts += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    expected = generate(model, prompts)
+    for eager in (True, False):
+        with engine(tmp_path, enforce_eager=eager) as llm:
+            assert served(llm, prompts) == served_alone(llm, prompts) == expected
+
+
