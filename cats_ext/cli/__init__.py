@@ -9,7 +9,7 @@ import typer
 
 from cats_ext._version import __version__
 from cats_ext.cli import streams
-from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report
+from cats_ext.cli.commands import bench, calibrate, chat, demo, env, evaluate, finetune, generate, report, serve
 from cats_ext.cli.common import Command, one_sentence_errors
 
 app = typer.Typer(
@@ -33,6 +33,9 @@ for name, command in {
     "env": env.env,
 }.items():
     app.command(name, cls=Command)(one_sentence_errors(command))
+app.command("serve", cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    one_sentence_errors(serve.serve)
+)
 
 
 def _print_version(wanted: bool) -> None:

@@ -41,7 +41,9 @@ def save_checkpoint(
 def generate(model: torch.nn.Module, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     """Greedy tokens of each prompt by itself, in transformers."""
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    return [model.generate(torch.tensor([p]), **options, eos_token_id=None)[0, len(p) :].tolist() for p in prompts]
+    batches = [torch.tensor([prompt]) for prompt in prompts]
+    outputs = [model.generate(input_ids=ids, **options, eos_token_id=None)[0, ids.shape[1] :] for ids in batches]
+    return [output.tolist() for output in outputs]
 
 
 def expected(directory: Path) -> dict[str, list[list[int]]]:
@@ -88,8 +90,8 @@ def served_alone(llm: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]
     return [served(llm, [prompt])[0] for prompt in prompts]
 
 
-def edit_config(directory: Path, **entries: Any) -> None:
-    path = directory / "config.json"
+def edit_config(directory: Path, name: str = "config.json", **entries: Any) -> None:
+    path = directory / name
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase
 
+from cats_ext.ops import dispatch
 from cats_ext.ops.definitions import masked_product
-from cats_ext.ops.dispatch import MAX_SERVED_TOKENS, Projections, kernel_fits
 from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
@@ -206,7 +206,7 @@ def _mlp(
     mask = threshold, down_threshold, activation
     if _takes_kernel(x):
         both = _halves(biases, 0) if biases else (None, None)
-        return Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), (*both, down_bias)), mask, counts)
+        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), (*both, down_bias)), mask, counts)
     products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
     gate, up = _halves(products)
     return F.linear(masked_product(gate, up, *mask, counts), w_down, down_bias)
@@ -214,8 +214,8 @@ def _mlp(
 
 def _takes_kernel(x: Tensor) -> bool:
     if x.is_cuda:
-        return x.numel() <= MAX_SERVED_TOKENS * x.shape[-1]
-    return kernel_fits(x, x.shape[-1])
+        return x.numel() <= dispatch.MAX_SERVED_TOKENS * x.shape[-1]
+    return dispatch.kernel_fits(x, x.shape[-1])
 
 
 for _device in ("CPU", "CUDA"):

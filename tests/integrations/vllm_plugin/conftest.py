@@ -39,3 +39,23 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(checkpoints):
     return checkpoints["llama"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def adapter(checkpoints, tmp_path_factory):
+    """A LoRA adapter for ``llama``, and what PEFT generates with it; made before vLLM runs."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from support.served import generate
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"][0], dtype=torch.float32)
+    projections = ["gate_proj", "up_proj", "down_proj"]
+    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=projections, task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    directory = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(directory)
+    return directory, generate(tuned.eval())

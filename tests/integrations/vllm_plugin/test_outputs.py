@@ -49,7 +49,7 @@ def test_chunked_prefill(llama):
 
 def test_prefix_caching(llama):
     directory, expected = llama
-    with engine(directory, enable_prefix_caching=True, block_size=16) as llm:
+    with engine(directory, enable_prefix_caching=True, block_size=32) as llm:
         assert served(llm) == expected["sparse"]
         assert served(llm) == expected["sparse"]  # the prompts' blocks are cached now
 
