@@ -2,8 +2,8 @@
 
     python bench serving.engine --output bench/results/h200/serving.csv
 
-Three engines run at a time, each in its own process with its own weights: the dense checkpoint, the CATS checkpoint, and
-the latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
+Three engines run at a time, each in a process with its own weights: the dense checkpoint, the CATS checkpoint, and the
+latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
 cats_ext/ops/dispatch.py. They are timed in turns on an otherwise idle GPU. The sparsity is set in the running engine. A
 step's time is the difference of two lengths of output, of which the median of --repetitions; tokens are sampled at
 temperature 1, since a random model's greedy text repeats itself. Rows are written as they come; --seconds ends the run.
@@ -169,7 +169,9 @@ def run(arguments: argparse.Namespace, directory: Path) -> None:
     print(f"checkpoints after {time.perf_counter() - began:.0f} s", flush=True)
     engines = {}
     try:
-        limits = {"dense": None, "sparse": None} | ({"kernel": arguments.kernel_tokens} if arguments.kernel_tokens else {})
+        limits: dict[str, int | None] = {"dense": None, "sparse": None}
+        if arguments.kernel_tokens:
+            limits["kernel"] = arguments.kernel_tokens
         for name, limit in limits.items():
             path = paths["dense" if name == "dense" else "sparse"]
             engines[name] = Engine(path, arguments.sizes, limit, directory / f"cache-{name}")

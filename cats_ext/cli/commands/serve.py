@@ -15,12 +15,13 @@ from cats_ext.cli.common import notes
 from cats_ext.integrations.vllm import SUPPORTED
 from cats_ext.integrations.vllm.checkpoint import read_checkpoint
 
-SERVER = "vllm.entrypoints.openai.api_server"  # the command vllm looks for a distribution of that name, which builds lack
+# Not the command vllm, which looks for a distribution of that name: the CPU build has another one.
+SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def serve(
     context: typer.Context,
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or hub name, saved with thresholds.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or hub name.")],
 ) -> None:
     """Serve a checkpoint that was saved with thresholds, with vLLM.
 

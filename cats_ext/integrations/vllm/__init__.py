@@ -1,7 +1,7 @@
 """vLLM serves CATS checkpoints: its plugin, and what can be asked of a running engine.
 
-vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each of its processes,
-for every model. Nothing here imports vLLM before that.
+vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each process, for
+every model. Nothing here imports vLLM before that.
 """
 
 from __future__ import annotations

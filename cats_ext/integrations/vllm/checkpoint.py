@@ -37,8 +37,8 @@ def check_servable(config: CatsConfig, directory: Path) -> None:
         raise ValueError(f"{directory} has thresholds of experts ({experts}), which are not supported under vLLM")
     if not config.sparse_prefill:
         raise ValueError(
-            f"{directory} has sparse_prefill=False, which is not supported under vLLM: it computes prompts and new tokens "
-            "together; load it with transformers, apply its config with sparse_prefill=True and save it again"
+            f"{directory} has sparse_prefill=False, which is not supported under vLLM: it computes prompts and new "
+            "tokens together; load it with transformers, apply its config with sparse_prefill=True and save it again"
         )
     name = thresholds_file(directory / CONFIG_FILE)
     if name in OLD_FILES and not (directory / INDEX).is_file():

@@ -29,6 +29,7 @@ from cats_ext.integrations.vllm.checkpoint import read_checkpoint
 from cats_ext.integrations.vllm.mlp import ServedMLP, make_served
 from cats_ext.ops.definitions import SPARSE_DTYPES
 from cats_ext.patching.detection import MERGED, SEPARATE
+from cats_ext.thresholds.config import CatsConfig
 
 PROJECTIONS = {*MERGED, *SEPARATE}
 ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation"}  # of quantization_config in config.json
@@ -104,7 +105,7 @@ class Adoption:
             self.names = mapper.apply_dict(self.names)
         self.asked: set[str] = set()
         self.counting = counting(vllm_config)
-        self._check_divisible(vllm_config.parallel_config.tensor_parallel_size)
+        check_divisible(self.config, vllm_config.parallel_config.tensor_parallel_size)
         self.here = self._on_this_rank(quantization.source[0], vllm_config)
         self._hook = register_module_module_registration_hook(partial(_note_parent, self))
 
@@ -117,13 +118,6 @@ class Adoption:
             raise ValueError(
                 f"vLLM's model has no MLP of the names that the thresholds are for: {', '.join(left[:3])}{more}"
             )
-
-    def _check_divisible(self, ranks: int) -> None:
-        for name, layer in self.config.layers.items():
-            if layer.intermediate_size % ranks:
-                raise ValueError(
-                    f"tensor_parallel_size must divide the {layer.intermediate_size} neurons of {name}, got {ranks}"
-                )
 
     def _on_this_rank(self, model: str, vllm_config: VllmConfig) -> list[str]:
         """The MLPs of this rank's layers under pipeline parallelism; a draft model has all of them on one rank."""
@@ -146,11 +140,20 @@ def check_supported(vllm_config: VllmConfig) -> None:
         raise ValueError("counting neurons (additional_config) is not supported together with LoRA adapters")
 
 
+def check_divisible(config: CatsConfig, ranks: int) -> None:
+    """Raise ValueError unless the neurons of each MLP can be divided among the ranks of tensor parallelism."""
+    for name, layer in config.layers.items():
+        if layer.intermediate_size % ranks:
+            raise ValueError(
+                f"tensor_parallel_size must divide the {layer.intermediate_size} neurons of {name}, got {ranks}"
+            )
+
+
 def counting(vllm_config: VllmConfig) -> bool:
     """Whether ``additional_config={"cats": {"count": True}}`` was given."""
-    settings = vllm_config.additional_config
-    settings = settings.get("cats", {}) if isinstance(settings, dict) else {}
-    if not isinstance(settings, dict) or settings.keys() - {"count"} or not isinstance(settings.get("count", False), bool):
+    extra = vllm_config.additional_config
+    settings = extra.get("cats", {}) if isinstance(extra, dict) else {}
+    if settings not in ({}, {"count": False}, {"count": True}):
         raise ValueError(f"additional_config['cats'] must be {{'count': True}} or left out, got {settings!r:.80}")
     return settings.get("count", False)
 

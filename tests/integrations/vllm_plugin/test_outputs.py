@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import cats_ext
 import pytest
 import torch
 from support.served import engine, served, served_alone, skip_without_vllm
+
+import cats_ext
 
 skip_without_vllm()
 
@@ -87,5 +88,3 @@ def test_real_model(rule, tmp_path):
     for eager in (True, False):
         with engine(tmp_path, enforce_eager=eager) as llm:
             assert served(llm, prompts) == served_alone(llm, prompts) == expected
-
-

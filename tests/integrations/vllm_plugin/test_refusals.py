@@ -14,6 +14,7 @@ from support.served import SIZES, edit_config, engine, skip_without_vllm
 
 import cats_ext
 from cats_ext import CatsConfig
+from cats_ext.integrations.vllm import checkpoint
 from cats_ext.integrations.vllm.versions import SUPPORTED, refusing, unsupported
 
 skip_without_vllm()
@@ -90,7 +91,7 @@ def test_other_thresholds_on_another_machine(copy):
 
 def test_file_of_an_earlier_version(copy, monkeypatch):
     (copy / "cats_thresholds.cats").rename(copy / "cats_thresholds.safetensors")
-    monkeypatch.setattr("cats_ext.integrations.vllm.checkpoint.thresholds_file", lambda path: "cats_thresholds.safetensors")
+    monkeypatch.setattr(checkpoint, "thresholds_file", lambda path: "cats_thresholds.safetensors")
     monkeypatch.setattr(CatsConfig, "from_pretrained", lambda directory: config)
     config = config_for(tiny_model("llama", **SIZES))
     refused(copy, "is of an earlier version, which vLLM takes for weights: load the checkpoint with transformers")
@@ -137,7 +138,7 @@ def test_no_vllm_model_is_changed_by_a_refusal(llama, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(vllm, "__version__", "0.22.0")
         register()
-        with pytest.raises(RuntimeError, match="found vLLM 0.22.0"):
+        with pytest.raises(RuntimeError, match=r"found vLLM 0\.22\.0"):
             get_quantization_config("cats").from_config({})
     register()
     assert get_quantization_config("cats") is CatsQuantizationConfig
