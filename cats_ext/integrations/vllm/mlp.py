@@ -119,7 +119,8 @@ def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -
         )
     served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons)
     if name in config.weights:
-        check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
+        with torch.device("cpu"):  # not the GPU on which vLLM may be loading
+            check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
     _check_formula(mlp, served)
     device = down.weight.device
     # vLLM's Transformers backend binds a rewritten forward to the module, which would hide the class's.
@@ -146,7 +147,8 @@ def _check_formula(mlp: nn.Module, served: ServedState) -> None:
     Ranks have different neurons and get the same vectors, so the size of the gate values is their mean over all ranks.
     """
     *inputs, down = (mlp._modules[n] for n in served.projections)
-    x = torch.randn(4, served.layer.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(4, served.layer.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(down.weight)
     size = _halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
     if down.tp_size > 1:
