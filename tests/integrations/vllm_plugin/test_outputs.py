@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from support.served import engine, served, served_alone, skip_without_vllm
 
 import cats_ext
@@ -71,20 +70,8 @@ def test_bfloat16(llama):
 @pytest.mark.slow
 @pytest.mark.skipif("CATS_TEST_MODEL" not in os.environ, reason="CATS_TEST_MODEL names no model")
 @pytest.mark.parametrize("rule", ["plain", "two_threshold"])
-def test_real_model(rule, tmp_path):
-    from support.served import generate
-
-    from cats_ext.cli.models import load_model
-
-    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device="cpu", dtype=torch.float32, progress=False)
-    text = "A cat is a small animal that people keep in their homes. It sleeps most of the day. " * 60
-    config = cats_ext.calibrate(model, text, tokenizer=tokenizer, rule=rule, sparsity=0.5, progress=False)
-    cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
-    texts += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
-    prompts = [tokenizer(text).input_ids for text in texts]
-    expected = generate(model, prompts)
-    for eager in (True, False):
-        with engine(tmp_path, enforce_eager=eager) as llm:
-            assert served(llm, prompts) == served_alone(llm, prompts) == expected
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_real_model(real, rule, eager):
+    directory, prompts, expected = real[rule]
+    with engine(directory, enforce_eager=eager) as llm:
+        assert served(llm, prompts) == served_alone(llm, prompts) == expected
