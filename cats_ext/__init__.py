@@ -9,6 +9,7 @@ from cats_ext.integrations import register_with_transformers
 from cats_ext.integrations.deferred_stop import deferred_stop
 from cats_ext.ops import experts as expert_ops
 from cats_ext.patching.apply import apply_cats, apply_relufication, masking_disabled, remove_cats, set_sparsity
+from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.patching.tracking import (
     SparsityDriftWarning,
@@ -17,6 +18,7 @@ from cats_ext.patching.tracking import (
     sparsity_report,
     track_sparsity,
 )
+from cats_ext.quantization import QuantizationConfig, quantize
 from cats_ext.thresholds.config import CatsConfig
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ __all__ = [
     "CatsConfig",
     "CatsMLP",
     "DecodeEngine",
+    "QuantizationConfig",
     "SparsityDriftWarning",
     "SparsityReport",
     "__version__",
     "apply_cats",
+    "apply_exact",
     "apply_relufication",
     "calibrate",
     "deferred_stop",
@@ -38,6 +42,7 @@ __all__ = [
     "functional",
     "masking_disabled",
     "ops",
+    "quantize",
     "remove_cats",
     "reset_sparsity",
     "set_sparsity",

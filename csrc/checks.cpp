@@ -51,6 +51,9 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
             if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
+        } else if (op == "activated_mlp") {
+            check_activated_mlp({argument("v"), argument("w_down_t"), argument("down_bias"), argument("x"),
+                                 argument("w_up"), argument("up_bias")});
         } else {
             if (op == "gated_threshold_backward") check_present("gated_threshold", argument("grad_h"));
             check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,

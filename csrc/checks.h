@@ -259,6 +259,41 @@ inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const 
     return p;
 }
 
+struct ActivatedMlpArguments {
+    TensorArgument v, w_down_t, down_bias, x, w_up, up_bias;
+};
+
+// All parameters that are read. v and x must be made contiguous, and the caller sets y.
+inline ActivatedMlpParams check_activated_mlp(const ActivatedMlpArguments &a) {
+    constexpr const char *op = "activated_mlp";
+    const TensorArgument &v = a.v, &w_down_t = a.w_down_t, &x = a.x;
+    ActivatedMlpParams p{};
+    p.dtype = check_dtype(op, v, /*allow_double=*/false);
+    CATS_REQUIRE(v.dim >= 1, op, ": v must have at least one dimension, got shape []");
+    check_present(op, w_down_t);
+    CATS_REQUIRE(w_down_t.dim == 2 && w_down_t.sizes[0] > 0 && w_down_t.sizes[1] > 0, op,
+                 ": w_down_t must have shape [I, H] with I > 0 and H > 0, got ", shape(w_down_t));
+    p.intermediate_size = w_down_t.sizes[0], p.hidden_size = w_down_t.sizes[1];
+    CATS_REQUIRE(v.last_size() == p.intermediate_size, op, ": v must have last dimension I = ", p.intermediate_size,
+                 ", got shape ", shape(v));
+    p.tokens = v.numel() / p.intermediate_size;
+    p.v = v.data;
+    p.w_down_t = check_weight(op, w_down_t, v, p.intermediate_size, p.hidden_size, &p.w_down_t_stride);
+    p.down_bias = check_vector(op, a.down_bias, v, p.hidden_size);
+    CATS_REQUIRE(x.present() == a.w_up.present(), op, ": x and w_up must be given together, got ",
+                 x.present() ? "x only" : "w_up only");
+    CATS_REQUIRE(x.present() || !a.up_bias.present(), op, ": up_bias needs x and w_up, got neither");
+    if (!x.present()) return p;
+    check_like(op, x, v);
+    CATS_REQUIRE(x.dim == v.dim && std::equal(x.sizes, x.sizes + x.dim - 1, v.sizes) && x.last_size() == p.hidden_size,
+                 op, ": x must have v's shape ", shape(v), " with last dimension H = ", p.hidden_size, ", got ",
+                 shape(x));
+    p.x = x.data;
+    p.w_up = check_weight(op, a.w_up, v, p.intermediate_size, p.hidden_size, &p.w_up_stride);
+    p.up_bias = check_vector(op, a.up_bias, v, p.intermediate_size);
+    return p;
+}
+
 // Row stride of [..., I] if its last dimension has unit stride and the leading ones collapse to one; else -1.
 inline int64_t collapsed_row_stride(const TensorArgument &t) {
     const int64_t last = t.dim - 1;

@@ -2,8 +2,9 @@
 // ABI only (target 2.10). A Backend has what differs between devices:
 //
 //     Backend::OnDevice(index)                     makes a device the current one while it lives
-//     Backend::empty_contiguous_like(tensor)
-//     Backend::run(params, device_index, ...)      launches sparse_mlp, or gated_threshold or its backward
+//     Backend::empty_contiguous_like(tensor), empty_contiguous(like, sizes)
+//     Backend::run(params, device_index, ...)      launches sparse_mlp, activated_mlp, or gated_threshold or its
+//     backward
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -116,6 +118,33 @@ Tensor sparse_mlp_packed(const Tensor &x, const Tensor &w_gate, const Tensor &w_
         x, counts, deterministic);
 }
 
+// --- activated_mlp ---------------------------------------------------------------------------------------------------
+
+template <class Backend>
+Tensor activated_mlp(const Tensor &v, const Tensor &w_down_t, const OptionalTensor &down_bias, const OptionalTensor &x,
+                     const OptionalTensor &w_up, const OptionalTensor &up_bias, bool deterministic) {
+    ActivatedMlpParams params =
+        check_activated_mlp({argument("v", v), argument("w_down_t", w_down_t), argument("down_bias", down_bias),
+                             argument("x", x), argument("w_up", w_up), argument("up_bias", up_bias)});
+    return allocating("activated_mlp", "v", v, [&] {
+        const int32_t device_index = v.get_device_index();
+        const typename Backend::OnDevice on_device(device_index);
+        const auto v_sizes = v.sizes();
+        std::vector<int64_t> sizes(v_sizes.begin(), v_sizes.end());
+        sizes.back() = params.hidden_size;
+        Tensor y = Backend::empty_contiguous(v, sizes);
+        if (params.tokens == 0) return y;
+        const Tensor v_rows = v.is_contiguous() ? v : torch::stable::contiguous(v);
+        OptionalTensor x_rows;
+        if (params.x) x_rows = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
+        params.v = v_rows.const_data_ptr();
+        if (params.x) params.x = x_rows->const_data_ptr();
+        params.y = y.mutable_data_ptr();
+        Backend::run(params, device_index, deterministic);
+        return y;
+    });
+}
+
 // Two ops from one function: without `counts`, its fifth argument, and with it.
 template <auto function> struct WithAndWithoutCounts;
 
@@ -192,6 +221,7 @@ template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
     m.impl("sparse_mlp_packed", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::plain));
     m.impl("sparse_mlp_packed_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::counted));
+    m.impl("activated_mlp", TORCH_BOX(&activated_mlp<Backend>));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward<Backend>));

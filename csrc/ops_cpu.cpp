@@ -20,8 +20,16 @@ struct CpuBackend {
 
     static Tensor empty_contiguous_like(const Tensor &like) { return torch::stable::new_empty(like, like.sizes()); }
 
+    static Tensor empty_contiguous(const Tensor &like, const std::vector<int64_t> &sizes) {
+        return torch::stable::new_empty(like, sizes);
+    }
+
     static void run(const SparseMlpParams &params, int32_t /*device_index*/, bool /*deterministic: always*/) {
         cpu_kernels().sparse_mlp(params, torch_threads());
+    }
+
+    static void run(const ActivatedMlpParams &params, int32_t /*device_index*/, bool /*deterministic: always*/) {
+        cpu_kernels().activated_mlp(params, torch_threads());
     }
 
     static void run(const GatedThresholdParams &params, int32_t /*device_index*/) {

@@ -40,8 +40,9 @@ struct CudaBackend {
     };
 
     // Straight to the allocator: a third of new_empty's host time.
-    static Tensor empty_contiguous_like(const Tensor &like) {
-        const auto sizes = like.sizes();
+    static Tensor empty_contiguous_like(const Tensor &like) { return empty_contiguous(like, like.sizes()); }
+
+    template <class Sizes> static Tensor empty_contiguous(const Tensor &like, const Sizes &sizes) {
         std::vector<int64_t> strides(sizes.size(), 1);
         for (int64_t d = int64_t(sizes.size()) - 2; d >= 0; d--)
             strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
@@ -66,6 +67,19 @@ struct CudaBackend {
             check_cuda(op, get_workspace(stream, bytes, Contents::kAnything, &options.partial_sums));
         }
         check_cuda(op, sparse_mlp_cuda(params, workspace, stream, options));
+    }
+
+    static void run(const ActivatedMlpParams &params, int32_t device_index, bool deterministic) {
+        constexpr const char *op = "activated_mlp";
+        const cudaStream_t stream = current_stream(device_index);
+        void *workspace, *partial_sums = nullptr;
+        check_cuda(op, get_workspace(stream, activated_mlp_workspace_bytes(params), Contents::kZero, &workspace));
+        if (deterministic) {
+            size_t bytes;
+            check_cuda(op, activated_mlp_partial_sums_bytes(params, &bytes));
+            check_cuda(op, get_workspace(stream, bytes, Contents::kAnything, &partial_sums));
+        }
+        check_cuda(op, activated_mlp_cuda(params, workspace, partial_sums, stream));
     }
 
     static void run(const GatedThresholdParams &params, int32_t device_index) {

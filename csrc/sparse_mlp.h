@@ -58,6 +58,24 @@ struct SparseMlpParams {
     DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16
 };
 
+// The same MLP from its activations on: v is given, and a neuron in which it is zero is skipped. Nothing else is, so
+// the result is the dense one, except that a zero times an infinite or NaN weight is skipped too.
+//
+//     keep neuron j if v_j != 0        h = v * (x Wu^T + bu), or h = v without Wu        y = h Wd^T + bd
+struct ActivatedMlpParams {
+    int64_t tokens, hidden_size, intermediate_size;
+
+    const void *v;                        // [M, I], contiguous
+    const void *x, *w_up;                 // [M, H], contiguous, and [I, H], unit column stride; or both null
+    const void *w_down_t;                 // [I, H], unit column stride
+    int64_t w_up_stride, w_down_t_stride; // between neurons, in elements
+    const void *up_bias, *down_bias;      // [I] and [H], or null
+
+    void *y; // [M, H], contiguous; accumulated in fp32, rounded once
+
+    DType dtype; // of all of them: fp32, fp16 or bf16
+};
+
 // h = mask * act(gate) * up, elementwise: the dense masked path used for many tokens and for training.
 struct GatedThresholdParams {
     int64_t rows;              // tokens

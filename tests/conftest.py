@@ -57,7 +57,8 @@ def called(monkeypatch):
         op = name.removesuffix("_forward")
         monkeypatch.setattr(module, name, lambda *arguments: (names.append(op), real(*arguments))[1])
 
-    for name in ("sparse_mlp", "sparse_mlp_counted", "gated_threshold", "gated_threshold_forward"):
+    sparse = ("sparse_mlp", "sparse_mlp_counted", "sparse_mlp_packed", "sparse_mlp_packed_counted")
+    for name in (*sparse, "gated_threshold", "gated_threshold_forward"):
         spy(ops, name)
     spy(expert_ops, "sparse_experts")
     return names

@@ -35,7 +35,7 @@ class LayerAccumulator:
     def __init__(self, mlp: GatedMLP, gate_power: float, importance: str) -> None:
         self.mlp, self.gate_power = mlp, gate_power
         self.act = ACTIVATIONS[mlp.activation]
-        weight = mlp.down_weight.detach()
+        weight = mlp.dense_down_weight().detach()
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         if mlp.experts is None:
             self.down_weight = torch.linalg.vector_norm(weight, dim=0, dtype=self.wide).float()
@@ -102,7 +102,7 @@ class LayerAccumulator:
 
     def _row_gradient(self, gradient: Tensor) -> Tensor:
         """``Wd_j . g`` of every neuron, ``[T, I]``."""
-        return gradient.to(self.wide) @ self.mlp.down_weight.detach().to(self.wide)
+        return gradient.to(self.wide) @ self.mlp.dense_down_weight().detach().to(self.wide)
 
     # --- between the passes ------------------------------------------------------------------------------------------
 

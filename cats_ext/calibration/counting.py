@@ -13,10 +13,10 @@ from cats_ext._inputs import batches_of
 from cats_ext._progress import note
 from cats_ext.calibration.accumulator import LayerAccumulator
 from cats_ext.calibration.checkpoint import Checkpoint
-from cats_ext.calibration.data import sample_windows
 from cats_ext.calibration.passes import run_gradient_pass, run_pass
 from cats_ext.calibration.search import CHECK_TOKENS
 from cats_ext.calibration.settings import CalibrationSettings
+from cats_ext.data.windows import sample_windows
 from cats_ext.patching.detection import GatedMLP
 from cats_ext.thresholds.allocation import search_options
 

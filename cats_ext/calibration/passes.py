@@ -139,6 +139,28 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _hooked(register: Callable[..., Any], hooks: dict[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
+    """Each module has its hook inside. After an interrupt at any place none has, so they are looked up, not held."""
+
+    def remove() -> None:
+        for module, hook in hooks.items():
+            for registered in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, found in registered.items() if found is hook]:
+                    del registered[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    try:
+        try:
+            for module, hook in hooks.items():
+                register(module, hook, **options)
+            yield
+        finally:
+            remove()
+    finally:  # of an interrupt in or right before the first one
+        remove()
+
+
+@contextmanager
 def _naming(mlp: GatedMLP, part: str = "") -> Iterator[None]:
     """Put the MLP's name before the message of a ValueError."""
     try:
@@ -161,11 +183,8 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
             with _naming(mlp):
                 observe(mlp, gate, up)
 
-    with ExitStack() as stack:
-        for name in names:
-            projection = getattr(mlp.module, name)
-            hook = projection.register_forward_hook(lambda module, args, output, name=name: catch(name, output))
-            stack.enter_context(hook)
+    hooks = {getattr(mlp.module, name): lambda module, args, output, name=name: catch(name, output) for name in names}
+    with _hooked(nn.Module.register_forward_hook, hooks):
         yield
 
 
@@ -180,9 +199,10 @@ def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
             with _naming(mlp, f", expert {expert}"):
                 observe(mlp, gate, up)
 
-    with mlp.module.register_forward_pre_hook(
-        lambda module, args, named: catch(module, *args, *named.values()), with_kwargs=True
-    ):
+    def hook(module: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        catch(module, *args, *named.values())
+
+    with _hooked(nn.Module.register_forward_pre_hook, {mlp.module: hook}, with_kwargs=True):
         yield
 
 
@@ -208,5 +228,5 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
         probe.register_hook(deliver)
         return output + probe
 
-    with _projections_caught(mlp, keep), mlp.module.register_forward_hook(open_output):
+    with _projections_caught(mlp, keep), _hooked(nn.Module.register_forward_hook, {mlp.module: open_output}):
         yield

@@ -18,9 +18,9 @@ from cats_ext._inputs import check_token_ids
 from cats_ext.calibration.accumulator import LayerAccumulator
 from cats_ext.calibration.checkpoint import Checkpoint
 from cats_ext.calibration.counting import count_activations
-from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.search import search_allocation
 from cats_ext.calibration.settings import CalibrationSettings
+from cats_ext.data.windows import collect_windows
 from cats_ext.patching.apply import find_dense_mlps
 from cats_ext.patching.tracking import SparsityDriftWarning
 from cats_ext.patching.wrappers import unwrapped
@@ -71,7 +71,7 @@ def calibrate(
         model: dense model on any device or spread over several; unchanged afterwards.
         data: a text, an iterable of texts, or an iterable of token ids: integer tensors ``[T]`` or ``[B, T]``, or
             mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out). See
-            :func:`cats_ext.calibration.data.collect_windows` for how windows are made and chosen.
+            :func:`cats_ext.data.windows.collect_windows` for how windows are made and chosen.
         tokenizer: needed for texts.
         sparsity: share of neurons to skip in every layer, in [0, 1); 0 sets thresholds of 0, which is the dense model.
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``. Without

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from cats_ext.calibration.data import sample_windows
+from cats_ext.data.windows import sample_windows
 from cats_ext.evaluation.comparison import compare
 from cats_ext.patching.apply import apply_cats, remove_cats, sparse_mlps
 from cats_ext.thresholds.allocation import LossTable

@@ -7,28 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cats_ext import env as environment
 from cats_ext._version import __version__
-from cats_ext.cli import options, streams
-from cats_ext.cli.commands import bench, calibrate, chat, demo, evaluate, finetune, generate, report, serve
-from cats_ext.cli.common import Command, one_sentence_errors, print_json
-
-
-def env(json: options.Json = False) -> None:
-    """Versions, devices, and which kernels are compiled in and loaded. Goes into every bug report.
-
-    Examples:
-
-    $ cats env
-
-    $ cats env --json
-    """
-    report = environment.collect()
-    if json:
-        print_json(report)
-    else:
-        print(environment.describe(report))
-
+from cats_ext.cli import streams
+from cats_ext.cli.commands import bench, chat, demo, env, evaluate, generate, report, serve
+from cats_ext.cli.commands.checkpoints import calibrate, exact, finetune, quantize
+from cats_ext.cli.common import Command, one_sentence_errors
 
 app = typer.Typer(
     name="cats",
@@ -45,10 +28,12 @@ for name, command in {
     "generate": generate.generate,
     "chat": chat.chat,
     "eval": evaluate.evaluate,
+    "exact": exact.exact,
     "finetune": finetune.finetune,
+    "quantize": quantize.quantize,
     "report": report.report,
     "bench": bench.bench,
-    "env": env,
+    "env": env.env,
 }.items():
     app.command(name, cls=Command)(one_sentence_errors(command))
 app.command("serve", cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

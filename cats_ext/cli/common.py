@@ -222,6 +222,7 @@ def load_patched(
     cats: Path | None,
     sparsity: float | None = None,
     check_weights: bool = True,
+    default: torch.dtype | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, cats_ext.CatsConfig | None]:
     """The model, its tokenizer, and the config it is patched with; None for a dense model.
 
@@ -229,6 +230,7 @@ def load_patched(
         cats: directory of thresholds; without it those of the checkpoint are used, if it has any.
         sparsity: another sparsity than the thresholds were saved with.
         check_weights: False takes thresholds in ``cats`` that were made for other weights.
+        default: the dtype without ``precision``; "auto" is that of the checkpoint, None the usual one of the device.
     """
     from transformers.utils import logging
 
@@ -241,7 +243,7 @@ def load_patched(
         # Before the spinner starts: the download shows its own progress.
         models.obtain(models.DEMO_MODEL)
     with status(f"Loading {escape(name)} ..."):
-        network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision))
+        network, tokenizer = models.load_model(name, device=device, dtype=torch_dtype(precision, default))
     if config is not None:
         dense = cats_ext.remove_cats(network) if sparse_mlps(network) else network
         cats_ext.apply_cats(dense, config, check_weights=check_weights)

@@ -59,12 +59,13 @@ def cache_dir() -> Path:
 
 
 def load_model(
-    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model ``name`` in eval mode on ``device``, and its tokenizer.
 
     ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), ``smollm2-135m`` (the demo model), or a name
-    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere.
+    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere; "auto" is
+    the checkpoint's own.
 
     Raises:
         ModelUnavailableError: nothing of that name can be found, reached or read.
@@ -91,7 +92,7 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = Path(name).is_dir()
@@ -108,7 +109,7 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise ModelUnavailableError(

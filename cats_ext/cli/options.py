@@ -96,7 +96,7 @@ def seed(help: str) -> Any:
 SamplingSeed = Annotated[int, seed("For sampling.")]
 
 
-def torch_dtype(precision: Precision | None, default: torch.dtype | None = None) -> torch.dtype | None:
+def torch_dtype(precision: Precision | None, default: torch.dtype | str | None = None) -> torch.dtype | str | None:
     """The dtype of that name in torch."""
     return default if precision is None else getattr(torch, precision.value)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from cats_ext.calibration.texts import PART, cut_text
+from cats_ext.data.texts import PART, cut_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

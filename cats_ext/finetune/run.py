@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from cats_ext._inputs import check_integer, check_token_ids
 from cats_ext._progress import progress_bar
-from cats_ext.calibration.data import collect_windows
 from cats_ext.calibration.run import calibrate
+from cats_ext.data.windows import collect_windows
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.finetune.settings import FinetuneSettings, check_continues, facts_of
 from cats_ext.finetune.trainer import TrainingStoppedError, check_integrations, last_checkpoint, make_trainer
@@ -38,6 +38,7 @@ from cats_ext.patching.apply import (
 )
 from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.tracking import reset_sparsity, sparsity_report, track_sparsity
+from cats_ext.quantization import quantized_linears
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import CONFIG_FILE, write_together
 
@@ -86,7 +87,7 @@ def finetune(
 
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, a LoRA target does not exist,
-            or ``output_dir`` holds a tuning with other settings.
+            the model is quantised, or ``output_dir`` holds a tuning with other settings.
         TrainingStoppedError: the loss or a gradient became NaN or infinite; the checkpoints before it are kept. Or the
             tuned model's loss is; it is not saved.
         OSError: a file cannot be written; the checkpoints before it are kept.
@@ -100,6 +101,10 @@ def finetune(
     if recalibrate and settings.method != "cats":
         raise ValueError(f"recalibrate is for method 'cats', got method {settings.method!r}")
     find_dense_mlps(model)
+    if quantized_linears(model):
+        raise ValueError(
+            f"model of class {type(model).__name__} is quantised, and packed rows cannot be tuned: tune the dense one"
+        )
     train, held_out, length = _windows(model, data, tokenizer, settings)
     if settings.lora_rank:
         _check_targets(model, settings.lora_targets)

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a patched transformers model: the thresholds go with the weights, all or nothing.
+"""``save_pretrained`` of a patched or quantised transformers model: what belongs together, all or nothing.
 
 transformers writes into a new folder, to which the thresholds are added. The files then replace those of the directory
 together. Until the last one is there, loading is refused.
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from cats_ext.patching.apply import current_config, replaced_activation, sparse_mlps
 from cats_ext.patching.mlp import CatsMLP
+from cats_ext.quantization.layout import Rows, describe
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT, ExactConfig
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE
 from cats_ext.thresholds.fit import sample_weights, weight_of
 from cats_ext.thresholds.replacement import publish, staged
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # What configs of transformers' models call the activation of their MLPs.
 ACTIVATION_ENTRIES = ("hidden_act", "hidden_activation")
+# Without the last one of those that there are, a directory is refused.
+_LAST = (THRESHOLDS_FILE, CONFIG_FILE, "config.json")
 # The weights of a model and their index; the group is the variant.
 _WEIGHTS = (
     re.compile(r"model(\.[^.]+?)?(?:-\d{5}-of-\d{5})?\.safetensors"),
@@ -83,7 +87,7 @@ def save_pretrained(
         OSError: a file cannot be written; there has to be space for the old and the new files.
     """
     if named.get("distributed_checkpoint"):
-        raise ValueError("distributed_checkpoint must be False for a patched model: call remove_cats first")
+        raise ValueError("distributed_checkpoint must be False for a patched or quantised model, got True")
     directory = Path(save_directory)
     write = partial(type(model).save_pretrained, model)
     if not is_main_process or getattr(model, "_hf_peft_config_loaded", False):
@@ -101,7 +105,7 @@ def save_pretrained(
                 written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
                 for name, blob in files.items():
                     (new / name).write_bytes(blob)
-                saving.names = publish(new, directory, partial(_superseded, directory), (THRESHOLDS_FILE, CONFIG_FILE))
+                saving.names = publish(new, directory, partial(_superseded, directory), _LAST)
             return saving.names
 
         saving = Saving(state_dict, directory, finish)
@@ -137,21 +141,31 @@ def _in_progress(saving: Saving) -> Iterator[None]:
 
 def _additions(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Entries of ``config.json`` and further files of a CATS checkpoint."""
+    patched, rows = sparse_mlps(model), describe(model) or None
+    if not patched:
+        return {"quantization_config": checkpoint_entry(rows=rows)}, {}
+    if isinstance(config := current_config(model), ExactConfig):
+        return {"quantization_config": checkpoint_entry(config, rows=rows)}, {}
     activation = replaced_activation(model)
     samples = {
         module.cats.name: sample_weights(partial(_saved_weight, model, state_dict or {}, name, module))
-        for name, module in sparse_mlps(model).items()
+        for name, module in patched.items()
     }
-    config = replace(current_config(model), weights=samples)
+    config = replace(config, weights=samples)
     entries = {} if activation is None else dict.fromkeys(_activation_entries(model, activation), activation)
-    return entries | {"quantization_config": checkpoint_entry(config, activation)}, config.to_files()
+    return entries | {"quantization_config": checkpoint_entry(config, activation, rows)}, config.to_files()
 
 
-def checkpoint_entry(config: CatsConfig, activation: str | None) -> dict[str, Any]:
+def checkpoint_entry(
+    config: CatsConfig | None = None, activation: str | None = None, rows: Rows | None = None
+) -> dict[str, Any]:
     """The entry ``quantization_config`` of a checkpoint's ``config.json``."""
-    entry = {"quant_method": config.quant_method, "rule": config.rule, "sparsity": config.sparsity}
-    entry["bytes_share"] = config.bytes_share
-    return entry if activation is None else entry | {"activation": activation}
+    entry: dict[str, Any] = {"quant_method": CatsConfig.quant_method}
+    if config is not None:
+        entry |= {"rule": config.rule}
+        entry |= {} if config.rule == EXACT else {"sparsity": config.sparsity, "bytes_share": config.bytes_share}
+    optional = {"activation": activation, "rows": rows}
+    return entry | {key: value for key, value in optional.items() if value is not None}
 
 
 def _activation_entries(model: PreTrainedModel, activation: str) -> list[str]:

@@ -1,9 +1,12 @@
-"""CATS as a quantization method of transformers, so that checkpoints carry their thresholds.
+"""CATS as a quantization method of transformers, so that checkpoints carry their thresholds and packed rows.
 
 A CATS checkpoint is the dense checkpoint with two more files (``cats_config.json`` and ``cats_thresholds.cats``, see
 thresholds/files.py) and an entry ``quantization_config`` in ``config.json`` that says so; saving.py writes it. Where
 cats_ext has not been imported, transformers warns of an unknown method and loads the dense model. A ReLUfied model's
 ``config.json`` names ReLU as its activation, so that it is loaded as such in both cases.
+
+A quantised model's checkpoint, with thresholds or without, has its packed rows under the names of the dense weights,
+and their formats in that entry (quantization/layout.py). Without cats_ext it is refused, since the shapes are others.
 
 Patching does not know of this module: it registers itself as a listener when it is imported, which
 ``integrations/__init__.py`` arranges for.
@@ -24,8 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_ext.integrations import saving
 from cats_ext.patching.apply import apply_cats, patch_with_relu, remove_cats, sparse_mlps
+from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.listeners import PatchListener, add_listener
+from cats_ext.quantization import QuantizationConfig, quantized_linears
+from cats_ext.quantization.layout import Rows, check_rows, describe, prepare
+from cats_ext.quantization.run import quantize_as
+from cats_ext.rows.formats import ROW_ALIGNMENT
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.files import CONFIG_FILE, thresholds_file
 
 if TYPE_CHECKING:
@@ -41,11 +50,16 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a checkpoint's ``config.json``: what was done, without the thresholds.
 
     Args:
-        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`.
+        rule, sparsity, bytes_share: as in :class:`cats_ext.CatsConfig`; ``rule="exact"`` alone, for
+            :func:`cats_ext.apply_exact`; None of a checkpoint without thresholds.
         activation: ``relu`` for a ReLUfied model, whose MLPs compute it instead of their own.
+        rows: the formats of packed rows, as :func:`cats_ext.quantization.layout.describe` gives them.
     """
 
-    activation: str | None = None  # in the file only where it is given
+    # In the file only where they are given.
+    rule: str | None = None
+    activation: str | None = None
+    rows: Rows | None = None
 
     def __init__(
         self,
@@ -54,19 +68,23 @@ class CatsCheckpointConfig(QuantizationConfigMixin):
         sparsity: float | None = None,
         bytes_share: float | None = None,
         activation: str | None = None,
+        rows: Rows | None = None,
         **_: Any,
     ) -> None:
-        if rule is None or sparsity is None or bytes_share is None:
+        thresholds = {"rule": rule, "sparsity": sparsity, "bytes_share": bytes_share}
+        nothing = all(value is None for value in thresholds.values())
+        if None in thresholds.values() and rule != EXACT and (rows is None or not nothing):
             raise ValueError(
                 "quantization_config must be a cats_ext.CatsConfig, or the entry of a saved CATS checkpoint with rule, "
                 f"sparsity and bytes_share, got rule={rule}, sparsity={sparsity}, bytes_share={bytes_share}"
             )
         if activation not in (None, "relu"):
             raise ValueError(f"activation in quantization_config must be relu or missing, got {activation!r}")
+        if rows is not None:
+            check_rows(rows)
         self.quant_method = METHOD
-        self.rule, self.sparsity, self.bytes_share = rule, sparsity, bytes_share
-        if activation is not None:
-            self.activation = activation
+        given = thresholds | {"activation": activation, "rows": rows}
+        vars(self).update({key: value for key, value in given.items() if value is not None})
 
 
 @register_quantizer(METHOD)
@@ -75,32 +93,52 @@ class CatsQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def __init__(self, quantization_config: CatsConfig | CatsCheckpointConfig, **kwargs: Any) -> None:
-        self.thresholds = quantization_config if isinstance(quantization_config, CatsConfig) else None
-        self.marks: list[tuple[Any, dict[str, Any]]] = []  # of the model before it was patched
-        entry = saving.checkpoint_entry(quantization_config, getattr(quantization_config, "activation", None))
-        super().__init__(CatsCheckpointConfig(**entry), **kwargs)
+    def __init__(
+        self, quantization_config: CatsConfig | QuantizationConfig | CatsCheckpointConfig, **kwargs: Any
+    ) -> None:
+        self.thresholds = None
+        self.marks: list[tuple[Any, dict[str, Any]]] = []  # of the model before it was patched or quantised
+        if isinstance(quantization_config, CatsConfig):
+            self.thresholds = quantization_config
+            quantization_config = CatsCheckpointConfig(**saving.checkpoint_entry(self.thresholds))
+        super().__init__(quantization_config, **kwargs)
         # Early versions would leave weights that they rename while loading, such as experts, in the file's dtype.
         self.pre_quantized = self.pre_quantized and hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        if self.thresholds is None:
+        config = self.quantization_config
+        if not isinstance(config, CatsCheckpointConfig):
+            return
+        if config.rows is not None:
+            prepare(model, config.rows)
+        if self.thresholds is None and config.rule not in (None, EXACT):
             self.thresholds = CatsConfig.from_pretrained(_checkpoint_directory(model.config, checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        _unmark(_marks(model))  # this one is dense
+        config, thresholds, self.thresholds = self.quantization_config, self.thresholds, None
+        _unmark(_marks(model))  # nothing has been done to this one yet
         del model.hf_quantizer
-        thresholds, self.thresholds = self.thresholds, None
-        if self.quantization_config.activation == "relu":
-            return patch_with_relu(model, thresholds)
-        return apply_cats(model, thresholds)
+        if isinstance(config, QuantizationConfig):
+            return quantize_as(model, config, progress=False)
+        _check_rows(model)
+        attach(model)
+        if config.rule == EXACT:
+            return apply_exact(model)
+        if thresholds is None:
+            return model
+        return patch_with_relu(model, thresholds) if config.activation == "relu" else apply_cats(model, thresholds)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor] | None, dict]:
         return saving.given_state_dict(), {}  # what is returned replaces the caller's
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if quantized_linears(model):
+            raise ValueError(
+                f"model of class {type(model).__name__} is quantised, and the weights before are not kept: "
+                "remove_cats(model) takes thresholds away"
+            )
         return remove_cats(model)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -133,14 +171,36 @@ def check_not_quantised(model: nn.Module) -> None:
     )
 
 
-def attach(model: nn.Module, config: CatsConfig) -> None:
-    """Make ``save_pretrained`` of a transformers model write a CATS checkpoint. Undone by :func:`detach`."""
+def _check_rows(model: nn.Module) -> None:
+    """Raise ValueError unless all packed rows have been loaded; give them memory of their own where they need it."""
+    for name, linear in quantized_linears(model).items():
+        weight = linear.weight
+        loaded = getattr(weight, "_is_hf_initialized", False)
+        if not loaded or weight.dtype != torch.uint8 or tuple(weight.shape) != linear.weight_shape:
+            found = f"{weight.dtype} {list(weight.shape)}" if loaded else "none that can be used"
+            raise ValueError(
+                f"the checkpoint must have packed rows {name}.weight, torch.uint8 {list(linear.weight_shape)} by its "
+                f"config.json, got {found}"
+            )
+        if weight.data_ptr() % ROW_ALIGNMENT:  # it lies in the file, which is mapped into memory
+            weight.data = weight.data.clone()
+
+
+def attach(model: nn.Module, config: CatsConfig | None = None) -> None:
+    """Make ``save_pretrained`` of a transformers model write a CATS checkpoint. Undone by :func:`detach`.
+
+    Nothing happens to one that is neither patched with ``config`` nor quantised.
+    """
     from transformers.modeling_utils import PreTrainedModel  # not above: it is what imports this module
 
-    if not isinstance(model, PreTrainedModel):
+    rows = describe(model) or None
+    if not isinstance(model, PreTrainedModel) or (config is None and rows is None):
         return
-    quantizer = CatsQuantizer(config)
-    quantizer.thresholds = None  # those of the patched modules count
+    entry = CatsCheckpointConfig(**saving.checkpoint_entry(config, rows=rows))
+    if isinstance(before := getattr(model, "hf_quantizer", None), CatsQuantizer):
+        before.quantization_config = entry
+        return
+    quantizer = CatsQuantizer(entry)
     quantizer.marks = _marks(model)
     model.hf_quantizer = quantizer
     _unmark(quantizer.marks)
@@ -149,7 +209,9 @@ def attach(model: nn.Module, config: CatsConfig) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo :func:`attach`, whole or half done, of the model or of a part of it."""
+    """Undo :func:`attach`, whole or half done, of the model or of a part of it; not if it has packed rows."""
+    if quantized_linears(model):
+        return
     for part in model.modules():
         for name, function in _REPLACED.items():
             own = vars(part).get(name)
@@ -164,7 +226,9 @@ def detach(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: PreTrainedModel, *arguments: Any, **named: Any) -> None:
-    if not sparse_mlps(model):  # remove_cats has been called with the part that has the MLPs
+    if not (
+        sparse_mlps(model) or quantized_linears(model)
+    ):  # remove_cats has been called with the part that has the MLPs
         detach(model)
         return model.save_pretrained(*arguments, **named)
     return saving.save_pretrained(model, *arguments, **named)
@@ -172,7 +236,7 @@ def _save_pretrained(model: PreTrainedModel, *arguments: Any, **named: Any) -> N
 
 _REPLACED = {"save_pretrained": _save_pretrained, "_upload_modified_files": saving.upload_modified_files}
 
-add_listener(PatchListener(check=check_not_quantised, patched=attach, removing=detach))
+add_listener(PatchListener(check=check_not_quantised, patched=attach, quantized=attach, removing=detach))
 
 
 def _marks(model: PreTrainedModel) -> list[tuple[Any, dict[str, Any]]]:

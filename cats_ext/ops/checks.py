@@ -67,7 +67,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
         return
     tensors = [_named_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
     array = (_NamedTensor * len(tensors))(*tensors)
-    activation = arguments["activation"].encode()
+    activation = arguments.get("activation", "").encode()
     formats = (ctypes.c_char_p * 3)(*(arguments[n].encode() if n in arguments else None for n in _FORMATS))
     sentence = _cats_check()(op.encode(), array, len(tensors), activation, len(activation), formats)
     if sentence is not None:

@@ -44,6 +44,10 @@ SCHEMAS = {
     f"Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "sparse_mlp_packed_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"{_FORMATS}, Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
+    # The MLP from its activations v [..., I] on, by the rows of those that are not zero: v * (x Wu) Wd, or v Wd without
+    # x and w_up. See reference.activated_mlp_ref.
+    "activated_mlp": "(Tensor v, Tensor w_down_t, Tensor? down_bias=None, Tensor? x=None, Tensor? w_up=None, "
+    "Tensor? up_bias=None, bool deterministic=False) -> Tensor",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
@@ -58,6 +62,7 @@ sparse_mlp_packed = torch.ops.cats.sparse_mlp_packed
 sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
 sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
+activated_mlp = torch.ops.cats.activated_mlp
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
 gated_threshold_backward = torch.ops.cats.gated_threshold_backward
@@ -73,6 +78,10 @@ def _sparse_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:  # the refer
     return reference.sparse_mlp_ref(**arguments)
 
 
+def _activated_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:
+    return reference.activated_mlp_ref(**arguments)
+
+
 def _sparse_mlp_packed_ref(*, deterministic: bool, **arguments) -> Tensor:
     return reference.sparse_mlp_packed_ref(**arguments)
 
@@ -85,7 +94,7 @@ def _step_ref(sparse_mlp_ref: Callable[..., Tensor]) -> Callable[..., None]:
     return step_ref
 
 
-# The argument that each output has the shape, dtype and device of, and the reference.
+# The argument that each output has the dtype and device of, and but for activated_mlp the shape; and the reference.
 _OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "sparse_mlp": (("x",), _sparse_mlp_ref),
     "sparse_mlp_counted": (("x",), _sparse_mlp_ref),
@@ -93,6 +102,7 @@ _OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "sparse_mlp_packed_counted": (("x",), _sparse_mlp_packed_ref),
     "sparse_mlp_step": ((), _step_ref(reference.sparse_mlp_ref)),
     "sparse_mlp_packed_step": ((), _step_ref(reference.sparse_mlp_packed_ref)),
+    "activated_mlp": (("v",), _activated_mlp_ref),
     "gated_threshold": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),
     "gated_threshold_backward": (("gate", "up"), reference.gated_threshold_backward_ref),
@@ -113,7 +123,10 @@ def _fake(op: str) -> Callable:
 
     def fake(*args, **named):
         arguments = _checked_arguments(op, args, named)
-        outputs = tuple(arguments[name].new_empty(arguments[name].shape) for name in like)
+        shapes = [arguments[name].shape for name in like]
+        if op == "activated_mlp":
+            shapes = [(*shape[:-1], arguments["w_down_t"].shape[-1]) for shape in shapes]
+        outputs = tuple(arguments[name].new_empty(shape) for name, shape in zip(like, shapes, strict=True))
         return outputs if len(outputs) > 1 else next(iter(outputs), None)
 
     return fake
@@ -158,7 +171,7 @@ def _register() -> None:
         for device in {*uncompiled, "cpu"} if step else uncompiled:
             torch.library.register_kernel(f"cats::{op}", device, _formula(op) if step else _fallback(op, device))
         # Inside torch.func's transforms the formula runs, which has all derivatives and batching rules.
-        counted = op == "sparse_mlp_counted"
+        counted = op.endswith("_counted")
         _library.impl(op, _refuse_counting if counted else _formula(op), "FuncTorchDynamicLayerFrontMode")
         refuse_other_layouts(_library, op)
 

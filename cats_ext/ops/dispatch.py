@@ -37,6 +37,16 @@ MAX_SERVED_TOKENS = 2
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 
+# As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. On two cores of a Zen 3, 1024x3584,
+# fp32, int4 at 50 % sparsity, the kernel takes 120 ms for 128 tokens and 248 for 256; to unpack and multiply takes 250.
+# On CUDA 16 is the most that has been tested.
+MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
+
+# As MAX_KERNEL_TOKENS, of activated_mlp. On CUDA what one launch takes, by arithmetic: at 90 % sparsity with masks that
+# are independent from token to token, 4 tokens read 34 % of the rows and 16 tokens 81 %.
+MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 4}
+MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
+
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
 # 86, 278 and 157 (bench/results/h100/experts.csv).
@@ -69,8 +79,10 @@ class Projections:
 
     One subclass for each kind, without instances: ``source``, where the projections are looked up, is passed to every
     method, since adapters and loaders replace modules and weights between calls. Weights in another format are a
-    subclass with operands and a kernel of its own.
+    subclass with operands, a kernel and a limit of its own.
     """
+
+    max_tokens = MAX_KERNEL_TOKENS  # for which the kernel is taken, per device type
 
     @staticmethod
     def operands(source: Any) -> Operands | None:
@@ -124,7 +136,7 @@ def choose(
     """
     if dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
         return DENSE, None
-    if kernel_fits(x, hidden_size):
+    if kernel_fits(x, hidden_size, projections.max_tokens):
         operands = projections.operands(source)
         if (
             operands is not None
@@ -168,7 +180,7 @@ def choose_experts(
     return MASKED
 
 
-def kernel_fits(x: Tensor, hidden_size: int) -> bool:
+def kernel_fits(x: Tensor, hidden_size: int, max_tokens: dict[str, int] = MAX_KERNEL_TOKENS) -> bool:
     """Whether ``x`` ``[..., H]`` has few enough tokens for the sparse kernel and a dtype that it takes.
 
     Not under autocast: the operands would have to be cast first, which the dense path's ``linear`` does.
@@ -176,7 +188,7 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
     # Once a layer and token: is_cuda and is_cpu cost a fifth of device.type.
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     size = x.numel()
-    tokens_fit = size <= MAX_KERNEL_TOKENS.get(device, 0) * hidden_size
+    tokens_fit = size <= max_tokens.get(device, 0) * hidden_size
     if not tokens_fit and device == "cuda" and size <= MAX_BATCHED_TOKENS * hidden_size:
         tokens_fit = (
             x.dtype != torch.float32
@@ -187,6 +199,25 @@ def kernel_fits(x: Tensor, hidden_size: int) -> bool:
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not _autocast_is_enabled(device)
+    )
+
+
+def activated_fits(rows: Tensor, width: int, hidden_size: int) -> bool:
+    """Whether ``activated_mlp`` serves as many tokens as ``rows`` ``[..., width]`` has, and their dtype.
+
+    Not under autocast, where a gradient is needed or taken forward, or where CUDA has a slow kernel only.
+    """
+    device = "cuda" if rows.is_cuda else "cpu" if rows.is_cpu else rows.device.type
+    row_bytes = hidden_size * rows.element_size()
+    return (
+        rows.dtype in ops.SPARSE_DTYPES
+        and (
+            rows.numel() <= MAX_ACTIVATED_TOKENS.get(device, 0) * width
+            or (device == "cpu" and rows.dtype in _SCALAR_ON_CPU)
+        )
+        and (device != "cuda" or (row_bytes % 16 == 0 and row_bytes <= MOST_ACTIVATED_BYTES))
+        and not _autocast_is_enabled(device)
+        and forward_ad._current_level < 0
     )
 
 

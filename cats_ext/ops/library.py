@@ -44,7 +44,8 @@ def _load(name: str, skip_reason: str | None = None) -> LibraryStatus:
         torch.ops.load_library(path)
         return LibraryStatus(name, str(path), True, build_info=_build_info(path))
     except (OSError, RuntimeError) as error:
-        return LibraryStatus(name, str(path), False, f"{type(error).__name__}: {error}")
+        cause = "" if error.__cause__ is None else f" ({error.__cause__})"  # the loader's message, from torch 2.11 on
+        return LibraryStatus(name, str(path), False, f"{type(error).__name__}: {error}{cause}")
 
 
 def load_libraries() -> dict[str, LibraryStatus]:

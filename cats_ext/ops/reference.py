@@ -109,6 +109,35 @@ def sparse_mlp_ref(
     return linear(h, w_down_t.t(), down_bias).to(x.dtype)
 
 
+def activated_mlp_ref(
+    v: Tensor,
+    w_down_t: Tensor,
+    down_bias: Tensor | None = None,
+    x: Tensor | None = None,
+    w_up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """An MLP from its activations on: ``h Wd + bd`` with ``h = v * (x Wu + bu)``, or ``h = v`` without x and w_up.
+
+    A zero in ``v`` gives a zero in ``h`` whatever ``x Wu`` is; the kernels then read neither row of that neuron.
+
+    Args:
+        v: ``[..., I]``, float32, float16 or bfloat16.
+        w_down_t: ``[I, H]``, with one contiguous row a neuron; ``w_up`` likewise.
+        x: ``[..., H]``, with w_up only.
+        down_bias, up_bias: ``[H]`` and ``[I]``.
+
+    Returns:
+        ``[..., H]`` in v's dtype.
+    """
+    wide = lambda t: None if t is None else t.to(compute_dtype)  # noqa: E731
+    h = wide(v)
+    if x is not None:
+        h = torch.where(h == 0, 0, h * F.linear(wide(x), wide(w_up), wide(up_bias)))
+    return F.linear(h, wide(w_down_t).t(), wide(down_bias)).to(v.dtype)
+
+
 def sparse_mlp_packed_ref(
     x: Tensor,
     w_gate: Tensor,

@@ -16,6 +16,7 @@ from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.rules import check_bool
 from cats_ext.thresholds.statistics import SMALLEST
 
@@ -71,7 +72,7 @@ def apply_cats(
             default True.
         neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
             never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights
-            in shared memory or a flat buffer.
+            in shared memory or a flat buffer. Packed rows lie right as they are.
         check_weights: False takes thresholds that were made for other weights, such as those of the model that this one
             was tuned from. By default a sample of the weights is compared with the config's, in any dtype.
 
@@ -86,6 +87,8 @@ def apply_cats(
     """
     if not isinstance(config, CatsConfig):
         raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+    if isinstance(config, ExactConfig):
+        raise TypeError("config must have thresholds, got that of a model that is sparse by itself: call apply_exact")
     check_bool("neuron_rows", neuron_rows)
     check_bool("check_weights", check_weights)
     mlps = find_dense_mlps(model)
@@ -141,7 +144,9 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     inner = unwrapped(model)
     config = config.for_part(inner, mlps)
     config.check_fits(inner, mlps)
-    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+    strides = [
+        neuron_strides(mlp.down_weight) if neuron_rows and not mlp.packed else mlp.down_weight.stride() for mlp in mlps
+    ]
     layouts = MemoryLayouts(
         {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
     )
@@ -151,12 +156,12 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
         listeners.patched(inner, config)
         return model
     except BaseException:
-        _make_dense(inner, [mlp.module for mlp in mlps], layouts)
+        make_all_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
 
 
 def remove_cats(model: nn.Module) -> nn.Module:
-    """Undo :func:`apply_cats`: same modules, same values, same memory layout.
+    """Undo :func:`apply_cats`: same modules, same values, same memory layout. A quantised model stays quantised.
 
     Adapters and hooks added since stay where they are. If interrupted, the removal is completed before the exception
     is passed on.
@@ -175,14 +180,14 @@ def remove_cats(model: nn.Module) -> nn.Module:
     if not sparse_mlps(model):
         listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
-    _check_complete(model, patched)
+    check_complete(model, patched)
     states = {name: module.cats for name, module in patched.items()}
     layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
-    finish_despite_interrupt(lambda: _make_dense(model, list(patched.values()), layouts))
+    finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model
 
 
-def _check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
+def check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
     """Raise ValueError if the rest of the model would stay patched: it then has no config that fits it."""
     states = [module.cats for module in patched.values()]
     others = {name for state in states for name in state.config.layers} - {state.name for state in states}
@@ -287,7 +292,8 @@ def find_dense_mlps(model: nn.Module) -> list[GatedMLP]:
     return find_gated_mlps(model)
 
 
-def _make_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+def make_all_dense(model: nn.Module, modules: list[nn.Module], layouts: MemoryLayouts) -> None:
+    """Undo the patching of ``modules``, whole or half made."""
     listeners.removing(unwrapped(model))
     for module in modules:
         make_dense(module, layouts)

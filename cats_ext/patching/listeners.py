@@ -1,4 +1,4 @@
-"""Who is told when a model is patched: the integrations, so that patching need not know other libraries."""
+"""Who is told when a model is patched or quantised: the integrations, of which patching then need not know."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ class PatchListener:
     Attributes:
         check: before patching or calibration; raises ``ValueError`` to refuse the model.
         patched: after all MLPs have been made sparse. If it raises, the model is made dense again.
-        removing: before they are made dense, and also where ``patched`` has not come to its end. After an interrupt it
-            is called again.
+        quantized: after weights have been replaced by packed rows. If it raises, the dense ones are put back.
+        removing: before MLPs are made dense, and also where ``patched`` or ``quantized`` has not come to its end. After
+            an interrupt it is called again.
     """
 
     check: Callable[[nn.Module], None]
     patched: Callable[[nn.Module, CatsConfig], None]
+    quantized: Callable[[nn.Module], None]
     removing: Callable[[nn.Module], None]
 
 
@@ -42,6 +44,11 @@ def check(model: nn.Module) -> None:
 def patched(model: nn.Module, config: CatsConfig) -> None:
     for listener in _listeners:
         listener.patched(model, config)
+
+
+def quantized(model: nn.Module) -> None:
+    for listener in _listeners:
+        listener.quantized(model)
 
 
 def removing(model: nn.Module) -> None:

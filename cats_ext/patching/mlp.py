@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.ops.definitions import masked_product
-from cats_ext.ops.dispatch import DENSE, KERNEL, Operands, choose
+from cats_ext.ops.dispatch import DENSE, KERNEL, MASKED, Operands, choose
 from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.projections import KINDS
 from cats_ext.patching.wrappers import is_observed
@@ -36,6 +36,7 @@ class ForwardSettings(NamedTuple):
     projections: str  # in KINDS: a class is no constant for the guards
     dense_prefill: bool
     tracking: bool = False
+    exact: bool = False  # only exact zeros are skipped: where the kernel is not taken, the dense model's forward is
 
 
 @dataclass
@@ -51,6 +52,7 @@ class CatsState:
     name: str  # of this module in the config
     experts_per_token: int = 1  # as last seen while tracking
     masking: bool = True  # in the call of experts in progress
+    matrices: int = 3  # of the whole MLP; 2 without a gate
 
     @property
     def target(self) -> LayerConfig:
@@ -116,10 +118,10 @@ class PatchedMLP(nn.Module):
 class CatsMLP(PatchedMLP):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
-    Few tokens without gradients run ``torch.ops.cats.sparse_mlp`` on the children's weights; many tokens the products
-    of the dense layer, with the mask applied between them. Whenever a projection is not a bare ``nn.Linear`` (an
-    adapter at work, a hook), the children are called as modules, and so is an activation that has been replaced or has
-    a hook.
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp``, or of packed rows ``sparse_mlp_packed``, on the
+    children's weights; many tokens the products of the dense layer, with the mask applied between them. Whenever a
+    projection is not a bare layer (an adapter at work, a hook), the children are called as modules, and so is an
+    activation that has been replaced or has a hook.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,10 +129,10 @@ class CatsMLP(PatchedMLP):
         # Runs once a layer and token, so its host time counts. Dictionaries are read directly: nn.Module's attribute
         # lookup costs more than the checks themselves.
         buffers, children = self._buffers, self._modules
-        hidden_size, activation, own, kind, dense_prefill, tracking = self.forward_settings
+        hidden_size, activation, own, kind, dense_prefill, tracking, exact = self.forward_settings
         projections = KINDS[kind]
         implementation, operands = choose(x, hidden_size, projections, children, dense_prefill)
-        if implementation == DENSE:
+        if implementation == DENSE or (exact and implementation == MASKED and not tracking):
             return self.cats.original_class.forward(self, x)
         threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
         counts = buffers["counts"] if tracking else None
@@ -144,15 +146,15 @@ class CatsMLP(PatchedMLP):
 
     def activation(self) -> str | Callable[[Tensor], Tensor]:
         """What is computed: a name, or the module's own where it has been replaced or a hook has to see it."""
-        _, activation, own, _, _, _ = self.forward_settings
+        _, activation, own, *_ = self.forward_settings
         module = self._modules.get(own)
         if activation is None:
             return getattr(self, own) if module is None else module
         return activation if module is None or not is_observed(module) else module
 
     def operands(self) -> Operands | None:
-        """The weights and biases that the kernel reads; None where a module has to be called or one lies otherwise."""
-        if not isinstance(self.activation(), str):
+        """The dense weights and biases that the kernel reads; None if there are none, or a module has to be called."""
+        if not isinstance(self.activation(), str) or self.forward_settings.projections.startswith("packed"):
             return None
         return KINDS[self.forward_settings.projections].operands(self._modules)
 

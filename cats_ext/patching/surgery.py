@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, recognise_activation
 from cats_ext.patching.experts import CatsExperts
 from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings, PatchedMLP
+from cats_ext.patching.projections import kind_of
 from cats_ext.patching.wrappers import rebind_forward
 from cats_ext.thresholds.config import CatsConfig
 
@@ -78,7 +79,9 @@ def neuron_strides(weight: Tensor) -> tuple[int, ...]:
     return *(() if weight.dim() == 2 else (height * width,)), 1, height
 
 
-def make_sparse(mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
+def make_sparse(
+    mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strides: tuple[int, ...], *, exact: bool = False
+) -> None:
     """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done.
 
     Where ``strides``, of the down projection's weight, are none of :func:`neuron_strides`, it takes the dense path.
@@ -93,17 +96,24 @@ def make_sparse(mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strid
         mlp.hidden_size,
         mlp.activation,
         None if relufied else name,
-        projections="merged" if mlp.merged else "separate",
+        projections=kind_of(mlp.merged, mlp.packed),
         dense_prefill=not config.sparse_prefill,
+        exact=exact,
     )
     layouts.lay_out(weight, strides)
-    thresholds = {"threshold": config.thresholds[mlp.name], "down_threshold": config.down_thresholds.get(mlp.name)}
+    register_buffers(module, weight.device)
+    set_class(module, sparse_class(module))
+
+
+def register_buffers(module: nn.Module, device: torch.device) -> None:
+    """Give a module that has its ``cats`` the thresholds of its config, and what counts neurons."""
+    config, name = module.cats.config, module.cats.name
+    thresholds = {"threshold": config.thresholds[name], "down_threshold": config.down_thresholds.get(name)}
     with torch.inference_mode(False):  # they are written to later, also outside of it
         for name, value in thresholds.items():
-            copy = None if value is None else value.detach().to(weight.device, torch.float32, copy=True)
+            copy = None if value is None else value.detach().to(device, torch.float32, copy=True)
             module.register_buffer(name, copy, persistent=False)
-        module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=weight.device), persistent=False)
-    set_class(module, sparse_class(module))
+        module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
 
 
 def sparse_class(module: nn.Module) -> type[CatsMLP]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
-from cats_ext.thresholds.rules import bytes_share
+from cats_ext.thresholds.exact import ExactConfig
+from cats_ext.thresholds.fit import weight_of
 
 
 class SparsityDriftWarning(UserWarning):
@@ -27,16 +29,21 @@ class LayerSparsity:
 
     name: str
     tokens: int
-    weight_bytes: int  # of the dense MLP, or of the experts that a token takes
+    matrix_bytes: tuple[int, int, int]  # of gate, up and down; of the experts that a token takes
     up_sparsity: float
     up_target: float
     down_sparsity: float
     down_target: float
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(self.matrix_bytes)
+
+    @property
     def bytes_share(self) -> float:
-        """Share of the dense MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
-        return bytes_share(self.up_sparsity, self.down_sparsity)
+        """Share of the MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
+        gate, up, down = self.matrix_bytes
+        return (gate + up * (1 - self.up_sparsity) + down * (1 - self.down_sparsity)) / self.weight_bytes
 
     @property
     def bytes_read(self) -> float:
@@ -93,7 +100,10 @@ class SparsityReport:
             "down_sparsity": self.down_sparsity,
             "down_target": self._mean("down_target"),
             "bytes_share": self.bytes_share,
-            "layers": [{**asdict(layer), "bytes_share": layer.bytes_share} for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "weight_bytes": layer.weight_bytes, "bytes_share": layer.bytes_share}
+                for layer in self.layers
+            ],
         }
 
     def __rich__(self) -> Table:
@@ -154,6 +164,18 @@ def track_sparsity(model: nn.Module, enabled: bool = True) -> AbstractContextMan
         raise
 
 
+def _row_bytes(module: PatchedMLP) -> tuple[int, int, int]:
+    """Bytes of a neuron's row of gate, up and down. Without a gate the up projection counts as one: it is all read."""
+    down = module.cats.down_weight
+    if down.dtype != torch.uint8:
+        size = module.cats.target.hidden_size * down.element_size()
+        return size, size if module.cats.matrices == 3 else 0, size
+    gate, up = weight_of(module, "gate_proj"), weight_of(module, "up_proj")
+    if gate is None:
+        gate = up = weight_of(module, "gate_up_proj")
+    return gate.shape[1], up.shape[1], down.shape[1]
+
+
 def reset_sparsity(model: nn.Module) -> None:
     """Forget what has been counted in a patched ``model``.
 
@@ -188,14 +210,17 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
             )
         state, target = module.cats, module.cats.target
         neurons = target.intermediate_size * state.experts_per_token
+        up_sparsity, down_sparsity = 1 - kept_up / evaluated, 1 - kept_down / evaluated
+        if isinstance(state.config, ExactConfig):  # any sparsity is the model's own
+            target = replace(target, up_sparsity=up_sparsity, down_sparsity=down_sparsity)
         layers.append(
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
-                weight_bytes=3 * neurons * target.hidden_size * state.down_weight.element_size(),
-                up_sparsity=1 - kept_up / evaluated,
+                matrix_bytes=tuple(neurons * size for size in _row_bytes(module)),
+                up_sparsity=up_sparsity,
                 up_target=target.up_sparsity,
-                down_sparsity=1 - kept_down / evaluated,
+                down_sparsity=down_sparsity,
                 down_target=target.down_sparsity,
             )
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
 PADDED_TO = 128  # columns: kPackedColumns
+ROW_ALIGNMENT = 16  # bytes: kChunkBytes
 TILE_BYTES = 512  # of data, kTileChunks * kChunkBytes
 STORED = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `q` is, one element a weight
 CENTRE = 8  # what the zero point is in int4 without zero points

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from cats_ext.rows.compensation import compensated_rows
 from cats_ext.rows.formats import RowFormat
 from cats_ext.rows.rounding import quantize_rows
 
@@ -46,20 +47,23 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.row_format, self.input_rows = row_format, input_rows
-        rows, columns = (in_features, out_features) if input_rows else (out_features, in_features)
-        row_format.groups(columns)
-        data = torch.empty(rows, row_format.row_bytes(columns), dtype=torch.uint8, device=device)
+        row_format.groups(self.row_width)
+        data = torch.empty(self.weight_shape, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(data, requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", made)
 
     @classmethod
     def from_linear(
-        cls, dense: nn.Linear, row_format: RowFormat, *, input_rows: bool = False, importance: Tensor | None = None
+        cls, dense: nn.Linear, row_format: RowFormat, *, input_rows: bool = False, moment: Tensor | None = None
     ) -> QuantizedLinear:
-        """``dense`` with its weight rounded by :func:`quantize_rows`, which says what ``importance`` is; same bias."""
+        """``dense`` with its weight rounded, to the nearest values or by :func:`compensated_rows` with ``moment``."""
         made = cls(dense.in_features, dense.out_features, row_format, input_rows=input_rows, device="meta")
         weight = dense.weight.detach()
-        packed = quantize_rows(weight.t() if input_rows else weight, row_format, importance)
+        if moment is None:
+            packed = quantize_rows(weight.t() if input_rows else weight, row_format)
+        else:
+            packed = compensated_rows(weight, row_format, moment, input_rows=input_rows)
         made.weight = nn.Parameter(packed, requires_grad=False)
         made.bias = dense.bias
         return made.train(dense.training)
@@ -68,6 +72,22 @@ class QuantizedLinear(nn.Module):
     def row_width(self) -> int:
         """Columns of a packed row."""
         return self.out_features if self.input_rows else self.in_features
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Rows, and the bytes of each."""
+        rows = self.in_features if self.input_rows else self.out_features
+        return rows, self.row_format.row_bytes(self.row_width)
+
+    def with_rows(self, rows: Tensor) -> QuantizedLinear:
+        """A layer of these rows alone, and of their part of the bias if rows are those of outputs."""
+        sizes = (len(rows), self.out_features) if self.input_rows else (self.in_features, len(rows))
+        made = QuantizedLinear(*sizes, self.row_format, input_rows=self.input_rows, device="meta")
+        made.weight = nn.Parameter(self.weight[rows], requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.detach()
+            made.bias = nn.Parameter(bias if self.input_rows else bias[rows], requires_grad=False)
+        return made
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, ``[out_features, in_features]``."""

@@ -37,12 +37,12 @@ def quantize_rows(weight: Tensor, row_format: RowFormat, importance: Tensor | No
         raise ValueError(f"weight must be float32, float16 or bfloat16 [I, H], got {weight.dtype} {list(weight.shape)}")
     rows, hidden_size = weight.shape
     groups = row_format.groups(hidden_size)
-    _check_finite("weight", weight)
+    check_finite("weight", weight)
     if importance is None:
         importance = weight.new_ones((), dtype=torch.float32).expand(hidden_size)
     if importance.shape != (hidden_size,):
         raise ValueError(f"importance must have shape [{hidden_size}], got {list(importance.shape)}")
-    _check_finite("importance", importance)
+    check_finite("importance", importance)
     if (importance < 0).any():
         raise ValueError(f"importance must not be negative, got {float(importance.min())}")
     importance = importance.to(weight.device, torch.float32).reshape(groups, -1)
@@ -116,7 +116,7 @@ def _scales(values: Tensor, row_format: RowFormat, clip: float) -> tuple[Tensor,
     return stored, (-low / stored.float()).half() if row_format.zero_points else None
 
 
-def _check_finite(name: str, t: Tensor) -> None:
+def check_finite(name: str, t: Tensor) -> None:
     finite = t.isfinite()
     if not finite.all():
         raise ValueError(f"{name} must be finite, got {int((~finite).sum())} values that are NaN or infinite")

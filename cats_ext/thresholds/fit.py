@@ -56,18 +56,25 @@ def sample_weights(weight: Callable[[str], Tensor | None], first: int = 0, neuro
     Args:
         weight: gives the weight of ``gate_proj``, ``up_proj`` and ``down_proj``, ``[I, H]`` or ``[H, I]``, or of
             ``gate_up_proj``, with the gate's rows first, if it returns None for ``gate_proj``; of experts with a
-            dimension of experts before. However gate and up are stored, the sample is the same.
+            dimension of experts before. However gate and up are stored, the sample is the same. Of packed rows, uint8
+            ``[I, bytes]`` each, it is of their bytes.
         first, neurons: of an MLP that has ``neurons`` neurons, the weights are those from ``first`` on (tensor
             parallelism). The sample then has the places among them only.
     """
-    down = weight("down_proj").detach().mT  # by neuron
+    down = weight("down_proj").detach()
+    if down.dtype != torch.uint8:
+        down = down.mT  # by neuron, as packed rows are
     gate, up = weight("gate_proj"), weight("up_proj")
     if gate is None:
         gate, up = weight("gate_up_proj").detach().split(down.shape[-2], dim=-2)
-    places = torch.tensor(_places(torch.Size((*down.shape[:-2], neurons or down.shape[-2], down.shape[-1]))))
-    places = places[_are_within(places, first, down.shape[-2])]
-    places[:, -2] -= first
-    return torch.stack([tensor.detach()[places.unbind(1)].float().cpu() for tensor in (gate, up, down)])
+    samples = []
+    for tensor in (gate, up, down):
+        *experts, own, width = tensor.shape
+        places = torch.tensor(_places(torch.Size((*experts, neurons or own, width))))
+        places = places[_are_within(places, first, own)]
+        places[:, -2] -= first
+        samples.append(tensor.detach()[places.unbind(1)].float().cpu())
+    return torch.stack(samples)
 
 
 def _are_within(places: Tensor, first: int, count: int) -> Tensor:

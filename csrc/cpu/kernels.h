@@ -31,6 +31,7 @@ struct Parallel {
 struct CpuKernels {
     const char *isa;
     void (*sparse_mlp)(const SparseMlpParams &, const Parallel &);
+    void (*activated_mlp)(const ActivatedMlpParams &, const Parallel &);
     void (*gated_threshold)(const GatedThresholdParams &, const Parallel &); // or its backward; fp32, fp16 and bf16
 };
 

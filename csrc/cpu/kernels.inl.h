@@ -12,6 +12,6 @@
 
 namespace cats::CATS_ISA {
 
-const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, gated_threshold};
+const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, activated_mlp, gated_threshold};
 
 } // namespace cats::CATS_ISA

@@ -149,14 +149,16 @@ template <class T> struct SparseMlp {
     float *const partial; // [parts, tokens, padded]: y of each part
     Part *const part;     // [parts]
     void *x_gate, *x_up;  // [tokens, padded]: x as the dot products of gate and of up take it
+    const T *const given; // [M, I]: act(g) where it is given and there is no w_gate, otherwise null
 
-    SparseMlp(const SparseMlpParams &p, const Parallel &parallel, int64_t first_token)
+    SparseMlp(const SparseMlpParams &p, const Parallel &parallel, int64_t first_token, const void *given = nullptr)
         : p(p), parallel(parallel), first_token(first_token), tokens(min(kMaxTokens, p.tokens - first_token)),
           parts(parts_for(parallel, p.intermediate_size * p.hidden_size, 1 << 15)),
           padded(round_up(p.hidden_size, p.gate_format.packed() ? kPackedColumns : kGroup)),
           v(workspace<float>(0, tokens * p.intermediate_size)),
           alive(workspace<uint8_t>(1, tokens * p.intermediate_size)), kept(workspace<int32_t>(2, p.intermediate_size)),
-          partial(workspace<float>(3, parts * tokens * padded)), part(workspace<Part>(4, parts)) {}
+          partial(workspace<float>(3, parts * tokens * padded)), part(workspace<Part>(4, parts)),
+          given(static_cast<const T *>(given)) {}
 
     template <class Element> static Element *workspace(int slot, int64_t size) {
         return static_cast<Element *>(cpu_workspace(slot, size * sizeof(Element)));
@@ -170,9 +172,11 @@ template <class T> struct SparseMlp {
     template <class Row> int64_t columns() const { return Row::kScaled ? padded : p.hidden_size; }
 
     void run() {
-        with_rows<T>(p.gate_format, [this](auto row) { x_gate = pack_x<typename decltype(row)::type>(5); });
-        if (p.up_format == p.gate_format) x_up = x_gate;
-        else with_rows<T>(p.up_format, [this](auto row) { x_up = pack_x<typename decltype(row)::type>(6); });
+        if (p.x) {
+            with_rows<T>(p.gate_format, [this](auto row) { x_gate = pack_x<typename decltype(row)::type>(5); });
+            if (p.up_format == p.gate_format) x_up = x_gate;
+            else with_rows<T>(p.up_format, [this](auto row) { x_up = pack_x<typename decltype(row)::type>(6); });
+        }
         for_each(parallel, parts, [this](int64_t i) { gate(i); });
         const int64_t num_kept = concatenate_kept();
         for_each(parallel, parts, [this, num_kept](int64_t i) { up_and_down(i, num_kept); });
@@ -232,6 +236,31 @@ template <class T> struct SparseMlp {
 
     void gate(int64_t i) {
         const int64_t begin = p.intermediate_size * i / parts, end = p.intermediate_size * (i + 1) / parts;
+        if (given) read_activations(begin, end);
+        else compute_activations(begin, end);
+        Part result{};
+        for (int64_t j = begin; j < end; j++) {
+            int64_t keeping = 0;
+            for (int64_t t = 0; t < tokens; t++) {
+                const int64_t at = t * p.intermediate_size + j;
+                alive[at] = !is_below(v[at], p.threshold, p.threshold_stride, j);
+                keeping += alive[at];
+            }
+            if (keeping) kept[begin + result.kept++] = j;
+            result.kept_pairs += keeping;
+        }
+        part[i] = result;
+    }
+
+    void read_activations(int64_t begin, int64_t end) const {
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t j = begin; j < end; j += kLanes) {
+                const T *from = given + (first_token + t) * p.intermediate_size + j;
+                store(v + t * p.intermediate_size + j, load(from, end - j), end - j);
+            }
+    }
+
+    void compute_activations(int64_t begin, int64_t end) const {
         float g[kRows][kMaxTokens];
         for (int64_t j = begin; j < end; j += kRows) {
             auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // repeats the last row at the end
@@ -246,18 +275,6 @@ template <class T> struct SparseMlp {
                     store(at, activate<decltype(activation)::value>(load(at, end - j)), end - j);
                 }
         });
-        Part result{};
-        for (int64_t j = begin; j < end; j++) {
-            int64_t keeping = 0;
-            for (int64_t t = 0; t < tokens; t++) {
-                const int64_t at = t * p.intermediate_size + j;
-                alive[at] = !is_below(v[at], p.threshold, p.threshold_stride, j);
-                keeping += alive[at];
-            }
-            if (keeping) kept[begin + result.kept++] = j;
-            result.kept_pairs += keeping;
-        }
-        part[i] = result;
     }
 
     int64_t concatenate_kept() {
@@ -276,13 +293,13 @@ template <class T> struct SparseMlp {
         float u[kRows][kMaxTokens];
         for (int64_t k = begin; k < end; k += kRows) {
             auto neuron = [this, k, end](int r) -> int64_t { return kept[min(k + r, end - 1)]; };
-            project(p.up_format, p.w_up, p.w_up_stride, x_up, p.up_bias, neuron, u);
+            if (p.w_up) project(p.up_format, p.w_up, p.w_up_stride, x_up, p.up_bias, neuron, u);
             for (int r = 0; r < min(kRows, end - k); r++) {
                 const int32_t j = neuron(r);
                 int64_t keeping = 0;
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t at = t * p.intermediate_size + j;
-                    v[at] *= u[r][t];
+                    if (p.w_up) v[at] *= u[r][t];
                     if (p.down_threshold && is_below(v[at], p.down_threshold, p.down_threshold_stride, j))
                         alive[at] = 0;
                     keeping += alive[at];
@@ -345,17 +362,31 @@ template <class T> struct SparseMlp {
     }
 };
 
-template <class T> static void sparse_mlp_with(const SparseMlpParams &p, const Parallel &parallel) {
-    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<T>(p, parallel, first).run();
+template <class T> static void sparse_mlp_with(const void *given, const SparseMlpParams &p, const Parallel &parallel) {
+    for (int64_t first = 0; first < p.tokens; first += kMaxTokens) SparseMlp<T>(p, parallel, first, given).run();
 }
 
-static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) {
+static void sparse_mlp_from(const void *given, const SparseMlpParams &p, const Parallel &parallel) {
     switch (p.dtype) {
-    case DType::kFloat32: return sparse_mlp_with<float>(p, parallel);
-    case DType::kFloat16: return sparse_mlp_with<Half>(p, parallel);
-    case DType::kBFloat16: return sparse_mlp_with<BFloat16>(p, parallel);
+    case DType::kFloat32: return sparse_mlp_with<float>(given, p, parallel);
+    case DType::kFloat16: return sparse_mlp_with<Half>(given, p, parallel);
+    case DType::kBFloat16: return sparse_mlp_with<BFloat16>(given, p, parallel);
     case DType::kFloat64: break; // refused by the op
     }
+}
+
+static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) { sparse_mlp_from(nullptr, p, parallel); }
+
+// The smallest threshold above 0 drops zeros, and nothing else.
+static void activated_mlp(const ActivatedMlpParams &a, const Parallel &parallel) {
+    const float threshold = 0x1p-149f;
+    SparseMlpParams p{};
+    p.tokens = a.tokens, p.hidden_size = a.hidden_size, p.intermediate_size = a.intermediate_size;
+    p.x = a.x, p.w_up = a.w_up, p.w_down_t = a.w_down_t, p.y = a.y;
+    p.w_up_stride = a.w_up_stride, p.w_down_t_stride = a.w_down_t_stride;
+    p.up_bias = a.up_bias, p.down_bias = a.down_bias;
+    p.threshold = &threshold, p.dtype = a.dtype;
+    sparse_mlp_from(a.v, p, parallel);
 }
 
 } // namespace cats::CATS_ISA

@@ -4,7 +4,7 @@
 //
 //     asked[slot]  the batch's state is written; only before sm_90, where the workers copy the rows
 //     full[slot]   the rows have arrived, and the state is complete
-//     done[slot]   every worker warp has read the rows and written its partial dot products
+//     done[slot]   every worker warp has read the rows and written its partial dot products, and every copier the state
 #pragma once
 
 #include "mbarrier.cuh"
@@ -58,12 +58,13 @@ template <class Batches_> class Ring {
     // Registers are scarce, so addresses are computed when they are needed.
     __device__ Ring(uint8_t *smem, const RingSizes &sizes) : smem_(smem), sizes_(sizes) {}
 
-    // Called by one warp. copy_arrivals: of the threads that copy, at full[slot].
-    __device__ void init(int copy_arrivals) const {
+    // Called by one warp. copy_arrivals: of the threads that copy, at full[slot]. copiers: warps that read the state
+    // beside the workers.
+    __device__ void init(int copy_arrivals, int copiers = 0) const {
         for (int s = threadIdx.x % 32; s < sizes_.slots; s += 32) {
             init_barrier(asked(s), kArrivalsPerWarp);
             init_barrier(full(s), kArrivalsPerWarp + copy_arrivals);
-            init_barrier(done(s), Batches::kWorkers * kArrivalsPerWarp);
+            init_barrier(done(s), (Batches::kWorkers + copiers) * kArrivalsPerWarp);
         }
         publish_barriers();
     }

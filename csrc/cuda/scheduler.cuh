@@ -320,6 +320,8 @@ template <class Batches, class Row> class Copier {
             }
             if (thresholds) arrive_after_async_copies(ring_.full(at.slot));
             if (kind == RowKind::kEnd) break;
+            __syncwarp();
+            arrive_as_warp(ring_.done(at.slot)); // the state has been read, also by a copier that has no row
             at.advance(ring_);
         }
     }

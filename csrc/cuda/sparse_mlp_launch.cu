@@ -12,23 +12,6 @@ namespace cats {
 
 namespace {
 
-cudaError_t device_limits(int *device, DeviceLimits *limits) {
-    static std::mutex mutex;
-    static DeviceLimits known[kMaxDevices];
-    if (const cudaError_t error = cudaGetDevice(device)) return error;
-    if (*device >= kMaxDevices) return cudaErrorInvalidDevice;
-    const std::lock_guard<std::mutex> lock(mutex);
-    DeviceLimits &found = known[*device];
-    if (found.multiprocessors == 0) {
-        cudaDeviceProp properties;
-        if (const cudaError_t error = cudaGetDeviceProperties(&properties, *device)) return error;
-        found = {10 * properties.major + properties.minor, properties.multiProcessorCount,
-                 int(properties.sharedMemPerBlockOptin)};
-    }
-    *limits = found;
-    return cudaSuccess;
-}
-
 bool is_aligned(const SparseMlpParams &p, const RowLayout &row) {
     const auto fits = [&](const void *base, int64_t stride) {
         const int64_t bytes = stride * (p.gate_format.packed() ? 1 : row.storage_bytes);
@@ -86,6 +69,23 @@ int64_t y_sum_size(const SparseMlpParams &params) { return int64_t(kMaxTokensPer
 constexpr int kCounters = 4; // next_batch, done_ctas, and two for the alignment of what follows
 
 } // namespace
+
+cudaError_t device_limits(int *device, DeviceLimits *limits) {
+    static std::mutex mutex;
+    static DeviceLimits known[kMaxDevices];
+    if (const cudaError_t error = cudaGetDevice(device)) return error;
+    if (*device >= kMaxDevices) return cudaErrorInvalidDevice;
+    const std::lock_guard<std::mutex> lock(mutex);
+    DeviceLimits &found = known[*device];
+    if (found.multiprocessors == 0) {
+        cudaDeviceProp properties;
+        if (const cudaError_t error = cudaGetDeviceProperties(&properties, *device)) return error;
+        found = {10 * properties.major + properties.minor, properties.multiProcessorCount,
+                 int(properties.sharedMemPerBlockOptin)};
+    }
+    *limits = found;
+    return cudaSuccess;
+}
 
 size_t sparse_mlp_workspace_bytes(const SparseMlpParams &params) {
     return size_t(kCounters + y_sum_size(params)) * sizeof(float);

@@ -27,6 +27,15 @@ cudaError_t sparse_mlp_partial_sums_bytes(const SparseMlpParams &params, size_t 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
                             const SparseMlpLaunchOptions &options = {});
 
+// As the three above, of activated_mlp. partial_sums: null, or for the same bits in every run.
+size_t activated_mlp_workspace_bytes(const ActivatedMlpParams &params);
+cudaError_t activated_mlp_partial_sums_bytes(const ActivatedMlpParams &params, size_t *bytes);
+cudaError_t activated_mlp_cuda(const ActivatedMlpParams &params, void *workspace, void *partial_sums,
+                               cudaStream_t stream);
+
+// The current device and what plan() is told of it.
+cudaError_t device_limits(int *device, DeviceLimits *limits);
+
 // Forward, or backward where the params have grad_h.
 cudaError_t gated_threshold_cuda(const GatedThresholdParams &params, cudaStream_t stream);
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": ("chat", "model"),
     "eval": ("eval", "model", "--text", "missing.txt"),
     "finetune": ("finetune", "model", "--text", "missing.txt", "-o", "out"),
+    "quantize": ("quantize", "model", "-o", "out"),
     "demo": ("demo",),
     "bench": ("bench",),
 }
@@ -37,6 +38,7 @@ COUNTS = {
     "generate": ("--max-new-tokens",),
     "chat": ("--max-new-tokens", "--context"),
     "eval": ("--limit", "--batch-size", "--window", "--max-windows"),
+    "quantize": ("--max-tokens", "--sequence-length"),
     "finetune": ("--rows", "--steps", "--lora-rank", "--batch-size", "--sequence-length", "--save-every"),
     "demo": ("--max-new-tokens", "--calibration-tokens", "--eval-tokens"),
     "bench": ("--tokens", "--passes"),
@@ -53,7 +55,7 @@ def test_counts(command, option):
         assert f"Invalid value for '{option}'" in message and value in message
 
 
-@pytest.mark.parametrize("command", ["calibrate", "generate", "chat", "finetune"])
+@pytest.mark.parametrize("command", ["calibrate", "generate", "chat", "finetune", "quantize"])
 def test_seeds(command):
     for value in (-1, 2**32, HUGE):
         message = usage_error_of(*COMMANDS[command], "--seed", value)
@@ -90,6 +92,9 @@ def test_sampling(command):
         ((*COMMANDS["finetune"], "--output", "/dev/null"), "--output '/dev/null' exists and is not a directory"),
         ((*COMMANDS["finetune"], "--learning-rate", "inf"), "--learning-rate must be positive and finite, got inf"),
         ((*COMMANDS["finetune"], "--report-to", "nosuch"), "--report-to must be one of those installed, "),
+        ((*COMMANDS["quantize"], "--output", "/dev/null"), "--output '/dev/null' exists and is not a directory"),
+        ((*COMMANDS["quantize"], "--weights", "int3"), "--weights must be one of int4, int8, fp8, or a format such as"),
+        ((*COMMANDS["quantize"], "--group-size", 0), "--group-size must be one of 32, 64, 128, or None, got 0"),
         (("report", "nowhere"), "nowhere is not a directory with a CATS config"),
         (("bench", "--device", f"cuda:{HUGE}"), f"--device must be cpu, cuda or cuda:N, got 'cuda:{HUGE}'"),
         (("bench", "--sparsity", "nan"), "--sparsity must be in [0, 1), got nan"),

@@ -18,9 +18,12 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A document of its own is read from top to bottom, README's snippets stand alone.
 SNIPPETS = [
     *PYTHON.findall(README),
-    *("\n".join(PYTHON.findall((ROOT / "docs" / name).read_text())) for name in ("transformers.md", "finetuning.md")),
+    *(
+        "\n".join(PYTHON.findall((ROOT / "docs" / name).read_text()))
+        for name in ("transformers.md", "quantization.md", "finetuning.md")
+    ),
 ]
-DOCUMENTS = README + (ROOT / "docs" / "finetuning.md").read_text()
+DOCUMENTS = "".join([README, *((ROOT / "docs" / name).read_text() for name in ("quantization.md", "finetuning.md"))])
 COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)
 
 

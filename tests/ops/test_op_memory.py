@@ -26,7 +26,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "op", ["sparse_mlp", "sparse_mlp_counted", "gated_threshold_forward", "gated_threshold_backward"]
+    "op", ["sparse_mlp", "sparse_mlp_counted", "activated_mlp", "gated_threshold_forward", "gated_threshold_backward"]
 )
 @pytest.mark.usefixtures("one_thread")
 def test_calls_keep_no_memory(op, device):
@@ -39,6 +39,7 @@ def test_calls_keep_no_memory(op, device):
     args = {
         "sparse_mlp": args,
         "sparse_mlp_counted": case.counted_args(torch.zeros(3, dtype=torch.int64, device=device)),
+        "activated_mlp": (gate, args[3], args[9], args[0], args[2], args[8]),
         "gated_threshold_forward": (gate, gate, *rule),
         "gated_threshold_backward": (gate, gate, gate, *rule),
     }[op]

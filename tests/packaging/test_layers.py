@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2] / "cats_ext"
 FLOORS = (
     {"_version", "_progress", "_outputs", "rows"},
     {"ops", "thresholds", "_inputs"},
-    {"env", "functional", "patching"},
+    {"data", "env", "functional", "patching"},
+    {"quantization"},
     {"decode", "evaluation", "integrations"},
     {"calibration"},
     {"finetune", "__init__"},

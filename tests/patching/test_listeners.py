@@ -19,7 +19,7 @@ def told(monkeypatch):
     def note(event):
         return lambda model, *_: events.append((event, isinstance(layers_of(model)[0], CatsMLP)))
 
-    listener = listeners.PatchListener(note("check"), note("patched"), note("removing"))
+    listener = listeners.PatchListener(*map(note, ("check", "patched", "quantized", "removing")))
     monkeypatch.setattr(listeners, "_listeners", [*listeners._listeners, listener])
     return events
 
@@ -43,7 +43,7 @@ def test_a_listener_refuses(told, monkeypatch):
     model = tiny_model()
     config, before = config_for(model), snapshot(model)
     for event in ("check", "patched"):
-        functions = {name: lambda *_: None for name in ("check", "patched", "removing")} | {event: refuse}
+        functions = {name: lambda *_: None for name in ("check", "patched", "quantized", "removing")} | {event: refuse}
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="not this one"):
             patch.setattr(listeners, "_listeners", [*listeners._listeners, listeners.PatchListener(**functions)])
             apply_cats(model, config)

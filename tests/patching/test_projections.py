@@ -11,7 +11,7 @@ from torch import nn
 from cats_ext import apply_cats
 from cats_ext.ops import dispatch
 from cats_ext.ops.dispatch import DENSE, KERNEL, MASKED, choose, choose_experts
-from cats_ext.patching.projections import KINDS, SeparateProjections, call_linear, readable_parameters
+from cats_ext.patching.projections import KINDS, SeparateProjections, call_linear, readable_linears
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_calling_a_linear_fires_whatever_is_on_it():
     replaced = nn.Linear(3, 4)
     replaced.forward = lambda x: x
     assert call_linear(replaced, x) is x
-    assert readable_parameters(replaced) is None and readable_parameters(plain) == [plain._parameters]
+    assert readable_linears(replaced) is None and readable_linears(plain) == [plain]
 
 
 class HalvedWeights(SeparateProjections):

@@ -108,6 +108,49 @@ REFUSED = {
 }
 
 
+@dataclass(frozen=True)
+class ExactFamily(Family):
+    """One that is sparse by itself: what is found of how many layers, and the matrices of an MLP."""
+
+    form: str = "down only"
+    matrices: int = 2
+    layers: int = LAYERS
+
+
+_GEMMA_3N = {
+    **_SMALL_HEADS,
+    "activation_sparsity_pattern": [0.95, 0.7, 0.0],
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+}
+EXACT = {
+    "llama-relu": ExactFamily(
+        "ReLUfied Llama (ProSparse, MiniCPM-S)", "llama", {"hidden_act": "relu"}, form="gated", matrices=3
+    ),
+    "phi3-relu": ExactFamily("ReLUfied Phi-3", "phi3", {"hidden_act": "relu"}, form="gated", matrices=3),
+    "mixtral-relu": ExactFamily(
+        "ReLUfied Mixtral", "mixtral", {**_EXPERTS, "hidden_act": "relu"}, form="gated", matrices=3
+    ),
+    "llama-relu2": ExactFamily(
+        "Llama with squared ReLU", "llama", {"hidden_act": "relu2"}, form="activated", matrices=3
+    ),
+    "gemma3n": ExactFamily(
+        "Gemma 3n, its sparse layers", "gemma3n_text", _GEMMA_3N, form="activated", matrices=3, layers=2
+    ),
+    "bitnet": ExactFamily("BitNet", "bitnet", matrices=3),
+    "nemotron": ExactFamily("Nemotron", "nemotron"),
+    "arcee": ExactFamily("Arcee AFM", "arcee"),
+    "jais2": ExactFamily("Jais 2", "jais2"),
+    "nanochat": ExactFamily("NanoChat", "nanochat"),
+    "persimmon": ExactFamily("Persimmon", "persimmon"),
+    "opt": ExactFamily("OPT", "opt", {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
+    "falcon-relu": ExactFamily("ReLU-Falcon", "falcon", {"activation": "relu"}),
+}
+
+
 def installed(families: dict[str, Family]) -> dict[str, Family]:
     """Those that the installed transformers has."""
     return {name: family for name, family in families.items() if family.model_type in CONFIG_MAPPING}
@@ -121,11 +164,11 @@ def keeps_experts_together(model: nn.Module) -> bool:
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> nn.Module:
     """A random model in eval mode. Weights are wide enough for activations of order one, as in real models."""
     torch.manual_seed(seed)
-    chosen = (FAMILIES | MIXTURES | REFUSED)[family]
+    chosen = (FAMILIES | MIXTURES | REFUSED | EXACT)[family]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**(_SIZES | chosen.arguments | sizes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_proj" in name and parameter.dim() > 1:
+            if any(part in name for part in ("_proj", "fc", "dense_")) and parameter.dim() > 1:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             elif "_proj" in name and parameter.dim() == 1:
                 parameter.normal_(0, 0.5)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.models import FAMILIES, MIXTURES, REFUSED, tiny_model
+from support.models import EXACT, FAMILIES, MIXTURES, REFUSED, tiny_model
 
 from cats_ext.patching.detection import MERGED, SEPARATE, find_gated_mlps
+from cats_ext.patching.exact.detection import DOWN_ONLY, find_exact_layers
 
 HEAD = """# Models
 
@@ -29,6 +30,13 @@ In transformers 5 the weights of a layer's experts are two parameters, `gate_up_
 over all tokens routed to any of them. A few tokens run sparsely inside each expert they are routed to; more tokens use
 transformers' own grouped matrix products with the mask in between. Layers without experts, and experts that every token
 uses, are MLPs as above.
+
+"""
+EXACT_HEAD = """
+## Sparse by themselves
+
+`apply_exact` runs these as they are, without thresholds ([exact.md](exact.md)). `tests/patching/test_exact.py` tests
+each on the CPU and on a GPU.
 
 """
 REFUSED_HEAD = """
@@ -64,12 +72,18 @@ def document() -> str:
             find_gated_mlps(tiny_model(name))
         except ValueError as error:
             refused.append([family.title, str(error).split(" cannot run sparsely: ")[-1]])
+    exact = []
+    for name, family in EXACT.items():
+        layers, _ = find_exact_layers(tiny_model(name))
+        skipped = "down rows" if layers[0].form == DOWN_ONLY else "up and down rows"
+        exact.append([family.title, layers[0].activation, skipped])
     tables = (
         table(["family", "MLP class", "projections", "activation"], supported),
         table(["family", "experts", "other MLPs", "activation"], mixtures),
+        table(["family", "activation", "skipped"], exact),
         table(["family", "reason"], refused),
     )
-    return HEAD + tables[0] + MIXTURES_HEAD + tables[1] + REFUSED_HEAD + tables[2]
+    return HEAD + tables[0] + MIXTURES_HEAD + tables[1] + EXACT_HEAD + tables[2] + REFUSED_HEAD + tables[3]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from cats_ext.cli.common import (
 from cats_ext.cli.text import NAMED_TEXTS, named_text, read_texts, tokenize
 from cats_ext.evaluation.comparison import compare, perplexity
 from cats_ext.evaluation.tasks import answers, check_tasks, compare_answers, local_task
+from cats_ext.patching.exact.apply import apply_config
+from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.rules import check_sparsity
 
 if TYPE_CHECKING:
@@ -153,7 +155,8 @@ class Variant:
 def variants_of(config: cats_ext.CatsConfig | None, curve: list[float], relufication: bool) -> list[Variant]:
     """``config`` as it is and at the sparsities of ``curve``, and the ReLUfied model if wanted."""
     configs = [] if config is None else [config, *(config.at_sparsity(sparsity) for sparsity in curve)]
-    variants = [Variant(f"{c.rule} {c.sparsity:.0%}", partial(cats_ext.apply_cats, config=c), c) for c in configs]
+    names = [c.rule if c.rule == EXACT else f"{c.rule} {c.sparsity:.0%}" for c in configs]
+    variants = [Variant(name, partial(apply_config, config=c), c) for name, c in zip(names, configs, strict=True)]
     return [*variants, Variant("ReLUfication", cats_ext.apply_relufication)] if relufication else variants
 
 

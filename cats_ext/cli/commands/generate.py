@@ -63,9 +63,10 @@ def generate(
         soft_wrap=True,
     )
     if report is not None:
+        target = f" (target {config.sparsity:.0%})" if config.sparsity else ""
         notes.print(
-            f"[dim]neurons skipped: {report.up_sparsity:.1%} of up, {report.down_sparsity:.1%} of down (target "
-            f"{config.sparsity:.0%}); a token read {report.bytes_share:.1%} of the MLP weights[/]",
+            f"[dim]neurons skipped: {report.up_sparsity:.1%} of up, {report.down_sparsity:.1%} of down{target}; a "
+            f"token read {report.bytes_share:.1%} of the MLP weights[/]",
             soft_wrap=True,
         )
         note_drift(report, "this text", tolerance=0.1)  # a few tokens vary more than a corpus

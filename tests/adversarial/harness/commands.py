@@ -54,6 +54,7 @@ class CommandLine:
 
 
 _CALIBRATE = ("calibrate", "{model}", "--text", "{text}", "-o", "{place}/new")
+_QUANTIZE = ("quantize", "{model}", "-o", "{place}/new")
 _GENERATE = ("generate", "{model}", "--prompt", "a cat")
 _EVAL = ("eval", "{model}", "--text", "{text}")
 _FINETUNE = ("finetune", "{model}", "--text", "{text}", "-o", "{place}/tuned")
@@ -95,6 +96,16 @@ TABLE: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (_CALIBRATE, "--checkpoint", ("/tmp", "{place}", "/proc/new", "/dev/null/new", "{place}/file/new")),
     (("calibrate", "{model}", "--text", "{text}"), "--output", _BAD_DIRECTORIES),
     (("calibrate", "{model}", "-o", "{place}/new"), "--text", _BAD_TEXTS),
+    *((_QUANTIZE, option, ("int3", "", "INT4", "int4_g16")) for option in ("--weights", "--gate", "--up", "--down")),
+    (_QUANTIZE, "--group-size", (*COUNTS, "16", "256")),
+    (_QUANTIZE, "--scope", ("best", "")),
+    (_QUANTIZE, "--text", _BAD_TEXTS),
+    (_QUANTIZE, "--max-tokens", COUNTS),
+    (_QUANTIZE, "--sequence-length", COUNTS),
+    (_QUANTIZE, "--seed", ("1.5", "abc", "", *HUGE, str(2**64))),
+    (_QUANTIZE, "--device", DEVICES),
+    (_QUANTIZE, "--dtype", DTYPES),
+    (("quantize", "{model}"), "--output", _BAD_DIRECTORIES),
     (_GENERATE, "--sparsity", SHARES),
     (_GENERATE, "--cats", _BAD_CONFIGS),
     (_GENERATE, "--max-new-tokens", (*COUNTS, *HUGE)),

@@ -164,6 +164,23 @@ def _mlp(r: random.Random, op: str, g: torch.Generator) -> Call:
     return Call(op, arguments | ({} if step else {"deterministic": r.random() < 0.5}))
 
 
+def _activated(r: random.Random, op: str, g: torch.Generator) -> Call:
+    dtype, gated = r.choice(DTYPES), r.random() < 0.6
+    hidden = r.choice([1, r.randint(1, 120), 8 * r.randint(1, 30), r.choice([1024, 2048])])
+    intermediate = r.randint(1, 40) if hidden > 500 else r.choice([1, r.randint(1, 150), 8 * r.randint(1, 20)])
+    shape = r.choice([(), (1,), (r.randint(0, 20),), (2, r.randint(1, 4))])
+    v = _normal(g, *shape, intermediate)
+    v = torch.where(torch.rand(v.shape, generator=g) < r.choice([0, 0.5, 0.95, 1]), 0, v).to(dtype)
+    if len(shape) == 1 and r.random() < 0.2:
+        v = torch.nn.functional.pad(v, (3, 5))[:, 3 : 3 + intermediate]
+    bias = lambda n: _normal(g, n, scale=0.3).to(dtype) if r.random() < 0.3 else None  # noqa: E731
+    weight = lambda n: _rows(r, _normal(g, intermediate, hidden, scale=n**-0.5).to(dtype))  # noqa: E731
+    arguments: dict[str, Any] = {"v": v, "w_down_t": weight(intermediate), "down_bias": bias(hidden)}
+    if gated:
+        arguments |= {"x": _normal(g, *shape, hidden).to(dtype), "w_up": weight(hidden), "up_bias": bias(intermediate)}
+    return Call(op, arguments | {"deterministic": r.random() < 0.5})
+
+
 # --- wrong calls ------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +238,12 @@ def spoil(r: random.Random, call: Call) -> bool:
         wrong = _wrong_shape(r, name, t)
         if name == "x" and "packed" in call.op and -(-wrong.shape[-1] // 128) == -(-t.shape[-1] // 128):
             return False  # rows are padded: x alone says how many of their columns there are
-        neurons = tensors["gate"].shape[-1] if "gate" in tensors else len(tensors["w_gate"])
+        neurons = tensors["gate"].shape[-1] if "gate" in tensors else len(tensors["w_down_t"])
+        if call.op == "activated_mlp" and "x" not in tensors:  # then nothing says how many dimensions or columns
+            if name == "v" and wrong.shape[-1] == neurons:
+                return False
+            if name == "w_down_t" and wrong.dim() == 2 and len(wrong) == neurons and "down_bias" not in tensors:
+                return False
         if wrong.shape == t.shape or ("threshold" in name and wrong.shape == (neurons,)):
             return False
     elif how == "strides":
@@ -244,6 +266,8 @@ def spoil(r: random.Random, call: Call) -> bool:
             return True
     elif how == "activation":
         name, wrong = "activation", r.choice(_ACTIVATIONS)
+        if name not in call.arguments:
+            return False
     else:
         wrong = r.choice([1, 0.5, "x", [], [t], object(), True])
     if how not in ("missing",) and wrong is None:
@@ -261,7 +285,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
     r = random.Random(f"{seed}:{number}")
     g = torch.Generator().manual_seed(r.getrandbits(48))
     op = r.choice(OPS)
-    call = (_elementwise if op.startswith("gated") else _mlp)(r, op, g)
+    make = _elementwise if op.startswith("gated") else _activated if op == "activated_mlp" else _mlp
+    call = make(r, op, g)
     if r.random() < 0.5:
         while not spoil(r, call):
             pass
@@ -285,6 +310,8 @@ def _expected(call: Call) -> list[Tensor]:
         return list(reference.gated_threshold_backward_ref(**exact, compute_dtype=torch.float64))
     if call.op.startswith("gated"):
         return [reference.gated_threshold_ref(**exact, compute_dtype=torch.float64)]
+    if call.op == "activated_mlp":
+        return [reference.activated_mlp_ref(**exact, compute_dtype=torch.float64)]
     if y_sum is not None:
         eps, weight = exact.pop("norm_eps"), exact.pop("norm_weight")
         exact["x"] = reference.rms_norm_ref(cpu["x"], weight.to(cpu["x"].dtype), eps).double()
@@ -345,5 +372,5 @@ def is_clear_op_error(message: str, op: str) -> bool:
     """A sentence of the op that begins with its name, or torch's own on a value that no schema of this kind takes."""
     own = ("Expected a value of type", "is missing value")
     by_torch = message.startswith(f"cats::{op}() ") and any(part in message for part in own)
-    family = "gated_threshold" if op.startswith("gated") else "sparse_mlp"
+    family = next(family for family in ("gated_threshold", "activated_mlp", "sparse_mlp") if op.startswith(family))
     return by_torch or (message.startswith(family) and is_clear(message, (family,)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cats_ext._inputs import check_token_ids, window_bos
-from cats_ext.calibration.texts import PART, cut_text, sample_size, sample_texts
+from cats_ext.data.texts import PART, cut_text, sample_size, sample_texts
 
 MIN_TOKENS = 128  # too few for a distribution are refused; some thousands are advisable
 

@@ -12,10 +12,10 @@ import typer
 import cats_ext
 from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.calibration.settings import CalibrationSettings
-from cats_ext.calibration.texts import sample_texts
 from cats_ext.cli import options
 from cats_ext.cli.common import escape, load, output, print_json, show_next
 from cats_ext.cli.text import stream_texts
+from cats_ext.data.texts import sample_texts
 from cats_ext.thresholds.allocation import ALLOCATIONS
 from cats_ext.thresholds.rules import IMPORTANCES, RULES
 

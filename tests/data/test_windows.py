@@ -8,7 +8,7 @@ from support.models import VOCABULARY, CharacterTokenizer, tiny_model, tokens
 
 from cats_ext import calibrate
 from cats_ext._inputs import window_bos
-from cats_ext.calibration.data import collect_windows, sample_windows
+from cats_ext.data.windows import collect_windows, sample_windows
 
 
 def windows(data, tokenizer=None, sequence_length=100, max_tokens=10**6, seed=0) -> list[list[int]]:

@@ -11,9 +11,9 @@ import pytest
 from support.models import CharacterTokenizer
 
 import cats_ext
-from cats_ext.calibration import texts as calibration_texts
-from cats_ext.calibration.data import collect_windows
-from cats_ext.calibration.texts import PART, cut_text, sample_size, sample_texts
+from cats_ext.data import texts as calibration_texts
+from cats_ext.data.texts import PART, cut_text, sample_size, sample_texts
+from cats_ext.data.windows import collect_windows
 
 WORDS = " ".join(str(random.Random(i).randrange(10**6)) for i in range(3000))
 

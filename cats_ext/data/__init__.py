@@ -1,0 +1,1 @@
+"""Texts and token ids as windows for a model: what calibration, tuning and rounding run on."""

@@ -1,0 +1,110 @@
+"""Lets a model that is sparse by itself skip its zeros, in place: in all layers that gain or, after an error, none."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cats_ext.patching import listeners
+from cats_ext.patching.apply import apply_cats, make_all_dense, sparse_mlps
+from cats_ext.patching.detection import ACTIVATION_NAMES, check_module
+from cats_ext.patching.exact.detection import ACTIVATED, GATED, ExactLayer, find_exact_layers
+from cats_ext.patching.exact.modules import ExactDown, ExactMLP, ExactState
+from cats_ext.patching.mlp import ForwardSettings
+from cats_ext.patching.surgery import (
+    MemoryLayouts,
+    make_sparse,
+    neuron_strides,
+    patched_class,
+    register_buffers,
+    set_class,
+)
+from cats_ext.patching.wrappers import unwrapped
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
+
+
+def apply_exact(model: nn.Module) -> nn.Module:
+    """Let ``model`` skip what is exactly zero in its MLPs, in place: the same function, reading fewer weights.
+
+    For models whose activation gives exact zeros: ReLU and squared ReLU, gated or not (ReLUfied Llamas, OPT, Nemotron,
+    Arcee, NanoChat and others), and Gemma 3n, whose first layers keep the largest 5 % of each token. Nothing is
+    calibrated. Few tokens are computed from the rows of the neurons that are not zero; many tokens, and training, run
+    the model's own forward. Layers without exact zeros stay as they are.
+
+    The result is the dense one up to the order of additions, with one exception: where an activation is zero and what
+    it is multiplied by infinite or NaN, the dense model gives NaN, and here the neuron is skipped. NaN is kept.
+
+    :func:`remove_cats` undoes it. :func:`track_sparsity` and :func:`sparsity_report` show how much is skipped.
+    ``save_pretrained`` of a transformers model writes the dense checkpoint with an entry in ``config.json``, by which
+    ``from_pretrained`` patches it again.
+
+    Args:
+        model: dense, on CPU or CUDA; also inside torch.compile, DistributedDataParallel or PEFT.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: no layer gains, the model is patched already or quantised, or others have a down projection's memory
+            too. The model is unchanged after any error, KeyboardInterrupt included.
+    """
+    check_module(model)
+    inner = unwrapped(model)
+    if sparse_mlps(inner):
+        raise ValueError(f"model of class {type(inner).__name__} is patched already: call remove_cats first")
+    listeners.check(inner)
+    layers, _ = find_exact_layers(inner)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+    config = ExactConfig.of(((layer.name, _layer_config(layer)) for layer in layers), model_type)
+    strides = [neuron_strides(layer.down_weight) for layer in layers]
+    layouts = MemoryLayouts({layer.name: (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)})
+    try:
+        for layer, own in zip(layers, strides, strict=True):
+            if layer.form == GATED:
+                make_sparse(layer.mlp, config, layouts, own, exact=True)
+            else:
+                _make_exact(layer, config, layouts, own)
+        listeners.patched(inner, config)
+        return model
+    except BaseException:
+        make_all_dense(inner, [layer.module for layer in layers], layouts)
+        raise
+
+
+def apply_config(model: nn.Module, config: CatsConfig) -> nn.Module:
+    """As ``config``, of a model that was patched, was applied: by :func:`apply_exact` or :func:`apply_cats`."""
+    return apply_exact(model) if isinstance(config, ExactConfig) else apply_cats(model, config)
+
+
+def _layer_config(layer: ExactLayer) -> LayerConfig:
+    hidden_size, intermediate_size = layer.down_weight.shape[-2:]
+    experts = layer.mlp.experts if layer.mlp else None
+    return LayerConfig(hidden_size, intermediate_size, layer.activation, 0.0, 0.0, experts)
+
+
+def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
+    module, weight, mlp = layer.module, layer.down_weight, layer.mlp
+    own_activation = next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
+    # First of all, so that make_dense knows what there is to undo.
+    module.cats = ExactState(
+        original_class=type(module),
+        own_activation=getattr(module, own_activation) if own_activation else None,
+        relufied=False,
+        down_owner=layer.down_owner,
+        down_strides=weight.stride(),
+        config=config,
+        name=layer.name,
+        matrices=layer.matrices,
+        multipliers=layer.multipliers,
+    )
+    module.forward_settings = ForwardSettings(
+        hidden_size=weight.shape[-2],
+        activation=None,
+        own_activation=own_activation,
+        projections="merged" if mlp and mlp.merged else "separate",
+        dense_prefill=False,
+    )
+    layouts.lay_out(weight, strides)
+    register_buffers(module, weight.device)
+    set_class(module, patched_class(ExactMLP if layer.form == ACTIVATED else ExactDown, module.cats.original_class))

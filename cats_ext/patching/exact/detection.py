@@ -1,0 +1,176 @@
+"""Finds the MLPs of a model that are exactly zero for many inputs, and how much of each need not be read.
+
+A down projection whose input has zeros can skip their rows whatever computes that input, so no formula has to be known
+for it. In a gated MLP that is known to compute down(act(gate) * up), the up rows of zeros are skipped too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cats_ext.patching.detection import (
+    GatedMLP,
+    check_weight,
+    describe,
+    label_of,
+    looks_gated,
+    recognise_activation,
+    sharing_memory,
+)
+from cats_ext.patching.exact.modules import gaussian_multipliers, gaussian_top_k
+from cats_ext.patching.wrappers import only_aligns_devices
+
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")  # attributes of modules
+DOWN = ("down_proj", "fc2", "dense_4h_to_h", "wo")
+_GATES = ("gate_proj", "gate_up_proj", "wi_1")
+_LEAST_ZEROS = 0.1  # of values between -3 and 3; those of ReLU are 0.5, of GELU and SiLU one value
+
+# Which rows are skipped: those of the kernel for CATS, both from the activations on, or down rows only.
+GATED, ACTIVATED, DOWN_ONLY = "gated", "activated", "down only"
+
+
+@dataclass(frozen=True)
+class ExactLayer:
+    """One MLP with an activation that is exactly zero for many inputs."""
+
+    name: str  # of the module that is patched
+    module: nn.Module  # this one
+    form: str  # GATED, ACTIVATED or DOWN_ONLY
+    activation: str
+    matrices: int  # of the whole MLP: 3, or 2 without a gate
+    down_owner: nn.Module
+    mlp: GatedMLP | None = None  # unless DOWN_ONLY
+    multipliers: dict[torch.dtype, float] = field(default_factory=dict)
+    reason: str = ""  # why DOWN_ONLY
+
+    @property
+    def down_weight(self) -> Tensor:
+        """``[H, I]``, or of experts ``[E, H, I]``."""
+        return self.mlp.down_weight if self.mlp else self.down_owner.weight
+
+
+def find_exact_layers(model: nn.Module) -> tuple[list[ExactLayer], dict[str, str]]:
+    """The MLPs that gain, in the model's order, and by name why others with such an activation do not.
+
+    Raises:
+        ValueError: none gains; the message says what there is instead.
+    """
+    shared = sharing_memory(model)
+    layers, refused, activations = [], {}, Counter()
+    for name, module in model.named_modules():
+        function = next((f for n in ACTIVATIONS if callable(f := getattr(module, n, None))), None)
+        if function is None or not any(n in module._modules or n in module._parameters for n in DOWN):
+            continue
+        sparsity = _gaussian_sparsity(module)
+        activation = recognise_activation(function) or label_of(function)
+        if not sparsity and zeros_of(function) < _LEAST_ZEROS:
+            activations[activation] += 1
+            continue
+        try:
+            layers.append(_describe_exact(name, module, function, activation, sparsity, shared))
+        except ValueError as error:
+            refused[name] = str(error)
+    if not layers:
+        others = ", ".join(f"{activation} in {count}" for activation, count in activations.items())
+        found = f"its activations are {others}" if others else "it has no MLP with a known activation"
+        if refused:
+            name, reason = next(iter(refused.items()))
+            found = f"{name} has such an activation, but {reason}"
+        raise ValueError(
+            f"model of class {type(model).__name__} has no MLP that is exactly zero for many inputs, so that nothing "
+            f"can be skipped without changing it: {found}"
+        )
+    return layers, refused
+
+
+def zeros_of(function: Callable[[Tensor], Tensor]) -> float:
+    """The share of values between -3 and 3 at which ``function`` is exactly zero; 0 if it takes no plain vector."""
+    points = torch.linspace(-3, 3, 601)
+    try:
+        with torch.no_grad():
+            values = function(points.clone())
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # not an elementwise function of a CPU tensor
+        return 0.0
+    if not torch.is_tensor(values) or values.shape != points.shape:
+        return 0.0
+    return (values == 0).double().mean().item()
+
+
+def _gaussian_sparsity(module: nn.Module) -> float:
+    """The share that Gemma 3n's MLPs set to zero, token by token; 0 for other modules."""
+    return float(getattr(module, "activation_sparsity", 0.0)) if hasattr(module, "_gaussian_topk") else 0.0
+
+
+def _describe_exact(
+    name: str, module: nn.Module, function: Callable, activation: str, sparsity: float, shared: set[int]
+) -> ExactLayer:
+    reason = "it has no gate"
+    if looks_gated(module):
+        try:
+            return _describe_gated(name, module, function, activation, sparsity, shared)
+        except ValueError as error:
+            reason = str(error)
+    down_name = next((n for n in DOWN if n in module._modules), None)
+    if down_name is None:
+        raise ValueError(
+            reason if looks_gated(module) else "its projections are parameters, not modules (experts without a gate)"
+        )
+    down = module._modules[down_name]
+    if not isinstance(down, nn.Linear):
+        raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__}, not a torch.nn.Linear")
+    if "forward" in vars(down) and not only_aligns_devices(down):
+        raise ValueError(f"the forward of {down_name} has been replaced on the instance")
+    check_weight(f"{down_name}.weight", down.weight, shared)
+    if type(down) is not nn.Linear and not _is_linear(down):
+        raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__} and computes something else")
+    return ExactLayer(
+        name=f"{name}.{down_name}" if name else down_name,
+        module=down,
+        form=DOWN_ONLY,
+        activation=activation,
+        matrices=3 if any(n in module._modules for n in _GATES) else 2,
+        down_owner=down,
+        reason=reason,
+    )
+
+
+@torch.no_grad()
+def _is_linear(down: nn.Linear) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes the same (Falcon's rounds once more)."""
+    if tuple(down.weight.shape) != (down.out_features, down.in_features):
+        return False
+    h = torch.randn(2, down.in_features, generator=torch.Generator().manual_seed(0)).to(down.weight)
+    want, have = (f(h).float() for f in (partial(nn.Linear.forward, down), partial(type(down).forward, down)))
+    return torch.is_tensor(have) and torch.allclose(have, want, rtol=5e-2, atol=5e-2 * want.abs().max().item())
+
+
+def _describe_gated(
+    name: str, module: nn.Module, function: Callable, activation: str, sparsity: float, shared: set[int]
+) -> ExactLayer:
+    if not sparsity and activation == "relu":
+        mlp = describe(name, module, shared)
+        return ExactLayer(name, module, GATED, activation, 3, mlp.down_owner, mlp)
+    multipliers: dict[torch.dtype, float] = {}
+    act = function
+    if sparsity:
+        multipliers = gaussian_multipliers(sparsity, next(module.parameters()).device)
+        act = partial(_top_k_activation, function, multipliers)
+        activation = f"{activation} of the largest {1 - sparsity:.3g}"
+    mlp = describe(name, module, shared, act)
+    if mlp.packed:
+        raise ValueError(f"its weights are packed rows and its activation is {activation}, not relu")
+    if mlp.experts:
+        raise ValueError(f"it is a mixture of experts with the activation {activation}, not relu")
+    return ExactLayer(name, module, ACTIVATED, activation, 3, mlp.down_owner, mlp, multipliers)
+
+
+def _top_k_activation(function: Callable, multipliers: dict[torch.dtype, float], gate: Tensor) -> Tensor:
+    return function(gaussian_top_k(gate, multipliers[gate.dtype]))

@@ -1,0 +1,38 @@
+"""ExactConfig: what a patched model has in place of thresholds where it is sparse by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
+
+EXACT = "exact"
+# As a threshold it drops zeros, and nothing else: the smallest subnormal number. Where subnormals are flushed to zero,
+# it keeps everything, which is right as well.
+SMALLEST_ABOVE_ZERO = 2.0**-149
+
+
+@dataclass(eq=False)
+class ExactConfig(CatsConfig):
+    """Of :func:`cats_ext.apply_exact`. Nothing is calibrated and nothing saved: the layers are found again."""
+
+    rule: str = EXACT
+
+    @classmethod
+    def of(cls, layers: Iterable[tuple[str, LayerConfig]], model_type: str | None) -> ExactConfig:
+        """For the modules of these names, whose layers have no target."""
+        named = dict(layers)
+        thresholds = {name: torch.tensor(SMALLEST_ABOVE_ZERO) for name in named}
+        return cls(thresholds=thresholds, layers=named, model_type=model_type, sparsity=0.0)
+
+    def validate(self) -> None:
+        """It has no rule that calibration knows."""
+
+    def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
+        raise ValueError("the model is sparse by itself: its sparsity cannot be set, apply_cats with thresholds can")
+
+    def to_files(self) -> dict[str, bytes]:
+        return {}

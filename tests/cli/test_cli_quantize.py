@@ -1,0 +1,84 @@
+"""``cats quantize``: what it writes is a model that the other commands take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cli_runner import cats, error_of, json_of
+from support.models import LAYERS
+from support.saved_model import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cats_ext
+from cats_ext.quantization import quantized_linears
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def quantised(model_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("quantised")
+    document = json_of("quantize", model_dir, "-o", directory, "--weights", "int8", "--group-size", 32)
+    assert document["formats"] == ["int8_g32"]
+    return directory
+
+
+def test_it_writes_what_the_api_would(model_dir, tmp_path):
+    arguments = ("--weights", "int4", "--down", "int8", "--scope", "all", "--no-zero-points")
+    document = json_of("quantize", model_dir, "-o", tmp_path, *arguments)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(model_dir)
+    before = sum(p.numel() * p.element_size() for p in expected.parameters())
+    cats_ext.quantize(expected, "int4", down="int8", scope="all", zero_points=False, progress=False)
+    assert document["layers"] == len(quantized_linears(model)) == 7 * LAYERS + 1
+    assert document["bytes_before"] == before > document["bytes"]
+    assert document["scope"] == "all" and document["weights"] == "int4" and document["directory"] == str(tmp_path)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_text_is_what_errors_are_compensated_by(model_dir, text_file, tmp_path):
+    json_of("quantize", model_dir, "-o", tmp_path, "--text", text_file, "--sequence-length", 64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    run = {"tokenizer": tokenizer, "sequence_length": 64, "progress": False}
+    cats_ext.quantize(expected, data=text_file.read_text(), **run)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_other_commands_take_it(quantised, text_file, tmp_path):
+    thresholds = tmp_path / "thresholds"
+    json_of("calibrate", quantised, "--text", text_file, "-o", thresholds, "--sequence-length", 64, "--rule", "plain")
+    generated = json_of("generate", quantised, "--cats", thresholds, "--prompt", "the cat", "--max-new-tokens", 4)
+    assert generated["new_tokens"] <= 4 and generated["sparsity"]["up_sparsity"] > 0
+    document = json_of("eval", quantised, "--cats", thresholds, "--text", text_file, "--window", 64, "--max-windows", 2)
+    assert document
+    again = tmp_path / "again"
+    assert "is quantised already" in error_of("quantize", quantised, "-o", again)
+
+
+def test_a_patched_model_keeps_its_thresholds(model_dir, text_file, tmp_path):
+    save_tiny_model(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    ids = torch.arange(3, 120).repeat(3)
+    cats_ext.apply_cats(model, cats_ext.calibrate(model, ids, rule="plain", progress=False)).save_pretrained(
+        tmp_path / "patched"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "patched" / name).write_bytes((tmp_path / "dense" / name).read_bytes())
+    json_of("quantize", tmp_path / "patched", "-o", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.model.layers[0].mlp, cats_ext.CatsMLP) and quantized_linears(loaded)
+
+
+def test_it_says_what_to_do_next(model_dir, tmp_path):
+    result = cats("quantize", model_dir, "-o", tmp_path)
+    assert result.exit_code == 0 and f"{3 * LAYERS} layers in int4" in result.stdout
+    assert f"cats calibrate {tmp_path} --text FILE" in result.stdout
+
+
+def test_finetuning_it_is_refused(quantised, text_file, tmp_path):
+    message = error_of("finetune", quantised, "--text", text_file, "-o", tmp_path, "--sequence-length", 64)
+    assert "is quantised, and packed rows cannot be tuned" in message
