@@ -12,7 +12,7 @@ from support.cli_runner import cats, error_of
 from support.models import tiny_model
 from support.patched import config_for
 
-from cats_ext import CatsConfig, apply_cats
+from cats_ext import CatsConfig, apply_cats, apply_exact, quantize
 from cats_ext.cli.commands import serve
 
 
@@ -70,6 +70,16 @@ def test_dense_prefill(checkpoint, installed):
     config.sparse_prefill = False
     config.save_pretrained(checkpoint)
     assert "sparse_prefill=False, which is not supported under vLLM" in error_of("serve", checkpoint)
+
+
+def test_packed_rows(tmp_path, installed):
+    quantize(tiny_model(), "int8", progress=False).save_pretrained(tmp_path)
+    assert "rows in quantization_config, the packed weights of cats_ext.quantize" in error_of("serve", tmp_path)
+
+
+def test_sparse_by_itself(tmp_path, installed):
+    apply_exact(tiny_model(hidden_act="relu")).save_pretrained(tmp_path)
+    assert 'rule "exact" in quantization_config, of a model that is sparse by itself' in error_of("serve", tmp_path)
 
 
 @pytest.mark.parametrize("module", ["cats_ext.integrations.vllm", "cats_ext.cli.commands.serve"])

@@ -14,6 +14,7 @@ import torch
 from support.models import tiny_model
 from support.patched import config_for
 from support.saved_model import save_tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import cats_ext
@@ -44,6 +45,17 @@ def generate(model: torch.nn.Module, prompts: list[list[int]] = PROMPTS) -> list
     batches = [torch.tensor([prompt]) for prompt in prompts]
     outputs = [model.generate(input_ids=ids, **options, eos_token_id=None)[0, ids.shape[1] :] for ids in batches]
     return [output.tolist() for output in outputs]
+
+
+def scored(model: torch.nn.Module, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """Greedy tokens of each prompt by itself, in transformers, and the log-probabilities ``[NEW, vocabulary]``."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for prompt in prompts:
+        output = model.generate(input_ids=torch.tensor([prompt]), **options)
+        found.append((output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).log_softmax(-1)))
+    return found
 
 
 def expected(directory: Path) -> dict[str, list[list[int]]]:
@@ -88,6 +100,24 @@ def served(llm: Any, prompts: list[list[int]] = PROMPTS, **arguments: Any) -> li
 
 def served_alone(llm: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     return [served(llm, [prompt])[0] for prompt in prompts]
+
+
+def score_differences(llm: Any, prompts: list[list[int]], expected: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Of each token that vLLM generates, the largest difference between the log-probabilities of its 20 best and
+    those of transformers (:func:`scored`), up to the first token with which a text goes another way.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=20)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    differences = []
+    for output, (tokens, scores) in zip(outputs, expected, strict=True):
+        served = output.outputs[0]
+        for token, other, best, row in zip(served.token_ids, tokens, served.logprobs, scores, strict=True):
+            differences.append(max(abs(float(row[i]) - score.logprob) for i, score in best.items()))
+            if token != other:
+                break
+    return torch.tensor(differences)
 
 
 def edit_config(directory: Path, name: str = "config.json", **entries: Any) -> None:

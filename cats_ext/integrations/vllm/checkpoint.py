@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from cats_ext.thresholds.config import CatsConfig
-from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, thresholds_file
+from cats_ext.thresholds.exact import EXACT
+from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, read_json, thresholds_file
 
 INDEX = "model.safetensors.index.json"
+ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation"}  # of quantization_config in config.json
 
 
 def read_checkpoint(model: str, revision: str | None) -> tuple[CatsConfig, str]:
@@ -18,16 +21,37 @@ def read_checkpoint(model: str, revision: str | None) -> tuple[CatsConfig, str]:
         OSError: a file is missing.
         ValueError: a file is damaged, or the config is one that vLLM cannot serve.
     """
-    directory = Path(model)
-    if not directory.is_dir():
+    directory, on_hub = Path(model), not Path(model).is_dir()
+    if on_hub:
         from transformers.utils.hub import cached_file
 
+        directory = Path(cached_file(model, "config.json", revision=revision)).parent
+    if (directory / "config.json").is_file():
+        model_config = read_json(directory / "config.json")
+        check_entry((isinstance(model_config, dict) and model_config.get("quantization_config")) or {})
+    if on_hub:
         path = Path(cached_file(model, CONFIG_FILE, revision=revision))
         cached_file(model, thresholds_file(path), revision=revision)
-        directory = path.parent
     config = CatsConfig.from_pretrained(directory)
     check_servable(config, directory)
     return config, hashlib.sha256((directory / CONFIG_FILE).read_bytes()).hexdigest()
+
+
+def check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError for a ``quantization_config`` in ``config.json`` that vLLM cannot serve. Needs no vLLM."""
+    if entry.get("rule") == EXACT:
+        raise ValueError(
+            'rule "exact" in quantization_config, of a model that is sparse by itself, is not supported under vLLM: '
+            "without quantization_config in config.json it is served densely, with the same outputs"
+        )
+    if "rows" in entry:
+        raise ValueError(
+            "rows in quantization_config, the packed weights of cats_ext.quantize, are not supported under vLLM: serve "
+            "the model as it was before"
+        )
+    unknown = sorted(entry.keys() - ENTRIES)
+    if unknown:
+        raise ValueError(f"quantization_config must have no entries but {sorted(ENTRIES)}, got {unknown}")
 
 
 def check_servable(config: CatsConfig, directory: Path) -> None:

@@ -25,14 +25,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from cats_ext.integrations.vllm.checkpoint import read_checkpoint
+from cats_ext.integrations.vllm.checkpoint import check_entry, read_checkpoint
 from cats_ext.integrations.vllm.mlp import ServedMLP, make_served
 from cats_ext.ops.definitions import SPARSE_DTYPES
 from cats_ext.patching.detection import MERGED, SEPARATE
 from cats_ext.thresholds.config import CatsConfig
 
 PROJECTIONS = {*MERGED, *SEPARATE}
-ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation"}  # of quantization_config in config.json
 
 
 class CatsQuantizationConfig(QuantizationConfig):
@@ -47,9 +46,7 @@ class CatsQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CatsQuantizationConfig:
-        unknown = sorted(config.keys() - ENTRIES)
-        if unknown:
-            raise ValueError(f"quantization_config must have no entries but {sorted(ENTRIES)}, got {unknown}")
+        check_entry(config)
         return cls()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

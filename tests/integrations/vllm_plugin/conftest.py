@@ -24,7 +24,6 @@ CHECKPOINTS = {
 }
 TEXTS = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
 TEXTS += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
-CALIBRATION_TEXT = "A cat is a small animal that people keep in their homes. It sleeps most of the day. " * 60
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,24 +65,27 @@ def adapter(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def real(tmp_path_factory):
-    """Of the model that CATS_TEST_MODEL names, if it does: a directory, prompts and what transformers generates."""
+    """Of the model that CATS_TEST_MODEL names, if it does: directories by rule, prompts, and what transformers
+    generates with each of them, and densely.
+    """
     if "CATS_TEST_MODEL" not in os.environ:
         return {}
     import torch
-    from support.served import generate
+    from support.served import scored
 
     import cats_ext
     from cats_ext.cli.models import load_model
+    from cats_ext.cli.text import CALIBRATION_MODULES, docstrings
 
-    made = {}
     model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device="cpu", dtype=torch.float32)
     prompts = [tokenizer(text).input_ids for text in TEXTS]
+    directories, expected, text = {}, {"dense": scored(model, prompts)}, docstrings(CALIBRATION_MODULES)
+    options = {"sparsity": 0.5, "importance": "norm", "max_tokens": 1024, "progress": False}
     for rule in ("plain", "two_threshold"):
-        directory = tmp_path_factory.mktemp(rule)
-        options = {"sparsity": 0.5, "importance": "norm", "progress": False}
-        config = cats_ext.calibrate(model, CALIBRATION_TEXT, tokenizer=tokenizer, rule=rule, **options)
-        cats_ext.apply_cats(model, config).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        made[rule] = directory, prompts, generate(model, prompts)
+        directories[rule] = tmp_path_factory.mktemp(rule)
+        config = cats_ext.calibrate(model, text, tokenizer=tokenizer, rule=rule, **options)
+        cats_ext.apply_cats(model, config).save_pretrained(directories[rule])
+        tokenizer.save_pretrained(directories[rule])
+        expected[rule] = scored(model, prompts)
         cats_ext.remove_cats(model)
-    return made
+    return directories, prompts, expected

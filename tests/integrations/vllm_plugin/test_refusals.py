@@ -75,6 +75,19 @@ def test_mixture_of_experts(tmp_path):
     refused(tmp_path, "has thresholds of experts .*, which are not supported under vLLM", skip_tokenizer_init=True)
 
 
+def test_packed_rows(tmp_path):
+    model = tiny_model("llama", **SIZES)
+    cats_ext.quantize(model, "int8", progress=False)
+    cats_ext.apply_cats(model, config_for(model)).save_pretrained(tmp_path)
+    refused(tmp_path, "rows in quantization_config, .*, are not supported under vLLM", skip_tokenizer_init=True)
+
+
+def test_sparse_by_itself(tmp_path):
+    model = tiny_model("llama", **SIZES, hidden_act="relu")
+    cats_ext.apply_exact(model).save_pretrained(tmp_path)
+    refused(tmp_path, 'rule "exact" in quantization_config, .* is not supported', skip_tokenizer_init=True)
+
+
 def test_unknown_entry_of_the_checkpoint(copy):
     entry = json.loads((copy / "config.json").read_text())["quantization_config"]
     edit_config(copy, quantization_config=entry | {"row_format": "int4"})
