@@ -78,11 +78,12 @@ def _report(workers: list[dict[str, Any]]) -> SparsityReport:
     report = []
     for name, layer in layers.items():
         evaluated, kept_up, kept_down = layer.pop("counts")
-        neurons = layer.pop("intermediate_size")
+        neurons, matrix_bytes = layer.pop("intermediate_size"), tuple(layer.pop("matrix_bytes"))
         report.append(
             LayerSparsity(
                 name=name,
                 tokens=evaluated // neurons,
+                matrix_bytes=matrix_bytes,
                 up_sparsity=1 - kept_up / evaluated,
                 down_sparsity=1 - kept_down / evaluated,
                 **layer,

@@ -88,7 +88,7 @@ class ServedMLP(nn.Module):
         return {
             "counts": self.counts.tolist(),
             "intermediate_size": layer.intermediate_size,
-            "weight_bytes": 3 * layer.intermediate_size * layer.hidden_size * self.down_proj.weight.element_size(),
+            "matrix_bytes": [layer.intermediate_size * layer.hidden_size * self.down_proj.weight.element_size()] * 3,
             "up_target": layer.up_sparsity,
             "down_target": layer.down_sparsity,
         }

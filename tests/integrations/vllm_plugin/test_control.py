@@ -62,7 +62,7 @@ class AsyncEngine:
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         self.calls.append((method, args))
-        layer = {"intermediate_size": 4, "weight_bytes": 8, "up_target": 0.5, "down_target": 0.5}
+        layer = {"intermediate_size": 4, "matrix_bytes": [8, 8, 8], "up_target": 0.5, "down_target": 0.5}
         return [{"mlp": layer | {"counts": [10, 4, 4]}}, {"mlp": layer | {"counts": [10, 6, 4]}}]  # two ranks
 
     async def reset_prefix_cache(self, reset_running_requests=False):
@@ -84,3 +84,4 @@ def test_async_engine():
         ("cats_sparsity", ()),
     ]
     assert (report.tokens, report.up_sparsity, report.down_sparsity) == (5, 0.5, 0.6)
+    assert report.layers[0].weight_bytes == 24
