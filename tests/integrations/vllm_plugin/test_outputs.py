@@ -54,8 +54,10 @@ def test_prefix_caching(llama):
         assert served(llm) == expected["sparse"]  # the prompts' blocks are cached now
 
 
-def test_speculative_decoding(llama):
+def test_speculative_decoding(llama, monkeypatch):
+    """In a process of its own: it imports numba, after which vLLM 0.32 starts no engine in the same process."""
     directory, expected = llama
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     with engine(directory, speculative_config=drafts) as llm:
         assert served(llm) == expected["sparse"]
