@@ -174,4 +174,6 @@ def test_metadata():
     assert distribution.version == cats_ext.__version__
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     assert "Tag: cp310-abi3-linux_" in distribution.read_text("WHEEL")
-    assert {entry.name: entry.value for entry in distribution.entry_points}["cats"] == "cats_ext.cli:main"
+    entries = {(entry.group, entry.name): entry.value for entry in distribution.entry_points}
+    assert entries["console_scripts", "cats"] == "cats_ext.cli:main"
+    assert entries["vllm.general_plugins", "cats"] == "cats_ext.integrations.vllm:register"
