@@ -18,6 +18,7 @@ from cats_ext import (
     CatsMLP,
     QuantizationConfig,
     apply_cats,
+    apply_exact,
     apply_relufication,
     masking_disabled,
     quantize,
@@ -260,6 +261,20 @@ def test_with_data_the_outputs_change_less(family, patched, monkeypatch):
     assert len(quantized_linears(model)) == len(quantized_linears(at_once))
 
 
+def test_interrupted_as_a_hook_is_registered_leaves_none(monkeypatch):
+    """Then nobody has its handle; the next call would refuse the layer for its hook."""
+    model, register = small_model(), nn.Module.register_forward_pre_hook
+
+    def interrupted(module, hook, **options):
+        register(module, hook, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, data=tokens(200), progress=False)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_data_is_checked():
     model = small_model()
     for arguments, message in (
@@ -338,6 +353,8 @@ def tie_weights(mlp):
             "gate and up must have one format, as gate_up_proj is one matrix, got int4 and int8",
         ),
         (lambda: tiny_model("mixtral"), {}, "cannot be quantised: it is a mixture of experts"),
+        (lambda: apply_exact(tiny_model("llama-relu2")), {}, "LlamaForCausalLM is patched by apply_exact: call remove"),
+        (lambda: apply_exact(tiny_model("opt")), {}, "OPTForCausalLM is patched by apply_exact: call remove_cats"),
         (lambda: nn.Linear(4, 4), {}, "has no gated MLP"),
     ],
 )
