@@ -23,7 +23,7 @@ from cats_ext import (
     track_sparsity,
 )
 from cats_ext.patching.apply import masking_disabled, set_sparsity, sparse_mlps
-from cats_ext.patching.exact.detection import find_exact_layers, zeros_of
+from cats_ext.patching.exact.detection import GATED, find_exact_layers, zeros_of
 from cats_ext.patching.exact.modules import ExactDown, ExactMLP, gaussian_multipliers, gaussian_top_k
 
 FAMILIES = [*installed(EXACT)]
@@ -58,6 +58,14 @@ def test_the_model_is_the_same(family, dtype, device):
     remove_cats(model)
     assert not sparse_mlps(model)
     assert all(torch.equal(logits(model, tokens(n)), want) for n, want in zip(COUNTS, before, strict=True))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if EXACT[family].form == GATED])
+def test_many_tokens_and_training_run_the_models_own_forward(family, called):
+    model = apply_exact(tiny_model(family))
+    logits(model, tokens(40))
+    model(input_ids=tokens(2)[None])  # with gradients
+    assert called == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
