@@ -54,10 +54,13 @@ class Moments:
                 advance()
 
     def of(self, name: str) -> Tensor:
-        """The moment of a layer. Raises ``ValueError`` if no token reached it."""
+        """The moment of a layer. Raises ``ValueError`` if no token reached it, or values that are not finite."""
         if name not in self._name_of:
-            raise ValueError(f"no token of the data reached {name}")
-        return self._sums[self._name_of[name]]
+            raise ValueError("no token of data reaches it")
+        moment = self._sums[self._name_of[name]]
+        if not moment.isfinite().all():
+            raise ValueError("its inputs from data have values that are NaN or infinite")
+        return moment
 
 
 def parts_by_memory(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:

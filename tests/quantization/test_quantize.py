@@ -287,9 +287,12 @@ def test_data_is_checked():
             quantize(model, **arguments)
     model.model.layers[1] = nn.ModuleDict({"mlp": layers_of(model)[1]})
     model.model.layers[1].forward = lambda x, **_: x
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.gate_proj cannot be quantised: no token of the data reached"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj cannot be quantised: no token of data reaches it"):
+        quantize(model, data=tokens(600), progress=False)
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj cannot be quantised: its inputs from data have"):
         quantize(model, data=tokens(600), progress=False)
 
 
@@ -300,6 +303,7 @@ def test_data_is_checked():
         ({"weights": None}, "weights must be one of"),
         ({"gate": "int2"}, "gate must be one of"),
         ({"group_size": 48}, "group_size must be one of 32, 64, 128, or None, got 48"),
+        ({"group_size": 64.0}, r"group_size must be one of 32, 64, 128, or None, got 64\.0"),
         ({"zero_points": 1}, "zero_points must be True or False, got 1"),
         ({"scope": "attention"}, "scope must be one of mlp, all, got 'attention'"),
     ],
