@@ -1,11 +1,11 @@
-"""Token ids as a model's input: checks, device, BOS token, batches of equal length, evaluation mode."""
+"""Token ids as a model's input: checks, device, BOS token, batches of equal length, evaluation mode, hooks."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,28 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             put_back()
     finally:  # of an interrupt in or right before the first one
         put_back()
+
+
+@contextmanager
+def hooked(register: Callable[..., Any], hooks: dict[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
+    """Each module has its hook inside. After an interrupt at any place none has, so they are looked up, not held."""
+
+    def remove() -> None:
+        for module, hook in hooks.items():
+            for registered in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, found in registered.items() if found is hook]:
+                    del registered[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    try:
+        try:
+            for module, hook in hooks.items():
+                register(module, hook, **options)
+            yield
+        finally:
+            remove()
+    finally:  # of an interrupt in or right before the first one
+        remove()
 
 
 def batches_of(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:

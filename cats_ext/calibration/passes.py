@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_ext._inputs import evaluation_mode, input_device
+from cats_ext._inputs import evaluation_mode, hooked, input_device
 from cats_ext._progress import progress_bar
 from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
@@ -139,28 +139,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(register: Callable[..., Any], hooks: dict[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
-    """Each module has its hook inside. After an interrupt at any place none has, so they are looked up, not held."""
-
-    def remove() -> None:
-        for module, hook in hooks.items():
-            for registered in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, found in registered.items() if found is hook]:
-                    del registered[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-    try:
-        try:
-            for module, hook in hooks.items():
-                register(module, hook, **options)
-            yield
-        finally:
-            remove()
-    finally:  # of an interrupt in or right before the first one
-        remove()
-
-
-@contextmanager
 def _naming(mlp: GatedMLP, part: str = "") -> Iterator[None]:
     """Put the MLP's name before the message of a ValueError."""
     try:
@@ -184,7 +162,7 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
                 observe(mlp, gate, up)
 
     hooks = {getattr(mlp.module, name): lambda module, args, output, name=name: catch(name, output) for name in names}
-    with _hooked(nn.Module.register_forward_hook, hooks):
+    with hooked(nn.Module.register_forward_hook, hooks):
         yield
 
 
@@ -202,7 +180,7 @@ def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         catch(module, *args, *named.values())
 
-    with _hooked(nn.Module.register_forward_pre_hook, {mlp.module: hook}, with_kwargs=True):
+    with hooked(nn.Module.register_forward_pre_hook, {mlp.module: hook}, with_kwargs=True):
         yield
 
 
@@ -228,5 +206,5 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
         probe.register_hook(deliver)
         return output + probe
 
-    with _projections_caught(mlp, keep), _hooked(nn.Module.register_forward_hook, {mlp.module: open_output}):
+    with _projections_caught(mlp, keep), hooked(nn.Module.register_forward_hook, {mlp.module: open_output}):
         yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import cats_ext
-from cats_ext.cli.common import patched
+from cats_ext.cli.common import escape, notes, patched
 from cats_ext.cli.generation import continue_prompt, decoder, encode_prompt
 from cats_ext.decode.engine import DecodeEngine
 
@@ -84,7 +84,8 @@ def measure(
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if mode.name == PLAIN:
                 raise
-            report(f"left out {mode.name}: {' '.join(str(error).split())[:200]}")
+            sentence = " ".join(str(error).split())[:200]
+            notes.print(f"[yellow]left out {escape(mode.name)}: {escape(sentence)}[/]", soft_wrap=True)
             found.remove(mode)
             continue
         mode.rates = {sparsity: statistics.median(some) for sparsity, some in times.items()}

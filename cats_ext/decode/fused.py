@@ -21,7 +21,7 @@ from cats_ext.decode.launch import Attention, AttentionPartials, Norm, PackedRow
 from cats_ext.ops.definitions import sparse_mlp_packed_step, sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import packed_linear_supported, step_supported
-from cats_ext.patching.detection import MERGED, projection_names, recognise_activation
+from cats_ext.patching.detection import ACTIVATION_NAMES, MERGED, projection_names, recognise_activation
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.patching.projections import KINDS, PackedOperands, kind_of
 from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
@@ -235,8 +235,7 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
         mask = mlp.threshold, mlp.down_threshold, settings.activation
     else:
         operands = _packed_operands(mlp)
-        activation = recognise_activation(getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None)))
-        mask = torch.zeros((), device=y_sum.device), None, activation  # nothing is below the threshold
+        mask = torch.zeros((), device=y_sum.device), None, _activation(mlp)  # nothing is below the threshold
     if operands is None or mask[-1] is None:
         return None
     weights, (gate_bias, up_bias, down_bias), *formats = operands
@@ -245,6 +244,12 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
         return None  # the sum has no bias
     op = sparse_mlp_packed_step if formats else sparse_mlp_step
     return lambda x: op(x, norm.weight, norm.eps, *weights, *formats, y_sum, *mask, gate_bias, up_bias)
+
+
+def _activation(mlp: nn.Module) -> str | None:
+    """The name of what an unpatched gated MLP computes; None if it has none, or a hook has to see it."""
+    own = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
+    return None if isinstance(own, nn.Module) and not _is_plain(own) else recognise_activation(own)
 
 
 def _packed_operands(mlp: nn.Module) -> PackedOperands | None:
@@ -269,7 +274,7 @@ def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | No
     linears = [getattr(mlp, name, None) for name in names]
     if not all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears):
         return None
-    activation = recognise_activation(getattr(mlp, "activation_fn" if merged else "act_fn", None))
+    activation = _activation(mlp)
     if activation is None or linears[-1].weight.stride(-1) != 1:
         return None
     if not merged:

@@ -175,6 +175,8 @@ def _check_rows(model: nn.Module) -> None:
     """Raise ValueError unless all packed rows have been loaded; give them memory of their own where they need it."""
     for name, linear in quantized_linears(model).items():
         weight = linear.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight is on the meta device: load the weights first, without offloading")
         loaded = getattr(weight, "_is_hf_initialized", False)
         if not loaded or weight.dtype != torch.uint8 or tuple(weight.shape) != linear.weight_shape:
             found = f"{weight.dtype} {list(weight.shape)}" if loaded else "none that can be used"

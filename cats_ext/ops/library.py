@@ -49,11 +49,15 @@ def _load(name: str, skip_reason: str | None = None) -> LibraryStatus:
 
 
 def load_libraries() -> dict[str, LibraryStatus]:
-    """Load what can be loaded. With ``CATS_REQUIRE_EXT=1`` a library that should load and does not is an error."""
+    """Load what can be loaded. With ``CATS_REQUIRE_EXT=1`` a library that should load and does not is an error.
+
+    ``_C_cuda`` should with a CUDA build of torch; one that is not built is missed only where there is a GPU.
+    """
     no_cuda = None if torch.version.cuda else f"torch {torch.__version__} is not a CUDA build"
     status = {"_C": _load("_C"), "_C_cuda": _load("_C_cuda", skip_reason=no_cuda)}
     if os.environ.get("CATS_REQUIRE_EXT", "0") == "1":
-        required = ["_C"] if no_cuda else ["_C", "_C_cuda"]
+        cuda = torch.version.cuda and (status["_C_cuda"].path is not None or torch.cuda.is_available())
+        required = ["_C", "_C_cuda"] if cuda else ["_C"]
         missing = [f"{name} ({status[name].reason})" for name in required if not status[name].loaded]
         if missing:
             raise ImportError(

@@ -32,8 +32,9 @@ class CatsExperts(CatsMLP):
         implementation = choose_experts(
             x, top_k_weights, operands, counted=settings.tracking, dense_prefill=settings.dense_prefill
         )
-        cats.masking = implementation != DENSE  # for _apply_gate
-        if implementation == DENSE:
+        dense = implementation == DENSE or (settings.exact and implementation != KERNEL and not settings.tracking)
+        cats.masking = not dense  # for _apply_gate
+        if dense:
             return cats.original_class.forward(self, x, top_k_index, top_k_weights)
         if top_k_weights.shape != top_k_index.shape:  # of all experts, in early versions of transformers
             top_k_weights = top_k_weights.gather(-1, top_k_index)

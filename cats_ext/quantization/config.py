@@ -40,7 +40,7 @@ class QuantizationConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(STORED)}, or a format such as int4_g64_zp, got {value!r:.50}"
                 )
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size must be one of {sizes}, or None, got {self.group_size!r:.50}")
         if not isinstance(self.zero_points, bool):

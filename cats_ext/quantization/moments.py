@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from cats_ext._inputs import batches_of, evaluation_mode, input_device
+from cats_ext._inputs import batches_of, evaluation_mode, hooked, input_device
 from cats_ext._progress import progress_bar
 
 MEMORY = 4 << 30  # bytes of moments that are kept at a time; the model runs over all of the text for each part
@@ -41,22 +41,26 @@ class Moments:
         backbone = model.base_model if hasattr(model, "base_model_prefix") else model
         options = {"use_cache": False} if hasattr(model, "base_model_prefix") else {}
         batches = batches_of(windows, batch_size)
+        hooks = {
+            linear: lambda module, args, name=name: self._see(name, args[0]) for name, linear in self._linears.items()
+        }
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
             advance = stack.enter_context(progress_bar("inputs of the layers", len(batches), progress))
-            for name, linear in self._linears.items():
-                hook = linear.register_forward_pre_hook(lambda module, args, name=name: self._see(name, args[0]))
-                stack.enter_context(hook)
+            stack.enter_context(hooked(nn.Module.register_forward_pre_hook, hooks))
             for batch in batches:
                 backbone(input_ids=batch.to(input_device(model)), **options)
                 self._last = (None, "")
                 advance()
 
     def of(self, name: str) -> Tensor:
-        """The moment of a layer. Raises ``ValueError`` if no token reached it."""
+        """The moment of a layer. Raises ``ValueError`` if no token reached it, or values that are not finite."""
         if name not in self._name_of:
-            raise ValueError(f"no token of the data reached {name}")
-        return self._sums[self._name_of[name]]
+            raise ValueError("no token of data reaches it")
+        moment = self._sums[self._name_of[name]]
+        if not moment.isfinite().all():
+            raise ValueError("its inputs from data have values that are NaN or infinite")
+        return moment
 
 
 def parts_by_memory(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:

@@ -31,6 +31,7 @@ from cats_ext.patching.wrappers import only_aligns_devices, unwrapped
 from cats_ext.quantization.config import QuantizationConfig
 from cats_ext.quantization.moments import Moments, parts_by_memory
 from cats_ext.rows import QuantizedLinear, RowFormat
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import sample_weights, weight_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,8 +68,8 @@ def quantize(
     model, memory is needed for the packed rows, and with ``data`` for 4 GiB of sums or those of the widest layer.
 
     Args:
-        model: dense or patched, with gated MLPs as for :func:`cats_ext.apply_cats`; the whole of it if it is to be
-            saved.
+        model: dense or patched with thresholds, with gated MLPs as for :func:`cats_ext.apply_cats`; the whole of it if
+            it is to be saved.
         weights: int4, int8, fp8 (e4m3, one scale a row), or the name of a format such as ``int4_g64_zp``.
         group_size: columns of a row that share a scale: 32, 64 or 128. By default the largest that divides the rows.
         zero_points: whether int4 has a zero point a group too.
@@ -84,10 +85,10 @@ def quantize(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``data`` is not what it can be.
-        ValueError: an argument is out of its range, the model is quantised already or cannot run sparsely, groups do
-            not divide a matrix's rows, its weights are not finite, have scales outside of float16, are no plain
-            tensors or are tied to others, or no token of ``data`` reaches a layer. The model is unchanged after any
-            error, KeyboardInterrupt included.
+        ValueError: an argument is out of its range, the model is quantised already, patched by
+            :func:`cats_ext.apply_exact` or cannot run sparsely, groups do not divide a matrix's rows, its weights are
+            not finite, have scales outside of float16, are no plain tensors or are tied to others, or no token of
+            ``data`` reaches a layer. The model is unchanged after any error, KeyboardInterrupt included.
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
     check_module(model)
@@ -216,6 +217,11 @@ def _gated_mlps(model: nn.Module) -> list[GatedMLP]:
     if not patched:
         return find_gated_mlps(model)
     check_complete(model, patched)
+    if any(isinstance(module.cats.config, ExactConfig) for module in patched.values()):
+        raise ValueError(
+            f"model of class {type(model).__name__} is patched by apply_exact: call remove_cats, quantize, and then "
+            "apply_exact again"
+        )
     return [
         GatedMLP(name, m, m.cats.target.activation, MERGED[0] in m._modules, m.cats.target.experts)
         for name, m in patched.items()

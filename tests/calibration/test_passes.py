@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from cats_ext.calibration import passes
+from cats_ext._inputs import hooked
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
@@ -17,7 +17,7 @@ def test_an_interrupt_right_after_a_hook_was_registered_leaves_none(kind):
         getattr(nn.Module, f"register_{kind}")(module, hook, **options)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), passes._hooked(register, {module: lambda *_: None}, **options):
+    with pytest.raises(KeyboardInterrupt), hooked(register, {module: lambda *_: None}, **options):
         pass
     assert not (module._forward_hooks or module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs)
 
@@ -25,6 +25,6 @@ def test_an_interrupt_right_after_a_hook_was_registered_leaves_none(kind):
 def test_hooks_of_others_stay():
     module = nn.Linear(2, 2)
     module.register_forward_hook(lambda *_: None)
-    with passes._hooked(nn.Module.register_forward_hook, {module: lambda *_: None}):
+    with hooked(nn.Module.register_forward_hook, {module: lambda *_: None}):
         assert len(module._forward_hooks) == 2
     assert len(module._forward_hooks) == 1

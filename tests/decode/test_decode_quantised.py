@@ -202,3 +202,11 @@ def test_what_the_kernel_takes():
     model = quantised(tiny_model(**SIZES).cuda(), "int4_g64")
     with pytest.raises(NotFusableError, match=r"has packed rows of 128 columns, and its dtype is torch.float32"):
         decode_fused.check_fusable(model)
+
+
+@pytest.mark.parametrize("weights", ["dense", "packed"])
+def test_a_hook_on_the_activation_is_called(weights):
+    model = tiny_model(**SIZES)
+    model = quantised(model, "int8_g64") if weights == "packed" else model
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda _, args, y: 2 * y if args[0].dim() > 1 else None)
+    assert_same_logits(model)

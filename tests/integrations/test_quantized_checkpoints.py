@@ -213,6 +213,14 @@ def test_missing_rows_are_refused(changed):
         load(path.parent)
 
 
+def test_offloaded_rows_are_refused(directory, tmp_path):
+    pytest.importorskip("accelerate")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    with pytest.raises(ValueError, match=r"\.mlp\.gate_proj\.weight is on the meta device: load the weights"):
+        others = {"model.layers.1": "disk", "model.layers.2": "disk"}
+        load(directory, device_map=places | others, offload_folder=tmp_path)
+
+
 def test_thresholds_of_other_rows_are_refused(tmp_path):
     model = quantized_model()
     apply_cats(model, config_for(model)).save_pretrained(tmp_path)

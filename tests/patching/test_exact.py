@@ -12,9 +12,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import cats_ext
-from cats_ext import CatsMLP, apply_cats, apply_exact, calibrate, remove_cats, sparsity_report, track_sparsity
+from cats_ext import (
+    CatsMLP,
+    apply_cats,
+    apply_exact,
+    calibrate,
+    quantize,
+    remove_cats,
+    sparsity_report,
+    track_sparsity,
+)
 from cats_ext.patching.apply import masking_disabled, set_sparsity, sparse_mlps
-from cats_ext.patching.exact.detection import find_exact_layers, zeros_of
+from cats_ext.patching.exact.detection import GATED, find_exact_layers, zeros_of
 from cats_ext.patching.exact.modules import ExactDown, ExactMLP, gaussian_multipliers, gaussian_top_k
 
 FAMILIES = [*installed(EXACT)]
@@ -49,6 +58,14 @@ def test_the_model_is_the_same(family, dtype, device):
     remove_cats(model)
     assert not sparse_mlps(model)
     assert all(torch.equal(logits(model, tokens(n)), want) for n, want in zip(COUNTS, before, strict=True))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if EXACT[family].form == GATED])
+def test_many_tokens_and_training_run_the_models_own_forward(family, called):
+    model = apply_exact(tiny_model(family))
+    logits(model, tokens(40))
+    model(input_ids=tokens(2)[None])  # with gradients
+    assert called == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,6 +243,17 @@ def test_nan_and_infinite_inputs(act, value):
         have = apply_exact(mlp)(x)
     torch.testing.assert_close(have[[0, 2]], want[[0, 2]], rtol=1e-5, atol=1e-5)
     assert not have[1].isfinite().any() and not want[1].isfinite().any()
+
+
+def test_report_of_packed_rows():
+    """Tokens, layers' sizes and shares are those of the dense model; the bytes are the rows'."""
+    model = quantize(tiny_model("llama-relu", hidden_size=128, intermediate_size=192), "int8", progress=False)
+    apply_exact(model)
+    with track_sparsity(model):
+        logits(model, tokens(3))
+    mlp, layer = model.model.layers[0].mlp, sparsity_report(model).layers[0]
+    assert (mlp.cats.target.hidden_size, mlp.cats.target.intermediate_size) == (128, 192)
+    assert layer.tokens == 3 and layer.weight_bytes == sum(p.numel() for p in mlp.parameters())
 
 
 @pytest.mark.parametrize("bias", [-100.0, 100.0], ids=["all zero", "none zero"])

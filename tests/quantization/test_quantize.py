@@ -18,6 +18,7 @@ from cats_ext import (
     CatsMLP,
     QuantizationConfig,
     apply_cats,
+    apply_exact,
     apply_relufication,
     masking_disabled,
     quantize,
@@ -260,6 +261,20 @@ def test_with_data_the_outputs_change_less(family, patched, monkeypatch):
     assert len(quantized_linears(model)) == len(quantized_linears(at_once))
 
 
+def test_interrupted_as_a_hook_is_registered_leaves_none(monkeypatch):
+    """Then nobody has its handle; the next call would refuse the layer for its hook."""
+    model, register = small_model(), nn.Module.register_forward_pre_hook
+
+    def interrupted(module, hook, **options):
+        register(module, hook, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, data=tokens(200), progress=False)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_data_is_checked():
     model = small_model()
     for arguments, message in (
@@ -272,9 +287,12 @@ def test_data_is_checked():
             quantize(model, **arguments)
     model.model.layers[1] = nn.ModuleDict({"mlp": layers_of(model)[1]})
     model.model.layers[1].forward = lambda x, **_: x
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.gate_proj cannot be quantised: no token of the data reached"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj cannot be quantised: no token of data reaches it"):
+        quantize(model, data=tokens(600), progress=False)
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj cannot be quantised: its inputs from data have"):
         quantize(model, data=tokens(600), progress=False)
 
 
@@ -285,6 +303,7 @@ def test_data_is_checked():
         ({"weights": None}, "weights must be one of"),
         ({"gate": "int2"}, "gate must be one of"),
         ({"group_size": 48}, "group_size must be one of 32, 64, 128, or None, got 48"),
+        ({"group_size": 64.0}, r"group_size must be one of 32, 64, 128, or None, got 64\.0"),
         ({"zero_points": 1}, "zero_points must be True or False, got 1"),
         ({"scope": "attention"}, "scope must be one of mlp, all, got 'attention'"),
     ],
@@ -338,6 +357,8 @@ def tie_weights(mlp):
             "gate and up must have one format, as gate_up_proj is one matrix, got int4 and int8",
         ),
         (lambda: tiny_model("mixtral"), {}, "cannot be quantised: it is a mixture of experts"),
+        (lambda: apply_exact(tiny_model("llama-relu2")), {}, "LlamaForCausalLM is patched by apply_exact: call remove"),
+        (lambda: apply_exact(tiny_model("opt")), {}, "OPTForCausalLM is patched by apply_exact: call remove_cats"),
         (lambda: nn.Linear(4, 4), {}, "has no gated MLP"),
     ],
 )

@@ -39,15 +39,16 @@ def apply_exact(model: nn.Module) -> nn.Module:
     ``from_pretrained`` patches it again.
 
     Args:
-        model: dense, on CPU or CUDA; also inside torch.compile, DistributedDataParallel or PEFT.
+        model: dense, on CPU or CUDA; also inside torch.compile, DistributedDataParallel or PEFT. Of a model that
+            :func:`cats_ext.quantize` has quantised, gated ReLUs gain.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: no layer gains, the model is patched already or quantised, or others have a down projection's memory
-            too. The model is unchanged after any error, KeyboardInterrupt included.
+        ValueError: no layer gains, the model is patched already or quantised by another library, or others have a down
+            projection's memory too. The model is unchanged after any error, KeyboardInterrupt included.
     """
     check_module(model)
     inner = unwrapped(model)
@@ -78,9 +79,9 @@ def apply_config(model: nn.Module, config: CatsConfig) -> nn.Module:
 
 
 def _layer_config(layer: ExactLayer) -> LayerConfig:
-    hidden_size, intermediate_size = layer.down_weight.shape[-2:]
-    experts = layer.mlp.experts if layer.mlp else None
-    return LayerConfig(hidden_size, intermediate_size, layer.activation, 0.0, 0.0, experts)
+    mlp = layer.mlp
+    sizes = (mlp.hidden_size, mlp.intermediate_size) if mlp else layer.down_weight.shape
+    return LayerConfig(*sizes, layer.activation, 0.0, 0.0, mlp.experts if mlp else None)
 
 
 def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
