@@ -6,8 +6,11 @@ int32 values hold integers of 4 or 8 bits, the first in the lowest bits, and gro
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,16 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _MARKS = {"awq": "qweight", "gptq": "qweight", "int": "weight_packed", "float": "weight_scale"}
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "weight_zero_point")
 _TENSORS += ("weight_shape", "weight_g_idx", "input_scale", "input_zero_point")
+
+
+def method_of(directory: str | os.PathLike) -> str | None:
+    """The method of :data:`METHODS` that the checkpoint in ``directory`` is quantised with; None if with none."""
+    try:
+        content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        method = content["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):  # whoever loads it says what is wrong
+        return None
+    return method if method in METHODS else None
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def half_the_scales(t):
 
 
 def tiny_scale(t):
-    t[f"{UP}.weight_scale"][3, 1] = 1e-9
+    t[f"{UP}.weight_scale"][3, 1] = 2**-40
 
 
 def infinite_scale(t):
@@ -230,7 +230,11 @@ def dense_model(t):
         ("gptq", zero_of_15, f"{UP} cannot be converted: zero points in the file must be less than 15"),
         ("gptq", missing_scales, f"{UP} cannot be converted: the checkpoint has no scales for it"),
         ("awq", half_the_scales, rf"{UP} cannot be converted: its scales must be \[192, 2\], got \[192, 1\]"),
-        ("ct-sym", tiny_scale, f"{UP} cannot be converted: scales must be float16 values, got 1e-09 in torch.bfloat16"),
+        (
+            "ct-sym",
+            tiny_scale,
+            f"{UP} cannot be converted: scales must be float16 values, got 9.09495e-13 in torch.bfloat16",
+        ),
         ("awq", infinite_scale, f"{UP} cannot be converted: scales must be finite, got inf"),
         ("awq", dense_up, f"model.layers.1.mlp cannot be converted: {UP} is dense, but its other projections are"),
         ("awq", another_layer, "experts.0.up_proj cannot be converted: LlamaForCausalLM has no linear layer of that"),
