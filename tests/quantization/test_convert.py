@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cats_ext import apply_cats, convert_quantized, quantize
 from cats_ext.quantization import quantized_linears
+from cats_ext.rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +73,7 @@ def test_it_is_saved_patched_and_loaded_like_any_quantised_model(layout, tmp_pat
 
 
 def test_shards_tied_embeddings_and_layers_that_are_dense(tmp_path):
-    checkpoint = foreign_checkpoint("awq", "qwen2", dense=("layers.0.", "k_proj"), tie_word_embeddings=True)
+    checkpoint = foreign_checkpoint("awq", "qwen2", dense=("lm_head", "layers.0.", "k_proj"), tie_word_embeddings=True)
     model, _ = convert(checkpoint.save(tmp_path, shards=3))
     assert quantized_linears(model).keys() == checkpoint.layers.keys()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -81,6 +82,50 @@ def test_shards_tied_embeddings_and_layers_that_are_dense(tmp_path):
             assert torch.equal(model.state_dict()[name], tensor), name
     expected = logits(with_down_of(checkpoint.dense, model), few())
     torch.testing.assert_close(logits(model, few()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_layer_that_is_quantised(tied, tmp_path):
+    checkpoint = foreign_checkpoint("gptq", dense=(), tie_word_embeddings=tied)
+    directory = checkpoint.save(tmp_path)
+    if tied:
+        with pytest.raises(ValueError, match="lm_head cannot be converted: it is tied to the embedding"):
+            convert(directory)
+        return
+    model, _ = convert(directory)
+    assert torch.equal(model.lm_head.unpacked(torch.float32), checkpoint.layers["lm_head"].weight)
+    expected = logits(with_down_of(checkpoint.dense, model), few())
+    torch.testing.assert_close(logits(model, few()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_named(tmp_path):
+    checkpoint = foreign_checkpoint("awq")
+    checkpoint.tensors["model.layers.0.mlp.act_fn.scales"] = torch.ones(192)
+    with pytest.warns(
+        UserWarning, match=r"has 1 tensors that LlamaForCausalLM has no use for, such as .*act_fn.scales"
+    ):
+        convert(checkpoint.save(tmp_path))
+
+
+def test_generation_settings_are_kept(tmp_path):
+    checkpoint = foreign_checkpoint("awq")
+    checkpoint.save(tmp_path)
+    checkpoint.dense.generation_config.max_new_tokens = 7
+    checkpoint.dense.generation_config.save_pretrained(tmp_path)
+    assert convert(tmp_path)[0].generation_config.max_new_tokens == 7
+
+
+def test_error_is_judged_by_some_rows_and_reported_of_all(tmp_path, monkeypatch):
+    directory = foreign_checkpoint("awq").save(tmp_path)
+    monkeypatch.setattr("cats_ext.quantization.convert.SAMPLED_ROWS", 5)  # of 192
+    rounded = []
+    real = quantize_rows
+    monkeypatch.setattr(
+        "cats_ext.quantization.convert.quantize_rows",
+        lambda w, form: (rounded.append((len(w), form.type)), real(w, form))[1],
+    )
+    _, errors = convert(directory)
+    assert rounded == [(5, "int4"), (192, "int8")] * LAYERS and max(errors.values()) < 0.02
 
 
 @pytest.mark.parametrize("given", ["auto", torch.float32])

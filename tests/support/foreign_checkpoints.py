@@ -178,21 +178,20 @@ class ForeignCheckpoint:
         return directory
 
 
-def foreign_checkpoint(layout: str, family: str = "llama", size: int = 64, dense: tuple[str, ...] = (), **arguments):
-    """A tiny model of ``family`` in ``layout``, but for the output layer and what is named in ``dense``."""
+def foreign_checkpoint(
+    layout: str, family: str = "llama", size: int = 64, dense: tuple[str, ...] = ("lm_head",), **arguments: Any
+) -> ForeignCheckpoint:
+    """A tiny model of ``family`` in ``layout``, but for linear layers with one of ``dense`` in their names."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "tie_word_embeddings": False}
     model = tiny_model(family, **(sizes | arguments))
-    linears = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and name != "lm_head" and not any(part in name for part in dense)
-    }
+    named = model.named_modules()
+    linears = {n: m for n, m in named if isinstance(m, nn.Linear) and not any(part in n for part in dense)}
     entry, layers, packed = entry_and_tensors(layout, linears, size, torch.Generator().manual_seed(0))
     tensors = copy.deepcopy(dict(model.state_dict()))
     if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight")
     for name, layer in layers.items():
-        del tensors[f"{name}.weight"]
+        tensors.pop(f"{name}.weight", None)  # it may be tied
         tensors |= {f"{name}.{part}": tensor for part, tensor in packed[name].items()}
         with torch.no_grad():
             linears[name].weight.copy_(layer.weight)
