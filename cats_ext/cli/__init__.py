@@ -9,7 +9,8 @@ import typer
 
 from cats_ext._version import __version__
 from cats_ext.cli import streams
-from cats_ext.cli.commands import bench, calibrate, chat, demo, evaluate, exact, finetune, generate, quantize, report
+from cats_ext.cli.commands import bench, chat, demo, env, evaluate, generate, report, serve
+from cats_ext.cli.commands.checkpoints import calibrate, exact, finetune, quantize
 from cats_ext.cli.common import Command, one_sentence_errors
 
 app = typer.Typer(
@@ -32,9 +33,12 @@ for name, command in {
     "quantize": quantize.quantize,
     "report": report.report,
     "bench": bench.bench,
-    "env": bench.env,
+    "env": env.env,
 }.items():
     app.command(name, cls=Command)(one_sentence_errors(command))
+app.command("serve", cls=Command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    one_sentence_errors(serve.serve)
+)
 
 
 def _print_version(wanted: bool) -> None:

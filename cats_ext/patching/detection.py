@@ -29,7 +29,7 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _PROBED_EXPERTS = (0, 1, 2, -1)  # modulo their number
 _PROBED_NEURONS = 32  # of packed rows, which take long to unpack
-_PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest output; others 1e-4
+PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest output; others 1e-4
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
     except Exception as error:
         kind = "tokens, experts and their weights" if routing else "one tensor [tokens, hidden_size]"
         raise ValueError(f"its forward fails on {kind}: {error}") from error
-    tolerance = _PROBE_TOLERANCE.get(x.dtype, 1e-4)
+    tolerance = PROBE_TOLERANCE.get(x.dtype, 1e-4)
     for want, have in zip(expected.float(), got.float(), strict=True):
         # Where large values overflow float16, they do so in both.
         difference = (want - have).nan_to_num(0, 0, 0).abs().max()

@@ -50,7 +50,7 @@ def difference(left: Iterable[str], right: Iterable[str], left_name: str, right_
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def sample_weights(weight: Callable[[str], Tensor | None]) -> Tensor:
+def sample_weights(weight: Callable[[str], Tensor | None], first: int = 0, neurons: int | None = None) -> Tensor:
     """Elements of the gate, up and down projection at fixed places, float32 ``[3, SAMPLES]`` on the CPU.
 
     Args:
@@ -58,6 +58,8 @@ def sample_weights(weight: Callable[[str], Tensor | None]) -> Tensor:
             ``gate_up_proj``, with the gate's rows first, if it returns None for ``gate_proj``; of experts with a
             dimension of experts before. However gate and up are stored, the sample is the same. Of packed rows, uint8
             ``[I, bytes]`` each, it is of their bytes.
+        first, neurons: of an MLP that has ``neurons`` neurons, the weights are those from ``first`` on (tensor
+            parallelism). The sample then has the places among them only.
     """
     down = weight("down_proj").detach()
     if down.dtype != torch.uint8:
@@ -65,8 +67,19 @@ def sample_weights(weight: Callable[[str], Tensor | None]) -> Tensor:
     gate, up = weight("gate_proj"), weight("up_proj")
     if gate is None:
         gate, up = weight("gate_up_proj").detach().split(down.shape[-2], dim=-2)
-    samples = [t.detach()[torch.tensor(_places(t.shape)).unbind(1)].float().cpu() for t in (gate, up, down)]
+    samples = []
+    for tensor in (gate, up, down):
+        *experts, own, width = tensor.shape
+        places = torch.tensor(_places(torch.Size((*experts, neurons or own, width))))
+        places = places[_are_within(places, first, own)]
+        places[:, -2] -= first
+        samples.append(tensor.detach()[places.unbind(1)].float().cpu())
     return torch.stack(samples)
+
+
+def _are_within(places: Tensor, first: int, count: int) -> Tensor:
+    """Which of the places belong to ``count`` neurons from ``first`` on."""
+    return (places[:, -2] >= first) & (places[:, -2] < first + count)
 
 
 def weight_of(module: nn.Module, projection: str) -> Tensor | None:
@@ -78,13 +91,29 @@ def weight_of(module: nn.Module, projection: str) -> Tensor | None:
 
 def check_mlp_weights(name: str, expected: Tensor, module: nn.Module) -> None:
     """Raise ValueError unless ``expected`` is a sample of the weights of ``module``, which is called ``name``."""
-    found = sample_weights(partial(weight_of, module))
+    _check_same(
+        name,
+        expected,
+        sample_weights(partial(weight_of, module)),
+        "calibrate this model, or pass check_weights=False to apply_cats if the thresholds of the other one are wanted",
+    )
+
+
+def check_shard_weights(name: str, expected: Tensor, module: nn.Module, first: int, neurons: int) -> None:
+    """As :func:`check_mlp_weights`, of a module that has a part of the MLP's ``neurons``, those from ``first`` on."""
+    weight = partial(weight_of, module)
+    hidden_size, count = weight("down_proj").shape
+    places = torch.tensor(_places(torch.Size((neurons, hidden_size))))
+    own = expected[:, _are_within(places, first, count)]
+    _check_same(name, own, sample_weights(weight, first, neurons), "calibrate this model and save it again")
+
+
+def _check_same(name: str, expected: Tensor, found: Tensor, advice: str) -> None:
     for projection, want, have in zip(PROJECTIONS, expected, found, strict=True):
         if not _same(want, have):
             raise ValueError(
                 f"config is for other weights than the model's: {projection} of {name} differs in "
-                f"{int((want != have).sum())} of {SAMPLES} sampled elements; calibrate this model, or pass "
-                "check_weights=False to apply_cats if the thresholds of the other one are wanted"
+                f"{int((want != have).sum())} of {len(want)} sampled elements; {advice}"
             )
 
 

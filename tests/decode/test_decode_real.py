@@ -31,7 +31,7 @@ def real(request):
     # a neuron over its threshold now and then, and the text may go another way. CUDA's kernels add in different orders,
     # so there only float64 keeps the ways together: with the mask on the dense path, without the sparse kernel.
     dtype = torch.float64 if request.param and DEVICE == "cuda" else torch.float32
-    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device=DEVICE, dtype=dtype, progress=False)
+    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device=DEVICE, dtype=dtype)
     if request.param:
         text = "A cat is a small animal that people keep in their homes. It sleeps most of the day. " * 60
         config = cats_ext.calibrate(model, text, tokenizer=tokenizer, sparsity=request.param, progress=False)

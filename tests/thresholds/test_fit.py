@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from support.patched import assert_unchanged, config_for, layers_of, snapshot
 from torch import nn
 
 from cats_ext import CatsConfig, apply_cats, remove_cats, set_sparsity
-from cats_ext.thresholds.fit import SAMPLES, difference, sample_weights, weight_of
+from cats_ext.thresholds.fit import SAMPLES, check_shard_weights, difference, sample_weights, weight_of
 
 OTHER = (
     r"config is for other weights than the model's: {} of model.layers.{}.mlp differs in \d+ of 128 sampled elements"
@@ -92,6 +93,41 @@ def test_the_sample_does_not_depend_on_how_weights_are_stored():
     sample = sample_weights(separate.get)
     assert torch.equal(sample, sample_weights(merged.get)) and sample.shape == (3, SAMPLES)
     assert {*sample[1].tolist()} == {*up.flatten().tolist()}  # every element of a small one
+
+
+def test_a_shard_is_compared_with_its_part_of_the_sample():
+    """Under tensor parallelism a rank has the weights of some neurons."""
+    whole = Projections(72, 40)
+    sample = sample_weights(partial(weight_of, whole))
+    shards = [whole.shard(first, 24) for first in (0, 24, 48)]
+    places = [sample_weights(partial(weight_of, shard), 24 * rank, 72).shape[1] for rank, shard in enumerate(shards)]
+    assert sum(places) == SAMPLES and all(places)
+    for rank, shard in enumerate(shards):
+        check_shard_weights("mlp", sample, shard, 24 * rank, 72)
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            changed = copy.deepcopy(shard)
+            getattr(changed, projection).weight.data *= 1.5
+            with pytest.raises(
+                ValueError, match=rf"{projection} of mlp differs in \d+ of {places[rank]} sampled elements"
+            ):
+                check_shard_weights("mlp", sample, changed, 24 * rank, 72)
+        with pytest.raises(ValueError, match="for other weights"):
+            check_shard_weights("mlp", sample, shard, 24 * ((rank + 1) % 3), 72)
+
+
+class Projections(nn.Module):
+    def __init__(self, neurons: int, hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden_size, neurons, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(neurons, hidden_size, bias=False)
+
+    def shard(self, first: int, count: int) -> Projections:
+        own = slice(first, first + count)
+        part = copy.deepcopy(self)
+        for name in ("gate_proj", "up_proj"):
+            getattr(part, name).weight.data = getattr(self, name).weight.data[own]
+        part.down_proj.weight.data = self.down_proj.weight.data[:, own]
+        return part
 
 
 def test_it_costs_nothing_with_large_layers():

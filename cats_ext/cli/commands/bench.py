@@ -1,4 +1,4 @@
-"""``cats bench`` and ``cats env``: the op and whole models against dense ones here, and what this installation is."""
+"""``cats bench``: the op and whole models against dense ones on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import typer
 
 import cats_ext
-from cats_ext import env as environment
 from cats_ext.cli import model_benchmark, options
 from cats_ext.cli import op_benchmark as benchmark
 from cats_ext.cli.common import escape, load, note_uncompiled, notes, output, print_json, result_table, status
@@ -18,22 +17,6 @@ from cats_ext.cli.text import CALIBRATION_MODULES, docstrings
 from cats_ext.thresholds.rules import check_sparsity
 
 TRIAL_TOKENS = 2048  # of calibration where no thresholds are given
-
-
-def env(json: options.Json = False) -> None:
-    """Versions, devices, and which kernels are compiled in and loaded. Goes into every bug report.
-
-    Examples:
-
-    $ cats env
-
-    $ cats env --json
-    """
-    report = environment.collect()
-    if json:
-        print_json(report)
-    else:
-        print(environment.describe(report))
 
 
 def bench(

@@ -1,0 +1,227 @@
+"""Decoding and time to first token under vLLM, dense and with CATS, at 1 to 256 sequences.
+
+    python bench serving.engine --output bench/results/h200/serving.csv
+
+Three engines run at a time, each in a process with its own weights: the dense checkpoint, the CATS checkpoint, and the
+latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
+cats_ext/ops/dispatch.py. They are timed in turns on an otherwise idle GPU. The sparsity is set in the running engine. A
+step's time is the difference of two lengths of output, of which the median of --repetitions; tokens are sampled at
+temperature 1, since a random model's greedy text repeats itself. Rows are written as they come; --seconds ends the run.
+Weights are random, thresholds calibrated on random tokens with the paper's rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.lib import machine
+from bench.lib.command import command
+from bench.lib.models import CONFIGS, random_model
+from bench.lib.results import ResultFile
+from bench.serving.worker import LIMIT
+
+SHORT, LONG = 8, 72  # tokens of output
+PROMPT = 32
+FIRST_TOKEN_PROMPT = 1024
+
+
+def make_checkpoints(name: str, layers: int | None, directory: Path, device: str) -> dict[str, Path]:
+    """A CATS checkpoint, and the same weights without thresholds."""
+    import cats_ext
+
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = random_model(config, dtype, device).eval().requires_grad_(False)
+    ids = torch.randint(0, config.vocab_size, (4096,), generator=torch.Generator().manual_seed(0))
+    thresholds = cats_ext.calibrate(model, ids, rule="plain", sparsity=0.5, sequence_length=1024, progress=False)
+    sparse, dense = directory / "sparse", directory / "dense"
+    cats_ext.apply_cats(model, thresholds).save_pretrained(sparse)
+    dense.mkdir()
+    for path in sparse.iterdir():
+        if not path.name.startswith("cats_"):
+            shutil.copy(path, dense) if path.suffix == ".json" else os.link(path, dense / path.name)
+    written = json.loads((dense / "config.json").read_text())
+    del written["quantization_config"]
+    (dense / "config.json").write_text(json.dumps(written))
+    return {"dense": dense, "sparse": sparse}
+
+
+def serve(pipe: Connection, directory: Path, sizes: list[int], kernel_tokens: int | None, cache: Path) -> None:
+    """One engine, which does what it is sent: ``("set", sparsity)`` or ``("time", sequences, prompt, lengths)``."""
+    os.environ |= {"VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if kernel_tokens is not None:
+        os.environ[LIMIT] = str(kernel_tokens)
+    from vllm import LLM, SamplingParams
+    from vllm import __version__ as version
+
+    from cats_ext.integrations.vllm import set_sparsity
+
+    started = time.perf_counter()
+    llm = LLM(
+        str(directory),
+        skip_tokenizer_init=True,
+        max_model_len=2048,
+        max_num_seqs=max(sizes),
+        gpu_memory_utilization=0.15,  # of what has to be free at the start; the next line sizes the cache
+        kv_cache_memory_bytes=(8 << 30) if torch.cuda.is_available() else (256 << 20),
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": sizes} if torch.cuda.is_available() else {},
+        worker_extension_cls="bench.serving.worker.Extension",
+        enforce_eager=not torch.cuda.is_available(),
+        disable_log_stats=True,
+    )
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    generator = torch.Generator().manual_seed(1)
+    pipe.send((version, time.perf_counter() - started))
+    while (order := pipe.recv()) is not None:
+        if order[0] == "set":
+            pipe.send(set_sparsity(llm, order[1]))
+            continue
+        _, sequences, length, outputs = order
+        ids = torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist()
+        seconds = []
+        for count in outputs:
+            sampling = SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False)
+            before = time.perf_counter()
+            llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
+            seconds.append(time.perf_counter() - before)
+        pipe.send(seconds)
+
+
+class Engine:
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, *arguments))
+        self.process.start()
+        other.close()  # so that a process that dies ends recv() with EOFError
+        self.sparsity: float | None = None
+        self.warm: set[tuple[Any, ...]] = set()
+
+    def ask(self, *order: Any) -> Any:
+        self.pipe.send(order)
+        return self.pipe.recv()
+
+    def set(self, sparsity: float) -> None:
+        if self.sparsity != sparsity:
+            self.ask("set", sparsity)
+            self.sparsity = sparsity
+
+    def step(self, sequences: int) -> float:
+        """Seconds of one decoding step."""
+        short, long = self.ask("time", sequences, PROMPT, (SHORT, LONG))
+        return (long - short) / (LONG - SHORT)
+
+    def first_token(self) -> float:
+        return self.ask("time", 1, FIRST_TOKEN_PROMPT, (1,))[0]
+
+    def end(self) -> None:
+        try:
+            self.pipe.send(None)
+            self.process.join(20)
+        except OSError:  # it has died
+            pass
+        self.process.kill()
+
+
+def in_turns(engines: dict[str, Engine], method: str, *arguments: int, repetitions: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        if (method, *arguments) not in engine.warm:
+            getattr(engine, method)(*arguments)
+            engine.warm.add((method, *arguments))
+    for _ in range(repetitions):
+        for name, engine in engines.items():
+            times[name].append(getattr(engine, method)(*arguments))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = command(__spec__, __doc__, "CSV file of the results")
+    parser.add_argument("--model", choices=CONFIGS, default="mistral-7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9, 0.0])
+    parser.add_argument("--kernel-tokens", type=int, default=8, help="of the third engine; 0 leaves it out")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=220, help="no measurement begins later than this")
+    arguments = parser.parse_args()
+    places = [place for place in ("/dev/shm", tempfile.gettempdir()) if Path(place).is_dir()]
+    with tempfile.TemporaryDirectory(dir=max(places, key=lambda place: shutil.disk_usage(place).free)) as directory:
+        run(arguments, Path(directory))
+
+
+def run(arguments: argparse.Namespace, directory: Path) -> None:
+    began = time.perf_counter()
+    device = str(machine.default_device())
+    file = ResultFile(arguments.output, machine.facts(device, arguments.commit), digits=4)
+    # In a process of its own, so that the weights leave the GPU.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        paths = pool.apply(make_checkpoints, (arguments.model, arguments.layers, directory, device))
+    print(f"checkpoints after {time.perf_counter() - began:.0f} s", flush=True)
+    engines = {}
+    try:
+        limits: dict[str, int | None] = {"dense": None, "sparse": None}
+        if arguments.kernel_tokens:
+            limits["kernel"] = arguments.kernel_tokens
+        for name, limit in limits.items():
+            path = paths["dense" if name == "dense" else "sparse"]
+            engines[name] = Engine(path, arguments.sizes, limit, directory / f"cache-{name}")
+        for name, engine in engines.items():
+            version, seconds = engine.pipe.recv()
+            print(f"{name}: vLLM {version} started in {seconds:.0f} s", flush=True)
+        print(f"engines after {time.perf_counter() - began:.0f} s", flush=True)
+        common = {"model": arguments.model, "layers": arguments.layers or "all", "vllm": version}
+        for sparsity in arguments.sparsities:
+            measure(arguments, engines, sparsity, common, file, began)
+    finally:
+        for engine in engines.values():
+            engine.end()
+
+
+def measure(
+    arguments: argparse.Namespace,
+    engines: dict[str, Engine],
+    sparsity: float,
+    common: dict[str, Any],
+    file: ResultFile,
+    began: float,
+) -> None:
+    """Rows of all sizes at one sparsity, and of the first token."""
+    for name in engines.keys() - {"dense"}:
+        engines[name].set(sparsity)
+
+    def add(phase: str, sequences: int, times: dict[str, float]) -> None:
+        row = common | {"phase": phase, "sparsity": sparsity, "sequences": sequences}
+        row |= {f"{name}_ms": value * 1e3 for name, value in times.items()}
+        row |= {f"{name}_speedup": times["dense"] / times[name] for name in times.keys() - {"dense"}}
+        print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()))
+        file.add({"kernel_ms": "", "kernel_speedup": ""} | row)
+
+    options = {"repetitions": arguments.repetitions}
+    for sequences in arguments.sizes:
+        if time.perf_counter() - began > arguments.seconds:
+            print("out of time", flush=True)
+            return
+        few = sequences <= arguments.kernel_tokens
+        timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
+        add("decode", sequences, in_turns(timed, "step", sequences, **options))
+    timed = {name: engine for name, engine in engines.items() if name != "kernel"}
+    add("first_token", 1, in_turns(timed, "first_token", **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""ServedMLP: what a gated MLP of vLLM becomes, with its own children and the sparse forward.
+
+The forward is one op that torch.compile does not look into: whether the kernel runs depends on the number of tokens,
+which would be fixed while tracing. In a CUDA graph the choice is made for each captured size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearBase
+
+from cats_ext.ops import dispatch
+from cats_ext.ops.definitions import masked_product
+from cats_ext.ops.reference import ACTIVATIONS
+from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.fit import check_shard_weights
+
+
+@dataclass
+class ServedState:
+    """What a ServedMLP knows beside its children and buffers."""
+
+    name: str  # in the config
+    config: CatsConfig
+    projections: tuple[str, ...]  # names of its children, that of down_proj last
+    activation: str
+    first: int  # of the MLP's neurons, the first that this rank has
+    neurons: int  # how many it has
+
+    @property
+    def layer(self) -> LayerConfig:
+        return self.config.layers[self.name]
+
+    def at_sparsity(self, sparsity: float, down_sparsity: float | None) -> CatsConfig:
+        return self.config.at_sparsity(sparsity, down_sparsity=down_sparsity)
+
+    def own(self, threshold: Tensor | None) -> Tensor | None:
+        """This rank's part, always a vector: compiled code may be loaded again for other thresholds."""
+        if threshold is None or threshold.dim() == 0:
+            return None if threshold is None else threshold.repeat(self.neurons)
+        return threshold[self.first : self.first + self.neurons].clone()
+
+
+class ServedMLP(nn.Module):
+    """A gated MLP of vLLM that computes only the neurons above their thresholds; made by :func:`make_served`.
+
+    ``threshold``, ``down_threshold`` (float32 ``[I]``) and ``counts`` (int64 ``[3]``, None unless counting) are buffers
+    outside the state dict. Under LoRA the children are called and the mask put between, so all rows are read.
+    """
+
+    served: ServedState
+    threshold: Tensor
+    down_threshold: Tensor | None
+    counts: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``, all-reduced as the down projection itself does."""
+        *inputs, down = (self._modules[name] for name in self.served.projections)
+        mask = self.threshold, self.down_threshold, self.served.activation
+        if not all(isinstance(linear, LinearBase) for linear in (*inputs, down)):
+            gate, up = _halves([_call(linear, x) for linear in inputs])
+            return _call(down, torch.ops.cats.gated_threshold_forward(gate, up, *mask))
+        biases = [linear.bias for linear in inputs if linear.bias is not None]
+        down_bias = None if down.tp_rank > 0 else down.bias
+        weights = [linear.weight for linear in inputs]
+        y = torch.ops.cats_vllm.mlp(x, weights, down.weight, *mask, biases, down_bias, self.counts)
+        return tensor_model_parallel_all_reduce(y) if _is_reduced(down) else y
+
+    @torch.inference_mode()
+    def set_thresholds(self, config: CatsConfig) -> None:
+        """Take over this rank's part of the thresholds of ``config``, in place."""
+        served = self.served
+        self.threshold.copy_(served.own(config.thresholds[served.name]))
+        if self.down_threshold is not None:
+            self.down_threshold.copy_(served.own(config.down_thresholds[served.name]))
+        served.config = config
+
+    def counted(self) -> dict[str, Any]:
+        layer = self.served.layer
+        return {
+            "counts": self.counts.tolist(),
+            "intermediate_size": layer.intermediate_size,
+            "matrix_bytes": [layer.intermediate_size * layer.hidden_size * self.down_proj.weight.element_size()] * 3,
+            "up_target": layer.up_sparsity,
+            "down_target": layer.down_sparsity,
+        }
+
+
+def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -> None:
+    """Turn ``mlp``, whose weights are loaded, into a :class:`ServedMLP` with this rank's part of the thresholds.
+
+    Raises:
+        ValueError: it is no gated MLP, does not compute ``down(act(gate) * up)``, has another size, or other weights
+            than the thresholds were made for. It is unchanged then.
+    """
+    kind, layer = type(mlp).__name__, config.layers[name]
+    projections = next((names for names in (MERGED, SEPARATE) if mlp._modules.keys() >= {*names}), None)
+    if projections is None:
+        raise ValueError(f"{name} ({kind}) cannot run sparsely: it has no children {', '.join(MERGED)}")
+    others = [n for n, m in mlp._modules.items() if n not in projections and any(True for _ in m.parameters())]
+    if others or mlp._parameters:
+        raise ValueError(f"{name} ({kind}) cannot run sparsely: it has further weights: {[*others, *mlp._parameters]}")
+    *inputs, down = (mlp._modules[n] for n in projections)
+    neurons, ranks = down.weight.shape[1], down.tp_size
+    rows = sum(linear.weight.shape[0] for linear in inputs)
+    found = down.weight.shape[0], neurons * ranks
+    if found != (layer.hidden_size, layer.intermediate_size) or rows != 2 * neurons:
+        raise ValueError(
+            f"config has hidden_size {layer.hidden_size} and intermediate_size {layer.intermediate_size} for {name}, "
+            f"the model has {found[0]} and {found[1]} on {ranks} ranks, with {rows} rows of gate and up on this one"
+        )
+    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons)
+    if name in config.weights:
+        with torch.device("cpu"):  # not the GPU on which vLLM may be loading
+            check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
+    _check_formula(mlp, served)
+    device = down.weight.device
+    # vLLM's Transformers backend binds a rewritten forward to the module, which would hide the class's.
+    vars(mlp).pop("forward", None)
+    mlp.__class__ = _served_class(type(mlp))
+    mlp.served = served
+    counts = torch.zeros(3, dtype=torch.int64, device=device) if counting else None
+    buffers = {"threshold": config.thresholds[name], "down_threshold": config.down_thresholds.get(name)}
+    for buffer, value in buffers.items():
+        value = served.own(value)
+        mlp.register_buffer(buffer, None if value is None else value.to(device), persistent=False)
+    mlp.register_buffer("counts", counts, persistent=False)
+
+
+@cache
+def _served_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Served{kind.__name__}", (ServedMLP, kind), {})
+
+
+@torch.inference_mode()
+def _check_formula(mlp: nn.Module, served: ServedState) -> None:
+    """Run the module on four vectors: two of unit variance, and two that give large gate values, which clamps change.
+
+    Ranks have different neurons and get the same vectors, so the size of the gate values is their mean over all ranks.
+    """
+    *inputs, down = (mlp._modules[n] for n in served.projections)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(4, served.layer.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    x = x.to(down.weight)
+    size = _halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
+    if down.tp_size > 1:
+        size = tensor_model_parallel_all_reduce(size[None])[0] / down.tp_size
+    x[2:] *= (32 / size.sqrt().clamp(min=1e-3)).to(x.dtype)
+    gate, up = _halves([_call(linear, x) for linear in inputs])
+    expected = _call(down, ACTIVATIONS[served.activation](gate) * up).float()
+    found = mlp.forward(x).float()
+    tolerance = PROBE_TOLERANCE.get(x.dtype, 1e-4)
+    for want, have in zip(expected, found, strict=True):
+        difference = (want - have).nan_to_num(0, 0, 0).abs().max()
+        if not difference <= tolerance * want.nan_to_num(0, 0, 0).abs().max():
+            raise ValueError(
+                f"{served.name} ({type(mlp).__name__}) cannot run sparsely: its forward is not down(act(gate) * up) "
+                f"with the activation {served.activation}"
+            )
+
+
+def _is_reduced(down: LinearBase) -> bool:
+    return down.tp_size > 1 and getattr(down, "reduce_results", False)
+
+
+def _call(linear: nn.Module, x: Tensor) -> Tensor:
+    y = linear(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Gate and up, from both or from one tensor with both."""
+    gate, up = tensors if len(tensors) == 2 else tensors[0].chunk(2, dim)
+    return gate, up
+
+
+# --- the op ---------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("cats_vllm", "DEF")
+_library.define(
+    # gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
+    # neuron. counts: as for cats::sparse_mlp_counted.
+    "mlp(Tensor x, Tensor[] gate_up, Tensor w_down, Tensor threshold, Tensor? down_threshold, str activation, "
+    "Tensor[] biases, Tensor? down_bias, Tensor(a!)? counts) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def _mlp(
+    x: Tensor,
+    gate_up: list[Tensor],
+    w_down: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None,
+    activation: str,
+    biases: list[Tensor],
+    down_bias: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    mask = threshold, down_threshold, activation
+    if _takes_kernel(x):
+        both = _halves(biases, 0) if biases else (None, None)
+        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), (*both, down_bias)), mask, counts)
+    products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
+    gate, up = _halves(products)
+    return F.linear(masked_product(gate, up, *mask, counts), w_down, down_bias)
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    if x.is_cuda:
+        return x.numel() <= dispatch.MAX_SERVED_TOKENS * x.shape[-1]
+    return dispatch.kernel_fits(x, x.shape[-1])
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("mlp", _mlp, _device)
+torch.library.register_fake("cats_vllm::mlp", lambda x, *_: torch.empty_like(x), lib=_library)

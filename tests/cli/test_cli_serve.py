@@ -1,0 +1,88 @@
+"""``cats serve`` hands over to vLLM's server, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from support.cli_runner import cats, error_of
+from support.models import tiny_model
+from support.patched import config_for
+
+from cats_ext import CatsConfig, apply_cats, apply_exact, quantize
+from cats_ext.cli.commands import serve
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = tiny_model()
+    apply_cats(model, config_for(model)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if vLLM were installed and found the plugin."""
+
+    class Plugins:
+        names = ("cats",)
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(serve, "find_spec", lambda name: importlib.util.find_spec("json"))
+    monkeypatch.setattr(serve, "entry_points", lambda group: Plugins)
+    return Plugins
+
+
+def test_becomes_the_server(checkpoint, installed, monkeypatch):
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    assert cats("serve", checkpoint, "--port", 8001, "--enforce-eager").exit_code == 0
+    model = ["--model", str(checkpoint), "--port", "8001", "--enforce-eager"]
+    assert commands == [[sys.executable, "-m", serve.SERVER, *model]]
+
+
+def test_without_vllm(checkpoint, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    error = error_of("serve", checkpoint)
+    assert "cats serve needs vLLM 0.23 to 0.32, which is not installed: pip install vllm" in error
+
+
+def test_without_the_plugin(checkpoint, installed, monkeypatch):
+    installed.names = ()
+    assert "is not installed: pip install it" in error_of("serve", checkpoint)
+
+
+def test_plugin_that_is_not_allowed(checkpoint, installed, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS must name cats too, or not be set, got 'other'" in error_of("serve", checkpoint)
+
+
+def test_dense_checkpoint(tmp_path, installed):
+    tiny_model().save_pretrained(tmp_path)
+    assert "has no CATS config" in error_of("serve", tmp_path)
+
+
+def test_dense_prefill(checkpoint, installed):
+    config = CatsConfig.from_pretrained(checkpoint)
+    config.sparse_prefill = False
+    config.save_pretrained(checkpoint)
+    assert "sparse_prefill=False, which is not supported under vLLM" in error_of("serve", checkpoint)
+
+
+def test_packed_rows(tmp_path, installed):
+    quantize(tiny_model(), "int8", progress=False).save_pretrained(tmp_path)
+    assert "rows in quantization_config, the packed weights of cats_ext.quantize" in error_of("serve", tmp_path)
+
+
+def test_sparse_by_itself(tmp_path, installed):
+    apply_exact(tiny_model(hidden_act="relu")).save_pretrained(tmp_path)
+    assert 'rule "exact" in quantization_config, of a model that is sparse by itself' in error_of("serve", tmp_path)
+
+
+@pytest.mark.parametrize("module", ["cats_ext.integrations.vllm", "cats_ext.cli.commands.serve"])
+def test_vllm_is_not_imported(module):
+    code = f"import sys, {module}; sys.exit(any(name.split('.')[0] == 'vllm' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

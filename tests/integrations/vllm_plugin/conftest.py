@@ -1,0 +1,91 @@
+"""vLLM's engine and its workers in the process of the tests, on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+CHECKPOINTS = {
+    "llama": ("llama", "two_threshold"),
+    "llama-plain": ("llama", "plain"),
+    "llama-bias": ("llama-bias", "two_threshold"),
+    "qwen2": ("qwen2", "plain"),
+    "qwen3": ("qwen3", "two_threshold"),
+    "gemma2": ("gemma2", "two_threshold"),
+    "phi3": ("phi3", "plain"),
+}
+TEXTS = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
+TEXTS += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checkpoints(tmp_path_factory):
+    """Directories, and what transformers generates from them, by name; made before vLLM runs."""
+    from support.served import expected, save_checkpoint
+
+    directories = {
+        name: save_checkpoint(tmp_path_factory.mktemp(name), family, rule)
+        for name, (family, rule) in CHECKPOINTS.items()
+    }
+    return {name: (directory, expected(directory)) for name, directory in directories.items()}
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints):
+    return checkpoints["llama"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def adapter(checkpoints, tmp_path_factory):
+    """A LoRA adapter for ``llama``, and what PEFT generates with it; made before vLLM runs."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from support.served import generate
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"][0], dtype=torch.float32)
+    projections = ["gate_proj", "up_proj", "down_proj"]
+    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=projections, task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    directory = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(directory)
+    return directory, generate(tuned.eval())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real(tmp_path_factory):
+    """Of the model that CATS_TEST_MODEL names, if it does: directories by rule, prompts, and what transformers
+    generates with each of them, and densely.
+    """
+    if "CATS_TEST_MODEL" not in os.environ:
+        return {}
+    import torch
+    from support.served import scored
+
+    import cats_ext
+    from cats_ext.cli.models import load_model
+    from cats_ext.cli.text import CALIBRATION_MODULES, docstrings
+
+    model, tokenizer = load_model(os.environ["CATS_TEST_MODEL"], device="cpu", dtype=torch.float32)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    directories, expected, text = {}, {"dense": scored(model, prompts)}, docstrings(CALIBRATION_MODULES)
+    options = {"sparsity": 0.5, "importance": "norm", "max_tokens": 1024, "progress": False}
+    for rule in ("plain", "two_threshold"):
+        directories[rule] = tmp_path_factory.mktemp(rule)
+        config = cats_ext.calibrate(model, text, tokenizer=tokenizer, rule=rule, **options)
+        cats_ext.apply_cats(model, config).save_pretrained(directories[rule])
+        tokenizer.save_pretrained(directories[rule])
+        expected[rule] = scored(model, prompts)
+        cats_ext.remove_cats(model)
+    return directories, prompts, expected
