@@ -18,7 +18,7 @@ from cats_ext.patching.tracking import (
     sparsity_report,
     track_sparsity,
 )
-from cats_ext.quantization import QuantizationConfig, quantize
+from cats_ext.quantization import QuantizationConfig, convert_quantized, quantize
 from cats_ext.thresholds.config import CatsConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "apply_exact",
     "apply_relufication",
     "calibrate",
+    "convert_quantized",
     "deferred_stop",
     "evaluation",
     "expert_ops",

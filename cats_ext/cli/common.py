@@ -232,13 +232,9 @@ def load_patched(
         check_weights: False takes thresholds in ``cats`` that were made for other weights.
         default: the dtype without ``precision``; "auto" is that of the checkpoint, None the usual one of the device.
     """
-    from transformers.utils import logging
-
     config = None if cats is None else _load_config(cats)
     note_uncompiled(device)
-    if not debugging():
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    silence_transformers()
     if name == models.DEMO_MODEL.name and not Path(name).is_dir():
         # Before the spinner starts: the download shows its own progress.
         models.obtain(models.DEMO_MODEL)
@@ -253,6 +249,15 @@ def load_patched(
             raise ValueError(f"--sparsity {sparsity} needs thresholds: --cats DIRECTORY, or a model saved with them")
         cats_ext.set_sparsity(network, sparsity)
     return network, tokenizer, current_config(network) if patched else None
+
+
+def silence_transformers() -> None:
+    """No remarks and bars of its own, unless :func:`debugging`."""
+    from transformers.utils import logging
+
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _load_config(directory: Path) -> cats_ext.CatsConfig:

@@ -30,6 +30,7 @@ from cats_ext.patching.apply import apply_cats, patch_with_relu, remove_cats, sp
 from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.listeners import PatchListener, add_listener
 from cats_ext.quantization import QuantizationConfig, quantized_linears
+from cats_ext.quantization.foreign import METHODS
 from cats_ext.quantization.layout import Rows, check_rows, describe, prepare
 from cats_ext.quantization.run import quantize_as
 from cats_ext.rows.formats import ROW_ALIGNMENT
@@ -164,10 +165,13 @@ def check_not_quantised(model: nn.Module) -> None:
     method = getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
     if method == "gguf" and not getattr(quantizer, "packed_modules", None):
         return
-    without = "with GgufConfig(dequantize=True)" if method == "gguf" else "without quantization_config"
+    advice = "load it without quantization_config, or dequantize it first"
+    if method == "gguf":
+        advice = "load it with GgufConfig(dequantize=True), or dequantize it first"
+    elif method in METHODS:
+        advice = "cats_ext.convert_quantized(directory) makes packed rows of its checkpoint"
     raise ValueError(
-        f"model of class {type(model).__name__} is quantised with {method}, which is not supported: load it {without}, "
-        "or dequantize it first"
+        f"model of class {type(model).__name__} is quantised with {method}, which is not supported: {advice}"
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from support.cli_runner import cats, error_of, json_of
+from support.foreign_checkpoints import foreign_checkpoint
 from support.models import LAYERS
 from support.saved_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,3 +85,30 @@ def test_it_says_what_to_do_next(model_dir, tmp_path):
 def test_finetuning_it_is_refused(quantised, text_file, tmp_path):
     message = error_of("finetune", quantised, "--text", text_file, "-o", tmp_path, "--sequence-length", 64)
     assert "is quantised, and packed rows cannot be tuned" in message
+
+
+@pytest.fixture(scope="module")
+def awq(model_dir, tmp_path_factory):
+    directory = foreign_checkpoint("awq").save(tmp_path_factory.mktemp("awq"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_dir / name, directory)
+    return directory
+
+
+def test_a_checkpoint_of_awq_is_converted(awq, tmp_path):
+    document = json_of("quantize", awq, "-o", tmp_path / "out", "--group-size", 32)
+    expected, errors = cats_ext.convert_quantized(awq, group_size=32, progress=False)
+    assert document["method"] == "awq" and document["down_errors"] == pytest.approx(errors)
+    assert document["formats"] == ["int4_g64_zp", "int8_g32"] and document["bytes_before"] > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    result = cats("quantize", awq, "-o", tmp_path / "again", "--down", "int4")
+    assert result.exit_code == 0 and f"rounded again, {LAYERS} in int4_g128_zp: relative error 0." in result.stdout
+
+
+@pytest.mark.parametrize("option", [("--weights", "int8"), ("--gate", "int8"), ("--scope", "all"), ("--text", "FILE")])
+def test_options_that_a_checkpoint_of_awq_has_no_use_for(awq, option, text_file, tmp_path):
+    arguments = [str(text_file) if value == "FILE" else value for value in option]
+    message = error_of("quantize", awq, "-o", tmp_path / "out", *arguments)
+    assert option[0] in message and "must be left out" in message and "which awq has quantised" in message

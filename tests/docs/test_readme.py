@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.foreign_checkpoints import foreign_checkpoint
 from support.saved_model import save_tiny_model
 from typer.testing import CliRunner
 
@@ -34,6 +35,7 @@ def test_there_are_snippets_and_commands():
 def test_snippet_runs(snippet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "my-model")
+    foreign_checkpoint("awq").save(tmp_path / "my-model-awq")
     (tmp_path / "text.txt").write_text("The cat sat on a mat, and so did that other cat. " * 40)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 

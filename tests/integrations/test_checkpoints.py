@@ -376,3 +376,6 @@ def test_quantised_models_are_refused_by_name(config):
     for function in (lambda: apply_cats(model, config), lambda: config_for(model)):
         with pytest.raises(ValueError, match="LlamaForCausalLM is quantised with bitsandbytes, which is not supported"):
             function()
+    model.hf_quantizer.quantization_config.quant_method = "gptq"
+    with pytest.raises(ValueError, match=r"with gptq, which is not supported: cats_ext.convert_quantized\(directory\)"):
+        apply_cats(model, config)
