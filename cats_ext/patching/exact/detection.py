@@ -47,7 +47,6 @@ class ExactLayer:
     down_owner: nn.Module
     mlp: GatedMLP | None = None  # unless DOWN_ONLY
     multipliers: dict[torch.dtype, float] = field(default_factory=dict)
-    reason: str = ""  # why DOWN_ONLY
 
     @property
     def down_weight(self) -> Tensor:
@@ -112,7 +111,7 @@ def _gaussian_sparsity(module: nn.Module) -> float:
 def _describe_exact(
     name: str, module: nn.Module, function: Callable, activation: str, sparsity: float, shared: set[int]
 ) -> ExactLayer:
-    reason = "it has no gate"
+    reason = "its projections are parameters, not modules (experts without a gate)"
     if looks_gated(module):
         try:
             return _describe_gated(name, module, function, activation, sparsity, shared)
@@ -120,9 +119,7 @@ def _describe_exact(
             reason = str(error)
     down_name = next((n for n in DOWN if n in module._modules), None)
     if down_name is None:
-        raise ValueError(
-            reason if looks_gated(module) else "its projections are parameters, not modules (experts without a gate)"
-        )
+        raise ValueError(reason)
     down = module._modules[down_name]
     if not isinstance(down, nn.Linear):
         raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__}, not a torch.nn.Linear")
@@ -138,7 +135,6 @@ def _describe_exact(
         activation=activation,
         matrices=3 if any(n in module._modules for n in _GATES) else 2,
         down_owner=down,
-        reason=reason,
     )
 
 
