@@ -117,10 +117,10 @@ def _linears(skeleton: PreTrainedModel, scheme: Scheme, files: Files) -> dict[st
     linears = {name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear) and name in names}
     for name in sorted(names - linears.keys()):
         raise ValueError(f"{name} cannot be converted: {type(skeleton).__name__} has no linear layer of that name")
-    embedding = skeleton.get_input_embeddings().weight
+    tied = skeleton.get_output_embeddings() if skeleton.config.get_text_config().tie_word_embeddings else None
     for name, linear in linears.items():
         with _naming(name):
-            if linear.weight is embedding:
+            if linear is tied:
                 raise ValueError("it is tied to the embedding")
             bias = f"{name}.bias"
             if linear.bias is None and bias in files and files[bias].get_tensor(bias).any():

@@ -62,10 +62,10 @@ class Scheme:
             return cls._parse_compressed(entry)
         size = entry.get("group_size", entry.get("q_group_size"))
         if method == "awq":
-            _one_of("version", str(entry.get("version", entry.get("format", "gemm"))).lower(), ("gemm",))
+            _one_of("version", str(entry.get("version") or entry.get("format") or "gemm").lower(), ("gemm",))
             bits = _one_of("bits", entry.get("bits", entry.get("w_bit")), (4,))
             return cls(method, bits, _one_of("group_size", size, GROUP_SIZES))
-        kind = entry.get("checkpoint_format", entry.get("format", "gptq"))
+        kind = entry.get("checkpoint_format") or entry.get("format") or "gptq"
         _one_of("checkpoint_format", kind, ("gptq", "gptq_v2"))
         _one_of("pack_dtype", entry.get("pack_dtype") or "int32", ("int32",))
         _one_of("desc_act", bool(entry.get("desc_act")), (False,))
@@ -120,12 +120,14 @@ class Scheme:
         if missing:
             raise ValueError(f"the checkpoint has no {missing[0]} for it")
         if self.layout == "float":
-            scales = get["weight_scale"].float().reshape(-1, 1)
-            _check_shape("weight", get["weight"], (outputs, inputs))
+            q, scales = get["weight"], get["weight_scale"].float().reshape(-1, 1)
+            if q.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"its weight must be torch.float8_e4m3fn, got {q.dtype}")
+            _check_shape("weight", q, (outputs, inputs))
             if len(scales) == 1:
                 scales = scales.expand(outputs, 1)
             _check_shape("weight_scale", scales, (outputs, 1))
-            return RowFormat("fp8"), Fields(get["weight"], scales)
+            return RowFormat("fp8"), Fields(q, scales)
         if inputs % self.group_size:
             raise ValueError(f"group_size must divide its {inputs} inputs, got {self.group_size}")
         q, scales, zeros = self._integers(get, outputs, inputs)

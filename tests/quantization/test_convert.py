@@ -7,13 +7,22 @@ import json
 
 import pytest
 import torch
-from support.foreign_checkpoints import LAYOUTS, compressed_entry, foreign_checkpoint, words
+from support.foreign_checkpoints import (
+    LAYOUTS,
+    compressed_entry,
+    foreign_checkpoint,
+    gptq_tensors,
+    random_layer,
+    words,
+)
 from support.models import LAYERS
 from support.patched import config_for, few, logits
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cats_ext import apply_cats, convert_quantized, quantize
 from cats_ext.quantization import quantized_linears
+from cats_ext.quantization.foreign import Scheme
 from cats_ext.rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,7 +198,7 @@ FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": Tru
         ("awq", {"bits": 3}, "bits must be 4, got 3"),
         ("awq", {"group_size": -1}, "group_size must be 32 or 64 or 128, got -1"),
         ("gptq", {"group_size": 256}, "group_size must be 32 or 64 or 128, got 256"),
-        ("gptq", {"group_size": 128}, "group_size must divide its 192 inputs, got 128|scales must be"),
+        ("gptq", {"group_size": 128}, r"its scales must be \[128, 1\], got \[128, 2\]"),
         ("gptq", {"desc_act": True}, "desc_act must be False, got True"),
         ("gptq", {"bits": 2}, "bits must be 4 or 8, got 2"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format must be gptq or gptq_v2, got 'marlin'"),
@@ -263,6 +272,11 @@ def no_norm(t):
     del t["model.norm.weight"]
 
 
+def int8_down(t):
+    name = "model.layers.1.mlp.down_proj.weight"
+    t[name] = t[name].view(torch.int8)
+
+
 def dense_model(t):
     for name in [name for name in t if name.endswith("qweight")]:
         del t[name]
@@ -285,6 +299,7 @@ def dense_model(t):
         ("awq", another_layer, "experts.0.up_proj cannot be converted: LlamaForCausalLM has no linear layer of that"),
         ("gptq-8-sym", zero_points_of_8_bits, f"{UP} cannot be converted: zero points of 8 bits must be 128, got 100"),
         ("awq", no_norm, "cannot be converted: it has no tensor model.norm.weight"),
+        ("ct-fp8", int8_down, "down_proj cannot be converted: its weight must be torch.float8_e4m3fn, got torch.int8"),
         ("awq", dense_model, "LlamaForCausalLM cannot be converted: no gated MLP of it is quantised"),
     ],
 )
@@ -293,6 +308,12 @@ def test_tensors_that_do_not_fit_are_refused(layout, change, message, tmp_path):
     change(checkpoint.tensors)
     with pytest.raises(ValueError, match=message):
         convert(checkpoint.save(tmp_path))
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused():
+    layer = random_layer(nn.Linear(192, 128), 4, 64, True, torch.Generator())
+    with pytest.raises(ValueError, match="group_size must divide its 192 inputs, got 128"):
+        Scheme("gptq", 4, 128).unpack(gptq_tensors(layer, 4, 0), 128, 192)
 
 
 def test_arguments_and_directories_are_checked(tmp_path):
