@@ -16,27 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-COMING = ("serving.md", "quantization.md", "exact.md")  # in the navigation as soon as they exist
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # of a link or an image to a file, without the place in it
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = _existing(config.nav)
-    return config
-
-
-def _existing(entries: list) -> list:
-    """The navigation without the pages in COMING that do not exist yet."""
-    kept = []
-    for entry in entries:
-        if isinstance(entry, dict):
-            ((title, content),) = entry.items()
-            if isinstance(content, list):
-                entry = {title: _existing(content)}
-            elif content in COMING and not (ROOT / "docs" / content).exists():
-                continue
-        kept.append(entry)
-    return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
