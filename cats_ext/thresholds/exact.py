@@ -32,7 +32,10 @@ class ExactConfig(CatsConfig):
         """It has no rule that calibration knows."""
 
     def at_sparsity(self, sparsity: float, *, down_sparsity: float | None = None) -> CatsConfig:
-        raise ValueError("the model is sparse by itself: its sparsity cannot be set, apply_cats with thresholds can")
+        raise ValueError(
+            f"sparsity of a model that is sparse by itself cannot be set, got {sparsity}: call remove_cats, calibrate "
+            "and apply_cats for thresholds"
+        )
 
     def to_files(self) -> dict[str, bytes]:
         return {}
