@@ -6,12 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.cli_runner import cats, error_of
 from support.models import tiny_model
 from support.patched import config_for
 
+import cats_ext
 from cats_ext import CatsConfig, apply_cats, apply_exact, quantize
 from cats_ext.cli.commands import serve
 
@@ -83,6 +85,7 @@ def test_sparse_by_itself(tmp_path, installed):
 
 
 @pytest.mark.parametrize("module", ["cats_ext.integrations.vllm", "cats_ext.cli.commands.serve"])
-def test_vllm_is_not_imported(module):
+def test_vllm_is_not_imported(module, tmp_path):
     code = f"import sys, {module}; sys.exit(any(name.split('.')[0] == 'vllm' for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    environment = os.environ | {"PYTHONPATH": str(Path(cats_ext.__file__).parents[1])}  # the one that is tested
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment).returncode == 0
