@@ -27,8 +27,8 @@ DENSE = "dense"  # without a mask: prompts of a config with sparse_prefill=False
 # (bench/results/cpu-epyc-zen3).
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
-# As MAX_KERNEL_TOKENS, under vLLM, whose graphs take the choice for each captured size. At Mistral-7B's shape and 50 %
-# sparsity on an H100, 2 sequences gain 8 % with the kernel, and 4 lose 2 % (to be measured by bench/serving).
+# As MAX_KERNEL_TOKENS, under vLLM, whose graphs take the choice for each captured size. Not measured there yet
+# (bench/serving/engine.py).
 MAX_SERVED_TOKENS = 2
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are

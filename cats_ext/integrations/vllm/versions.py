@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-OLDEST, NEWEST = "0.23", "0.32"  # both tested: on a GPU, and in .ci/vllm
+OLDEST, NEWEST = "0.23", "0.32"  # tested is the newest, in .ci/vllm; what is used of vLLM is there in 0.23 too
 SUPPORTED = f"vLLM {OLDEST} to {NEWEST}"
 
 
