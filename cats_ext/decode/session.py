@@ -212,18 +212,23 @@ class Session:
         random_state = torch.cuda.get_rng_state(device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with uncounted(self.model):
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles kernels and allocates workspaces
-                    self.position.fill_(self.length - SPARE)
+        try:
+            with uncounted(self.model):
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # compiles kernels and allocates workspaces
+                        self.position.fill_(self.length - SPARE)
+                        self._advance(selection, key is not None)
+                torch.cuda.current_stream(device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+                # Other threads may allocate meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._advance(selection, key is not None)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._advance(selection, key is not None)
-        torch.cuda.set_rng_state(random_state, device)
+        except BaseException:
+            _leave_capture_mode(device)
+            raise
+        finally:
+            torch.cuda.set_rng_state(random_state, device)
         self._graphs[key] = graph
         return graph
 
@@ -277,3 +282,10 @@ class Session:
         event = torch.cuda.Event()
         event.record()
         return host, event
+
+
+def _leave_capture_mode(device: torch.device) -> None:
+    """After a failed capture: torch's random generator refuses to draw until the next capture has ended well."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)

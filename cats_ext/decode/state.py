@@ -113,10 +113,12 @@ class Turns:
     """Of the engines of one model, which may run in threads and on streams of their own.
 
     Calls run side by side. While one prepares a session it changes thresholds and counts in place, and no other runs.
+    Of all models one prepares at a time: waiting for a device fails while another thread captures a graph on it.
     """
 
     _of_models: ClassVar[WeakKeyDictionary[nn.Module, Turns]] = WeakKeyDictionary()
     _lock = threading.Lock()
+    _one_prepares = threading.RLock()
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -153,9 +155,10 @@ class Turns:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._preparing is None and not self._running)
                 self._preparing = me
-            _wait_for(device)
-            yield
-            _wait_for(device)
+            with self._one_prepares:
+                _wait_for(device)
+                yield
+                _wait_for(device)
         finally:
             with self._changed:
                 if self._preparing == me:

@@ -1,0 +1,52 @@
+"""Engines whose graphs are captured at the same time, or cannot be."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from support.models import tiny_model, tokens
+
+from cats_ext.decode import state
+from cats_ext.decode.engine import DecodeEngine
+
+
+def test_engines_of_two_models_prepare_one_after_the_other(monkeypatch):
+    inside, overlaps = [], []
+
+    def look(_):
+        overlaps.append(len(set(inside) - {threading.get_ident()}))
+
+    monkeypatch.setattr(state, "_wait_for", look)
+
+    def prepare(turns: state.Turns) -> None:
+        for _ in range(5):
+            with turns.running(), turns.preparing(torch.device("cpu")):
+                inside.append(threading.get_ident())
+                time.sleep(0.002)
+                inside.remove(threading.get_ident())
+
+    threads = [threading.Thread(target=prepare, args=(state.Turns.of(tiny_model()),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(overlaps) == 20 and not any(overlaps)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_torch_as_it_was():
+    model, ids = tiny_model().cuda(), tokens(20)[None].cuda()
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+    torch.manual_seed(0)
+    expected = torch.randn(4, device="cuda")
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="the decode step cannot be captured"):
+        found = DecodeEngine(model).generate(ids, max_new_tokens=8)
+    assert torch.equal(torch.randn(4, device="cuda"), expected)
+    handle.remove()
+    engine = DecodeEngine(model)
+    assert torch.equal(engine.generate(ids, max_new_tokens=8), found)
+    assert engine._session._graphs and torch.equal(found, model.generate(ids, max_new_tokens=8))
