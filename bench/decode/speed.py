@@ -11,7 +11,9 @@ depend on the host, whose speed varies from second to second: the dense model is
 timed in turns, --turns times, and the ratio is the median of the turns'. For the first token there is the ratio of the
 least times too. Minima resist jitter of the host, but one fast run decides them. Memory is what torch has allocated:
 at rest the weights and what the mode keeps between calls, and the most during a call. With --weights models in packed
-rows follow, in captured mode; speedups are over the dense bf16 model where that ran too. Results are appended to
+rows follow, in captured mode; speedups are over the dense bf16 model where that ran too. With --peer-path gpt-fast, from a checkout,
+decodes the same shapes and weights, dense and compiled as its own command does it; its output layer has the weights of
+the others, ours int8. Results are appended to
 decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; tables.decode_figure
 draws the paper's figure 4 from them.
 """
@@ -25,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cats_ext
+from bench.decode import gpt_fast
 from bench.decode.generator import COMPILED, MODES, Generator, allocated_by, read_bytes, weight_bytes
 from bench.lib import machine
 from bench.lib.command import command
@@ -80,6 +84,29 @@ class Bench:
                 self.model(name)
             else:
                 self.quantized(name)
+            if self.arguments.peer_path and name in gpt_fast.CONFIGS and weights in gpt_fast.WEIGHTS:
+                self.peer(name)
+
+    def peer(self, name: str) -> None:
+        arguments, new = self.arguments, self.arguments.new_tokens
+        length = max(arguments.prompt) + new
+        generate = gpt_fast.GptFast(arguments.peer_path, gpt_fast.CONFIGS[name], self.weights, length, self.device)
+        for prompt in arguments.prompt:
+            if self.out_of_time():
+                return print("out of time", flush=True)
+            ids = torch.randint(3, 32000, (1, prompt), device=self.device)
+            before = time.perf_counter()
+            generate(ids, 4)
+            row = {"model": name, "layers": len(generate.model.layers), "mode": "gpt-fast", "weights": self.weights}
+            row |= {"prompt": prompt, "new_tokens": new, "rule": "", "sparsity": 0.0, "reached": ""}
+            row["prepare_s"] = round(time.perf_counter() - before, 2)
+            seconds = statistics.median(generate(ids, new) for _ in range(arguments.repetitions))
+            row |= {"ms_per_token": round(seconds * 1e3, 4), "tokens_per_s": round(1 / seconds, 2)}
+            self.add("decode.csv", row)
+        del generate
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def quantized(self, name: str) -> None:
         self.name, model = name, load(name, self.arguments.layers, self.device, self.weights)
@@ -245,6 +272,7 @@ def main() -> None:
     parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
     parser.add_argument("--weights", nargs="+", choices=(DENSE, *FORMATS), default=[DENSE])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--peer-path", type=Path, help="a checkout of gpt-fast")
     parser.add_argument("--prompt", nargs="+", type=int, default=[64, 1024], help="lengths to decode after")
     parser.add_argument("--first-token", nargs="*", type=int, default=[128, 1024, 4096], help="prompts, in eager mode")
     parser.add_argument("--turns", type=int, default=5, help="of both models, with generate")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.decode import speed
+from bench.decode import gpt_fast, speed
 from bench.lib.results import read_rows
 from bench.tables import decode_figure
 
@@ -41,3 +41,8 @@ def test_rows_and_figure(monkeypatch, tmp_path):
 def test_nothing_is_started_after_its_time(monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path, "--modes", "captured", "--seconds", "0")
     assert "out of time" in capsys.readouterr().out and not (tmp_path / "decode.csv").exists()
+
+
+def test_a_peer_that_is_not_there(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"--peer-path .*: there is no generate\.py, so it is no checkout of gpt-fast"):
+        gpt_fast.load(tmp_path)
