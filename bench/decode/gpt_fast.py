@@ -31,7 +31,7 @@ def load(path: Path) -> ModuleType:
 
 
 class GptFast:
-    """Its model and its compiled step, as its command ``generate.py --compile`` makes them; all of it is int4 or none."""
+    """Its model and its compiled step, as ``generate.py --compile`` makes them; all of it is int4 or none."""
 
     def __init__(self, path: Path, config: str | dict[str, Any], weights: str, length: int, device: str) -> None:
         self._module, self.device = load(path), device

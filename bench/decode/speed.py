@@ -11,11 +11,10 @@ depend on the host, whose speed varies from second to second: the dense model is
 timed in turns, --turns times, and the ratio is the median of the turns'. For the first token there is the ratio of the
 least times too. Minima resist jitter of the host, but one fast run decides them. Memory is what torch has allocated:
 at rest the weights and what the mode keeps between calls, and the most during a call. With --weights models in packed
-rows follow, in captured mode; speedups are over the dense bf16 model where that ran too. With --peer-path gpt-fast, from a checkout,
-decodes the same shapes and weights, dense and compiled as its own command does it; its output layer has the weights of
-the others, ours int8. Results are appended to
-decode.csv and first_token.csv as they come, so that a run can be cut short or done in parts; tables.decode_figure
-draws the paper's figure 4 from them.
+rows follow, in captured mode; speedups are over the dense bf16 model where that ran too. With --peer-path
+gpt-fast, from a checkout, decodes the same shapes and weights, dense and compiled as its own command does it; its
+output layer has the weights of the others, ours int8. Results are appended to decode.csv and first_token.csv as they
+come, so that a run can be cut short or done in parts; tables.decode_figure draws the paper's figure 4 from them.
 """
 
 from __future__ import annotations
