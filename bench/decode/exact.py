@@ -74,15 +74,20 @@ def seconds_a_token(connection: Connection, mode: str, new_tokens: int) -> float
     return connection.recv()
 
 
-def bench(name: str, modes: list[str], prompt: int, new_tokens: int, turns: int, add: Callable[[dict], Any]) -> None:
-    context = multiprocessing.get_context("spawn")
-    connections = []
+def start(name: str, prompt: int, new_tokens: int) -> list[Connection]:
+    """A process for each of PATHS, and the connection to it."""
+    context, connections = multiprocessing.get_context("spawn"), []
     for path in PATHS:
         here, there = context.Pipe()
         process = context.Process(target=serve, args=(there, name, path, prompt, new_tokens), daemon=True)
         process.start()
         there.close()  # so that recv ends when the process does
         connections.append(here)
+    return connections
+
+
+def bench(name: str, modes: list[str], prompt: int, new_tokens: int, turns: int, add: Callable[[dict], Any]) -> None:
+    connections = start(name, prompt, new_tokens)
     reached = [connection.recv() for connection in connections]
     for mode in modes:
         for connection in connections:
