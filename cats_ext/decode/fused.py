@@ -22,7 +22,7 @@ from cats_ext.ops.definitions import sparse_mlp_packed_step, sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import packed_linear_supported, step_supported
 from cats_ext.patching.detection import ACTIVATION_NAMES, MERGED, projection_names, recognise_activation
-from cats_ext.patching.mlp import CatsMLP
+from cats_ext.patching.mlp import CatsMLP, PatchedMLP
 from cats_ext.patching.projections import KINDS, PackedOperands, kind_of
 from cats_ext.patching.wrappers import FORWARD_HOOKS, FORWARD_PRE_HOOKS
 from cats_ext.rows import QuantizedLinear
@@ -53,15 +53,11 @@ class FusedStep:
     """``step(token, position)`` gives the logits ``[V]`` of the next token and writes key and value into the cache.
 
     Args:
-        model: a causal language model in eval mode, patched by ``apply_cats`` or not.
+        model: in eval mode, patched or not, and one for which :func:`check_fusable` does not raise.
         keys, values: for each layer ``[KV heads, L, D]``.
-
-    Raises:
-        NotFusableError: the model is not of a known kind, or a part of it has been replaced.
     """
 
     def __init__(self, model: PreTrainedModel, keys: list[Tensor], values: list[Tensor]) -> None:
-        check_fusable(model)
         base = model.model
         self.embedding = base.embed_tokens.weight
         self._frequencies = base.rotary_emb.inv_freq
@@ -98,7 +94,10 @@ class FusedStep:
 
 
 def check_fusable(model: nn.Module) -> None:
-    """Raise :class:`NotFusableError` unless :class:`FusedStep` computes what ``model`` does."""
+    """Raise :class:`NotFusableError` unless :class:`FusedStep` computes what ``model`` does.
+
+    The model is not of a known kind, or a part of it has been replaced; the message says what.
+    """
     name = type(model).__name__
     if name not in FUSED_MODELS or not type(model).__module__.startswith("transformers.models."):
         raise NotFusableError(f"{name} is none of {', '.join(FUSED_MODELS)}")
@@ -267,7 +266,7 @@ def _dense_weights(mlp: nn.Module) -> tuple[tuple[Tensor | None, ...], str] | No
 
     None for any other, which is called as the module it is.
     """
-    if isinstance(mlp, CatsMLP) or not _is_plain(mlp):
+    if isinstance(mlp, PatchedMLP) or not _is_plain(mlp):
         return None
     merged = hasattr(mlp, "gate_up_proj")
     names = ("gate_up_proj", "down_proj") if merged else ("gate_proj", "up_proj", "down_proj")

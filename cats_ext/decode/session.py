@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cats_ext.decode.cache import DecodeCache, cache_argument
-from cats_ext.decode.fused import FusedStep, NotFusableError
+from cats_ext.decode.fused import FusedStep, NotFusableError, check_fusable
 from cats_ext.decode.sampling import GenerationRequest, Selection
 from cats_ext.decode.state import common_prefix, nothing_skipped, uncounted
 from cats_ext.patching.apply import sparse_mlps
@@ -84,6 +84,7 @@ class Session:
         try:
             if self.batch > 1 or self.padded:
                 raise NotFusableError("it takes one sequence without padding")
+            check_fusable(self.model)
             # Allocates the cache in the shapes and dtype that the model itself asks for.
             self._forward(self.token[:, None], 0)
             layers = self.cache.layers

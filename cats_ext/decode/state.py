@@ -36,10 +36,8 @@ def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: the decode engine takes decoder-only models")
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION))
-    if other or getattr(config, "num_kv_shared_layers", 0) or not hasattr(config, "num_hidden_layers"):
-        what = (
-            f"layers of the types {', '.join(other)}" if other else "a cache that is not one of keys and values a layer"
-        )
+    if other or not hasattr(config, "num_hidden_layers"):
+        what = f"layers of the types {', '.join(other)}" if other else "no layers with keys and values"
         raise ValueError(f"{name} has {what}: the decode engine takes attention over all tokens or a window of them")
     check_ready(model)
     return model

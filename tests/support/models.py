@@ -119,11 +119,13 @@ class ExactFamily(Family):
 
 _GEMMA_3N = {
     **_SMALL_HEADS,
-    "activation_sparsity_pattern": [0.95, 0.7, 0.0],
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "activation_sparsity_pattern": [0.95, 0.7, 0.0, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
-    "num_kv_shared_layers": 0,
+    "num_kv_shared_layers": 2,
     "laurel_rank": 8,
 }
 EXACT = {
