@@ -71,7 +71,11 @@ class ServedMLP(nn.Module):
         biases = [linear.bias for linear in inputs if linear.bias is not None]
         down_bias = None if down.tp_rank > 0 else down.bias
         weights = [linear.weight for linear in inputs]
-        y = torch.ops.cats_vllm.mlp(x, weights, down.weight, *mask, biases, down_bias, self.counts)
+        operands = x, weights, down.weight, *mask, biases, down_bias
+        if self.counts is None:
+            y = torch.ops.cats_vllm.mlp(*operands)
+        else:
+            y = torch.ops.cats_vllm.mlp_counted(*operands, self.counts)
         return tensor_model_parallel_all_reduce(y) if _is_reduced(down) else y
 
     @torch.inference_mode()
@@ -185,13 +189,15 @@ def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
 # --- the op ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("cats_vllm", "DEF")
-_library.define(
-    # gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
-    # neuron. counts: as for cats::sparse_mlp_counted.
-    "mlp(Tensor x, Tensor[] gate_up, Tensor w_down, Tensor threshold, Tensor? down_threshold, str activation, "
-    "Tensor[] biases, Tensor? down_bias, Tensor(a!)? counts) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+# gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
+# neuron. Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument.
+_ARGUMENTS = (
+    "Tensor x, Tensor[] gate_up, Tensor w_down, Tensor threshold, Tensor? down_threshold, str activation, "
+    "Tensor[] biases, Tensor? down_bias"
 )
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(f"mlp({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+_library.define(f"mlp_counted({_ARGUMENTS}, Tensor(a!) counts) -> Tensor", tags=_TAGS)
 
 
 def _mlp(
@@ -203,7 +209,7 @@ def _mlp(
     activation: str,
     biases: list[Tensor],
     down_bias: Tensor | None,
-    counts: Tensor | None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     mask = threshold, down_threshold, activation
     if _takes_kernel(x):
@@ -220,6 +226,7 @@ def _takes_kernel(x: Tensor) -> bool:
     return dispatch.kernel_fits(x, x.shape[-1])
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("mlp", _mlp, _device)
-torch.library.register_fake("cats_vllm::mlp", lambda x, *_: torch.empty_like(x), lib=_library)
+for _op in ("mlp", "mlp_counted"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_op, _mlp, _device)
+    torch.library.register_fake(f"cats_vllm::{_op}", lambda x, *_: x.new_empty(x.shape), lib=_library)
