@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase
 
+from cats_ext.integrations.vllm.checkpoint import Checkpoint
 from cats_ext.ops import dispatch
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
+from cats_ext.patching.projections import PackedOperands, PackedProjections
+from cats_ext.rows import RowFormat
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import check_shard_weights
 
 
@@ -34,6 +38,7 @@ class ServedState:
     activation: str
     first: int  # of the MLP's neurons, the first that this rank has
     neurons: int  # how many it has
+    formats: list[str]  # of the packed rows of gate, up and down; empty if the weights are dense
 
     @property
     def layer(self) -> LayerConfig:
@@ -71,7 +76,7 @@ class ServedMLP(nn.Module):
         biases = [linear.bias for linear in inputs if linear.bias is not None]
         down_bias = None if down.tp_rank > 0 else down.bias
         weights = [linear.weight for linear in inputs]
-        operands = x, weights, down.weight, *mask, biases, down_bias
+        operands = x, weights, down.weight, self.served.formats, *mask, biases, down_bias
         if self.counts is None:
             y = torch.ops.cats_vllm.mlp(*operands)
         else:
@@ -88,24 +93,28 @@ class ServedMLP(nn.Module):
         served.config = config
 
     def counted(self) -> dict[str, Any]:
-        layer = self.served.layer
+        served, layer = self.served, self.served.layer
+        *inputs, down = (self._modules[name].weight for name in served.projections)
+        rows = inputs[0], inputs[-1], down if served.formats else down.t()
         return {
             "counts": self.counts.tolist(),
             "intermediate_size": layer.intermediate_size,
-            "matrix_bytes": [layer.intermediate_size * layer.hidden_size * self.down_proj.weight.element_size()] * 3,
+            "matrix_bytes": [layer.intermediate_size * w.shape[1] * w.element_size() for w in rows],
             "up_target": layer.up_sparsity,
             "down_target": layer.down_sparsity,
         }
 
 
-def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -> None:
+def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: bool) -> None:
     """Turn ``mlp``, whose weights are loaded, into a :class:`ServedMLP` with this rank's part of the thresholds.
+
+    Without a config in the checkpoint it skips zeros, as :func:`cats_ext.apply_exact` does.
 
     Raises:
         ValueError: it is no gated MLP, does not compute ``down(act(gate) * up)``, has another size, or other weights
             than the thresholds were made for. It is unchanged then.
     """
-    kind, layer = type(mlp).__name__, config.layers[name]
+    kind = type(mlp).__name__
     projections = next((names for names in (MERGED, SEPARATE) if mlp._modules.keys() >= {*names}), None)
     if projections is None:
         raise ValueError(f"{name} ({kind}) cannot run sparsely: it has no children {', '.join(MERGED)}")
@@ -113,15 +122,20 @@ def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -
     if others or mlp._parameters:
         raise ValueError(f"{name} ({kind}) cannot run sparsely: it has further weights: {[*others, *mlp._parameters]}")
     *inputs, down = (mlp._modules[n] for n in projections)
-    neurons, ranks = down.weight.shape[1], down.tp_size
-    rows = sum(linear.weight.shape[0] for linear in inputs)
-    found = down.weight.shape[0], neurons * ranks
+    formats = _formats(name, [*inputs, down])
+    hidden_size, neurons = (down.output_size, len(down.weight)) if formats else down.weight.shape
+    ranks, rows = down.tp_size, sum(linear.weight.shape[0] for linear in inputs)
+    config = checkpoint.config
+    if config is None:
+        size = hidden_size, neurons * ranks
+        config = ExactConfig.of([(name, LayerConfig(*size, checkpoint.activation, 0.0, 0.0))], None)
+    layer, found = config.layers[name], (hidden_size, neurons * ranks)
     if found != (layer.hidden_size, layer.intermediate_size) or rows != 2 * neurons:
         raise ValueError(
             f"config has hidden_size {layer.hidden_size} and intermediate_size {layer.intermediate_size} for {name}, "
             f"the model has {found[0]} and {found[1]} on {ranks} ranks, with {rows} rows of gate and up on this one"
         )
-    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons)
+    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons, formats)
     if name in config.weights:
         with torch.device("cpu"):  # not the GPU on which vLLM may be loading
             check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
@@ -139,6 +153,16 @@ def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -
     mlp.register_buffer("counts", counts, persistent=False)
 
 
+def _formats(name: str, linears: list[LinearBase]) -> list[str]:
+    """Of the packed rows of gate, up and down; empty if none of them is packed."""
+    formats = [linear.quant_method.row_format for linear in linears]
+    if not any(formats):
+        return []
+    if not all(formats):
+        raise ValueError(f"{name} must have packed rows in all its projections or in none of them")
+    return [form.name for form in (formats[0], formats[-2], formats[-1])]
+
+
 @cache
 def _served_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Served{kind.__name__}", (ServedMLP, kind), {})
@@ -153,7 +177,7 @@ def _check_formula(mlp: nn.Module, served: ServedState) -> None:
     *inputs, down = (mlp._modules[n] for n in served.projections)
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(4, served.layer.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    x = x.to(down.weight)
+    x = x.to(down.weight.device, down.params_dtype)
     size = _halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
     if down.tp_size > 1:
         size = tensor_model_parallel_all_reduce(size[None])[0] / down.tp_size
@@ -190,10 +214,11 @@ def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
 
 _library = torch.library.Library("cats_vllm", "DEF")
 # gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
-# neuron. Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument.
+# neuron. Of packed rows, uint8 with one row a neuron each, formats has those of gate, up and down; else it is empty.
+# Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument.
 _ARGUMENTS = (
-    "Tensor x, Tensor[] gate_up, Tensor w_down, Tensor threshold, Tensor? down_threshold, str activation, "
-    "Tensor[] biases, Tensor? down_bias"
+    "Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, Tensor threshold, Tensor? down_threshold, "
+    "str activation, Tensor[] biases, Tensor? down_bias"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(f"mlp({_ARGUMENTS}) -> Tensor", tags=_TAGS)
@@ -204,6 +229,7 @@ def _mlp(
     x: Tensor,
     gate_up: list[Tensor],
     w_down: Tensor,
+    formats: list[str],
     threshold: Tensor,
     down_threshold: Tensor | None,
     activation: str,
@@ -212,18 +238,31 @@ def _mlp(
     counts: Tensor | None = None,
 ) -> Tensor:
     mask = threshold, down_threshold, activation
-    if _takes_kernel(x):
-        both = _halves(biases, 0) if biases else (None, None)
-        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), (*both, down_bias)), mask, counts)
+    if _takes_kernel(x, packed=bool(formats)):
+        all_biases = *(_halves(biases, 0) if biases else (None, None)), down_bias
+        if formats:
+            operands = PackedOperands((*_halves(gate_up, 0), w_down), all_biases, tuple(formats))
+            return PackedProjections.kernel(x, operands, mask, counts)
+        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), all_biases), mask, counts)
+    if formats:
+        gate_up = [_unpacked(w, form, x) for w, form in zip(gate_up, formats, strict=False)]
+        w_down = _unpacked(w_down, formats[-1], x).t()
     products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
     gate, up = _halves(products)
     return F.linear(masked_product(gate, up, *mask, counts), w_down, down_bias)
 
 
-def _takes_kernel(x: Tensor) -> bool:
+def _takes_kernel(x: Tensor, packed: bool) -> bool:
+    if packed:
+        return dispatch.kernel_fits(x, x.shape[-1], dispatch.MAX_PACKED_TOKENS)
     if x.is_cuda:
         return x.numel() <= dispatch.MAX_SERVED_TOKENS * x.shape[-1]
     return dispatch.kernel_fits(x, x.shape[-1])
+
+
+def _unpacked(rows: Tensor, row_format: str, x: Tensor) -> Tensor:
+    """``[I, H]`` in the dtype of ``x`` ``[..., H]``."""
+    return RowFormat.parse(row_format).unpack(rows, x.shape[-1]).to(x.dtype)
 
 
 for _op in ("mlp", "mlp_counted"):
