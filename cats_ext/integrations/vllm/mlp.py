@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 
 from cats_ext.integrations.vllm.checkpoint import Checkpoint
 from cats_ext.ops import dispatch
@@ -115,7 +115,7 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: boo
             than the thresholds were made for. It is unchanged then.
     """
     kind = type(mlp).__name__
-    projections = next((names for names in (MERGED, SEPARATE) if mlp._modules.keys() >= {*names}), None)
+    projections = _projections(mlp)
     if projections is None:
         raise ValueError(f"{name} ({kind}) cannot run sparsely: it has no children {', '.join(MERGED)}")
     others = [n for n, m in mlp._modules.items() if n not in projections and any(True for _ in m.parameters())]
@@ -138,7 +138,9 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: boo
     served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons, formats)
     if name in config.weights:
         with torch.device("cpu"):  # not the GPU on which vLLM may be loading
-            check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
+            names = MERGED if len(inputs) == 1 else SEPARATE
+            weights = {n: linear.weight for n, linear in zip(names, (*inputs, down), strict=True)}
+            check_shard_weights(name, config.weights[name], weights.get, served.first, layer.intermediate_size)
     _check_formula(mlp, served)
     device = down.weight.device
     # vLLM's Transformers backend binds a rewritten forward to the module, which would hide the class's.
@@ -151,6 +153,15 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: boo
         value = served.own(value)
         mlp.register_buffer(buffer, None if value is None else value.to(device), persistent=False)
     mlp.register_buffer("counts", counts, persistent=False)
+
+
+def _projections(mlp: nn.Module) -> tuple[str, ...] | None:
+    """The names of its projections. vLLM's Transformers backend may have merged gate and up under another name."""
+    merged = [name for name, child in mlp._modules.items() if isinstance(child, MergedColumnParallelLinear)]
+    for names in (SEPARATE, (*merged, MERGED[1])):
+        if len(names) > 1 and mlp._modules.keys() >= {*names}:
+            return names
+    return None
 
 
 def _formats(name: str, linears: list[LinearBase]) -> list[str]:

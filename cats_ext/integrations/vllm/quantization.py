@@ -77,7 +77,8 @@ class CatsQuantizationConfig(QuantizationConfig):
             raise ValueError(f"{prefix} ({type(layer).__name__}) cannot have packed rows under vLLM")
         row_format = entry and RowFormat.parse(entry["format"])
         if isinstance(layer, LinearBase):
-            if projection in PROJECTIONS and adoption.takes(name):
+            merged = self.packed_modules_mapping.get(projection) == list(SEPARATE[:2])
+            if (merged or projection in PROJECTIONS) and adoption.takes(name):
                 adoption.asked.add(name)
                 if row_format is None:
                     return MLPLinearMethod(adoption, name, projection)

@@ -52,6 +52,8 @@ def checkpoints(tmp_path_factory):
     directories["exact"] = save_checkpoint(
         tmp_path_factory.mktemp("exact"), "llama", None, cats_ext.apply_exact, **relu
     )
+    directory = tmp_path_factory.mktemp("relufied")
+    directories["relufied"] = save_checkpoint(directory, "llama", "two_threshold", hidden_act="relu")
     found = {name: (directory, expected(directory)) for name, directory in directories.items()}
     assert all(tokens["sparse"] != tokens["dense"] for name, (_, tokens) in found.items() if name in CHECKPOINTS)
     return found

@@ -51,3 +51,11 @@ def test_sparse_by_itself(checkpoints):
         assert 0.3 < sparsity_report(llm).up_sparsity < 0.7
         with pytest.raises(Exception, match="of a model that is sparse by itself cannot be set"):
             set_sparsity(llm, 0.7)
+
+
+def test_thresholds_of_a_relufied_model(checkpoints):
+    directory, expected = checkpoints["relufied"]
+    with engine(directory, model_impl="transformers") as llm:
+        assert served(llm) == expected["sparse"]
+        set_sparsity(llm, 0.0)
+        assert served(llm) == expected["dense"]
