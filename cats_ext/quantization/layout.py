@@ -26,10 +26,10 @@ def describe(model: nn.Module) -> Rows:
     alike = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            alike[_pattern(name)].append(entries.get(name))
+            alike[pattern_of(name)].append(entries.get(name))
     rows: Rows = {}
     for name, entry in entries.items():
-        pattern = _pattern(name)
+        pattern = pattern_of(name)
         rows[pattern if all(other == entry for other in alike[pattern]) else name] = entry
     return rows
 
@@ -60,7 +60,7 @@ def prepare(model: nn.Module, rows: Rows) -> None:
     unused = set(rows)
     for name, linear in linears.items():
         names = (name, prefix + name, name.removeprefix(prefix))
-        key = next((key for n in names for key in (n, _pattern(n)) if key in rows), None)
+        key = next((key for n in names for key in (n, pattern_of(n)) if key in rows), None)
         if key is None:
             continue
         unused.discard(key)
@@ -83,5 +83,6 @@ def prepare(model: nn.Module, rows: Rows) -> None:
         raise ValueError(f"the checkpoint has packed rows for {in_base[0]}, which its model does not have")
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
+    """``name`` with a star in place of each number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

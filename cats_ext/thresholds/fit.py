@@ -99,11 +99,17 @@ def check_mlp_weights(name: str, expected: Tensor, module: nn.Module) -> None:
     )
 
 
-def check_shard_weights(name: str, expected: Tensor, module: nn.Module, first: int, neurons: int) -> None:
-    """As :func:`check_mlp_weights`, of a module that has a part of the MLP's ``neurons``, those from ``first`` on."""
-    weight = partial(weight_of, module)
-    hidden_size, count = weight("down_proj").shape
-    places = torch.tensor(_places(torch.Size((neurons, hidden_size))))
+def check_shard_weights(
+    name: str, expected: Tensor, weight: Callable[[str], Tensor | None], first: int, neurons: int
+) -> None:
+    """As :func:`check_mlp_weights`, of a part of the MLP's ``neurons``, those from ``first`` on.
+
+    Args:
+        weight: as for :func:`sample_weights`.
+    """
+    down = weight("down_proj")
+    count, width = down.shape if down.dtype == torch.uint8 else down.mT.shape  # packed rows, or dense
+    places = torch.tensor(_places(torch.Size((neurons, width))))
     own = expected[:, _are_within(places, first, count)]
     _check_same(name, own, sample_weights(weight, first, neurons), "calibrate this model and save it again")
 

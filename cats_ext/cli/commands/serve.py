@@ -23,7 +23,7 @@ def serve(
     context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or hub name.")],
 ) -> None:
-    """Serve a checkpoint that was saved with thresholds, with vLLM.
+    """Serve a checkpoint that was saved with thresholds or packed rows, or is sparse by itself, with vLLM.
 
     All further arguments are vLLM's. The plugin that vLLM needs is a part of cats_ext.
 
@@ -34,8 +34,9 @@ def serve(
     $ cats serve ./my-sparse-model --port 8001 --tensor-parallel-size 2
     """
     check_vllm()
-    config, _ = read_checkpoint(checkpoint, None)
-    notes.print(f"{checkpoint}: {len(config.layers)} MLPs, sparsity {config.sparsity:.0%}", soft_wrap=True)
+    config = read_checkpoint(checkpoint, None).config
+    found = "zeros are skipped" if config is None else f"{len(config.layers)} MLPs, sparsity {config.sparsity:.0%}"
+    notes.print(f"{checkpoint}: {found}", soft_wrap=True)
     command = [sys.executable, "-m", SERVER, "--model", checkpoint, *context.args]
     sys.stdout.flush()
     os.execv(command[0], command)  # signals go to the server itself

@@ -1,61 +1,92 @@
-"""The thresholds of a CATS checkpoint, as vLLM names the checkpoint, and what vLLM cannot serve of them."""
+"""What a CATS checkpoint says about its MLPs and packed rows, and what vLLM cannot serve of it. Needs no vLLM."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cats_ext.integrations.saving import ACTIVATION_ENTRIES
+from cats_ext.patching.detection import recognise_activation
+from cats_ext.quantization.layout import Rows, check_rows
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, read_json, thresholds_file
 
 INDEX = "model.safetensors.index.json"
-ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation"}  # of quantization_config in config.json
+ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation", "rows"}  # of quantization_config
+
+NOT_EXACT = (
+    "which is not supported under vLLM: without quantization_config in config.json it is served densely, with the same "
+    "outputs"
+)
 
 
-def read_checkpoint(model: str, revision: str | None) -> tuple[CatsConfig, str]:
-    """The config of a directory or of a repository of the hub, and a digest of its files.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is to be known of a checkpoint beside its weights."""
+
+    config: CatsConfig | None  # None if only zeros are skipped: it is sparse by itself, or has packed rows alone
+    rows: Rows  # as in its config.json; empty if all weights are dense
+    activation: str | None  # of its MLPs, if there is no config
+    digest: str
+
+
+def read_checkpoint(model: str, revision: str | None) -> Checkpoint:
+    """Of a directory, or of a repository of the hub.
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is damaged, or the config is one that vLLM cannot serve.
+        ValueError: a file is damaged, or vLLM cannot serve the checkpoint.
     """
     directory, on_hub = Path(model), not Path(model).is_dir()
     if on_hub:
         from transformers.utils.hub import cached_file
 
         directory = Path(cached_file(model, "config.json", revision=revision)).parent
-    if (directory / "config.json").is_file():
-        model_config = read_json(directory / "config.json")
-        check_entry((isinstance(model_config, dict) and model_config.get("quantization_config")) or {})
+    model_config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    entry = (isinstance(model_config, dict) and model_config.get("quantization_config")) or {}
+    check_entry(entry)
+    rows, digest = entry.get("rows", {}), hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    if entry.get("rule") == EXACT or (rows and "rule" not in entry):
+        activation = _activation(directory)
+        if entry.get("rule") == EXACT and activation != "relu":
+            raise ValueError(f"{directory} is sparse by itself, but not by a gated ReLU, {NOT_EXACT}")
+        if activation is None:
+            raise ValueError(f"{directory} has MLPs with an activation that cats_ext does not know")
+        return Checkpoint(None, rows, activation, digest.hexdigest())
     if on_hub:
         path = Path(cached_file(model, CONFIG_FILE, revision=revision))
         cached_file(model, thresholds_file(path), revision=revision)
     config = CatsConfig.from_pretrained(directory)
     check_servable(config, directory)
-    return config, hashlib.sha256((directory / CONFIG_FILE).read_bytes()).hexdigest()
+    digest.update((directory / CONFIG_FILE).read_bytes())
+    return Checkpoint(config, rows, None, digest.hexdigest())
+
+
+def _activation(directory: Path) -> str | None:
+    """The activation of a model's MLPs, by its config.json."""
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    name = next((found for entry in ACTIVATION_ENTRIES if (found := getattr(config, entry, None)) is not None), None)
+    return recognise_activation(ACT2FN[name]) if name in ACT2FN else None
 
 
 def check_entry(entry: dict[str, Any]) -> None:
-    """Raise ValueError for a ``quantization_config`` in ``config.json`` that vLLM cannot serve. Needs no vLLM."""
-    if entry.get("rule") == EXACT:
-        raise ValueError(
-            'rule "exact" in quantization_config, of a model that is sparse by itself, is not supported under vLLM: '
-            "without quantization_config in config.json it is served densely, with the same outputs"
-        )
-    if "rows" in entry:
-        raise ValueError(
-            "rows in quantization_config, the packed weights of cats_ext.quantize, are not supported under vLLM: serve "
-            "the model as it was before"
-        )
+    """Raise ValueError for a ``quantization_config`` in ``config.json`` that vLLM cannot serve."""
     unknown = sorted(entry.keys() - ENTRIES)
     if unknown:
         raise ValueError(f"quantization_config must have no entries but {sorted(ENTRIES)}, got {unknown}")
+    if "rows" in entry:
+        check_rows(entry["rows"])
 
 
 def check_servable(config: CatsConfig, directory: Path) -> None:
-    """Raise ValueError for what is refused under vLLM. Needs no vLLM."""
+    """Raise ValueError for thresholds that are refused under vLLM."""
     experts = next((name for name, layer in config.layers.items() if layer.experts), None)
     if experts is not None:
         raise ValueError(f"{directory} has thresholds of experts ({experts}), which are not supported under vLLM")

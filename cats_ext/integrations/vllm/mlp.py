@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 
+from cats_ext.integrations.vllm.checkpoint import Checkpoint
 from cats_ext.ops import dispatch
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
+from cats_ext.patching.projections import PackedOperands, PackedProjections
+from cats_ext.rows import RowFormat
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import check_shard_weights
 
 
@@ -34,6 +38,7 @@ class ServedState:
     activation: str
     first: int  # of the MLP's neurons, the first that this rank has
     neurons: int  # how many it has
+    formats: list[str]  # of the packed rows of gate, up and down; empty if the weights are dense
 
     @property
     def layer(self) -> LayerConfig:
@@ -71,7 +76,11 @@ class ServedMLP(nn.Module):
         biases = [linear.bias for linear in inputs if linear.bias is not None]
         down_bias = None if down.tp_rank > 0 else down.bias
         weights = [linear.weight for linear in inputs]
-        y = torch.ops.cats_vllm.mlp(x, weights, down.weight, *mask, biases, down_bias, self.counts)
+        operands = x, weights, down.weight, self.served.formats, *mask, biases, down_bias
+        if self.counts is None:
+            y = torch.ops.cats_vllm.mlp(*operands)
+        else:
+            y = torch.ops.cats_vllm.mlp_counted(*operands, self.counts)
         return tensor_model_parallel_all_reduce(y) if _is_reduced(down) else y
 
     @torch.inference_mode()
@@ -84,43 +93,54 @@ class ServedMLP(nn.Module):
         served.config = config
 
     def counted(self) -> dict[str, Any]:
-        layer = self.served.layer
+        served, layer = self.served, self.served.layer
+        *inputs, down = (self._modules[name].weight for name in served.projections)
+        rows = inputs[0], inputs[-1], down if served.formats else down.t()
         return {
             "counts": self.counts.tolist(),
             "intermediate_size": layer.intermediate_size,
-            "matrix_bytes": [layer.intermediate_size * layer.hidden_size * self.down_proj.weight.element_size()] * 3,
+            "matrix_bytes": [layer.intermediate_size * w.shape[1] * w.element_size() for w in rows],
             "up_target": layer.up_sparsity,
             "down_target": layer.down_sparsity,
         }
 
 
-def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -> None:
+def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: bool) -> None:
     """Turn ``mlp``, whose weights are loaded, into a :class:`ServedMLP` with this rank's part of the thresholds.
+
+    Without a config in the checkpoint it skips zeros, as :func:`cats_ext.apply_exact` does.
 
     Raises:
         ValueError: it is no gated MLP, does not compute ``down(act(gate) * up)``, has another size, or other weights
             than the thresholds were made for. It is unchanged then.
     """
-    kind, layer = type(mlp).__name__, config.layers[name]
-    projections = next((names for names in (MERGED, SEPARATE) if mlp._modules.keys() >= {*names}), None)
+    kind = type(mlp).__name__
+    projections = _projections(mlp)
     if projections is None:
         raise ValueError(f"{name} ({kind}) cannot run sparsely: it has no children {', '.join(MERGED)}")
     others = [n for n, m in mlp._modules.items() if n not in projections and any(True for _ in m.parameters())]
     if others or mlp._parameters:
         raise ValueError(f"{name} ({kind}) cannot run sparsely: it has further weights: {[*others, *mlp._parameters]}")
     *inputs, down = (mlp._modules[n] for n in projections)
-    neurons, ranks = down.weight.shape[1], down.tp_size
-    rows = sum(linear.weight.shape[0] for linear in inputs)
-    found = down.weight.shape[0], neurons * ranks
+    formats = _formats(name, [*inputs, down])
+    hidden_size, neurons = (down.output_size, len(down.weight)) if formats else down.weight.shape
+    ranks, rows = down.tp_size, sum(linear.weight.shape[0] for linear in inputs)
+    config = checkpoint.config
+    if config is None:
+        size = hidden_size, neurons * ranks
+        config = ExactConfig.of([(name, LayerConfig(*size, checkpoint.activation, 0.0, 0.0))], None)
+    layer, found = config.layers[name], (hidden_size, neurons * ranks)
     if found != (layer.hidden_size, layer.intermediate_size) or rows != 2 * neurons:
         raise ValueError(
             f"config has hidden_size {layer.hidden_size} and intermediate_size {layer.intermediate_size} for {name}, "
             f"the model has {found[0]} and {found[1]} on {ranks} ranks, with {rows} rows of gate and up on this one"
         )
-    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons)
+    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons, formats)
     if name in config.weights:
         with torch.device("cpu"):  # not the GPU on which vLLM may be loading
-            check_shard_weights(name, config.weights[name], mlp, served.first, layer.intermediate_size)
+            names = MERGED if len(inputs) == 1 else SEPARATE
+            weights = {n: linear.weight for n, linear in zip(names, (*inputs, down), strict=True)}
+            check_shard_weights(name, config.weights[name], weights.get, served.first, layer.intermediate_size)
     _check_formula(mlp, served)
     device = down.weight.device
     # vLLM's Transformers backend binds a rewritten forward to the module, which would hide the class's.
@@ -133,6 +153,25 @@ def make_served(mlp: nn.Module, config: CatsConfig, name: str, counting: bool) -
         value = served.own(value)
         mlp.register_buffer(buffer, None if value is None else value.to(device), persistent=False)
     mlp.register_buffer("counts", counts, persistent=False)
+
+
+def _projections(mlp: nn.Module) -> tuple[str, ...] | None:
+    """The names of its projections. vLLM's Transformers backend may have merged gate and up under another name."""
+    merged = [name for name, child in mlp._modules.items() if isinstance(child, MergedColumnParallelLinear)]
+    for names in (SEPARATE, (*merged, MERGED[1])):
+        if len(names) > 1 and mlp._modules.keys() >= {*names}:
+            return names
+    return None
+
+
+def _formats(name: str, linears: list[LinearBase]) -> list[str]:
+    """Of the packed rows of gate, up and down; empty if none of them is packed."""
+    formats = [linear.quant_method.row_format for linear in linears]
+    if not any(formats):
+        return []
+    if not all(formats):
+        raise ValueError(f"{name} must have packed rows in all its projections or in none of them")
+    return [form.name for form in (formats[0], formats[-2], formats[-1])]
 
 
 @cache
@@ -149,7 +188,7 @@ def _check_formula(mlp: nn.Module, served: ServedState) -> None:
     *inputs, down = (mlp._modules[n] for n in served.projections)
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(4, served.layer.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    x = x.to(down.weight)
+    x = x.to(down.weight.device, down.params_dtype)
     size = _halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
     if down.tp_size > 1:
         size = tensor_model_parallel_all_reduce(size[None])[0] / down.tp_size
@@ -185,41 +224,59 @@ def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
 # --- the op ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("cats_vllm", "DEF")
-_library.define(
-    # gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
-    # neuron. counts: as for cats::sparse_mlp_counted.
-    "mlp(Tensor x, Tensor[] gate_up, Tensor w_down, Tensor threshold, Tensor? down_threshold, str activation, "
-    "Tensor[] biases, Tensor? down_bias, Tensor(a!)? counts) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+# gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
+# neuron. Of packed rows, uint8 with one row a neuron each, formats has those of gate, up and down; else it is empty.
+# Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument.
+_ARGUMENTS = (
+    "Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, Tensor threshold, Tensor? down_threshold, "
+    "str activation, Tensor[] biases, Tensor? down_bias"
 )
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(f"mlp({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+_library.define(f"mlp_counted({_ARGUMENTS}, Tensor(a!) counts) -> Tensor", tags=_TAGS)
 
 
 def _mlp(
     x: Tensor,
     gate_up: list[Tensor],
     w_down: Tensor,
+    formats: list[str],
     threshold: Tensor,
     down_threshold: Tensor | None,
     activation: str,
     biases: list[Tensor],
     down_bias: Tensor | None,
-    counts: Tensor | None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     mask = threshold, down_threshold, activation
-    if _takes_kernel(x):
-        both = _halves(biases, 0) if biases else (None, None)
-        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), (*both, down_bias)), mask, counts)
+    if _takes_kernel(x, packed=bool(formats)):
+        all_biases = *(_halves(biases, 0) if biases else (None, None)), down_bias
+        if formats:
+            operands = PackedOperands((*_halves(gate_up, 0), w_down), all_biases, tuple(formats))
+            return PackedProjections.kernel(x, operands, mask, counts)
+        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), all_biases), mask, counts)
+    if formats:
+        gate_up = [_unpacked(w, form, x) for w, form in zip(gate_up, formats, strict=False)]
+        w_down = _unpacked(w_down, formats[-1], x).t()
     products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
     gate, up = _halves(products)
     return F.linear(masked_product(gate, up, *mask, counts), w_down, down_bias)
 
 
-def _takes_kernel(x: Tensor) -> bool:
+def _takes_kernel(x: Tensor, packed: bool) -> bool:
+    if packed:
+        return dispatch.kernel_fits(x, x.shape[-1], dispatch.MAX_PACKED_TOKENS)
     if x.is_cuda:
         return x.numel() <= dispatch.MAX_SERVED_TOKENS * x.shape[-1]
     return dispatch.kernel_fits(x, x.shape[-1])
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("mlp", _mlp, _device)
-torch.library.register_fake("cats_vllm::mlp", lambda x, *_: torch.empty_like(x), lib=_library)
+def _unpacked(rows: Tensor, row_format: str, x: Tensor) -> Tensor:
+    """``[I, H]`` in the dtype of ``x`` ``[..., H]``."""
+    return RowFormat.parse(row_format).unpack(rows, x.shape[-1]).to(x.dtype)
+
+
+for _op in ("mlp", "mlp_counted"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_op, _mlp, _device)
+    torch.library.register_fake(f"cats_vllm::{_op}", lambda x, *_: x.new_empty(x.shape), lib=_library)

@@ -1,4 +1,4 @@
-"""The quantization method ``cats`` of vLLM: dense weights as ever, and each gated MLP with thresholds runs sparsely.
+"""The quantization method ``cats`` of vLLM: dense layers as ever, and each gated MLP of the checkpoint runs sparsely.
 
 vLLM asks the method for each linear layer, by name, while it makes the model, and calls it again when the weights are
 loaded. The MLP to which a projection belongs is learned from PyTorch, which tells when modules are given children.
@@ -6,30 +6,27 @@ loaded. The MLP to which a projection belongs is learned from PyTorch, which tel
 
 from __future__ import annotations
 
-import weakref
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch import nn
 from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
-)
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from cats_ext.integrations.vllm.checkpoint import check_entry, read_checkpoint
-from cats_ext.integrations.vllm.mlp import ServedMLP, make_served
+from cats_ext.integrations.vllm.linear import Adoption, DenseLinearMethod, MLPLinearMethod
+from cats_ext.integrations.vllm.packed import PackedMLPLinearMethod, UnpackedLinearMethod, entry_of
 from cats_ext.ops.definitions import SPARSE_DTYPES
 from cats_ext.patching.detection import MERGED, SEPARATE
-from cats_ext.thresholds.config import CatsConfig
+from cats_ext.rows import RowFormat
+from cats_ext.thresholds.config import LayerConfig
 
 PROJECTIONS = {*MERGED, *SEPARATE}
 
@@ -51,7 +48,7 @@ class CatsQuantizationConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         self.source = model_name, revision or getattr(hf_config, "_commit_hash", None)
-        _, self.digest = read_checkpoint(*self.source)  # what is wrong with it is seen before a worker starts
+        self.digest = read_checkpoint(*self.source).digest  # what is wrong with it is seen before a worker starts
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         if hf_to_vllm_mapper not in self.renames:
@@ -73,56 +70,57 @@ class CatsQuantizationConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._adoption is None:
-            self._adoption = Adoption(self, get_current_vllm_config())
-        if not isinstance(layer, LinearBase):
-            return None
-        name, _, projection = prefix.rpartition(".")
-        if projection in PROJECTIONS and name in self._adoption.names:
-            self._adoption.asked.add(name)
-            return MLPLinearMethod(self._adoption, name, projection)
-        return DenseLinearMethod(self._adoption)
+            self._adoption = adopt(self, get_current_vllm_config())
+        adoption, (name, _, projection) = self._adoption, prefix.rpartition(".")
+        entry = entry_of(adoption.checkpoint.rows, prefix, self.packed_modules_mapping)
+        if entry is not None and not isinstance(layer, LinearBase | ParallelLMHead):
+            raise ValueError(f"{prefix} ({type(layer).__name__}) cannot have packed rows under vLLM")
+        row_format = entry and RowFormat.parse(entry["format"])
+        if isinstance(layer, LinearBase):
+            merged = self.packed_modules_mapping.get(projection) == list(SEPARATE[:2])
+            if (merged or projection in PROJECTIONS) and adoption.takes(name):
+                adoption.asked.add(name)
+                if row_format is None:
+                    return MLPLinearMethod(adoption, name, projection)
+                options = {"row_format": row_format, "input_rows": entry["input_rows"]}
+                return PackedMLPLinearMethod(adoption, name, projection, **options)
+            if row_format is None:
+                return DenseLinearMethod(adoption)
+        return row_format and UnpackedLinearMethod(adoption, row_format)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_adoption": None}
 
 
-class Adoption:
-    """Which MLPs of a worker's model get thresholds, and that each of them does."""
+def adopt(quantization: CatsQuantizationConfig, vllm_config: VllmConfig) -> Adoption:
+    """What is to be adopted in the model that vLLM is about to make.
 
-    def __init__(self, quantization: CatsQuantizationConfig, vllm_config: VllmConfig) -> None:
-        self.config, digest = read_checkpoint(*quantization.source)
-        if digest != quantization.digest:
-            raise ValueError(
-                f"the thresholds of {quantization.source[0]} are not those that the engine was configured with: every "
-                "machine needs the same checkpoint"
-            )
-        check_supported(vllm_config)
-        self.names = {name: name for name in self.config.layers}  # in the config, by vLLM's name
-        for mapper in quantization.renames:
-            self.names = mapper.apply_dict(self.names)
-        self.asked: set[str] = set()
-        self.counting = counting(vllm_config)
-        check_divisible(self.config, vllm_config.parallel_config.tensor_parallel_size)
-        self.here = self._on_this_rank(quantization.source[0], vllm_config)
-        self._hook = register_module_module_registration_hook(partial(_note_parent, self))
+    Raises:
+        ValueError: vLLM's settings or another checkpoint on this machine do not allow it.
+    """
+    checkpoint = read_checkpoint(*quantization.source)
+    if checkpoint.digest != quantization.digest:
+        raise ValueError(
+            f"the thresholds of {quantization.source[0]} are not those that the engine was configured with: every "
+            "machine needs the same checkpoint"
+        )
+    check_supported(vllm_config)
+    layers = {} if checkpoint.config is None else checkpoint.config.layers
+    check_divisible(layers, vllm_config.parallel_config.tensor_parallel_size)
+    names, rows = {name: name for name in layers}, checkpoint.rows
+    for mapper in quantization.renames:
+        names, rows = mapper.apply_dict(names), mapper.apply_dict(rows)
+    here = _on_this_rank(names, quantization.source[0], vllm_config)
+    return Adoption(replace(checkpoint, rows=rows), names, here, counting(vllm_config))
 
-    def complete(self) -> None:
-        """Raise ValueError unless vLLM has asked for all MLPs of this rank; when the model has been made."""
-        self._hook.remove()
-        left = [name for name in self.here if name not in self.asked]
-        if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise ValueError(
-                f"vLLM's model has no MLP of the names that the thresholds are for: {', '.join(left[:3])}{more}"
-            )
 
-    def _on_this_rank(self, model: str, vllm_config: VllmConfig) -> list[str]:
-        """The MLPs of this rank's layers under pipeline parallelism; a draft model has all of them on one rank."""
-        parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size == 1 or model != vllm_config.model_config.model:
-            return list(self.names)
-        own = range(*vllm_config.model_config.get_layers_start_end_indices(parallel))
-        return [name for name in self.names if extract_layer_index(name) in own]
+def _on_this_rank(names: Iterable[str], model: str, vllm_config: VllmConfig) -> list[str]:
+    """The MLPs of this rank's layers under pipeline parallelism; a draft model has all of them on one rank."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size == 1 or model != vllm_config.model_config.model:
+        return list(names)
+    own = range(*vllm_config.model_config.get_layers_start_end_indices(parallel))
+    return [name for name in names if extract_layer_index(name) in own]
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -137,9 +135,9 @@ def check_supported(vllm_config: VllmConfig) -> None:
         raise ValueError("counting neurons (additional_config) is not supported together with LoRA adapters")
 
 
-def check_divisible(config: CatsConfig, ranks: int) -> None:
+def check_divisible(layers: dict[str, LayerConfig], ranks: int) -> None:
     """Raise ValueError unless the neurons of each MLP can be divided among the ranks of tensor parallelism."""
-    for name, layer in config.layers.items():
+    for name, layer in layers.items():
         if layer.intermediate_size % ranks:
             raise ValueError(
                 f"tensor_parallel_size must divide the {layer.intermediate_size} neurons of {name}, got {ranks}"
@@ -158,54 +156,3 @@ def counting(vllm_config: VllmConfig) -> bool:
 def _offloads(vllm_config: VllmConfig) -> bool:
     offload = vllm_config.offload_config
     return offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
-
-
-class DenseLinearMethod(UnquantizedLinearMethod):
-    """Of a linear layer without thresholds."""
-
-    def __init__(self, adoption: Adoption) -> None:
-        super().__init__()
-        self.adoption = adoption
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.adoption.complete()
-        super().process_weights_after_loading(layer)
-
-
-class MLPLinearMethod(UnquantizedLinearMethod):
-    """Of one projection of an MLP with thresholds: the weight stays as it is, that of down_proj laid out by neuron."""
-
-    def __init__(self, adoption: Adoption, name: str, projection: str) -> None:
-        super().__init__()
-        self.adoption, self.name, self.projection = adoption, name, projection
-        self.parent: Any = lambda: None
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        # Not the inherited one, which packs weights on the CPU and removes them.
-        self.adoption.complete()
-        if self.projection != "down_proj":
-            return
-        weight = layer.weight
-        if weight.stride(0) != 1:
-            weight.data = weight.data.t().contiguous().t()
-        mlp = self.parent()
-        if mlp is None:
-            raise ValueError(f"{self.name} cannot run sparsely: its down_proj is in no module that was seen being made")
-        if not isinstance(mlp, ServedMLP):  # else weights have been loaded again
-            config = self.adoption.config
-            make_served(mlp, config, self.adoption.names[self.name], self.adoption.counting)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if current_platform.is_cpu():  # the inherited one wants packed weights
-            return F.linear(x, layer.weight, bias)
-        return super().apply(layer, x, bias)
-
-
-for _method in (DenseLinearMethod, MLPLinearMethod):
-    register_weight_loader_v2_supported_method(_method)
-
-
-def _note_parent(adoption: Adoption, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    method = getattr(child, "quant_method", None)
-    if isinstance(method, MLPLinearMethod) and method.adoption is adoption and name == method.projection:
-        method.parent = weakref.ref(parent)

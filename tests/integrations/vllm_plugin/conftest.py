@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 
@@ -22,6 +23,13 @@ CHECKPOINTS = {
     "gemma2": ("gemma2", "two_threshold"),
     "phi3": ("phi3", "plain"),
 }
+PACKED = {
+    "int4": ("llama-bias", "two_threshold", ("int4",), {}),
+    "int8-formats": ("llama", "plain", ("int8", 64), {"down": "int4"}),
+    "fp8-merged": ("phi3", "plain", ("fp8",), {}),
+    "int4-all": ("qwen2", "two_threshold", ("int4",), {"scope": "all"}),
+    "int4-rows": ("qwen3", None, ("int4",), {}),  # without thresholds
+}
 TEXTS = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
 TEXTS += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
 
@@ -31,11 +39,30 @@ def checkpoints(tmp_path_factory):
     """Directories, and what transformers generates from them, by name; made before vLLM runs."""
     from support.served import expected, save_checkpoint
 
+    import cats_ext
+
     directories = {
         name: save_checkpoint(tmp_path_factory.mktemp(name), family, rule)
         for name, (family, rule) in CHECKPOINTS.items()
     }
-    return {name: (directory, expected(directory)) for name, directory in directories.items()}
+    for name, (family, rule, arguments, options) in PACKED.items():
+        change = partial(_quantized, arguments, options)
+        directories[name] = save_checkpoint(tmp_path_factory.mktemp(name), family, rule, change)
+    relu = {"hidden_act": "relu"}
+    directories["exact"] = save_checkpoint(
+        tmp_path_factory.mktemp("exact"), "llama", None, cats_ext.apply_exact, **relu
+    )
+    directory = tmp_path_factory.mktemp("relufied")
+    directories["relufied"] = save_checkpoint(directory, "llama", "two_threshold", hidden_act="relu")
+    found = {name: (directory, expected(directory)) for name, directory in directories.items()}
+    assert all(tokens["sparse"] != tokens["dense"] for name, (_, tokens) in found.items() if name in CHECKPOINTS)
+    return found
+
+
+def _quantized(arguments, options, model):
+    import cats_ext
+
+    cats_ext.quantize(model, *arguments, **options, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_world_size_that_does_not_divide_the_neurons(llama):
     from cats_ext.integrations.vllm.quantization import check_divisible
 
     with pytest.raises(ValueError, match=r"tensor_parallel_size must divide the 176 neurons of model\.layers\.0\.mlp"):
-        check_divisible(CatsConfig.from_pretrained(llama[0]), 3)
+        check_divisible(CatsConfig.from_pretrained(llama[0]).layers, 3)
 
 
 def test_lora(llama, adapter):

@@ -19,7 +19,8 @@ from cats_ext.integrations.vllm.versions import SUPPORTED, refusing, unsupported
 
 skip_without_vllm()
 
-from cats_ext.integrations.vllm.quantization import Adoption, CatsQuantizationConfig, check_supported  # noqa: E402
+from cats_ext.integrations.vllm.linear import Adoption  # noqa: E402
+from cats_ext.integrations.vllm.quantization import CatsQuantizationConfig, adopt, check_supported  # noqa: E402
 
 
 @pytest.fixture
@@ -79,17 +80,42 @@ def test_mixture_of_experts(tmp_path):
     refused(tmp_path, "has thresholds of experts .*, which are not supported under vLLM", skip_tokenizer_init=True)
 
 
-def test_packed_rows(tmp_path):
+def test_gate_and_up_in_different_formats(tmp_path):
+    model = tiny_model(FAMILY, **SIZES)
+    cats_ext.quantize(model, "int8", up="int4", progress=False)
+    cats_ext.apply_cats(model, config_for(model)).save_pretrained(tmp_path)
+    message = r"gate_up_proj must have rows of one format under vLLM, .*, got gate_proj int8_g128, up_proj int4_g128_zp"
+    refused(tmp_path, message, skip_tokenizer_init=True)
+
+
+def test_rows_that_are_not_described(copy):
+    entry = json.loads((copy / "config.json").read_text())["quantization_config"]
+    edit_config(copy, quantization_config=entry | {"rows": {"model.layers.*.mlp.up_proj": {"format": "int3"}}})
+    refused(copy, r"rows\['model.layers.\*.mlp.up_proj'\] must be an object with format and input_rows")
+
+
+def test_packed_rows_of_other_weights(tmp_path):
     model = tiny_model(FAMILY, **SIZES)
     cats_ext.quantize(model, "int8", progress=False)
     cats_ext.apply_cats(model, config_for(model)).save_pretrained(tmp_path)
-    refused(tmp_path, "rows in quantization_config, .*, are not supported under vLLM", skip_tokenizer_init=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = "config is for other weights than the model's: down_proj of model.layers.2.mlp differs"
+    refused(tmp_path, message, skip_tokenizer_init=True)
 
 
-def test_sparse_by_itself(tmp_path):
-    model = tiny_model(FAMILY, **SIZES, hidden_act="relu")
-    cats_ext.apply_exact(model).save_pretrained(tmp_path)
-    refused(tmp_path, 'rule "exact" in quantization_config, .* is not supported', skip_tokenizer_init=True)
+@pytest.mark.parametrize("family", ["opt", "nemotron"])
+def test_sparse_by_itself_without_a_gated_relu(tmp_path, family):
+    cats_ext.apply_exact(tiny_model(family)).save_pretrained(tmp_path)
+    refused(tmp_path, "is sparse by itself, but not by a gated ReLU, which is not supported", skip_tokenizer_init=True)
+
+
+def test_sparse_by_itself_without_a_gate():
+    """Once vLLM has made its model, it is known whether there was a gated MLP."""
+    adoption = Adoption(checkpoint.Checkpoint(None, {}, "relu", ""), {}, [], False)
+    with pytest.raises(ValueError, match="vLLM's model has no gated MLP, which is not supported"):
+        adoption.complete()
 
 
 def test_unknown_entry_of_the_checkpoint(copy):
@@ -103,7 +129,7 @@ def test_other_thresholds_on_another_machine(copy):
     quantization.maybe_update_config(str(copy))
     CatsConfig.from_pretrained(copy).at_sparsity(0.3).save_pretrained(copy)
     with pytest.raises(ValueError, match="not those that the engine was configured with"):
-        Adoption(quantization, None)
+        adopt(quantization, None)
 
 
 def test_file_of_an_earlier_version(copy, monkeypatch):
