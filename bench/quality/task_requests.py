@@ -11,9 +11,34 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.lib.command import command
 from cats_ext.evaluation.tasks import LOCAL_TASKS, local_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def task_requests(tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None = None) -> dict[str, list[dict]]:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))  # the harness tokenises beside a model
+    lm = HFLM(pretrained=model, tokenizer=tokenizer)
+    document = {}
+    for name in LOCAL_TASKS:
+        (task,) = TaskManager(include_defaults=False).load([local_task(name, data / "tasks")])["tasks"].values()
+        task.build_all_requests(limit=limit)
+        items: dict[int, dict] = {}
+        for instance in task.instances:
+            item = items.setdefault(instance.doc_id, {"answer": instance.doc.get("answer"), "requests": []})
+            item["requests"].append(lm._encode_pair(*instance.args))
+        document[name] = [items[key] for key in sorted(items)]
+        print(name, len(items), sum(len(c) + len(t) for i in document[name] for c, t in i["requests"]))
+    return document
 
 
 def main() -> None:
@@ -22,24 +47,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))  # the harness tokenises beside a model
-    lm = HFLM(pretrained=model, tokenizer=tokenizer)
-    document = {}
-    for name in LOCAL_TASKS:
-        (task,) = TaskManager(include_defaults=False).load([local_task(name, args.data / "tasks")])["tasks"].values()
-        task.build_all_requests(limit=args.limit)
-        items: dict[int, dict] = {}
-        for instance in task.instances:
-            item = items.setdefault(instance.doc_id, {"answer": instance.doc.get("answer"), "requests": []})
-            item["requests"].append(lm._encode_pair(*instance.args))
-        document[name] = [items[key] for key in sorted(items)]
-        print(name, len(items), sum(len(c) + len(t) for i in document[name] for c, t in i["requests"]))
+    document = task_requests(AutoTokenizer.from_pretrained(args.tokenizer), args.data, args.limit)
     args.output.write_bytes(gzip.compress(json.dumps(document, separators=(",", ":")).encode(), mtime=0))
 
 

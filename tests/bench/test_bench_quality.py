@@ -6,9 +6,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from bench.lib.results import read_rows
-from bench.quality import merge
+from bench.quality import compare_rules, merge
+from bench.quality.compare_peers import Peer, PeerData, linears
+from bench.quality.compare_rules import Layer
 from bench.quality.sweep_variants import GATE_WEIGHTS, Sample, Variant
 
 
@@ -59,3 +62,66 @@ def test_parts_are_joined_in_order_and_once(tmp_path, monkeypatch):
     merge.main()
     rows = read_rows(tmp_path / "all" / "text.csv")
     assert [(row["name"], row["ppl"]) for row in rows] == [("a 50%", "1"), ("b 50%", "2")]
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(0)
+    mlp = nn.Module()
+    for name, (rows, columns) in {"gate_proj": (40, 16), "up_proj": (40, 16), "down_proj": (16, 40)}.items():
+        setattr(mlp, name, nn.Linear(columns, rows, bias=False).requires_grad_(False))
+        getattr(mlp, name).weight.copy_(torch.randn(rows, columns, generator=generator) / columns**0.5)
+    return Layer(mlp, *torch.randn(2, 2000, 16, generator=generator), last=False)
+
+
+COMPENSATIONS = ("none", "mean", "means", "all", "bias", "map", "both", "shift")
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+def test_a_compensated_rule_reads_what_it_was_given_and_is_exact_where_nothing_is_skipped(layer, compensation):
+    variant = compare_rules.Variant("a", compensation=compensation)
+    rule = layer.fit(variant, (0.4, 0.6))
+    rule(layer.mlp, layer.x)
+    seen, passed, kept = map(float, rule.seen)
+    assert 1 - passed / seen == pytest.approx(0.4, abs=0.01) and 1 - kept / seen == pytest.approx(0.6, abs=0.01)
+
+    v, u = layer.activations(layer.x)
+    whole = layer.mlp.down_proj(v * u)
+    torch.testing.assert_close(layer.fit(variant, (0.0, 0.0))(layer.mlp, layer.x), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_compensation_brings_the_output_closer_to_the_dense_one(layer):
+    v, u = layer.activations(layer.x)
+    whole = layer.mlp.down_proj(v * u)
+
+    def error(compensation: str) -> float:
+        rule = layer.fit(compare_rules.Variant("a", compensation=compensation), (0.4, 0.6))
+        return float((rule(layer.mlp, layer.x) - whole).square().mean())
+
+    found = {compensation: error(compensation) for compensation in COMPENSATIONS}
+    assert found["both"] < found["means"] < found["none"] and found["mean"] < found["none"], found
+
+
+def test_bytes_of_a_map_are_taken_from_the_rows():
+    plain, mapped = compare_rules.Variant("a"), compare_rules.Variant("b", compensation="map", rank=4)
+    assert plain.split(64, 100) == pytest.approx((0.375, 0.625))
+    assert mapped.extra(64, 100) == pytest.approx((2 * 4 * 64 + 164) / (3 * 64 * 100))
+    assert sum(mapped.split(64, 100)) == pytest.approx(1 + 3 * mapped.extra(64, 100))
+
+
+def test_the_wanted_share_of_inputs_is_skipped(layer):
+    found = linears([layer_of(layer.mlp)], "mlp")
+    data = PeerData(found)
+    for name, module in found.items():
+        data.keep(name, torch.randn(500, module.in_features), torch.randn(500, module.out_features))
+    for criterion in ("teal", "wina", "larosa"):
+        rules = data.rules(Peer("a", criterion, scope="mlp"), 0.3)
+        for name, rule in rules.items():
+            rule(data.x[name][0])
+            assert 1 - float(rule.seen[1]) / rule.seen[0] == pytest.approx(0.3, abs=0.01), (criterion, name)
+
+
+def layer_of(mlp: nn.Module) -> nn.Module:
+    block = nn.Module()
+    block.mlp = mlp
+    return block
