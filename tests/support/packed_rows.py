@@ -61,10 +61,11 @@ def make_packed_case(
     generator = torch.Generator().manual_seed(seed)
     normal = lambda n, scale: (torch.randn(n, generator=generator) * scale).to(dtype).to(device)  # noqa: E731
     rows = [
-        random_rows(FORMATS[name], intermediate, hidden, scale, generator).to(device)
+        random_rows(FORMATS[name], intermediate, hidden, scale, generator)
         for name, scale in zip(formats, (hidden**-0.5, hidden**-0.5, intermediate**-0.5), strict=True)
     ]
-    weights = [FORMATS[name].unpack(w, hidden) for name, w in zip(formats, rows, strict=True)]
+    weights = [FORMATS[name].unpack(w, hidden).to(device) for name, w in zip(formats, rows, strict=True)]
+    rows = [w.to(device) for w in rows]
     biases = [normal(n, 0.3) if bias else None for n in (intermediate, intermediate, hidden)]
     x = normal(tokens * hidden, 1.0).view(tokens, hidden)
     case = PackedCase(x, weights, biases, activation, rows=rows, formats=formats)
