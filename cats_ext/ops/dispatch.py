@@ -42,9 +42,9 @@ MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 42
 # On CUDA 16 is the most that has been tested.
 MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 
-# As MAX_KERNEL_TOKENS, of activated_mlp. On CUDA what one launch takes, by arithmetic: at 90 % sparsity with masks that
-# are independent from token to token, 4 tokens read 34 % of the rows and 16 tokens 81 %.
-MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 4}
+# As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, with masks that are independent from token to token, it takes 0.72
+# to 0.85 of the time of the fastest dense path for 2 tokens, 0.98 to 1.04 for 4 (bench/results/h200/exact.csv).
+MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with

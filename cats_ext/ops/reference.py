@@ -45,8 +45,10 @@ def masked(v: Tensor, u: Tensor, threshold: Tensor, down_threshold: Tensor | Non
 
 def masked_counts(v: Tensor, u: Tensor, threshold: Tensor, down_threshold: Tensor | None) -> Tensor:
     """int64 ``[3]``: token-neuron pairs evaluated, kept by ``threshold``, and kept by ``down_threshold`` too."""
-    kept_by_both = _keep_both(v, v * u, threshold, down_threshold)
-    return torch.stack([torch.tensor(v.numel(), device=v.device), keep(v, threshold).sum(), kept_by_both.sum()])
+    kept, kept_by_both = keep(v, threshold).sum(), _keep_both(v, v * u, threshold, down_threshold).sum()
+    return torch.stack(
+        [torch.full_like(kept, v.numel()), kept, kept_by_both]
+    )  # no copy from the host: graphs capture it
 
 
 def gated_threshold_ref(

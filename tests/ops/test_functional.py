@@ -136,3 +136,20 @@ def test_compile_fullgraph(tokens):
     compiled = torch.compile(sparse_mlp, fullgraph=True, backend="aot_eager")
     got = compiled(x, *weights, threshold, down_threshold)
     torch.testing.assert_close(got, sparse_mlp(x, *weights, threshold, down_threshold))
+
+
+@pytest.mark.gpu
+def test_counts_of_the_masked_path_follow_a_captured_graph():
+    x, weights, biases = operands(64)
+    x, weights = x.cuda(), [w.cuda() for w in weights]
+    counts = torch.zeros(3, dtype=torch.int64, device="cuda")
+    call = lambda: sparse_mlp(x, *weights, torch.tensor(0.2, device="cuda"), counts=counts)  # noqa: E731
+    with torch.no_grad():
+        call()
+        expected = counts.tolist()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        counts.zero_()
+        graph.replay()
+    assert counts.tolist() == expected and expected[0] == 64 * I
