@@ -140,7 +140,7 @@ def test_compile_fullgraph(tokens):
 
 @pytest.mark.gpu
 def test_counts_of_the_masked_path_follow_a_captured_graph():
-    x, weights, biases = operands(64)
+    x, weights, _ = operands(64)
     x, weights = x.cuda(), [w.cuda() for w in weights]
     counts = torch.zeros(3, dtype=torch.int64, device="cuda")
     call = lambda: sparse_mlp(x, *weights, torch.tensor(0.2, device="cuda"), counts=counts)  # noqa: E731
