@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cats_ext.integrations.saving import ACTIVATION_ENTRIES
 from cats_ext.patching.detection import recognise_activation
 from cats_ext.quantization.layout import Rows, check_rows
@@ -37,10 +39,21 @@ class Checkpoint:
 def read_checkpoint(model: str, revision: str | None) -> Checkpoint:
     """Of a directory, or of a repository of the hub.
 
+    In one thread: vLLM forks its engine off the process that reads, and OpenMP's threads would be missing there.
+
     Raises:
         OSError: a file is missing.
         ValueError: a file is damaged, or vLLM cannot serve the checkpoint.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _read(model, revision)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read(model: str, revision: str | None) -> Checkpoint:
     directory, on_hub = Path(model), not Path(model).is_dir()
     if on_hub:
         from transformers.utils.hub import cached_file

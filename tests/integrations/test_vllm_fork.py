@@ -1,0 +1,34 @@
+"""vLLM forks its engine off the process that has read the checkpoint. Needs no vLLM."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support.models import tiny_model, tokens
+
+import cats_ext
+
+FORKED = """
+import os, sys
+import torch
+from cats_ext.integrations.vllm.checkpoint import read_checkpoint
+
+read_checkpoint(sys.argv[1], None)
+child = os.fork()
+if not child:
+    torch.ones(4_000_000).exp().sum()  # in all threads
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_engine_has_its_threads(tmp_path):
+    model = tiny_model(intermediate_size=14336)
+    config = cats_ext.calibrate(model, [tokens(128)], sparsity=0.5, progress=False)
+    cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], env=environment, timeout=60, check=True)
