@@ -32,7 +32,7 @@ from bench.lib.results import ResultFile
 from bench.lib.timing import host_seconds, in_turns, replay_seconds
 from cats_ext import ops
 from cats_ext.patching.exact.modules import gaussian_multipliers, gaussian_top_k
-from cats_ext.thresholds.exact import SMALLEST_ABOVE_ZERO
+from cats_ext.thresholds.statistics import SMALLEST
 
 KINDS = {  # kind, hidden size, intermediate size, sparsity
     "gemma-3n-e4b": ("gemma3n", 2048, 16384, 0.95),
@@ -84,7 +84,7 @@ def compiled(function: Path, tuned: bool) -> Path:
 
 def paths(kind: str, act: Callable[[Tensor], Tensor], tuned: bool) -> dict[str, Path]:
     """Every path that computes the layer. ``tuned``: those compiled have products of their own, which takes longer."""
-    threshold = torch.tensor(SMALLEST_ABOVE_ZERO, device=DEVICE)
+    threshold = torch.tensor(SMALLEST, device=DEVICE)
 
     def dense(x: Tensor, w: Weights) -> Tensor:
         v = act(F.linear(x, w.gate, w.bias))

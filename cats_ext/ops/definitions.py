@@ -102,19 +102,29 @@ def _step_ref(sparse_mlp_ref: Callable[..., Tensor]) -> Callable[..., None]:
     return step_ref
 
 
-# The argument that each output has the dtype and device of, and but for activated_mlp the shape; and the reference.
-_OPS: dict[str, tuple[tuple[str, ...], Callable]] = {
-    "sparse_mlp": (("x",), _sparse_mlp_ref),
-    "sparse_mlp_counted": (("x",), _sparse_mlp_ref),
-    "sparse_mlp_packed": (("x",), _sparse_mlp_packed_ref),
-    "sparse_mlp_packed_counted": (("x",), _sparse_mlp_packed_ref),
-    "sparse_mlp_step": ((), _step_ref(reference.sparse_mlp_ref)),
-    "sparse_mlp_packed_step": ((), _step_ref(reference.sparse_mlp_packed_ref)),
-    "activated_mlp": (("v",), _activated_mlp_ref),
-    "packed_linear_step": ((), reference.packed_linear_step_ref),
-    "gated_threshold": (("gate",), reference.gated_threshold_ref),
-    "gated_threshold_forward": (("gate",), reference.gated_threshold_ref),
-    "gated_threshold_backward": (("gate", "up"), reference.gated_threshold_backward_ref),
+def _like(*names: str) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
+    """The outputs of an op: each has the shape, dtype and device of one of its arguments."""
+    return lambda arguments: tuple(arguments[name].new_empty(arguments[name].shape) for name in names)
+
+
+def _activated_mlp_output(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    v = arguments["v"]
+    return (v.new_empty(*v.shape[:-1], arguments["w_down_t"].shape[-1]),)
+
+
+# Empty outputs, from the arguments of a call by name; and the reference.
+_OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]] = {
+    "sparse_mlp": (_like("x"), _sparse_mlp_ref),
+    "sparse_mlp_counted": (_like("x"), _sparse_mlp_ref),
+    "sparse_mlp_packed": (_like("x"), _sparse_mlp_packed_ref),
+    "sparse_mlp_packed_counted": (_like("x"), _sparse_mlp_packed_ref),
+    "sparse_mlp_step": (_like(), _step_ref(reference.sparse_mlp_ref)),
+    "sparse_mlp_packed_step": (_like(), _step_ref(reference.sparse_mlp_packed_ref)),
+    "activated_mlp": (_activated_mlp_output, _activated_mlp_ref),
+    "packed_linear_step": (_like(), reference.packed_linear_step_ref),
+    "gated_threshold": (_like("gate"), reference.gated_threshold_ref),
+    "gated_threshold_forward": (_like("gate"), reference.gated_threshold_ref),
+    "gated_threshold_backward": (_like("gate", "up"), reference.gated_threshold_backward_ref),
 }
 
 
@@ -128,14 +138,10 @@ def _checked_arguments(op: str, args: tuple, named: dict[str, Any]) -> dict[str,
 
 
 def _fake(op: str) -> Callable:
-    like, _ = _OPS[op]
+    empty, _ = _OPS[op]
 
     def fake(*args, **named):
-        arguments = _checked_arguments(op, args, named)
-        shapes = [arguments[name].shape for name in like]
-        if op == "activated_mlp":
-            shapes = [(*shape[:-1], arguments["w_down_t"].shape[-1]) for shape in shapes]
-        outputs = tuple(arguments[name].new_empty(shape) for name, shape in zip(like, shapes, strict=True))
+        outputs = empty(_checked_arguments(op, args, named))
         return outputs if len(outputs) > 1 else next(iter(outputs), None)
 
     return fake

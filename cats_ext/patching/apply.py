@@ -132,7 +132,7 @@ def patch_with_relu(model: nn.Module, config: CatsConfig | None = None) -> nn.Mo
             for mlp in mlps
         }
         config = CatsConfig(
-            thresholds={name: torch.tensor(SMALLEST) for name in layers},  # drops exact zeros, and nothing else
+            thresholds={name: torch.tensor(SMALLEST) for name in layers},
             layers=layers,
             model_type=getattr(getattr(unwrapped(model), "config", None), "model_type", None),
             sparsity=0.0,
@@ -179,8 +179,9 @@ def remove_cats(model: nn.Module) -> nn.Module:
         listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
     check_complete(model, patched)
-    states = {name: module.cats for name, module in patched.items()}
-    layouts = MemoryLayouts({f"{name}.down_proj": (s.down_weight, s.down_strides) for name, s in states.items()})
+    layouts = MemoryLayouts(
+        {m.down_name(name): (m.cats.down_weight, m.cats.down_strides) for name, m in patched.items()}
+    )
     finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model
 

@@ -77,6 +77,11 @@ class PatchedMLP(nn.Module):
     down_threshold: Tensor | None
     counts: Tensor
 
+    @classmethod
+    def down_name(cls, name: str) -> str:
+        """What the down projection of the module ``name`` is called in errors."""
+        return f"{name}.down_proj" if name else "down_proj"
+
     def track(self, enabled: bool) -> None:
         """Count neurons from the next call on, or stop."""
         self.forward_settings = self.forward_settings._replace(tracking=enabled)

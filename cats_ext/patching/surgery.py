@@ -89,13 +89,12 @@ def make_sparse(
 
     Where ``strides``, of the down projection's weight, are none of :func:`neuron_strides`, it takes the dense path.
     """
-    module, weight = mlp.module, mlp.down_weight
+    module = mlp.module
     name = next(name for name in ACTIVATION_NAMES if hasattr(module, name))
     own = getattr(module, name)
     relufied = recognise_activation(own) != mlp.activation
-    # First of all, so that make_dense knows what there is to undo.
-    module.cats = CatsState(type(module), own, relufied, mlp.down_owner, weight.stride(), config, mlp.name)
-    module.forward_settings = ForwardSettings(
+    state = CatsState(type(module), own, relufied, mlp.down_owner, mlp.down_weight.stride(), config, mlp.name)
+    settings = ForwardSettings(
         mlp.hidden_size,
         mlp.activation,
         None if relufied else name,
@@ -103,12 +102,27 @@ def make_sparse(
         dense_prefill=not config.sparse_prefill,
         exact=exact,
     )
+    patch_module(module, CatsExperts if mlp.experts else CatsMLP, state, settings, layouts, strides)
+
+
+def patch_module(
+    module: nn.Module,
+    kind: type[PatchedMLP],
+    state: CatsState,
+    settings: ForwardSettings,
+    layouts: MemoryLayouts,
+    strides: tuple[int, ...],
+) -> None:
+    """Let ``module`` compute as ``kind`` does, with its down projection's weight in the layout ``strides``."""
+    module.cats = state  # first of all, so that make_dense knows what there is to undo
+    module.forward_settings = settings
+    weight = state.down_weight
     layouts.lay_out(weight, strides)
-    register_buffers(module, weight.device)
-    set_class(module, sparse_class(module))
+    _register_buffers(module, weight.device)
+    set_class(module, patched_class(kind, state.original_class))
 
 
-def register_buffers(module: nn.Module, device: torch.device) -> None:
+def _register_buffers(module: nn.Module, device: torch.device) -> None:
     """Give a module that has its ``cats`` the thresholds of its config, and what counts neurons."""
     config, name = module.cats.config, module.cats.name
     thresholds = {"threshold": config.thresholds[name], "down_threshold": config.down_thresholds.get(name)}
@@ -117,12 +131,6 @@ def register_buffers(module: nn.Module, device: torch.device) -> None:
             copy = None if value is None else value.detach().to(device, torch.float32, copy=True)
             module.register_buffer(name, copy, persistent=False)
         module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
-
-
-def sparse_class(module: nn.Module) -> type[CatsMLP]:
-    """The class of a module that :func:`make_sparse` has been called for."""
-    kind = CatsMLP if module.cats.target.experts is None else CatsExperts
-    return patched_class(kind, module.cats.original_class)
 
 
 @functools.cache

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
+from cats_ext.thresholds.statistics import SMALLEST
 
 EXACT = "exact"
-# As a threshold it drops zeros, and nothing else: the smallest subnormal number. Where subnormals are flushed to zero,
-# it keeps everything, which is right as well.
-SMALLEST_ABOVE_ZERO = 2.0**-149
 
 
 @dataclass(eq=False)
@@ -25,7 +23,7 @@ class ExactConfig(CatsConfig):
     def of(cls, layers: Iterable[tuple[str, LayerConfig]], model_type: str | None) -> ExactConfig:
         """For the modules of these names, whose layers have no target."""
         named = dict(layers)
-        thresholds = {name: torch.tensor(SMALLEST_ABOVE_ZERO) for name in named}
+        thresholds = {name: torch.tensor(SMALLEST) for name in named}
         return cls(thresholds=thresholds, layers=named, model_type=model_type, sparsity=0.0)
 
     def validate(self) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from cats_ext.thresholds.histogram import Histogram, bucket_edge, check_counts
 from cats_ext.thresholds.rules import check_count, check_tensor, check_usable
 
-SMALLEST = torch.finfo(torch.float32).tiny  # this threshold drops exact zeros, and nothing else
+# This threshold drops zeros, and of other numbers the subnormal ones. One of these would not do: histograms count them
+# as zeros, and where they are flushed to zero it would keep everything.
+SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max  # this one drops every finite number
 GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside

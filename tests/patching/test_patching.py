@@ -17,7 +17,7 @@ from cats_ext.calibration.passes import _frozen
 from cats_ext.integrations.transformers import attach, detach
 from cats_ext.patching.apply import _patch
 from cats_ext.patching.detection import _check_formula
-from cats_ext.patching.surgery import make_dense, make_sparse, set_class
+from cats_ext.patching.surgery import make_dense, make_sparse, patch_module, set_class
 
 
 def test_unusual_strides_come_back():
@@ -88,7 +88,7 @@ def test_weights_load_into_a_patched_model():
 def test_patching_interrupted_at_any_line_leaves_nothing(error, family):
     model = tiny_model(family)
     config, before = config_for(model), snapshot(model)
-    functions = [apply_cats, _patch, make_sparse, attach]
+    functions = [apply_cats, _patch, make_sparse, patch_module, attach]
     if error is KeyboardInterrupt:  # other errors are taken for the probed module's own
         functions.append(inspect.unwrap(_check_formula))
     for line in itertools.count():

@@ -10,6 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from cats_ext.patching.exact.modules import ExactDown, ExactMLP
+from cats_ext.patching.mlp import CatsMLP
+
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 128, 64, 176, 3
 
 _SIZES = dict(
@@ -112,7 +115,7 @@ REFUSED = {
 class ExactFamily(Family):
     """One that is sparse by itself: what is found of how many layers, and the matrices of an MLP."""
 
-    form: str = "down only"
+    kind: type[nn.Module] = ExactDown
     matrices: int = 2
     layers: int = LAYERS
 
@@ -130,17 +133,15 @@ _GEMMA_3N = {
 }
 EXACT = {
     "llama-relu": ExactFamily(
-        "ReLUfied Llama (ProSparse, MiniCPM-S)", "llama", {"hidden_act": "relu"}, form="gated", matrices=3
+        "ReLUfied Llama (ProSparse, MiniCPM-S)", "llama", {"hidden_act": "relu"}, kind=CatsMLP, matrices=3
     ),
-    "phi3-relu": ExactFamily("ReLUfied Phi-3", "phi3", {"hidden_act": "relu"}, form="gated", matrices=3),
+    "phi3-relu": ExactFamily("ReLUfied Phi-3", "phi3", {"hidden_act": "relu"}, kind=CatsMLP, matrices=3),
     "mixtral-relu": ExactFamily(
-        "ReLUfied Mixtral", "mixtral", {**_EXPERTS, "hidden_act": "relu"}, form="gated", matrices=3
+        "ReLUfied Mixtral", "mixtral", {**_EXPERTS, "hidden_act": "relu"}, kind=CatsMLP, matrices=3
     ),
-    "llama-relu2": ExactFamily(
-        "Llama with squared ReLU", "llama", {"hidden_act": "relu2"}, form="activated", matrices=3
-    ),
+    "llama-relu2": ExactFamily("Llama with squared ReLU", "llama", {"hidden_act": "relu2"}, kind=ExactMLP, matrices=3),
     "gemma3n": ExactFamily(
-        "Gemma 3n, its sparse layers", "gemma3n_text", _GEMMA_3N, form="activated", matrices=3, layers=2
+        "Gemma 3n, its sparse layers", "gemma3n_text", _GEMMA_3N, kind=ExactMLP, matrices=3, layers=2
     ),
     "bitnet": ExactFamily("BitNet", "bitnet", matrices=3),
     "nemotron": ExactFamily("Nemotron", "nemotron"),

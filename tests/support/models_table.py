@@ -10,7 +10,8 @@ from pathlib import Path
 from support.models import EXACT, FAMILIES, MIXTURES, REFUSED, tiny_model
 
 from cats_ext.patching.detection import MERGED, SEPARATE, find_gated_mlps
-from cats_ext.patching.exact.detection import DOWN_ONLY, find_exact_layers
+from cats_ext.patching.exact.detection import find_exact_layers
+from cats_ext.patching.exact.modules import ExactDown
 
 HEAD = """# Models
 
@@ -35,7 +36,7 @@ uses, are MLPs as above.
 EXACT_HEAD = """
 ## Sparse by themselves
 
-`apply_exact` runs these as they are, without thresholds ([exact.md](exact.md)). `tests/patching/test_exact.py` tests
+`apply_exact` runs these as they are, without thresholds ([exact.md](exact.md)). `tests/patching/exact` tests
 each on the CPU and on a GPU.
 
 """
@@ -75,7 +76,7 @@ def document() -> str:
     exact = []
     for name, family in EXACT.items():
         layers, _ = find_exact_layers(tiny_model(name))
-        skipped = "down rows" if layers[0].form == DOWN_ONLY else "up and down rows"
+        skipped = "down rows" if layers[0].kind is ExactDown else "up and down rows"
         exact.append([family.title, layers[0].activation, skipped])
     tables = (
         table(["family", "MLP class", "projections", "activation"], supported),

@@ -7,17 +7,10 @@ from torch import nn
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import apply_cats, make_all_dense, sparse_mlps
 from cats_ext.patching.detection import ACTIVATION_NAMES, check_module
-from cats_ext.patching.exact.detection import ACTIVATED, GATED, ExactLayer, find_exact_layers
-from cats_ext.patching.exact.modules import ExactDown, ExactMLP, ExactState
-from cats_ext.patching.mlp import ForwardSettings
-from cats_ext.patching.surgery import (
-    MemoryLayouts,
-    make_sparse,
-    neuron_strides,
-    patched_class,
-    register_buffers,
-    set_class,
-)
+from cats_ext.patching.exact.detection import ExactLayer, find_exact_layers
+from cats_ext.patching.exact.modules import ExactState
+from cats_ext.patching.mlp import CatsMLP, ForwardSettings
+from cats_ext.patching.surgery import MemoryLayouts, make_sparse, neuron_strides, patch_module
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
@@ -59,10 +52,12 @@ def apply_exact(model: nn.Module) -> nn.Module:
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     config = ExactConfig.of(((layer.name, _layer_config(layer)) for layer in layers), model_type)
     strides = [neuron_strides(layer.down_weight) for layer in layers]
-    layouts = MemoryLayouts({layer.name: (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)})
+    layouts = MemoryLayouts(
+        {layer.kind.down_name(layer.name): (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)}
+    )
     try:
         for layer, own in zip(layers, strides, strict=True):
-            if layer.form == GATED:
+            if layer.kind is CatsMLP:
                 make_sparse(layer.mlp, config, layouts, own, exact=True)
             else:
                 _make_exact(layer, config, layouts, own)
@@ -87,8 +82,7 @@ def _layer_config(layer: ExactLayer) -> LayerConfig:
 def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
     module, weight, mlp = layer.module, layer.down_weight, layer.mlp
     own_activation = next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
-    # First of all, so that make_dense knows what there is to undo.
-    module.cats = ExactState(
+    state = ExactState(
         original_class=type(module),
         own_activation=getattr(module, own_activation) if own_activation else None,
         relufied=False,
@@ -99,13 +93,11 @@ def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, 
         matrices=layer.matrices,
         multipliers=layer.multipliers,
     )
-    module.forward_settings = ForwardSettings(
+    settings = ForwardSettings(
         hidden_size=weight.shape[-2],
         activation=None,
         own_activation=own_activation,
         projections="merged" if mlp and mlp.merged else "separate",
         dense_prefill=False,
     )
-    layouts.lay_out(weight, strides)
-    register_buffers(module, weight.device)
-    set_class(module, patched_class(ExactMLP if layer.form == ACTIVATED else ExactDown, module.cats.original_class))
+    patch_module(module, layer.kind, state, settings, layouts, strides)

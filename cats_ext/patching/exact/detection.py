@@ -23,16 +23,14 @@ from cats_ext.patching.detection import (
     recognise_activation,
     sharing_memory,
 )
-from cats_ext.patching.exact.modules import gaussian_multipliers, gaussian_top_k
+from cats_ext.patching.exact.modules import ExactDown, ExactMLP, gaussian_multipliers, gaussian_top_k
+from cats_ext.patching.mlp import CatsMLP, PatchedMLP
 from cats_ext.patching.wrappers import only_aligns_devices
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")  # attributes of modules
 DOWN = ("down_proj", "fc2", "dense_4h_to_h", "wo")
 _GATES = ("gate_proj", "gate_up_proj", "wi_1")
 _LEAST_ZEROS = 0.1  # of values between -3 and 3; those of ReLU are 0.5, of GELU and SiLU one value
-
-# Which rows are skipped: those of the kernel for CATS, both from the activations on, or down rows only.
-GATED, ACTIVATED, DOWN_ONLY = "gated", "activated", "down only"
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class ExactLayer:
 
     name: str  # of the module that is patched
     module: nn.Module  # this one
-    form: str  # GATED, ACTIVATED or DOWN_ONLY
+    kind: type[PatchedMLP]  # what it becomes: CatsMLP, ExactMLP or ExactDown
     activation: str
     matrices: int  # of the whole MLP: 3, or 2 without a gate
     down_owner: nn.Module
-    mlp: GatedMLP | None = None  # unless DOWN_ONLY
+    mlp: GatedMLP | None = None  # unless ExactDown
     multipliers: dict[torch.dtype, float] = field(default_factory=dict)
 
     @property
@@ -131,7 +129,7 @@ def _describe_exact(
     return ExactLayer(
         name=f"{name}.{down_name}" if name else down_name,
         module=down,
-        form=DOWN_ONLY,
+        kind=ExactDown,
         activation=activation,
         matrices=3 if any(n in module._modules for n in _GATES) else 2,
         down_owner=down,
@@ -153,7 +151,7 @@ def _describe_gated(
 ) -> ExactLayer:
     if not sparsity and activation == "relu":
         mlp = describe(name, module, shared)
-        return ExactLayer(name, module, GATED, activation, 3, mlp.down_owner, mlp)
+        return ExactLayer(name, module, CatsMLP, activation, 3, mlp.down_owner, mlp)
     multipliers: dict[torch.dtype, float] = {}
     act = function
     if sparsity:
@@ -165,7 +163,7 @@ def _describe_gated(
         raise ValueError(f"its weights are packed rows and its activation is {activation}, not relu")
     if mlp.experts:
         raise ValueError(f"it is a mixture of experts with the activation {activation}, not relu")
-    return ExactLayer(name, module, ACTIVATED, activation, 3, mlp.down_owner, mlp, multipliers)
+    return ExactLayer(name, module, ExactMLP, activation, 3, mlp.down_owner, mlp, multipliers)
 
 
 def _top_k_activation(function: Callable, multipliers: dict[torch.dtype, float], gate: Tensor) -> Tensor:

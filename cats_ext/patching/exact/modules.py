@@ -85,6 +85,10 @@ class ExactMLP(_ExactModule):
 class ExactDown(_ExactModule):
     """A down projection, an ``nn.Linear``, of which only the rows of neurons that are not zero are read."""
 
+    @classmethod
+    def down_name(cls, name: str) -> str:
+        return name
+
     def forward(self, h: Tensor) -> Tensor:
         """``[..., I]`` to ``[..., H]``."""
         settings, parameters = self.forward_settings, self._parameters
