@@ -23,7 +23,10 @@ pytest.importorskip("setuptools", minversion="77")
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = [name for name, library in LIBRARIES.items() if library.path is not None]
 # Found on every Linux with torch. libcudart is linked statically, libtorch_cuda comes with a CUDA build of torch.
-ALLOWED_LIBRARIES = re.compile(r"lib(c10|torch|torch_cpu|torch_cuda|stdc\+\+|gcc_s|c|m)\.so.*|ld-linux.*\.so.*")
+# Before glibc 2.34 parts of libc were in libdl, libpthread and librt, which newer ones have too.
+ALLOWED_LIBRARIES = re.compile(
+    r"lib(c10|torch|torch_cpu|torch_cuda|stdc\+\+|gcc_s|c|m|dl|pthread|rt)\.so.*|ld-linux.*\.so.*"
+)
 
 
 @pytest.fixture
