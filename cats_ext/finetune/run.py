@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     check_integer("save_every", save_every, 1)
+    _check_packages(settings)
     check_integrations(report_to)
     if config is not None and settings.method != "cats":
         raise ValueError(f"config is for method 'cats', got method {settings.method!r}")
@@ -197,6 +199,15 @@ def _windows(
     return windows[:-held_out], windows[-held_out:], length
 
 
+def _check_packages(settings: FinetuneSettings) -> None:
+    for package in ("accelerate", *(("peft",) if settings.lora_rank else ())):
+        try:
+            import_module(package)
+        except ImportError as error:
+            hint = f"fine-tuning needs the package {package}: pip install 'cats_ext[finetune]' ({error})"
+            raise ImportError(hint) from error
+
+
 def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets or ():
@@ -208,10 +219,8 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
 def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> nn.Module:
     if not settings.lora_rank:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(f"LoRA needs the package peft: pip install 'cats_ext[finetune]' ({error})") from error
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(settings.seed)
     targets = "all-linear" if settings.lora_targets is None else list(settings.lora_targets)
     adapters = LoraConfig(

@@ -67,14 +67,7 @@ def make_trainer(
         save_every: steps between checkpoints.
         report_to: Trainer's integrations.
         advance: called after every step, and for each step of the checkpoint at the start.
-
-    Raises:
-        ImportError: the package accelerate is missing.
     """
-    try:
-        import accelerate  # noqa: F401  Trainer's own message is long
-    except ImportError as error:
-        raise ImportError("fine-tuning needs the package accelerate: pip install 'cats_ext[finetune]'") from error
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
     for path in training.glob("checkpoint-*"):

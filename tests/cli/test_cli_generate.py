@@ -30,6 +30,11 @@ def test_generate_writes_the_models_own_continuation(model_dir):
     assert document["tokens_per_second"] > 0 and document["sparsity"] is None
 
 
+def test_one_token_has_no_rate(model_dir):
+    result = cats("generate", model_dir, "--prompt", "a cat", "--max-new-tokens", 1)
+    assert "1 token; first token after " in result.stderr and "tokens/s" not in result.stderr
+
+
 def test_generate_reports_the_sparsity_reached(model_dir, thresholds):
     arguments = ("generate", model_dir, "--cats", thresholds, "--prompt", "the cat sat on", "--max-new-tokens", 24)
     document = json_of(*arguments)

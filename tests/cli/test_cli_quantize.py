@@ -40,6 +40,11 @@ def test_it_writes_what_the_api_would(model_dir, tmp_path):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_directory_without_a_tokenizer(tmp_path):
+    foreign_checkpoint("awq").save(tmp_path / "awq")
+    assert "has no tokenizer: save it there too" in error_of("quantize", tmp_path / "awq", "-o", tmp_path / "out")
+
+
 def test_text_is_what_errors_are_compensated_by(model_dir, text_file, tmp_path):
     json_of("quantize", model_dir, "-o", tmp_path, "--text", text_file, "--sequence-length", 64)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -39,11 +39,19 @@ def installed(monkeypatch):
 
 
 def test_becomes_the_server(checkpoint, installed, monkeypatch):
+    (checkpoint / "tokenizer.json").touch()
     commands = []
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
     assert cats("serve", checkpoint, "--port", 8001, "--enforce-eager").exit_code == 0
     model = ["--model", str(checkpoint), "--port", "8001", "--enforce-eager"]
     assert commands == [[sys.executable, "-m", serve.SERVER, *model]]
+
+
+def test_without_a_tokenizer(checkpoint, installed, monkeypatch):
+    expected = f"model directory '{checkpoint}' has no tokenizer: save it there too, with tokenizer.save_pretrained"
+    assert expected in error_of("serve", checkpoint)
+    monkeypatch.setattr(os, "execv", lambda path, command: None)
+    assert cats("serve", checkpoint, "--tokenizer", "./dense").exit_code == 0
 
 
 def test_without_vllm(checkpoint, monkeypatch):

@@ -231,6 +231,12 @@ def test_file_that_is_no_model_is_named(tmp_path):
 
 
 def test_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ModelUnavailableError, match=r"has no model: there is no config\.json"):
+        models.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelUnavailableError, match=r"has no tokenizer: save it there too, with tokenizer\.save_pretr"):
+        models.load_model(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelUnavailableError, match="cannot be loaded"):
         models.load_model(str(tmp_path))
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import cats_ext
+from cats_ext import evaluation, finetune
+from cats_ext.integrations import vllm
+
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "site"
 NAVIGATION = re.findall(r": ([\w./-]+\.md)$", (SITE / "mkdocs.yml").read_text(), re.MULTILINE)
@@ -31,3 +35,10 @@ def test_links_out_of_docs_lead_to_copies(hook):
     text = "[a](../bench/NOTES.md) [b](../README.md#limits) [c](quality.md) [d](https://x.org/a) [e](#f)"
     moved = hook.on_page_markdown(text, page, None, None)
     assert moved == "[a](bench/NOTES.md) [b](index.md#limits) [c](quality.md) [d](https://x.org/a) [e](#f)"
+
+
+@pytest.mark.parametrize("package", [cats_ext, evaluation, finetune, vllm], ids=lambda package: package.__name__)
+def test_api_has_every_public_function_and_class(package):
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    public = [name for name in package.__all__ if callable(getattr(package, name)) and name != "register"]
+    assert public and {f"{package.__name__}.{name}" for name in public} <= set(documented)

@@ -57,12 +57,13 @@ def test_page(measured):
     checker.feed(page)
     assert not checker.open and "script" not in checker.tags
     assert checker.tags.count("svg") == 3  # the curve, the layers, the activations
+    assert page.count('<div class="scroll"><svg') == 3 and page.count("<table>") == page.count('"scroll"><table>')
     assert "mine &amp; &lt;yours&gt;" in page and "<yours>" not in page
     text = " ".join(checker.text)
     document = json.loads((measured / "eval.json").read_text())["text"]
     for row in document["variants"]:
         assert row["name"] in text and f"{row['sparse']['ppl']:.2f}" in text and f"{row['kl']:.4f}" in text
-    assert f"{document['dense']['ppl']:.2f}" in text
+    assert f"{document['dense']['ppl']:.2f}" in text and "cats ext" not in text
     config = CatsConfig.from_pretrained(measured)
     assert all(name in text for name in config.layers) and f"{config.bytes_share:.1%}" in text
     assert "up reached" in text and 'name="viewport"' in page and checker.tags.count("details") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -252,6 +253,14 @@ def test_a_tuning_with_other_settings_is_not_gone_on_with(run, model_dir, text_f
 def test_bad_options(options, message, model_dir, text_file, tmp_path):
     assert message in error_of("finetune", model_dir, "--text", text_file, "-o", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["accelerate", "peft"])
+def test_missing_package_is_named_before_anything_is_computed(package, model_dir, text_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    error = error_of("finetune", model_dir, "--text", text_file, "-o", tmp_path / "out")
+    assert f"fine-tuning needs the package {package}" in error and "pip install 'cats_ext[finetune]'" in error
+    assert not (tmp_path / "out" / "training").exists()
 
 
 def test_no_model_is_overwritten(model_dir, text_file):

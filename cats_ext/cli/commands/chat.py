@@ -79,7 +79,7 @@ def chat(
             answer = continue_prompt(
                 network, tokenizer, ids, max_new_tokens, temperature=temperature, write=write, engine=engine, **reuse
             )
-            speed = f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s"
+            speed = answer.speed
         except KeyboardInterrupt:
             speed = "stopped"
         messages.append({"role": "assistant", "content": "".join(said)})

@@ -57,9 +57,8 @@ def generate(
         return
     print("" if write else result.text)
     notes.print(
-        f"[dim]{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; first token after "
-        f"{result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt tokens), {result.prepare_seconds:.1f} s to "
-        "prepare[/]",
+        f"[dim]{result.speed}; first token after {result.first_token_seconds:.2f} s ({result.prompt_tokens} prompt "
+        f"tokens), {result.prepare_seconds:.1f} s to prepare[/]",
         soft_wrap=True,
     )
     if report is not None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cats_ext.cli.common import notes
+from cats_ext.cli.models import check_directory
 from cats_ext.integrations.vllm import SUPPORTED
 from cats_ext.integrations.vllm.checkpoint import read_checkpoint
 
@@ -35,6 +36,8 @@ def serve(
     """
     check_vllm()
     config = read_checkpoint(checkpoint, None).config
+    if Path(checkpoint).is_dir() and not any("tokenizer" in argument for argument in context.args):
+        check_directory(Path(checkpoint))
     found = "zeros are skipped" if config is None else f"{len(config.layers)} MLPs, sparsity {config.sparsity:.0%}"
     notes.print(f"{checkpoint}: {found}", soft_wrap=True)
     command = [sys.executable, "-m", SERVER, "--model", checkpoint, *context.args]

@@ -24,6 +24,7 @@ from cats_ext.cli.common import (
     show_next,
     silence_transformers,
 )
+from cats_ext.cli.models import check_directory
 from cats_ext.cli.text import stream_texts
 from cats_ext.data.texts import sample_texts
 from cats_ext.quantization import quantized_linears
@@ -129,6 +130,7 @@ def _convert(
 
     note_uncompiled(device)
     silence_transformers()
+    check_directory(Path(directory))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     formats = {"down": down.down, "group_size": down.group_size, "zero_points": down.zero_points}
     network, errors = cats_ext.convert_quantized(directory, **formats, dtype=dtype, device=device)
