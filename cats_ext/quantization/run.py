@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cats_ext._inputs import LARGEST_SEED, check_integer, check_token_ids
 from cats_ext._progress import finish_despite_interrupt, progress_bar
 from cats_ext.data.windows import collect_windows
+from cats_ext.parallel.sharding import check_on_one_rank
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import check_complete, sparse_mlps
 from cats_ext.patching.detection import (
@@ -92,6 +93,7 @@ def quantize(
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
     check_module(model)
+    check_on_one_rank(unwrapped(model), "quantize")
     windows = None
     if data is not None:
         sizes = {"max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
