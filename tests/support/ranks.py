@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def _result(end: Connection) -> Any:
     if not wait([end], SECONDS):
         return RankError(f"no answer in {SECONDS:.0f} s")
     try:
-        return end.recv()
+        return pickle.loads(end.recv_bytes())
     except EOFError:
         return RankError("the process has ended")
 
@@ -77,7 +78,7 @@ def _run(rank: int, ranks: int, scratch: str, end: Connection, function: Callabl
     except Exception as error:
         traceback.print_exc()
         result = RankError(f"{type(error).__name__}: {error}")
-    end.send(result)
+    end.send_bytes(pickle.dumps(result))  # by value: send() shares the memory of tensors, which ends with the process
     if not isinstance(result, RankError):
         dist.barrier()
         dist.destroy_process_group()
