@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from dataclasses import replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn

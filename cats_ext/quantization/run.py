@@ -93,7 +93,6 @@ def quantize(
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
     check_module(model)
-    check_on_one_rank(unwrapped(model), "quantize")
     windows = None
     if data is not None:
         sizes = {"max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
@@ -119,6 +118,7 @@ def quantize_as(
     """As :func:`cats_ext.quantize`, with its arguments in ``config``, and windows of token ids ``[T]`` for its data."""
     check_module(model)
     inner = unwrapped(model)
+    check_on_one_rank(inner, "quantize")
     if quantized_linears(inner):
         raise ValueError(f"model of class {type(model).__name__} is quantised already: quantise the dense one")
     listeners.check(inner)

@@ -17,6 +17,7 @@ from cats_ext import (
     apply_cats,
     apply_exact,
     apply_relufication,
+    calibrate,
     masking_disabled,
     quantize,
     remove_cats,
@@ -122,7 +123,9 @@ def test_merged_projections_with_the_plan_of_transformers_are_refused(tmp_path):
     config = config_for(model)
     model.save_pretrained(tmp_path)
     for error in on_ranks(patch_and_run, tmp_path, config, {}, fail=True):
-        assert "its tensor-parallel plan must have 'packed_colwise' for gate_up_proj and nothing else on it" in str(error)
+        assert "its tensor-parallel plan must have 'packed_colwise' for gate_up_proj and nothing else on it" in str(
+            error
+        )
 
 
 def densely_prompted(directory, config) -> list[Tensor]:
@@ -202,6 +205,70 @@ def test_compiled(cats_directory):
     for one, many, fast_one, fast_many in on_ranks(compiled, cats_directory):
         torch.testing.assert_close(fast_one, one, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(fast_many, many, rtol=1e-5, atol=1e-5)
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def calibrated(directory, arguments) -> CatsConfig:
+    return config_for(load_parallel(directory), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rule": "plain"},
+        {"rule": "weighted"},
+        {"importance": "norm"},
+        {"importance": "gradient"},
+        {"sparsity": None, "budget": 0.6},
+    ],
+    ids=str,
+)
+def test_calibration_gives_the_thresholds_of_one_process(arguments, dense_directory):
+    one = config_for(tiny_model(), **arguments)
+    first, second = on_ranks(calibrated, dense_directory, arguments)
+    assert first.to_dict() == second.to_dict()
+    for found in (first, second):
+        assert found.layers.keys() == one.layers.keys()
+        for name, layer in one.layers.items():
+            assert found.layers[name].up_sparsity == pytest.approx(layer.up_sparsity, abs=0.02)
+            torch.testing.assert_close(found.thresholds[name], first.thresholds[name], rtol=0, atol=0)
+            torch.testing.assert_close(found.thresholds[name], one.thresholds[name], rtol=0.02, atol=1e-4)
+            torch.testing.assert_close(found.weights[name], one.weights[name], rtol=0, atol=0)
+            assert found.statistics[name].gate.total == one.statistics[name].gate.total
+        for name, threshold in one.down_thresholds.items():
+            torch.testing.assert_close(found.down_thresholds[name], threshold, rtol=0.02, atol=1e-4)
+    apply_cats(tiny_model(), first)
+
+
+def calibrate_on_other_text(directory) -> None:
+    rank = torch.distributed.get_rank()
+    calibrate(load_parallel(directory), tokens(300, seed=rank), sparsity=0.5, progress=False)
+
+
+def test_data_that_differs_between_ranks(dense_directory):
+    for error in on_ranks(calibrate_on_other_text, dense_directory, fail=True):
+        assert "data must be the same on all ranks" in str(error)
+
+
+def calibrate_with_a_checkpoint(directory, path) -> None:
+    config_for(load_parallel(directory), checkpoint=path)
+
+
+def test_a_checkpoint_of_a_calibration_is_refused(dense_directory, tmp_path):
+    for error in on_ranks(calibrate_with_a_checkpoint, dense_directory, tmp_path / "checkpoint", fail=True):
+        assert "checkpoint must be None for a tensor-parallel model, got" in str(error)
+
+
+def load_packed(directory) -> None:
+    load_parallel(directory)
+
+
+def test_packed_rows_are_refused(tmp_path):
+    quantize(tiny_model(), progress=False).save_pretrained(tmp_path)
+    for error in on_ranks(load_packed, tmp_path, fail=True):
+        assert "is tensor-parallel, which a checkpoint with packed rows does not support" in str(error)
 
 
 # --- what is refused, on every rank ---------------------------------------------------------------------------------
