@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import wrap_file
 
+from cats_ext.cli import ranks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,8 +66,8 @@ def load_model(
     """The model ``name`` in eval mode on ``device``, and its tokenizer.
 
     ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), ``smollm2-135m`` (the demo model), or a name
-    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere; "auto" is
-    the checkpoint's own.
+    on the Hugging Face hub, tried in that order. Under torchrun it is spread over all ranks. ``dtype=None`` is float32
+    on the CPU and bfloat16 elsewhere; "auto" is the checkpoint's own.
 
     Raises:
         ModelUnavailableError: nothing of that name can be found, reached or read.
@@ -84,12 +86,23 @@ def load_model(
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelUnavailableError(f"model file '{name}' does not exist")
+        if ranks.count() > 1:
+            raise ModelUnavailableError(f"model file '{name}' cannot be spread over ranks: torchrun needs a directory")
         model, tokenizer = _load_gguf(path, dtype)
     elif path.is_file():
         raise ModelUnavailableError(f"model '{name}' is a file: expected a directory, a .gguf file or a hub name")
     else:
         model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)) if name == DEMO_MODEL.name else name, dtype)
-    return model.to(device).eval(), tokenizer
+    if ranks.count() == 1:
+        return model.to(device).eval(), tokenizer
+    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
+    if heads is not None and heads % ranks.count():
+        raise ModelUnavailableError(
+            f"torchrun must start as many processes as divide the model's {heads} key-value heads, got {ranks.count()}"
+        )
+    if model.device.type != device.type:
+        raise ModelUnavailableError(f"torchrun loads '{name}' on {model.device.type}, got the device {device}")
+    return model.eval(), tokenizer
 
 
 def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -100,7 +113,7 @@ def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMod
         raise ModelUnavailableError(f"model directory '{name}' does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **ranks.loading_options())
     except Exception as error:  # the loaders raise a dozen types, from OSError to SafetensorError and KeyError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hub = f"model '{name}' is neither a local directory nor loadable from the hub"
