@@ -11,7 +11,6 @@ import copy
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -33,9 +32,8 @@ def is_sharded(layer: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, the tensor itself and no view of it; others as they are."""
-    with torch.no_grad():
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This rank's part of a DTensor, the tensor itself: ``to_local`` may make another one. Others as they are."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:

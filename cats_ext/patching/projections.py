@@ -15,8 +15,8 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops import definitions as ops
-from cats_ext.ops.dispatch import MAX_PACKED_TOKENS, Mask, Operands, Projections, deterministic
-from cats_ext.parallel.sharding import is_sharded
+from cats_ext.ops.dispatch import MAX_PACKED_TOKENS, Mask, Operands, Projections, deterministic, needs_grad
+from cats_ext.parallel.sharding import is_sharded, local
 from cats_ext.patching.wrappers import (
     BACKWARD_HOOKS,
     BACKWARD_PRE_HOOKS,
@@ -135,13 +135,14 @@ class ShardedOperands(NamedTuple):
 class ShardedProjections(SeparateProjections):
     """As :class:`SeparateProjections`, of children that transformers' tensor parallelism has left this rank's part of.
 
-    The children themselves take and give plain tensors, and the down projection sums up over the ranks.
+    The children themselves take and give plain tensors, and the down projection sums up over the ranks. Their
+    parameters are DTensors, whose part is read without autograd: where a gradient is needed, the children are called.
     """
 
     @staticmethod
     def operands(source: dict[str, nn.Module]) -> ShardedOperands | None:
         found = readable_linears(source["gate_proj"], source["up_proj"], source["down_proj"], forward=is_sharded)
-        if found is None:
+        if found is None or any(needs_grad(*linear._parameters.values()) for linear in found):
             return None
         (w_gate, w_up, w_down), biases = zip(*map(_own_parameters, found), strict=True)
         if w_down.stride(0) != 1:
@@ -162,7 +163,7 @@ class ShardedMergedProjections(MergedProjections):
     @staticmethod
     def operands(source: dict[str, nn.Module]) -> ShardedOperands | None:
         found = readable_linears(source["gate_up_proj"], source["down_proj"], forward=is_sharded)
-        if found is None:
+        if found is None or any(needs_grad(*linear._parameters.values()) for linear in found):
             return None
         (gate_up, bias), (w_down, down_bias) = map(_own_parameters, found)
         if w_down.stride(0) != 1:
@@ -194,7 +195,7 @@ def kind_of(merged: bool, packed: bool, sharded: bool = False) -> str:
 def _own_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """What this rank has of the weight and the bias."""
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    return weight.to_local(), None if bias is None else bias.to_local()
+    return local(weight), None if bias is None else local(bias)
 
 
 def readable_linears(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from cats_ext import (
     track_sparsity,
 )
 from cats_ext.decode import DecodeEngine
+from cats_ext.ops import definitions
+from cats_ext.parallel.sharding import local
 from cats_ext.patching.apply import sparse_mlps
 
 pytestmark = takes_tensor_parallelism
@@ -43,13 +46,15 @@ def few_and_many(model: torch.nn.Module) -> list[Tensor]:
 def patch_and_run(directory, config, options) -> tuple:
     model = load_parallel(directory, **options)
     dense = few_and_many(model)
-    layouts = [p.to_local().stride() for p in model.parameters() if hasattr(p, "to_local")]
+    layouts = [local(p).stride() for p in model.parameters()]
     apply_cats(model, config)
     kinds = {module.forward_settings.projections for module in sparse_mlps(model).values()}
     sizes = {tuple(module.threshold.shape) for module in sparse_mlps(model).values()}
-    sparse = few_and_many(model)
+    with patch.object(definitions, "sparse_mlp", side_effect=definitions.sparse_mlp) as kernel:
+        sparse = few_and_many(model)
+    assert kernel.call_count == len(sparse_mlps(model))  # of one token, and not of 24
     remove_cats(model)
-    assert [p.to_local().stride() for p in model.parameters() if hasattr(p, "to_local")] == layouts
+    assert [local(p).stride() for p in model.parameters()] == layouts
     assert not sparse_mlps(model)
     return kinds, sizes, dense, sparse, few_and_many(model)
 
@@ -193,6 +198,23 @@ def test_relufication(dense_directory):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def gradients(model) -> list[Tensor]:
+    """Of the projections of all MLPs, from a loss on 24 tokens."""
+    model(tokens(24)[None]).logits.float().square().mean().backward()
+    found = [p.grad for name, p in model.named_parameters() if ".mlp." in name]
+    return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in found]
+
+
+def trained(directory) -> list[Tensor]:
+    return gradients(load_parallel(directory))
+
+
+def test_gradients_are_those_of_one_process(cats_directory, config):
+    expected = gradients(apply_cats(tiny_model(), config))
+    for found in on_ranks(trained, cats_directory):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def compiled(directory) -> list[Tensor]:
     model = load_parallel(directory)
     eager = few_and_many(model)
@@ -296,12 +318,12 @@ def test_sparsities_that_differ_between_ranks(cats_directory):
 def wrong_on_one_rank(directory, config) -> None:
     model = load_parallel(directory)
     if torch.distributed.get_rank() == 1:
-        model.model.layers[1].mlp.up_proj.weight.to_local().data.add_(1)
-    before = [p.to_local().clone() for p in model.parameters() if hasattr(p, "to_local")]
+        local(model.model.layers[1].mlp.up_proj.weight).data.add_(1)
+    before = [local(p).clone() for p in model.parameters()]
     try:
         apply_cats(model, config)
     finally:
-        after = [p.to_local() for p in model.parameters() if hasattr(p, "to_local")]
+        after = [local(p) for p in model.parameters()]
         assert all(map(torch.equal, before, after))
         assert not sparse_mlps(model)
 
