@@ -95,25 +95,24 @@ def load_model(
         model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)) if name == DEMO_MODEL.name else name, dtype)
     if ranks.count() == 1:
         return model.to(device).eval(), tokenizer
-    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
-    if heads is not None and heads % ranks.count():
-        raise ModelUnavailableError(
-            f"torchrun must start as many processes as divide the model's {heads} key-value heads, got {ranks.count()}"
-        )
     if model.device.type != device.type:
         raise ModelUnavailableError(f"torchrun loads '{name}' on {model.device.type}, got the device {device}")
     return model.eval(), tokenizer
 
 
 def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = Path(name).is_dir()
     if not local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelUnavailableError(f"model directory '{name}' does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if ranks.count() > 1:
+            ranks.check_heads(getattr(AutoConfig.from_pretrained(name).get_text_config(), "num_key_value_heads", None))
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **ranks.loading_options())
+    except ranks.RankError:
+        raise
     except Exception as error:  # the loaders raise a dozen types, from OSError to SafetensorError and KeyError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hub = f"model '{name}' is neither a local directory nor loadable from the hub"

@@ -13,6 +13,10 @@ PARALLEL = {"generate": "generate", "evaluate": "eval"}  # functions that take a
 OLDEST = "5.17"  # transformers whose tensor parallelism patching knows
 
 
+class RankError(ValueError):
+    """A number of processes that a model or a command cannot have."""
+
+
 def count() -> int:
     """The number of processes that torchrun has started; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -36,7 +40,7 @@ def start(function: str) -> None:
         return
     if function not in PARALLEL:
         commands = " and ".join(f"cats {command}" for command in PARALLEL.values())
-        raise ValueError(f"torchrun must start {count()} processes of {commands} only, got cats {function}")
+        raise RankError(f"torchrun must start {count()} processes of {commands} only, got cats {function}")
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 
@@ -52,6 +56,14 @@ def loading_options() -> dict[str, Any]:
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count())}
+
+
+def check_heads(heads: int | None) -> None:
+    """Raise :class:`RankError` for a model whose key-value heads the ranks cannot share evenly."""
+    if heads is not None and heads % count():
+        raise RankError(
+            f"torchrun must start as many processes as divide the model's {heads} key-value heads, got {count()}"
+        )
 
 
 def end() -> None:
