@@ -1,6 +1,6 @@
 """Decoding over several GPUs with transformers' tensor parallelism, dense and with CATS.
 
-    python bench serving.tensor_parallel --help
+    python bench serving.tensor_parallel -h
     torchrun --nproc-per-node 2 bench serving.tensor_parallel --output bench/results/h200/tensor_parallel.csv
 
 Layers of Llama-3-70B's shape with random weights, thresholds calibrated on random tokens with the paper's rule, one
