@@ -101,14 +101,16 @@ def generate(model) -> Tensor:
     return model.generate(tokens(9)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
-def load_and_generate(directory) -> tuple:
-    model = load_parallel(directory)
+def load_and_generate(directory, options) -> tuple:
+    model = load_parallel(directory, **options)
     return len(sparse_mlps(model)), generate(model)
 
 
-def test_checkpoints_are_loaded_and_generate_the_same_text(cats_directory, config):
+@pytest.mark.parametrize("door", ["checkpoint", "quantization_config"])
+def test_checkpoints_are_loaded_and_generate_the_same_text(door, cats_directory, dense_directory, config):
     expected = generate(apply_cats(tiny_model(), config))
-    for patched, text in on_ranks(load_and_generate, cats_directory):
+    arguments = (cats_directory, {}) if door == "checkpoint" else (dense_directory, {"quantization_config": config})
+    for patched, text in on_ranks(load_and_generate, *arguments):
         assert patched == len(config.layers)
         assert torch.equal(text, expected)
 
