@@ -140,8 +140,9 @@ def calibrate(
         }
         if checkpoint is not None and group is not None:
             raise ValueError(f"checkpoint must be None for a tensor-parallel model, got {str(checkpoint)!r}")
-        saved = Checkpoint(checkpoint, settings.identity(len(mlps)), model, windows, layers)
-    check_same(group, "data", (settings.identity(len(mlps)), sha256(torch.cat(windows).numpy().tobytes()).digest()))
+        identity = settings.identity(len(mlps))
+        saved = Checkpoint(checkpoint, identity, model, windows, layers)
+    check_same(group, "data", lambda: (identity, sha256(torch.cat(windows).numpy().tobytes()).digest()))
     count_activations(model, layers, windows, settings, saved, progress)
     config = _uniform_config(model, layers, windows, settings)
     if settings.allocation == "search":

@@ -5,7 +5,7 @@ Whatever communicates has to be called on all ranks of the group, in the same or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,11 +68,11 @@ def raised_together(group: dist.ProcessGroup | None) -> Iterator[None]:
         raise ValueError(f"rank {failed} has stopped with {messages[failed]}")
 
 
-def check_same(group: dist.ProcessGroup | None, name: str, value: object) -> None:
-    """Raise ValueError on all ranks unless ``value``, which ``name`` is told by, is equal on all of them."""
+def check_same(group: dist.ProcessGroup | None, name: str, digest: Callable[[], object]) -> None:
+    """Raise ValueError on all ranks unless what ``name`` stands for has the same ``digest`` on all of them."""
     if group is None:
         return
-    values = _told(group, value)
+    values = _told(group, digest())
     other = next((rank for rank, said in enumerate(values) if said != values[0]), None)
     if other is not None:
         raise ValueError(f"{name} must be the same on all ranks, but rank {other} has another one than rank 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 
 import torch
@@ -152,7 +153,7 @@ def patch_with_relu(model: nn.Module, config: CatsConfig | None = None) -> nn.Mo
 
 def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_rows: bool = True) -> nn.Module:
     inner, group = unwrapped(model), group_of(model)
-    check_same(group, "config", _digest(config))
+    check_same(group, "config", partial(_digest, config))
     with raised_together(group):
         config = config.for_part(inner, mlps)
         config.check_fits(inner, mlps)
@@ -258,7 +259,7 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
     before, group = current_config(model), group_of(model)
     with raised_together(group):
         after = before.at_sparsity(sparsity, down_sparsity=down_sparsity)
-    check_same(group, "sparsity", _digest(after))
+    check_same(group, "sparsity", partial(_digest, after))
     modules = list(sparse_mlps(model).values())
     try:
         for module in modules:
