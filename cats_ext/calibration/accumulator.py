@@ -24,7 +24,8 @@ class LayerAccumulator:
     - importance "gradient": with the gradient g of log p(y) at the MLP's output, ``n_j = rms(Wd_j . g)`` and
       ``c_j = rms(u_j Wd_j . g)``: to second order, how much dropping the neuron changes the model's predictions.
 
-    Experts of a mixture are counted together, over the tokens routed to each, and without weights.
+    Experts of a mixture are counted together, over the tokens routed to each, and without weights. Of a tensor-parallel
+    model, each rank counts its own neurons, and what concerns all of them is added up between the passes.
 
     Args:
         mlp: of a dense model.
@@ -43,7 +44,7 @@ class LayerAccumulator:
             self.down_weight = torch.ones((), device=weight.device)
         self.gate_weight: Tensor | None = None
         self.tokens = torch.zeros((), dtype=torch.int64)
-        self.up_squares = torch.zeros(mlp.intermediate_size, dtype=torch.float64, device=weight.device)
+        self.up_squares = torch.zeros(mlp.neurons, dtype=torch.float64, device=weight.device)
         self.row_squares = torch.zeros_like(self.up_squares) if importance == "gradient" else None
         self.gate = Histogram(device=weight.device)
         self.joint: JointHistogram | None = None
@@ -92,13 +93,17 @@ class LayerAccumulator:
         table = torch.zeros(len(h), (len(gate_cuts) + 1) * columns, dtype=torch.float32, device=v.device)
         table = table.scatter_add_(1, cell, product).view(len(h), -1, columns)
         kept = table.flip(1, 2).cumsum(1).cumsum(2).flip(1, 2)  # [T, reached i gate cuts or more, j down cuts or more]
-        dropped = product.sum(1, keepdim=True) - kept[:, gate_places + 1, down_places + 1]
+        dropped = self._summed(product.sum(1, keepdim=True) - kept[:, gate_places + 1, down_places + 1])
         sums = dropped.double().square().sum(0) / 2
         self.losses = sums if self.losses is None else self.losses + sums
         self.loss_tokens += len(h)
 
     def _score(self, v: Tensor) -> Tensor:
         return v if self.gate_weight is None else v * self.gate_weight
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Over the ranks of a tensor-parallel model."""
+        return values if self.mlp.shard is None else self.mlp.shard.sum(values)
 
     def _row_gradient(self, gradient: Tensor) -> Tensor:
         """``Wd_j . g`` of every neuron, ``[T, I]``."""
@@ -115,16 +120,20 @@ class LayerAccumulator:
             importance = squares.sqrt().float()
         else:
             importance = squares.sqrt().float() * self.down_weight
-        if not bool(importance.isfinite().all()):
+        if int(self._summed((~importance.isfinite()).sum())):
             raise ValueError(f"activations of {self.mlp.name}: the mean square of up is NaN or infinite")
         if self.gate_power:
             self.gate_weight = importance**self.gate_power
 
     def finish_gate(self) -> None:
+        self.gate.counts = self._summed(self.gate.counts)
         if self.gate.total == 0:
             raise ValueError(_UNREACHED.format(self.mlp.name))
         if self.gate.zeros == self.gate.total:
             raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
+
+    def finish_joint(self) -> None:
+        self.joint.counts = self._summed(self.joint.counts)
 
     def mean_losses(self) -> Tensor:
         return self.losses.cpu() / int(self.loss_tokens)
@@ -132,11 +141,14 @@ class LayerAccumulator:
     def statistics(self) -> LayerStatistics:
         gate = Histogram(self.gate.mantissa_bits)
         gate.counts = self.gate.counts.cpu()
-        weights = None if self.gate_weight is None else self.gate_weight.cpu()
+        weights = None if self.gate_weight is None else self._whole(self.gate_weight).cpu()
         if self.joint is None:
             return LayerStatistics(gate, None, weights)
-        down_weight = None if self.mlp.experts else self.down_weight.cpu()
+        down_weight = None if self.mlp.experts else self._whole(self.down_weight).cpu()
         return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight)
+
+    def _whole(self, values: Tensor) -> Tensor:
+        return values if self.mlp.shard is None else self.mlp.shard.whole(values)
 
     # --- checkpoints: what an interrupted calibration continues from --------------------------------------------------
 

@@ -102,7 +102,7 @@ def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) 
         passes.append(_Pass(each(LayerAccumulator.add_up), LayerAccumulator.finish_weights))
     passes.append(_Pass(each(LayerAccumulator.add_gate), LayerAccumulator.finish_gate))
     if settings.rule == "two_threshold":
-        passes.append(_Pass(each(LayerAccumulator.add_joint)))
+        passes.append(_Pass(each(LayerAccumulator.add_joint), LayerAccumulator.finish_joint))
     if settings.allocation == "search":
         cuts: dict[str, list[tuple[float, float]]] = {}
 

@@ -156,7 +156,7 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
     def catch(name: str, output: Tensor) -> None:
         outputs[name] = output
         if len(outputs) == len(names):
-            gate, up = (t.reshape(-1, mlp.intermediate_size) for t in mlp.gate_and_up(outputs))
+            gate, up = (t.reshape(-1, mlp.neurons) for t in mlp.gate_and_up(outputs))
             outputs.clear()
             with _naming(mlp):
                 observe(mlp, gate, up)

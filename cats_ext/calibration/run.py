@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from cats_ext.calibration.counting import count_activations
 from cats_ext.calibration.search import search_allocation
 from cats_ext.calibration.settings import CalibrationSettings
 from cats_ext.data.windows import collect_windows
+from cats_ext.parallel.ranks import check_same, raised_together
+from cats_ext.parallel.sharding import group_of
 from cats_ext.patching.apply import find_dense_mlps
 from cats_ext.patching.tracking import SparsityDriftWarning
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig, thresholds_of
-from cats_ext.thresholds.fit import sample_weights, weight_of
+from cats_ext.thresholds.fit import sample_all_ranks, weight_of
 
 
 @torch.inference_mode(False)
@@ -63,6 +66,9 @@ def calibrate(
     Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
     MLP's output; this takes memory for the activations of a window, as training does.
+
+    All ranks of a tensor-parallel model have to call it, with the same data. They count their own neurons, and get the
+    same config, which is that of the model in one process up to rounding.
 
     The experts of a mixture share their thresholds, from quantiles over all tokens routed to any of them, and
     ``n_j = c_j = 1``: gate weights, gradients and the search are for dense MLPs.
@@ -106,29 +112,37 @@ def calibrate(
             patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
         OSError: the checkpoint cannot be written; this is tried before the first pass.
     """
-    settings = CalibrationSettings(
-        sparsity=sparsity,
-        budget=budget,
-        rule=rule,
-        down_sparsity=down_sparsity,
-        gate_power=gate_power,
-        last_gate_power=last_gate_power,
-        importance=importance,
-        allocation=allocation,
-        spread=spread,
-        max_tokens=max_tokens,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    mlps, model = find_dense_mlps(model), unwrapped(model)
-    settings = settings.for_model(model, mlps)
-    windows = collect_windows(data, tokenizer, settings.sequence_length, settings.max_tokens, settings.seed)
-    check_token_ids("data", torch.cat(windows), model)
+    group = group_of(unwrapped(model))
+    with raised_together(group):
+        settings = CalibrationSettings(
+            sparsity=sparsity,
+            budget=budget,
+            rule=rule,
+            down_sparsity=down_sparsity,
+            gate_power=gate_power,
+            last_gate_power=last_gate_power,
+            importance=importance,
+            allocation=allocation,
+            spread=spread,
+            max_tokens=max_tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        mlps, model = find_dense_mlps(model), unwrapped(model)
+        settings = settings.for_model(model, mlps)
+        windows = collect_windows(data, tokenizer, settings.sequence_length, settings.max_tokens, settings.seed)
+        check_token_ids("data", torch.cat(windows), model)
 
-    powers = settings.gate_powers(len(mlps))
-    layers = {m.name: LayerAccumulator(m, power, settings.importance) for m, power in zip(mlps, powers, strict=True)}
-    saved = Checkpoint(checkpoint, settings.identity(len(mlps)), model, windows, layers)
+        powers = settings.gate_powers(len(mlps))
+        layers = {
+            m.name: LayerAccumulator(m, power, settings.importance) for m, power in zip(mlps, powers, strict=True)
+        }
+        if checkpoint is not None and group is not None:
+            raise ValueError(f"checkpoint must be None for a tensor-parallel model, got {str(checkpoint)!r}")
+        identity = settings.identity(len(mlps))
+        saved = Checkpoint(checkpoint, identity, model, windows, layers)
+    check_same(group, "data", lambda: (identity, sha256(torch.cat(windows).numpy().tobytes()).digest()))
     count_activations(model, layers, windows, settings, saved, progress)
     config = _uniform_config(model, layers, windows, settings)
     if settings.allocation == "search":
@@ -160,7 +174,7 @@ def _uniform_config(
         importance=settings.importance,
         calibration=settings.record(windows),
         statistics=statistics,
-        weights={mlp.name: sample_weights(partial(weight_of, mlp.module)) for mlp in mlps},
+        weights={mlp.name: sample_all_ranks(partial(weight_of, mlp.bare()), mlp.shard) for mlp in mlps},
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
-from cats_ext.cli import streams
+from cats_ext.cli import ranks, streams
 from cats_ext.cli.commands import bench, chat, demo, env, evaluate, generate, report, serve
 from cats_ext.cli.commands.checkpoints import calibrate, exact, finetune, quantize
 from cats_ext.cli.common import Command, one_sentence_errors
@@ -58,4 +58,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage."""
-    streams.run(app)
+    try:
+        streams.run(app)
+    finally:
+        ranks.end()

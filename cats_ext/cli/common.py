@@ -28,7 +28,7 @@ from typer.core import TyperCommand
 
 import cats_ext
 from cats_ext._outputs import cannot_be_written, check_writable
-from cats_ext.cli import models
+from cats_ext.cli import models, ranks
 from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.cli.streams import StandardOutputError
 from cats_ext.ops.library import LIBRARIES
@@ -82,14 +82,16 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**named: Any) -> None:
+        notes.quiet = not ranks.is_first()
         try:
+            ranks.start(command.__name__)
             command(**named)
         except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError, StandardOutputError):
             raise
         except Exception as error:
             if debugging():
                 raise
-            message = _sentence(error, named)
+            message, notes.quiet = _sentence(error, named), False
             notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
             if named.get("json"):
                 print_json({"error": message} | getattr(error, "document", {}))
@@ -142,6 +144,8 @@ def print_json(document: dict[str, Any]) -> None:
 
 def write_output(option: str, path: Path, text: str) -> None:
     """Write a file, all of it or nothing. Raises OSError, which names the ``option`` and the path."""
+    if not ranks.is_first():
+        return
     check_writable(option, path, directory=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

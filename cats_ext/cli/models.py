@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import wrap_file
 
+from cats_ext.cli import ranks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,8 +67,8 @@ def load_model(
     """The model ``name`` in eval mode on ``device``, and its tokenizer.
 
     ``name`` is a directory, a ``.gguf`` file (unpacked to dense weights), ``smollm2-135m`` (the demo model), or a name
-    on the Hugging Face hub, tried in that order. ``dtype=None`` is float32 on the CPU and bfloat16 elsewhere; "auto" is
-    the checkpoint's own.
+    on the Hugging Face hub, tried in that order. Under torchrun it is spread over all ranks. ``dtype=None`` is float32
+    on the CPU and bfloat16 elsewhere; "auto" is the checkpoint's own.
 
     Raises:
         ModelUnavailableError: nothing of that name can be found, reached or read.
@@ -85,12 +87,18 @@ def load_model(
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelUnavailableError(f"model file '{name}' does not exist")
+        if ranks.count() > 1:
+            raise ModelUnavailableError(f"model file '{name}' cannot be spread over ranks: torchrun needs a directory")
         model, tokenizer = _load_gguf(path, dtype)
     elif path.is_file():
         raise ModelUnavailableError(f"model '{name}' is a file: expected a directory, a .gguf file or a hub name")
     else:
         model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)) if name == DEMO_MODEL.name else name, dtype)
-    return model.to(device).eval(), tokenizer
+    if ranks.count() == 1:
+        return model.to(device).eval(), tokenizer
+    if model.device.type != device.type:
+        raise ModelUnavailableError(f"torchrun loads '{name}' on {model.device.type}, got the device {device}")
+    return model.eval(), tokenizer
 
 
 def check_directory(path: Path) -> None:
@@ -104,7 +112,7 @@ def check_directory(path: Path) -> None:
 
 
 def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = Path(name).is_dir()
     if not local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
@@ -113,7 +121,11 @@ def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMod
         check_directory(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        if ranks.count() > 1:
+            ranks.check_heads(getattr(AutoConfig.from_pretrained(name).get_text_config(), "num_key_value_heads", None))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **ranks.loading_options())
+    except ranks.RankError:
+        raise
     except Exception as error:  # the loaders raise a dozen types, from OSError to SafetensorError and KeyError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hub = f"model '{name}' is neither a local directory nor loadable from the hub"

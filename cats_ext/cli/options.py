@@ -13,7 +13,7 @@ import torch
 import typer
 
 from cats_ext._inputs import LARGEST_SEED
-from cats_ext.cli import models
+from cats_ext.cli import models, ranks
 from cats_ext.cli.text import is_text
 from cats_ext.thresholds.rules import check_sparsity
 
@@ -112,7 +112,9 @@ def numbers(option: str, text: str) -> list[float]:
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; None is CUDA if there is one, else the CPU. Raises ValueError if it is not there."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda" if ranks.count() == 1 else f"cuda:{ranks.local_rank()}")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext._inputs import check_token_ids
+from cats_ext.parallel.sharding import group_of
 from cats_ext.patching.apply import sparse_mlps
 from cats_ext.patching.wrappers import unwrapped
 
@@ -33,6 +34,8 @@ def unwrapped_decodable(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"model must be a transformers model that can generate, got {type(model).__name__}")
     name, config = type(model).__name__, model.config.get_text_config()
+    if group_of(model) is not None:
+        raise ValueError(f"{name} is tensor-parallel, which the decode engine does not support: use model.generate")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: the decode engine takes decoder-only models")
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION))

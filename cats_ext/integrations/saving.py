@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cats_ext.parallel.ranks import raised_together
+from cats_ext.parallel.sharding import group_of, with_bare_layers
 from cats_ext.patching.apply import current_config, replaced_activation, sparse_mlps
+from cats_ext.patching.detection import projection_names
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.quantization.layout import Rows, describe
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.exact import EXACT, ExactConfig
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE
-from cats_ext.thresholds.fit import sample_weights, weight_of
+from cats_ext.thresholds.fit import sample_all_ranks, sample_weights, weight_of
 from cats_ext.thresholds.replacement import publish, staged
 
 if TYPE_CHECKING:
@@ -80,7 +83,8 @@ def save_pretrained(
 ) -> None:
     """As transformers' own, which it calls; the directory has the old checkpoint or the new one, also after an error.
 
-    Adapters that transformers saves by themselves have no thresholds.
+    Adapters that transformers saves by themselves have no thresholds. All ranks of a tensor-parallel model have to call
+    it; the files are there when it returns on any of them.
 
     Raises:
         ValueError: ``distributed_checkpoint`` is given, or a threshold is not valid.
@@ -89,12 +93,15 @@ def save_pretrained(
     if named.get("distributed_checkpoint"):
         raise ValueError("distributed_checkpoint must be False for a patched or quantised model, got True")
     directory = Path(save_directory)
-    write = partial(type(model).save_pretrained, model)
-    if not is_main_process or getattr(model, "_hf_peft_config_loaded", False):
+    write, group = partial(type(model).save_pretrained, model), group_of(model)
+    writes = is_main_process and not getattr(model, "_hf_peft_config_loaded", False)
+    if writes or group is not None:
+        entries, files = _additions(model, state_dict)
+    if not writes:
         with _in_progress(Saving(state_dict, directory)):
             write(save_directory, is_main_process, state_dict, *arguments, **named)
-        return
-    entries, files = _additions(model, state_dict)
+        with raised_together(group):
+            return
     named.setdefault("repo_id", directory.absolute().name)  # for push_to_hub; transformers takes the folder's name
     with staged(directory) as new:
 
@@ -111,7 +118,8 @@ def save_pretrained(
         saving = Saving(state_dict, directory, finish)
         with _in_progress(saving):
             write(str(new), is_main_process, state_dict, *arguments, **named)
-        finish()
+        with raised_together(group):
+            finish()
 
 
 def upload_modified_files(
@@ -148,8 +156,7 @@ def _additions(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> 
         return {"quantization_config": checkpoint_entry(config, rows=rows)}, {}
     activation = replaced_activation(model)
     samples = {
-        module.cats.name: sample_weights(partial(_saved_weight, model, state_dict or {}, name, module))
-        for name, module in patched.items()
+        module.cats.name: _saved_sample(model, state_dict or {}, name, module) for name, module in patched.items()
     }
     config = replace(config, weights=samples)
     entries = {} if activation is None else dict.fromkeys(_activation_entries(model, activation), activation)
@@ -180,6 +187,14 @@ def _activation_entries(model: PreTrainedModel, activation: str) -> list[str]:
             stacklevel=4,
         )
     return [config.attribute_map.get(name, name) for name in names]
+
+
+def _saved_sample(model: PreTrainedModel, state_dict: dict[str, Tensor], name: str, module: CatsMLP) -> Tensor:
+    """Of the weights of an MLP that will be in the checkpoint."""
+    shard = module.cats.shard
+    if shard is None or state_dict:
+        return sample_weights(partial(_saved_weight, model, state_dict, name, module))
+    return sample_all_ranks(partial(weight_of, with_bare_layers(module, projection_names(module))), shard)
 
 
 def _saved_weight(

@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_ext.integrations import saving
+from cats_ext.parallel.sharding import check_on_one_rank
 from cats_ext.patching.apply import apply_cats, patch_with_relu, remove_cats, sparse_mlps
 from cats_ext.patching.exact.apply import apply_exact
 from cats_ext.patching.listeners import PatchListener, add_listener
@@ -177,7 +178,10 @@ def check_not_quantised(model: nn.Module) -> None:
 
 def _check_rows(model: nn.Module) -> None:
     """Raise ValueError unless all packed rows have been loaded; give them memory of their own where they need it."""
-    for name, linear in quantized_linears(model).items():
+    linears = quantized_linears(model)
+    if linears:
+        check_on_one_rank(model, "a checkpoint with packed rows")
+    for name, linear in linears.items():
         weight = linear.weight
         if weight.is_meta:
             raise ValueError(f"{name}.weight is on the meta device: load the weights first, without offloading")

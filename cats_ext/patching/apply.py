@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
 
 from cats_ext._progress import finish_despite_interrupt
+from cats_ext.parallel.ranks import check_same, raised_together
+from cats_ext.parallel.sharding import group_of
 from cats_ext.patching import listeners
 from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
 from cats_ext.patching.mlp import PatchedMLP
@@ -60,7 +64,9 @@ def apply_cats(
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
     with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix of each size, taken
     before anything is changed. From then on ``save_pretrained`` of a transformers model writes a checkpoint with the
-    thresholds beside the dense weights, which ``from_pretrained`` loads patched.
+    thresholds beside the dense weights, which ``from_pretrained`` loads patched. Of a tensor-parallel model, each rank
+    takes the thresholds of its neurons; all ranks have to call this function, :func:`set_sparsity`,
+    :func:`sparsity_report` and ``save_pretrained`` together, and an error of one rank is raised on all.
 
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,
@@ -82,21 +88,25 @@ def apply_cats(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: the model is patched already, is quantised or cannot run sparsely, others have a down projection's
-            memory too (``share_memory``, a flat buffer), or the config belongs to another model or other weights. The
-            model is unchanged after any error, KeyboardInterrupt included.
+            memory too (``share_memory``, a flat buffer), the config belongs to another model or other weights, or the
+            ranks of the model have other configs or cannot share its neurons evenly. The model is unchanged after any
+            error, KeyboardInterrupt included.
     """
-    if not isinstance(config, CatsConfig):
-        raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
-    if isinstance(config, ExactConfig):
-        raise TypeError("config must have thresholds, got that of a model that is sparse by itself: call apply_exact")
-    check_bool("neuron_rows", neuron_rows)
-    check_bool("check_weights", check_weights)
-    mlps = find_dense_mlps(model)
-    if sparse_prefill is not None:
-        config = replace(config, sparse_prefill=sparse_prefill)
-    if not check_weights:
-        config = replace(config, weights={})
-    config.validate()
+    with raised_together(group_of(model)):
+        if not isinstance(config, CatsConfig):
+            raise TypeError(f"config must be a CatsConfig, got {type(config).__name__}")
+        if isinstance(config, ExactConfig):
+            raise TypeError(
+                "config must have thresholds, got that of a model that is sparse by itself: call apply_exact"
+            )
+        check_bool("neuron_rows", neuron_rows)
+        check_bool("check_weights", check_weights)
+        mlps = find_dense_mlps(model)
+        if sparse_prefill is not None:
+            config = replace(config, sparse_prefill=sparse_prefill)
+        if not check_weights:
+            config = replace(config, weights={})
+        config.validate()
     return _patch(model, mlps, config, neuron_rows)
 
 
@@ -125,7 +135,8 @@ def apply_relufication(model: nn.Module) -> nn.Module:
 
 def patch_with_relu(model: nn.Module, config: CatsConfig | None = None) -> nn.Module:
     """As :func:`apply_relufication`; ``config`` has the thresholds of a ReLUfied model that was saved."""
-    mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
+    with raised_together(group_of(model)):
+        mlps = [replace(mlp, activation="relu") for mlp in find_dense_mlps(model)]
     if config is None:
         layers = {
             mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, 0.0, 0.0, mlp.experts)
@@ -141,13 +152,15 @@ def patch_with_relu(model: nn.Module, config: CatsConfig | None = None) -> nn.Mo
 
 
 def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_rows: bool = True) -> nn.Module:
-    inner = unwrapped(model)
-    config = config.for_part(inner, mlps)
-    config.check_fits(inner, mlps)
-    strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
-    layouts = MemoryLayouts(
-        {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
-    )
+    inner, group = unwrapped(model), group_of(model)
+    check_same(group, "config", partial(_digest, config))
+    with raised_together(group):
+        config = config.for_part(inner, mlps)
+        config.check_fits(inner, mlps)
+        strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+        layouts = MemoryLayouts(
+            {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
+        )
     try:
         for mlp, own in zip(mlps, strides, strict=True):
             make_sparse(mlp, config, layouts, own)
@@ -156,6 +169,15 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     except BaseException:
         make_all_dense(inner, [mlp.module for mlp in mlps], layouts)
         raise
+
+
+def _digest(config: CatsConfig) -> str:
+    """Of what the ranks of a model have to agree on."""
+    digest = sha256(repr(config.to_dict()).encode())
+    for thresholds in (config.thresholds, config.down_thresholds):
+        for name, threshold in thresholds.items():
+            digest.update(name.encode() + threshold.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def remove_cats(model: nn.Module) -> nn.Module:
@@ -200,6 +222,8 @@ def check_complete(model: nn.Module, patched: dict[str, PatchedMLP]) -> None:
 def current_config(model: nn.Module) -> CatsConfig:
     """The config of a patched model, with the thresholds as they are in its modules now.
 
+    Of a tensor-parallel model, those of all ranks, all of which have to call it.
+
     Raises:
         ValueError: the model is not patched.
     """
@@ -207,7 +231,11 @@ def current_config(model: nn.Module) -> CatsConfig:
 
     def read(buffer: str) -> dict[str, Tensor]:
         tensors = {name: getattr(module, buffer) for name, module in states.items()}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if tensor is not None}
+        return {
+            name: states[name].cats.whole(tensor).detach().to("cpu", copy=True)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
 
     config = next(iter(states.values())).cats.config
     return replace(config, thresholds=read("threshold"), down_thresholds=read("down_threshold"))
@@ -229,8 +257,10 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
         TypeError, ValueError: the model is not patched, a sparsity is out of its range, or the config has no
             statistics. The thresholds are unchanged after any error.
     """
-    before = current_config(model)
-    after = before.at_sparsity(sparsity, down_sparsity=down_sparsity)
+    before, group = current_config(model), group_of(model)
+    with raised_together(group):
+        after = before.at_sparsity(sparsity, down_sparsity=down_sparsity)
+    check_same(group, "sparsity", partial(_digest, after))
     modules = list(sparse_mlps(model).values())
     try:
         for module in modules:

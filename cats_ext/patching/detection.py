@@ -2,7 +2,8 @@
 
 A gated MLP is a module with the children gate_proj, up_proj, down_proj (or gate_up_proj, down_proj) and an activation,
 or a block of such MLPs, the experts of a mixture, whose weights are parameters [E, 2I, H] and [E, H, I] of those names.
-The projections are all ``nn.Linear`` or all ``QuantizedLinear``. Some modules have these names and compute something
+The projections are all ``nn.Linear``, of which tensor parallelism may have left a part here, or all
+``QuantizedLinear``. Some modules have these names and compute something
 else: they clamp, scale or normalise. So each one is also run on a few vectors and compared with
 ``down(act(gate) * up)``.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cats_ext.ops.reference import ACTIVATIONS
+from cats_ext.parallel.ranks import Shard
+from cats_ext.parallel.sharding import find_shard, local, with_bare_layers
 from cats_ext.patching.wrappers import only_aligns_devices
 from cats_ext.rows import QuantizedLinear
 from cats_ext.rows.formats import ROW_ALIGNMENT
@@ -41,6 +44,7 @@ class GatedMLP:
     activation: str
     merged: bool
     experts: int | None = None  # how many of them are in one module
+    shard: Shard | None = None  # the neurons that this rank has, if it has not all
 
     @property
     def down_owner(self) -> nn.Module:
@@ -54,8 +58,8 @@ class GatedMLP:
 
     @property
     def down_weight(self) -> Tensor:
-        """``[H, I]``, or of experts ``[E, H, I]``; packed rows are ``[I, bytes]``."""
-        return self.module.down_proj if self.experts else self.module.down_proj.weight
+        """``[H, I]``, or of experts ``[E, H, I]``; packed rows are ``[I, bytes]``. Of this rank's neurons."""
+        return self.module.down_proj if self.experts else local(self.module.down_proj.weight)
 
     def dense_down_weight(self) -> Tensor:
         """``[H, I]`` as it is computed with; packed rows are unpacked to float32 at each call."""
@@ -63,6 +67,12 @@ class GatedMLP:
 
     @property
     def intermediate_size(self) -> int:
+        """I, on all ranks."""
+        return self.neurons if self.shard is None else self.shard.total
+
+    @property
+    def neurons(self) -> int:
+        """How many of them this rank has."""
         return self.module.down_proj.in_features if self.packed else self.down_weight.shape[-1]
 
     @property
@@ -75,6 +85,10 @@ class GatedMLP:
             gate, up = outputs["gate_up_proj"].chunk(2, dim=-1)
             return gate, up
         return outputs["gate_proj"], outputs["up_proj"]
+
+    def bare(self) -> nn.Module:
+        """The module as this rank has it: with plain weights, and without what sums up the ranks' outputs."""
+        return self.module if self.shard is None else with_bare_layers(self.module, MERGED if self.merged else SEPARATE)
 
 
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
@@ -187,8 +201,9 @@ def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tens
     others = {*module._modules, *module._parameters} - {*names, activation_name}
     if others:
         raise ValueError(f"it has further children: {', '.join(sorted(others))}")
+    shard = None if in_one_tensor else find_shard(module, names)
     if not in_one_tensor:
-        _check_linears(module, names, shared)
+        _check_linears(module, names, shared, shard)
     function = getattr(module, activation_name)
     activation = recognise_activation(function)
     if activation is None:
@@ -196,7 +211,7 @@ def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tens
         if act is None:
             raise ValueError(f"its activation {activation} is none of {', '.join(ACTIVATIONS)}")
     experts = len(module.down_proj) if in_one_tensor else None
-    mlp = GatedMLP(name, module, activation, names == MERGED, experts)
+    mlp = GatedMLP(name, module, activation, names == MERGED, experts, shard)
     _check_formula(mlp, act or ACTIVATIONS[activation])
     return mlp
 
@@ -248,8 +263,13 @@ def _check_alike(first: Tensor, other: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def _check_linears(module: nn.Module, names: tuple[str, ...], shared: set[int]) -> None:
+def _check_linears(module: nn.Module, names: tuple[str, ...], shared: set[int], shard: Shard | None) -> None:
     """Raise ValueError unless the projections are bare layers of one kind that fit each other."""
+    if shard is not None:
+        tied = next((name for name in names if id(getattr(module, name).weight) in shared), None)
+        if tied is not None:
+            raise ValueError(f"{tied}.weight shares memory with another weight of the model (tied weights)")
+        module = with_bare_layers(module, names)
     packed = isinstance(getattr(module, names[0]), QuantizedLinear)
     for projection in names:
         linear = getattr(module, projection)
@@ -301,12 +321,12 @@ def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
     In training mode, because the masked path has no dropout. A shallow copy is set to it, so that an interrupt leaves
     the module itself as it was. Of packed rows, the copy has a few neurons only.
     """
-    probe = copy.copy(mlp.module)
+    probe = copy.copy(mlp.bare())
     probe.training = True
     if mlp.packed:
         probe._modules = probe._modules | _few_neurons(mlp)
-        mlp = replace(mlp, module=probe)
-    module, weight = mlp.module, mlp.down_weight
+    mlp = replace(mlp, module=probe, shard=None)
+    module, weight = probe, mlp.down_weight
     dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
     x = torch.randn(4, mlp.hidden_size, generator=torch.Generator().manual_seed(0))
     x = x.to(weight.device, dtypes[0] if dtypes else torch.float32)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import DENSE, KERNEL, MASKED, Operands, choose
+from cats_ext.parallel.ranks import Shard
+from cats_ext.parallel.sharding import local
 from cats_ext.patching.detection import ACTIVATION_NAMES
 from cats_ext.patching.projections import KINDS
 from cats_ext.patching.wrappers import is_observed
@@ -53,6 +55,7 @@ class CatsState:
     experts_per_token: int = 1  # as last seen while tracking
     masking: bool = True  # in the call of experts in progress
     matrices: int = 3  # of the whole MLP; 2 without a gate
+    shard: Shard | None = None  # the neurons that this rank has, if it has not all
 
     @property
     def target(self) -> LayerConfig:
@@ -60,15 +63,24 @@ class CatsState:
         return self.config.layers[self.name]
 
     @property
-    def down_weight(self) -> nn.Parameter:
-        return self.down_owner.down_proj if self.target.experts else self.down_owner.weight
+    def down_weight(self) -> Tensor:
+        return self.down_owner.down_proj if self.target.experts else local(self.down_owner.weight)
+
+    def own(self, threshold: Tensor | None) -> Tensor | None:
+        """Of a threshold of the config, the part that belongs to the neurons that are here."""
+        return threshold if self.shard is None else self.shard.own(threshold)
+
+    def whole(self, threshold: Tensor) -> Tensor:
+        """What :meth:`own` has taken its part of; all ranks have to call it."""
+        return threshold if self.shard is None else self.shard.whole(threshold)
 
 
 class PatchedMLP(nn.Module):
     """What a patched module has beside its forward: the state, and what keeps it right while the module is used.
 
     ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
-    the state dict. They follow the module from device to device and keep their dtype when the model is cast.
+    the state dict. They follow the module from device to device and keep their dtype when the model is cast. Of a
+    tensor-parallel model, they are for the neurons of this rank.
     """
 
     cats: CatsState
@@ -90,9 +102,9 @@ class PatchedMLP(nn.Module):
     def set_thresholds(self, config: CatsConfig) -> None:
         """Take over the thresholds of ``config``, which have the same shapes, in place."""
         cats = self.cats
-        self.threshold.copy_(config.thresholds[cats.name])
+        self.threshold.copy_(cats.own(config.thresholds[cats.name]))
         if self.down_threshold is not None:
-            self.down_threshold.copy_(config.down_thresholds[cats.name])
+            self.down_threshold.copy_(cats.own(config.down_thresholds[cats.name]))
         cats.config = config
 
     def read_activation(self) -> None:
@@ -159,7 +171,7 @@ class CatsMLP(PatchedMLP):
 
     def operands(self) -> Operands | None:
         """The dense weights and biases that the kernel reads; None if there are none, or a module has to be called."""
-        if not isinstance(self.activation(), str) or self.forward_settings.projections.startswith("packed"):
+        if not isinstance(self.activation(), str) or self.forward_settings.projections not in ("separate", "merged"):
             return None
         return KINDS[self.forward_settings.projections].operands(self._modules)
 

@@ -1,19 +1,22 @@
-"""What the gate, up and down projections of a patched module are: children, separate or merged, dense or packed rows.
+"""What the projections of a patched module are: children, separate or merged, dense, packed rows, or a rank's part.
 
 Each kind looks its children up at every call, since PEFT replaces them. An adapter at work, a hook or a replaced
 forward means that a child has to be called; one that only moves inputs to its device (accelerate) or an idle adapter
-does not. A module with other projections (parallel linears) is one more kind.
+does not. A module with other projections is one more kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops import definitions as ops
-from cats_ext.ops.dispatch import MAX_PACKED_TOKENS, Mask, Operands, Projections, deterministic
+from cats_ext.ops.dispatch import MAX_PACKED_TOKENS, Mask, Operands, Projections, deterministic, needs_grad
+from cats_ext.parallel.sharding import is_sharded, local
 from cats_ext.patching.wrappers import (
     BACKWARD_HOOKS,
     BACKWARD_PRE_HOOKS,
@@ -121,22 +124,90 @@ class PackedMergedProjections(MergedProjections):
     kernel = PackedProjections.kernel
 
 
+class ShardedOperands(NamedTuple):
+    """As :data:`Operands`, of this rank's neurons, with the group over which the outputs are summed up."""
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    group: dist.ProcessGroup
+
+
+class ShardedProjections(SeparateProjections):
+    """As :class:`SeparateProjections`, of children that transformers' tensor parallelism has left this rank's part of.
+
+    The children themselves take and give plain tensors, and the down projection sums up over the ranks. Their
+    parameters are DTensors, whose part is read without autograd: where a gradient is needed, the children are called.
+    """
+
+    @staticmethod
+    def operands(source: dict[str, nn.Module]) -> ShardedOperands | None:
+        found = readable_linears(source["gate_proj"], source["up_proj"], source["down_proj"], forward=is_sharded)
+        if found is None or any(needs_grad(*linear._parameters.values()) for linear in found):
+            return None
+        (w_gate, w_up, w_down), biases = zip(*map(_own_parameters, found), strict=True)
+        if w_down.stride(0) != 1:
+            return None
+        return ShardedOperands((w_gate, w_up, w_down.t()), biases, found[-1].weight.device_mesh.get_group())
+
+    @staticmethod
+    def kernel(x: Tensor, operands: ShardedOperands, mask: Mask, counts: Tensor | None) -> Tensor:
+        weights, (gate_bias, up_bias, down_bias), group = operands
+        y = Projections.kernel(x, (weights, (gate_bias, up_bias, None)), mask, counts)
+        dist.all_reduce(y, group=group)
+        return y if down_bias is None else y + down_bias
+
+
+class ShardedMergedProjections(MergedProjections):
+    """As :class:`ShardedProjections`, of gate_up_proj, which has the rows of this rank's neurons of both."""
+
+    @staticmethod
+    def operands(source: dict[str, nn.Module]) -> ShardedOperands | None:
+        found = readable_linears(source["gate_up_proj"], source["down_proj"], forward=is_sharded)
+        if found is None or any(needs_grad(*linear._parameters.values()) for linear in found):
+            return None
+        (gate_up, bias), (w_down, down_bias) = map(_own_parameters, found)
+        if w_down.stride(0) != 1:
+            return None
+        biases = *((None, None) if bias is None else bias.chunk(2)), down_bias
+        return ShardedOperands((*gate_up.chunk(2), w_down.t()), biases, found[-1].weight.device_mesh.get_group())
+
+    kernel = ShardedProjections.kernel
+
+
 # By the name in a module's ForwardSettings.
 KINDS: dict[str, type[Projections]] = {
     "separate": SeparateProjections,
     "merged": MergedProjections,
     "packed": PackedProjections,
     "packed_merged": PackedMergedProjections,
+    "sharded": ShardedProjections,
+    "sharded_merged": ShardedMergedProjections,
 }
 
 
-def kind_of(merged: bool, packed: bool) -> str:
+def kind_of(merged: bool, packed: bool, sharded: bool = False) -> str:
     """The name in ``KINDS``."""
-    return ("packed_merged" if merged else "packed") if packed else ("merged" if merged else "separate")
+    if not (packed or sharded):
+        return "merged" if merged else "separate"
+    return ("packed" if packed else "sharded") + ("_merged" if merged else "")
 
 
-def readable_linears(*modules: nn.Module, kind: type[nn.Module] = nn.Linear) -> list[nn.Module] | None:
-    """Each module's linear layer, of this class exactly; None if one of the modules has to be called instead."""
+def _own_parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """What this rank has of the weight and the bias."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    return local(weight), None if bias is None else local(bias)
+
+
+def readable_linears(
+    *modules: nn.Module,
+    kind: type[nn.Module] = nn.Linear,
+    forward: Callable[[nn.Module], bool] = only_aligns_devices,
+) -> list[nn.Module] | None:
+    """Each module's linear layer, of this class exactly; None if one of the modules has to be called instead.
+
+    Args:
+        forward: whether one that has been set on the instance may be left out.
+    """
     if FORWARD_HOOKS or FORWARD_PRE_HOOKS:
         return None
     found = []
@@ -149,7 +220,7 @@ def readable_linears(*modules: nn.Module, kind: type[nn.Module] = nn.Linear) -> 
         # Attributes, not items of __dict__, for which torch.compile's guards would look at every layer.
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
-        if "forward" in linear.__dict__ and not only_aligns_devices(linear):
+        if "forward" in linear.__dict__ and not forward(linear):
             return None
         found.append(linear)
     return found

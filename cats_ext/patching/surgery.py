@@ -93,12 +93,14 @@ def make_sparse(
     name = next(name for name in ACTIVATION_NAMES if hasattr(module, name))
     own = getattr(module, name)
     relufied = recognise_activation(own) != mlp.activation
-    state = CatsState(type(module), own, relufied, mlp.down_owner, mlp.down_weight.stride(), config, mlp.name)
+    state = CatsState(
+        type(module), own, relufied, mlp.down_owner, mlp.down_weight.stride(), config, mlp.name, shard=mlp.shard
+    )
     settings = ForwardSettings(
         mlp.hidden_size,
         mlp.activation,
         None if relufied else name,
-        projections=kind_of(mlp.merged, mlp.packed),
+        projections=kind_of(mlp.merged, mlp.packed, mlp.shard is not None),
         dense_prefill=not config.sparse_prefill,
         exact=exact,
     )
@@ -124,11 +126,11 @@ def patch_module(
 
 def _register_buffers(module: nn.Module, device: torch.device) -> None:
     """Give a module that has its ``cats`` the thresholds of its config, and what counts neurons."""
-    config, name = module.cats.config, module.cats.name
+    cats, config, name = module.cats, module.cats.config, module.cats.name
     thresholds = {"threshold": config.thresholds[name], "down_threshold": config.down_thresholds.get(name)}
     with torch.inference_mode(False):  # they are written to later, also outside of it
         for name, value in thresholds.items():
-            copy = None if value is None else value.detach().to(device, torch.float32, copy=True)
+            copy = None if value is None else cats.own(value).detach().to(device, torch.float32, copy=True)
             module.register_buffer(name, copy, persistent=False)
         module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
 

@@ -189,6 +189,8 @@ def reset_sparsity(model: nn.Module) -> None:
 def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> SparsityReport:
     """The sparsity reached on the tokens counted since the last reset. Waits for the device.
 
+    Of a tensor-parallel model it is that of all ranks, all of which have to call it.
+
     Args:
         tolerance: if given, a :class:`SparsityDriftWarning` names the layers that are further than this from the
             sparsity they were calibrated to (0.05 is five points): text unlike the calibration's is the usual cause.
@@ -203,7 +205,8 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
         raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
     layers = []
     for name, module in patched_mlps(model).items():
-        evaluated, kept_up, kept_down = module.counts.tolist()
+        shard = module.cats.shard
+        evaluated, kept_up, kept_down = (module.counts if shard is None else shard.sum(module.counts)).tolist()
         if evaluated == 0:
             raise ValueError(
                 f"no token has been counted in {name}: call track_sparsity(model), run the model, then sparsity_report"

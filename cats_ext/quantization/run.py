@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cats_ext._inputs import LARGEST_SEED, check_integer, check_token_ids
 from cats_ext._progress import finish_despite_interrupt, progress_bar
 from cats_ext.data.windows import collect_windows
+from cats_ext.parallel.sharding import check_on_one_rank
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import check_complete, sparse_mlps
 from cats_ext.patching.detection import (
@@ -117,6 +118,7 @@ def quantize_as(
     """As :func:`cats_ext.quantize`, with its arguments in ``config``, and windows of token ids ``[T]`` for its data."""
     check_module(model)
     inner = unwrapped(model)
+    check_on_one_rank(inner, "quantize")
     if quantized_linears(inner):
         raise ValueError(f"model of class {type(model).__name__} is quantised already: quantise the dense one")
     listeners.check(inner)

@@ -241,7 +241,7 @@ class CatsConfig:
                     raise ValueError(f"config has {attribute} {want!r} for {mlp.name}, the model has {have!r}")
         for mlp in mlps:
             if mlp.name in self.weights:
-                check_mlp_weights(mlp.name, self.weights[mlp.name], mlp.module)
+                check_mlp_weights(mlp, self.weights[mlp.name])
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, ready for JSON."""

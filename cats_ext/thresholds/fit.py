@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cats_ext.parallel.ranks import Shard
 from cats_ext.thresholds.rules import check_tensor
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -28,6 +29,9 @@ class MLPShape(Protocol):
     module: nn.Module
     activation: str
     experts: int | None
+    shard: Shard | None
+
+    def bare(self) -> nn.Module: ...
 
     @property
     def hidden_size(self) -> int: ...
@@ -77,6 +81,18 @@ def sample_weights(weight: Callable[[str], Tensor | None], first: int = 0, neuro
     return torch.stack(samples)
 
 
+def sample_all_ranks(weight: Callable[[str], Tensor | None], shard: Shard | None) -> Tensor:
+    """As :func:`sample_weights`, of an MLP of which this rank has a part. All ranks have to call it."""
+    if shard is None:
+        return sample_weights(weight)
+    own = sample_weights(weight, shard.first, shard.total)
+    hidden_size = weight("down_proj").shape[0]
+    places = torch.tensor(_places(torch.Size((shard.total, hidden_size))))
+    sample = torch.zeros(len(PROJECTIONS), SAMPLES)
+    sample[:, _are_within(places, shard.first, shard.neurons)] = own
+    return shard.sum(sample)
+
+
 def _are_within(places: Tensor, first: int, count: int) -> Tensor:
     """Which of the places belong to ``count`` neurons from ``first`` on."""
     return (places[:, -2] >= first) & (places[:, -2] < first + count)
@@ -89,29 +105,36 @@ def weight_of(module: nn.Module, projection: str) -> Tensor | None:
     return child if child is None or isinstance(child, Tensor) else child.weight
 
 
-def check_mlp_weights(name: str, expected: Tensor, module: nn.Module) -> None:
-    """Raise ValueError unless ``expected`` is a sample of the weights of ``module``, which is called ``name``."""
-    _check_same(
-        name,
-        expected,
-        sample_weights(partial(weight_of, module)),
-        "calibrate this model, or pass check_weights=False to apply_cats if the thresholds of the other one are wanted",
+def check_mlp_weights(mlp: MLPShape, expected: Tensor) -> None:
+    """Raise ValueError unless ``expected`` is a sample of the weights of ``mlp``, or of what this rank has of them."""
+    advice = (
+        "calibrate this model, or pass check_weights=False to apply_cats if the thresholds of the other one are wanted"
     )
+    if mlp.shard is None:
+        _check_same(mlp.name, expected, sample_weights(partial(weight_of, mlp.module)), advice)
+    else:
+        weight = partial(weight_of, mlp.bare())
+        check_shard_weights(mlp.name, expected, weight, mlp.shard.first, mlp.shard.total, advice)
 
 
 def check_shard_weights(
-    name: str, expected: Tensor, weight: Callable[[str], Tensor | None], first: int, neurons: int
+    name: str,
+    expected: Tensor,
+    weight: Callable[[str], Tensor | None],
+    first: int,
+    neurons: int,
+    advice: str = "calibrate this model and save it again",
 ) -> None:
-    """As :func:`check_mlp_weights`, of a part of the MLP's ``neurons``, those from ``first`` on.
+    """Raise ValueError unless the part of ``expected`` that is of a part of the MLP ``name`` is right.
 
     Args:
-        weight: as for :func:`sample_weights`.
+        weight: as for :func:`sample_weights`, of those of the MLP's ``neurons`` from ``first`` on.
     """
     down = weight("down_proj")
     count, width = down.shape if down.dtype == torch.uint8 else down.mT.shape  # packed rows, or dense
     places = torch.tensor(_places(torch.Size((neurons, width))))
     own = expected[:, _are_within(places, first, count)]
-    _check_same(name, own, sample_weights(weight, first, neurons), "calibrate this model and save it again")
+    _check_same(name, own, sample_weights(weight, first, neurons), advice)
 
 
 def _check_same(name: str, expected: Tensor, found: Tensor, advice: str) -> None:

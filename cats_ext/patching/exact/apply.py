@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from cats_ext.parallel.sharding import check_on_one_rank
 from cats_ext.patching import listeners
 from cats_ext.patching.apply import apply_cats, make_all_dense, sparse_mlps
 from cats_ext.patching.detection import ACTIVATION_NAMES, check_module
@@ -47,6 +48,7 @@ def apply_exact(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     if sparse_mlps(inner):
         raise ValueError(f"model of class {type(inner).__name__} is patched already: call remove_cats first")
+    check_on_one_rank(inner, "apply_exact")
     listeners.check(inner)
     layers, _ = find_exact_layers(inner)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)

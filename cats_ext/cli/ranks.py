@@ -1,0 +1,71 @@
+"""The program under torchrun: a process a rank, which load one model together. The first one writes what there is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from packaging.version import Version
+
+PARALLEL = {"generate": "generate", "evaluate": "eval"}  # functions that take a tensor-parallel model, as commands
+OLDEST = "5.17"  # transformers whose tensor parallelism patching knows
+
+
+class RankError(ValueError):
+    """A number of processes that a model or a command cannot have."""
+
+
+def count() -> int:
+    """The number of processes that torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def is_first() -> bool:
+    return count() == 1 or os.environ["RANK"] == "0"
+
+
+def local_rank() -> int:
+    """The index of this process's device on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+
+
+def start(function: str) -> None:
+    """Raise ValueError for a command that is no parallel program; otherwise let only the first rank write.
+
+    What is wrong is said on every rank.
+    """
+    if count() == 1:
+        return
+    if function not in PARALLEL:
+        commands = " and ".join(f"cats {command}" for command in PARALLEL.values())
+        raise RankError(f"torchrun must start {count()} processes of {commands} only, got cats {function}")
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def loading_options() -> dict[str, Any]:
+    """What ``from_pretrained`` needs for a model over all ranks: the model's own plan."""
+    if count() == 1:
+        return {}
+    import transformers
+
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise ImportError(f"torchrun needs transformers {OLDEST} or newer, got {transformers.__version__}")
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count())}
+
+
+def check_heads(heads: int | None) -> None:
+    """Raise :class:`RankError` for a model whose key-value heads the ranks cannot share evenly."""
+    if heads is not None and heads % count():
+        raise RankError(
+            f"torchrun must start as many processes as divide the model's {heads} key-value heads, got {count()}"
+        )
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,58 @@
+"""The arithmetic of the serving benchmarks: the balance between ranks, and what more ranks should give."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from bench.serving import scaling
+from bench.serving.balance import balanced_order, busiest_to_mean, parts
+from bench.serving.scaling import Layer, predictions
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_balanced_order_gives_every_rank_the_same_sum(ranks):
+    frequencies = torch.rand(64, generator=torch.Generator().manual_seed(0)).sort().values
+    order = balanced_order(frequencies, ranks)
+    assert sorted(order.tolist()) == list(range(64))
+    contiguous, balanced = (frequencies[o].view(ranks, -1).sum(1) for o in (torch.arange(64), order))
+    assert balanced.max() / balanced.mean() < 1.02 < contiguous.max() / contiguous.mean()
+
+
+def test_kept_rows_are_counted_by_rank():
+    kept = torch.tensor([[2.0, 1, 0, 0], [0, 0, 0, 0]])
+    rows = parts(kept, torch.arange(4), 2)
+    assert rows.tolist() == [[3, 0], [0, 0]]
+    assert busiest_to_mean(rows).tolist() == [2, 1]
+    assert parts(kept, torch.tensor([0, 3, 1, 2]), 2).tolist() == [[2, 1], [0, 0]]
+
+
+def measured_rows() -> list[dict[str, str]]:
+    facts = {"hidden_size": 8192, "intermediate_size": 28672, "kv_size": 1024, "element_bytes": 2, "layers": 4}
+    layer = Layer(2 * 8192 * 9216 * 2, 8192 * 28672 * 2, 4e6, rest_us=7.0)
+    rows = []
+    for sparsity, imbalance in ((0.0, 1.0), (0.5, 1.02)):
+        micros = layer.micros(2, 10.0, sparsity, sparsity, imbalance)
+        rows.append(
+            facts
+            | {"ranks": 2, "sparsity": sparsity, "step_us": 4 * micros, "all_reduce_us": 10.0}
+            | {"read_gb_s": 4e3, "busiest_to_mean": imbalance}
+        )
+    return [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+def test_predictions_meet_what_was_measured_and_fall_with_the_all_reduce():
+    rows = measured_rows()
+    found = {(row["ranks"], row["sparsity"]): row for row in predictions(rows, {8: 10.0, 16: 40.0})}
+    assert found[2, 0.5]["layer_us"] == pytest.approx(float(rows[1]["step_us"]) / 4)
+    assert found[2, 0.0]["speedup"] == 1
+    speedups = [found[ranks, 0.5]["speedup"] for ranks in (2, 8, 16)]
+    assert speedups == sorted(speedups, reverse=True) and speedups[-1] > 1
+
+
+def test_a_missing_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaling", "--measured", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match=r"--measured .*none.csv is not there"):
+        scaling.main()

@@ -1,0 +1,60 @@
+"""``torchrun -m cats_ext``: one model over several processes, of which the first one writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.cli_runner import json_of
+from support.ranks import takes_tensor_parallelism
+
+pytestmark = [takes_tensor_parallelism, pytest.mark.usefixtures("one_thread")]
+
+
+def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "cats_ext", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def document_of(*arguments: object) -> dict:
+    result = torchrun(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)  # of one rank
+
+
+def test_generate(model_dir, thresholds):
+    arguments = ("generate", model_dir, "--cats", thresholds, "--prompt", "the cat sat on", "--max-new-tokens", 8)
+    found, expected = document_of(*arguments), json_of(*arguments)
+    assert found["text"] == expected["text"]
+    assert found["sparsity"]["tokens"] == expected["sparsity"]["tokens"]
+    assert found["sparsity"]["up_sparsity"] == pytest.approx(expected["sparsity"]["up_sparsity"], abs=1e-3)
+
+
+def test_eval(model_dir, thresholds, text_file, tmp_path):
+    arguments = ("eval", model_dir, "--cats", thresholds, "--text", text_file, "--curve", "0.7", "--max-windows", 4)
+    found, expected = document_of(*arguments, "--output", tmp_path / "found.json"), json_of(*arguments)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    for ours, theirs in zip(found["text"]["variants"], expected["text"]["variants"], strict=True):
+        assert ours["sparse"]["ppl"] == pytest.approx(theirs["sparse"]["ppl"], rel=1e-3)
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "message"),
+    [
+        (("chat",), 2, "torchrun must start 2 processes of cats generate and cats eval only, got cats chat"),
+        (
+            ("generate", "--prompt", "a"),
+            3,
+            "torchrun must start as many processes as divide the model's 2 key-value heads, got 3",
+        ),
+    ],
+)
+def test_what_is_refused_is_said_on_every_rank(arguments, ranks, message, model_dir):
+    command, *options = arguments
+    result = torchrun(command, model_dir, *options, ranks=ranks)
+    assert result.returncode == 1 and result.stdout == ""
+    assert f"error: {message}" in result.stderr
