@@ -1,4 +1,4 @@
-"""The sparsity that a server's MLPs reach, on its page of metrics: ``vllm serve ... --middleware PATH_OF_THE_CLASS``."""
+"""The sparsity that a server's MLPs reach, on its page of metrics: ``vllm serve ... --middleware`` and this class."""
 
 from __future__ import annotations
 

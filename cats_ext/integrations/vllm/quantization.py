@@ -29,6 +29,7 @@ from cats_ext.rows import RowFormat
 from cats_ext.thresholds.config import LayerConfig
 
 PROJECTIONS = {*MERGED, *SEPARATE}
+DRAFT = "draft_model."  # before the names of layers of a draft model (speculative decoding)
 
 
 class CatsQuantizationConfig(QuantizationConfig):
@@ -71,6 +72,7 @@ class CatsQuantizationConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._adoption is None:
             self._adoption = adopt(self, get_current_vllm_config())
+        prefix = prefix.removeprefix(DRAFT)
         adoption, (name, _, projection) = self._adoption, prefix.rpartition(".")
         entry = entry_of(adoption.checkpoint.rows, prefix, self.packed_modules_mapping)
         if entry is not None and not isinstance(layer, LinearBase | ParallelLMHead):

@@ -59,3 +59,13 @@ def test_thresholds_of_a_relufied_model(checkpoints):
         assert served(llm) == expected["sparse"]
         set_sparsity(llm, 0.0)
         assert served(llm) == expected["dense"]
+
+
+def test_lora_beside_packed_rows(checkpoints, adapters):
+    from vllm.lora.request import LoRARequest
+
+    directory, expected = checkpoints["int8-formats"]
+    path, adapted = adapters["int8-formats"]
+    with engine(directory, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+        assert served(llm) == expected["sparse"]
+        assert served(llm, lora_request=LoRARequest("tuned", 1, str(path))) == adapted
