@@ -161,7 +161,7 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: str
 def _projections(mlp: nn.Module) -> tuple[str, ...] | None:
     """The names of its projections. vLLM's Transformers backend may have merged gate and up under another name."""
     merged = [name for name, child in mlp._modules.items() if isinstance(child, MergedColumnParallelLinear)]
-    for names in (SEPARATE, (*merged, MERGED[1])):
+    for names in (SEPARATE, MERGED, (*merged[:1], MERGED[1])):
         if len(names) > 1 and mlp._modules.keys() >= {*names}:
             return names
     return None
