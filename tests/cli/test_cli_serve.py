@@ -18,6 +18,10 @@ from cats_ext import CatsConfig, apply_cats, apply_exact, quantize
 from cats_ext.cli.commands import serve
 
 
+def exact_relu():
+    return apply_exact(tiny_model(hidden_act="relu"))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     model = tiny_model()
@@ -82,14 +86,20 @@ def test_dense_prefill(checkpoint, installed):
     assert "sparse_prefill=False, which is not supported under vLLM" in error_of("serve", checkpoint)
 
 
-def test_packed_rows(tmp_path, installed):
-    quantize(tiny_model(), "int8", progress=False).save_pretrained(tmp_path)
-    assert "rows in quantization_config, the packed weights of cats_ext.quantize" in error_of("serve", tmp_path)
+@pytest.mark.parametrize("make", [lambda: quantize(tiny_model(), "int8", progress=False), exact_relu])
+def test_without_thresholds(tmp_path, installed, monkeypatch, make):
+    """Packed rows alone, and a model that is sparse by itself."""
+    make().save_pretrained(tmp_path)
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    result = cats("serve", tmp_path)
+    assert result.exit_code == 0 and "zeros are skipped" in result.output
+    assert commands == [[sys.executable, "-m", serve.SERVER, "--model", str(tmp_path)]]
 
 
-def test_sparse_by_itself(tmp_path, installed):
-    apply_exact(tiny_model(hidden_act="relu")).save_pretrained(tmp_path)
-    assert 'rule "exact" in quantization_config, of a model that is sparse by itself' in error_of("serve", tmp_path)
+def test_sparse_by_itself_without_a_gate(tmp_path, installed):
+    apply_exact(tiny_model("nemotron")).save_pretrained(tmp_path)
+    assert "is sparse by itself, but not by a gated ReLU" in error_of("serve", tmp_path)
 
 
 @pytest.mark.parametrize("module", ["cats_ext.integrations.vllm", "cats_ext.cli.commands.serve"])

@@ -23,10 +23,10 @@ class Adoption:
     Args:
         names: in the config, by vLLM's name; empty if the checkpoint has no config, and all gated MLPs are meant.
         here: those of ``names`` that are on this rank.
-        counting: whether neurons are counted.
+        counting: whether neurons are counted; KERNEL where the kernel runs only.
     """
 
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], here: list[str], counting: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], here: list[str], counting: str | bool) -> None:
         self.checkpoint, self.names, self.here, self.counting = checkpoint, names, here, counting
         self.asked: set[str] = set()
         self._hook = register_module_module_registration_hook(partial(_note_parent, self))

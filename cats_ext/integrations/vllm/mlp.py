@@ -38,6 +38,7 @@ class ServedState:
     activation: str
     first: int  # of the MLP's neurons, the first that this rank has
     neurons: int  # how many it has
+    counting: str | bool  # as in Adoption
     formats: list[str]  # of the packed rows of gate, up and down; empty if the weights are dense
 
     @property
@@ -80,7 +81,7 @@ class ServedMLP(nn.Module):
         if self.counts is None:
             y = torch.ops.cats_vllm.mlp(*operands)
         else:
-            y = torch.ops.cats_vllm.mlp_counted(*operands, self.counts)
+            y = torch.ops.cats_vllm.mlp_counted(*operands, self.counts, self.served.counting == dispatch.KERNEL)
         return tensor_model_parallel_all_reduce(y) if _is_reduced(down) else y
 
     @torch.inference_mode()
@@ -105,7 +106,7 @@ class ServedMLP(nn.Module):
         }
 
 
-def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: bool) -> None:
+def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: str | bool) -> None:
     """Turn ``mlp``, whose weights are loaded, into a :class:`ServedMLP` with this rank's part of the thresholds.
 
     Without a config in the checkpoint it skips zeros, as :func:`cats_ext.apply_exact` does.
@@ -135,7 +136,9 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: boo
             f"config has hidden_size {layer.hidden_size} and intermediate_size {layer.intermediate_size} for {name}, "
             f"the model has {found[0]} and {found[1]} on {ranks} ranks, with {rows} rows of gate and up on this one"
         )
-    served = ServedState(name, config, projections, layer.activation, down.tp_rank * neurons, neurons, formats)
+    served = ServedState(
+        name, config, projections, layer.activation, down.tp_rank * neurons, neurons, counting, formats
+    )
     if name in config.weights:
         with torch.device("cpu"):  # not the GPU on which vLLM may be loading
             names = MERGED if len(inputs) == 1 else SEPARATE
@@ -158,7 +161,7 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: boo
 def _projections(mlp: nn.Module) -> tuple[str, ...] | None:
     """The names of its projections. vLLM's Transformers backend may have merged gate and up under another name."""
     merged = [name for name, child in mlp._modules.items() if isinstance(child, MergedColumnParallelLinear)]
-    for names in (SEPARATE, (*merged, MERGED[1])):
+    for names in (SEPARATE, MERGED, (*merged[:1], MERGED[1])):
         if len(names) > 1 and mlp._modules.keys() >= {*names}:
             return names
     return None
@@ -226,14 +229,15 @@ def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
 _library = torch.library.Library("cats_vllm", "DEF")
 # gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
 # neuron. Of packed rows, uint8 with one row a neuron each, formats has those of gate, up and down; else it is empty.
-# Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument.
+# Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument; of kernel_only, where
+# the kernel runs, in which that costs nothing.
 _ARGUMENTS = (
     "Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, Tensor threshold, Tensor? down_threshold, "
     "str activation, Tensor[] biases, Tensor? down_bias"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(f"mlp({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"mlp_counted({_ARGUMENTS}, Tensor(a!) counts) -> Tensor", tags=_TAGS)
+_library.define(f"mlp_counted({_ARGUMENTS}, Tensor(a!) counts, bool kernel_only) -> Tensor", tags=_TAGS)
 
 
 def _mlp(
@@ -247,6 +251,7 @@ def _mlp(
     biases: list[Tensor],
     down_bias: Tensor | None,
     counts: Tensor | None = None,
+    kernel_only: bool = False,
 ) -> Tensor:
     mask = threshold, down_threshold, activation
     if _takes_kernel(x, packed=bool(formats)):
@@ -260,7 +265,7 @@ def _mlp(
         w_down = _unpacked(w_down, formats[-1], x).t()
     products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
     gate, up = _halves(products)
-    return F.linear(masked_product(gate, up, *mask, counts), w_down, down_bias)
+    return F.linear(masked_product(gate, up, *mask, None if kernel_only else counts), w_down, down_bias)
 
 
 def _takes_kernel(x: Tensor, packed: bool) -> bool:

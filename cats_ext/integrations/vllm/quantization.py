@@ -24,11 +24,14 @@ from cats_ext.integrations.vllm.checkpoint import check_entry, read_checkpoint
 from cats_ext.integrations.vllm.linear import Adoption, DenseLinearMethod, MLPLinearMethod
 from cats_ext.integrations.vllm.packed import PackedMLPLinearMethod, UnpackedLinearMethod, entry_of
 from cats_ext.ops.definitions import SPARSE_DTYPES
+from cats_ext.ops.dispatch import KERNEL
 from cats_ext.patching.detection import MERGED, SEPARATE
 from cats_ext.rows import RowFormat
 from cats_ext.thresholds.config import LayerConfig
 
 PROJECTIONS = {*MERGED, *SEPARATE}
+COUNTING = (False, True, KERNEL)
+DRAFT = "draft_model."  # before the names of layers of a draft model (speculative decoding)
 
 
 class CatsQuantizationConfig(QuantizationConfig):
@@ -71,6 +74,7 @@ class CatsQuantizationConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self._adoption is None:
             self._adoption = adopt(self, get_current_vllm_config())
+        prefix = prefix.removeprefix(DRAFT)
         adoption, (name, _, projection) = self._adoption, prefix.rpartition(".")
         entry = entry_of(adoption.checkpoint.rows, prefix, self.packed_modules_mapping)
         if entry is not None and not isinstance(layer, LinearBase | ParallelLMHead):
@@ -144,12 +148,14 @@ def check_divisible(layers: dict[str, LayerConfig], ranks: int) -> None:
             )
 
 
-def counting(vllm_config: VllmConfig) -> bool:
-    """Whether ``additional_config={"cats": {"count": True}}`` was given."""
+def counting(vllm_config: VllmConfig) -> str | bool:
+    """``additional_config={"cats": {"count": ...}}``: True, False, or ``KERNEL`` for only where the kernel runs."""
     extra = vllm_config.additional_config
     settings = extra.get("cats", {}) if isinstance(extra, dict) else {}
-    if settings not in ({}, {"count": False}, {"count": True}):
-        raise ValueError(f"additional_config['cats'] must be {{'count': True}} or left out, got {settings!r:.80}")
+    if settings and not (isinstance(settings, dict) and settings.keys() == {"count"} and settings["count"] in COUNTING):
+        raise ValueError(
+            f"additional_config['cats'] must be {{'count': True}} or {{'count': '{KERNEL}'}}, got {settings!r:.80}"
+        )
     return settings.get("count", False)
 
 

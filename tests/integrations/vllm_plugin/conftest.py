@@ -30,6 +30,7 @@ PACKED = {
     "int4-all": ("qwen2", "two_threshold", ("int4",), {"scope": "all"}),
     "int4-rows": ("qwen3", None, ("int4",), {}),  # without thresholds
 }
+ADAPTED, PROJECTIONS = ["llama", "int8-formats"], ["gate_proj", "up_proj", "down_proj"]
 TEXTS = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "1, 2, 3, 4,"]
 TEXTS += ["Water boils at", "The cat sat on", "In the beginning", "Dear Sir or Madam,"]
 
@@ -71,21 +72,35 @@ def llama(checkpoints):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def adapter(checkpoints, tmp_path_factory):
-    """A LoRA adapter for ``llama``, and what PEFT generates with it; made before vLLM runs."""
+def adapters(checkpoints, tmp_path_factory):
+    """LoRA adapters, and what PEFT generates with them, by the checkpoint's name; made before vLLM runs."""
+    return {name: _adapter(checkpoints[name][0], tmp_path_factory.mktemp("adapter")) for name in ADAPTED}
+
+
+def _adapter(checkpoint, directory):
     import torch
     from peft import LoraConfig, get_peft_model
     from support.served import generate
     from transformers import AutoModelForCausalLM
 
+    import cats_ext
+    from cats_ext.patching.apply import current_config
+    from cats_ext.quantization.run import quantized_linears
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"][0], dtype=torch.float32)
-    projections = ["gate_proj", "up_proj", "down_proj"]
-    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=projections, task_type="CAUSAL_LM"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if packed := quantized_linears(model):  # which PEFT does not take
+        config = current_config(model)
+        cats_ext.remove_cats(model)
+        for name, linear in packed.items():
+            dense = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+            dense.load_state_dict({"weight": linear.unpacked(torch.float32)})
+            model.set_submodule(name, dense)
+        cats_ext.apply_cats(model, config, check_weights=False)
+    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    directory = tmp_path_factory.mktemp("adapter")
     tuned.save_pretrained(directory)
     return directory, generate(tuned.eval())
 

@@ -8,6 +8,7 @@ import pytest
 from support.served import NEW, PROMPTS, engine, served, skip_without_vllm
 
 from cats_ext.integrations.vllm import reset_sparsity, set_sparsity, sparsity_report
+from cats_ext.ops import dispatch
 
 skip_without_vllm()
 
@@ -46,6 +47,19 @@ def test_sparsity_report(llama):
         reset_sparsity(llm)
         served(llm)
         assert sparsity_report(llm).up_sparsity == 0
+
+
+def test_counting_where_the_kernel_runs(llama, monkeypatch):
+    directory, expected = llama
+    with engine(directory, additional_config={"cats": {"count": "kernel"}}) as llm:
+        reset_sparsity(llm)
+        monkeypatch.setitem(dispatch.MAX_KERNEL_TOKENS, "cpu", 0)
+        assert served(llm) == expected["sparse"]
+        with pytest.raises(ValueError, match="no token has been counted"):
+            sparsity_report(llm)
+        monkeypatch.setitem(dispatch.MAX_KERNEL_TOKENS, "cpu", 1)
+        assert served(llm, PROMPTS[:1]) == expected["sparse"][:1]
+        assert sparsity_report(llm).tokens == NEW - 1
 
 
 def test_nothing_is_counted_by_default(llama):

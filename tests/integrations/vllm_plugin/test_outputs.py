@@ -63,6 +63,16 @@ def test_speculative_decoding(llama, monkeypatch):
         assert served(llm) == expected["sparse"]
 
 
+def test_speculative_decoding_with_a_draft_model(checkpoints, monkeypatch):
+    """The draft model is a CATS checkpoint too."""
+    directory, expected = checkpoints["llama"]
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    draft = str(checkpoints["llama-plain"][0])
+    drafts = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+    with engine(directory, speculative_config=drafts) as llm:
+        assert served(llm) == expected["sparse"]
+
+
 def test_bfloat16(llama):
     directory, _ = llama
     with engine(directory, dtype="bfloat16") as llm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.served import engine, served, served_alone, skip_without_vllm
 
-from cats_ext.integrations.vllm import set_sparsity, sparsity_report
+from cats_ext.integrations.vllm import reset_sparsity, set_sparsity, sparsity_report
 from cats_ext.ops import dispatch
 
 skip_without_vllm()
@@ -47,6 +47,7 @@ def test_sparse_by_itself(checkpoints):
     """vLLM's own Llama has no ReLU."""
     directory, expected = checkpoints["exact"]
     with engine(directory, model_impl="transformers", additional_config={"cats": {"count": True}}) as llm:
+        reset_sparsity(llm)
         assert served(llm) == served_alone(llm) == expected["sparse"]
         assert 0.3 < sparsity_report(llm).up_sparsity < 0.7
         with pytest.raises(Exception, match="of a model that is sparse by itself cannot be set"):
@@ -59,3 +60,13 @@ def test_thresholds_of_a_relufied_model(checkpoints):
         assert served(llm) == expected["sparse"]
         set_sparsity(llm, 0.0)
         assert served(llm) == expected["dense"]
+
+
+def test_lora_beside_packed_rows(checkpoints, adapters):
+    from vllm.lora.request import LoRARequest
+
+    directory, expected = checkpoints["int8-formats"]
+    path, adapted = adapters["int8-formats"]
+    with engine(directory, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+        assert served(llm) == expected["sparse"]
+        assert served(llm, lora_request=LoRARequest("tuned", 1, str(path))) == adapted

@@ -67,12 +67,12 @@ def test_world_size_that_does_not_divide_the_neurons(llama):
         check_divisible(CatsConfig.from_pretrained(llama[0]).layers, 3)
 
 
-def test_lora(llama, adapter):
+def test_lora(llama, adapters):
     """Adapters on the projections of the MLPs: what they add comes before the mask, as with PEFT."""
     from vllm.lora.request import LoRARequest
 
     directory, expected = llama
-    path, adapted = adapter
+    path, adapted = adapters["llama"]
     with engine(directory, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
         assert served(llm) == expected["sparse"]
         assert served(llm, lora_request=LoRARequest("tuned", 1, str(path))) == adapted

@@ -25,7 +25,9 @@ def server(llama, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8 --kv-cache-memory-bytes 67108864"
-    command = [sys.executable, "-c", "from cats_ext.cli import main; main()", "serve", str(llama[0]), *options.split()]
+    options = [*options.split(), "--middleware", "cats_ext.integrations.vllm.metrics.SparsityMetrics"]
+    options += ["--additional-config", '{"cats": {"count": true}}']
+    command = [sys.executable, "-c", "from cats_ext.cli import main; main()", "serve", str(llama[0]), *options]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
@@ -71,10 +73,20 @@ def completions(address: str) -> list[list[int]]:
     return [choice.token_ids for choice in sorted(choices, key=lambda choice: choice.index)]
 
 
+def metrics(address: str) -> dict[str, float]:
+    """What the server's page of metrics says about CATS, by name and label."""
+    lines = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("cats_")}
+
+
 @pytest.mark.slow
 def test_server(server, llama):
     _, expected = llama
     assert completions(server) == expected["sparse"]
+    reached = metrics(server)
+    assert all(0.3 < reached[f'cats_up_sparsity{{layer="model.layers.{i}.mlp"}}'] < 0.7 for i in range(3))
     post(server, "/collective_rpc", method="cats_set_sparsity", args=[0.0])
+    post(server, "/collective_rpc", method="cats_reset_sparsity")
     post(server, "/reset_prefix_cache")
     assert completions(server) == expected["dense"]
+    assert metrics(server)['cats_up_sparsity{layer="model.layers.0.mlp"}'] == 0
