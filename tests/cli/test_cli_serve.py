@@ -90,6 +90,7 @@ def test_dense_prefill(checkpoint, installed):
 def test_without_thresholds(tmp_path, installed, monkeypatch, make):
     """Packed rows alone, and a model that is sparse by itself."""
     make().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     commands = []
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
     result = cats("serve", tmp_path)
