@@ -9,7 +9,7 @@ from bench.tables.pages import Page, ratio, read, source, table
 
 FILE, LAYERS, DECODE = "quality/quantized.csv", "h100/packed.csv", "h200/decode_packed.csv"
 PEERS = ("bf16", "int8", "int4pack")
-WEIGHTS = {"int4_g128": "int4", "int8_g128": "int8", "fp8_e4m3": "fp8"}
+WEIGHTS = {"int4_g128": "int4", "int4_g128+int8_g128": "int4, down int8", "int8_g128": "int8", "fp8_e4m3": "fp8"}
 
 
 def quality() -> str:
