@@ -190,6 +190,19 @@ def test_saved_checkpoints_are_those_of_one_process(main_only, cats_directory, c
         assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+def save_given(directory, target, state_dict) -> None:
+    first = torch.distributed.get_rank() == 0
+    load_parallel(directory).save_pretrained(target, is_main_process=first, state_dict=state_dict if first else {})
+
+
+def test_a_state_dict_that_only_the_first_rank_has(cats_directory, tmp_path):
+    one = tiny_model()
+    state_dict = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    on_ranks(save_given, cats_directory, tmp_path, state_dict)
+    for name in ("cats_thresholds.cats", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (cats_directory / name).read_bytes()
+
+
 def relufied(directory) -> list[Tensor]:
     return few_and_many(apply_relufication(load_parallel(directory)))
 
