@@ -361,6 +361,16 @@ def test_neurons_that_cannot_be_shared_evenly(tmp_path):
         assert "the number of ranks must divide its 177 neurons, got 2" in str(error)
 
 
+def test_experts_are_refused(tmp_path):
+    model = tiny_model("mixtral")
+    config = config_for(model)
+    model.save_pretrained(tmp_path)
+    for error in on_ranks(uneven, tmp_path, config, fail=True):
+        assert "MixtralExperts) cannot run sparsely: its forward has been replaced on the instance (tensor par" in (
+            str(error)
+        )
+
+
 def refusals(directory) -> list[str]:
     model, messages = load_parallel(directory), []
     for refused in (DecodeEngine, apply_exact, quantize):
