@@ -29,7 +29,7 @@ from cats_ext import (
 )
 from cats_ext.decode import DecodeEngine
 from cats_ext.ops import definitions
-from cats_ext.parallel.sharding import local
+from cats_ext.parallel.sharding import group_of, local
 from cats_ext.patching.apply import sparse_mlps
 
 pytestmark = takes_tensor_parallelism
@@ -369,6 +369,17 @@ def test_experts_are_refused(tmp_path):
         assert "MixtralExperts) cannot run sparsely: its forward has been replaced on the instance (tensor par" in (
             str(error)
         )
+
+
+def ranks_of_norms_first(directory) -> int:
+    attention = load_parallel(directory).model.layers[0].self_attn
+    attention._modules = dict(reversed(attention._modules.items()))
+    return group_of(attention).size()
+
+
+def test_norms_before_projections(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    assert on_ranks(ranks_of_norms_first, tmp_path) == [2, 2]
 
 
 def refusals(directory) -> list[str]:
