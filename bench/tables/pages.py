@@ -42,12 +42,15 @@ class Page:
         self.up = "../" * path.count("/")
 
     def render(self) -> str:
-        """The document with every table as the result files have it."""
+        """The document with every table as the result files have it; one without its file says so."""
         page = self.path.read_text()
         for name, make in self.tables.items():
             begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
             before, rest = page.split(begin)
-            text = make().replace("(bench/", f"({self.up}bench/")
+            try:
+                text = make().replace("(bench/", f"({self.up}bench/")
+            except FileNotFoundError:
+                text = "Not measured yet."
             page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
         return page
 

@@ -60,5 +60,7 @@ def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage."""
     try:
         streams.run(app)
-    finally:
-        ranks.end()
+    except SystemExit as done:
+        if not done.code:  # after an error the other ranks may be in a collective, and ending the group waits for them
+            ranks.end()
+        raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,7 +227,8 @@ class Session:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._advance(selection, key is not None)
         except BaseException:
-            _leave_capture_mode(device)
+            with suppress(Exception):  # the first error says more
+                _leave_capture_mode(device)
             raise
         finally:
             torch.cuda.set_rng_state(random_state, device)

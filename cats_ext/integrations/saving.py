@@ -192,9 +192,12 @@ def _activation_entries(model: PreTrainedModel, activation: str) -> list[str]:
 def _saved_sample(model: PreTrainedModel, state_dict: dict[str, Tensor], name: str, module: CatsMLP) -> Tensor:
     """Of the weights of an MLP that will be in the checkpoint."""
     shard = module.cats.shard
-    if shard is None or state_dict:
-        return sample_weights(partial(_saved_weight, model, state_dict, name, module))
-    return sample_all_ranks(partial(weight_of, with_bare_layers(module, projection_names(module))), shard)
+    if shard is not None:
+        # Also where it is not used: the other ranks wait for this one, and may have been given no state dict.
+        sample = sample_all_ranks(partial(weight_of, with_bare_layers(module, projection_names(module))), shard)
+        if not state_dict:
+            return sample
+    return sample_weights(partial(_saved_weight, model, state_dict, name, module))
 
 
 def _saved_weight(

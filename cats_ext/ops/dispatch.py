@@ -42,8 +42,9 @@ MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 42
 # On CUDA 16 is the most that has been tested.
 MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 
-# As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, with masks that are independent from token to token, it takes 0.72
-# to 0.85 of the time of the fastest dense path for 2 tokens, 0.98 to 1.04 for 4 (bench/results/h200/exact.csv).
+# As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
+# takes 0.72 to 0.85 of the time of the fastest dense path for 2 tokens, and 0.98 to 1.04 for 4
+# (bench/results/h200/exact.csv).
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 

@@ -40,7 +40,8 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that ``model`` is spread over; None if it is no model, or not tensor-parallel."""
     if not isinstance(model, nn.Module):
         return None
-    return next((_hook(layer)["mesh"].get_group() for layer in model.modules() if is_sharded(layer)), None)
+    hooks = (_hook(layer) for layer in model.modules() if is_sharded(layer))
+    return next((hook["mesh"].get_group() for hook in hooks if "mesh" in hook), None)  # norms of heads have none
 
 
 def check_on_one_rank(model: nn.Module, function: str) -> None:

@@ -66,7 +66,7 @@ def apply_cats(
     before anything is changed. From then on ``save_pretrained`` of a transformers model writes a checkpoint with the
     thresholds beside the dense weights, which ``from_pretrained`` loads patched. Of a tensor-parallel model, each rank
     takes the thresholds of its neurons; all ranks have to call this function, :func:`set_sparsity`,
-    :func:`sparsity_report` and ``save_pretrained`` together, and an error of one rank is raised on all.
+    :func:`sparsity_report` and ``save_pretrained`` together, and what one rank refuses is an error on all.
 
     Args:
         model: any model whose MLPs have gate_proj, up_proj, down_proj (Llama and its relatives) or gate_up_proj,

@@ -191,7 +191,9 @@ def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tens
     """
     names = projection_names(module)
     if "forward" in vars(module) and not only_aligns_devices(module):
-        raise ValueError("its forward has been replaced on the instance (offloading hook or another patch)")
+        raise ValueError(
+            "its forward has been replaced on the instance (tensor parallelism, an offloading hook or another patch)"
+        )
     in_one_tensor = any(n in module._parameters for n in names)
     if in_one_tensor:
         _check_experts(module, names, shared)

@@ -13,6 +13,7 @@ from bench.decode import exact as models
 from bench.kernels import exact as layers
 from bench.lib.results import read_rows
 from bench.tables import exact as tables
+from bench.tables.pages import Page, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +67,7 @@ def test_models(monkeypatch, tmp_path):
     assert re.search(r"\| tiny-gemma-3n, `DecodeEngine` \| \d+\.\d \| \d+\.\d, \d+\.\d\dx \|", tables.models())
 
 
-def test_pages_have_what_is_measured():
-    make = tables.if_measured("no such file.csv", lambda: "a table")
-    assert make() == "Not measured yet." and tables.if_measured("h200/two_gpus.log", lambda: "a table")() == "a table"
+def test_pages_have_what_is_measured(tmp_path):
+    (tmp_path / "page.md").write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in "ab"))
+    page = Page(str(tmp_path / "page.md"), {"a": lambda: str(read("no such file.csv")), "b": lambda: "a table"})
+    assert "begin -->\nNot measured yet.\n" in page.render() and "begin -->\na table\n" in page.render()

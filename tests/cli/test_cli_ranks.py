@@ -10,11 +10,14 @@ import pytest
 from support.cli_runner import json_of
 from support.ranks import takes_tensor_parallelism
 
+from cats_ext import cli
+from cats_ext.cli import ranks
+
 pytestmark = [takes_tensor_parallelism, pytest.mark.usefixtures("one_thread")]
 
 
-def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(*arguments: object, count: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "cats_ext", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
@@ -43,7 +46,7 @@ def test_eval(model_dir, thresholds, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "ranks", "message"),
+    ("arguments", "count", "message"),
     [
         (("chat",), 2, "torchrun must start 2 processes of cats generate and cats eval only, got cats chat"),
         (
@@ -53,8 +56,19 @@ def test_eval(model_dir, thresholds, text_file, tmp_path):
         ),
     ],
 )
-def test_what_is_refused_is_said_on_every_rank(arguments, ranks, message, model_dir):
+def test_what_is_refused_is_said_on_every_rank(arguments, count, message, model_dir):
     command, *options = arguments
-    result = torchrun(command, model_dir, *options, ranks=ranks)
+    result = torchrun(command, model_dir, *options, count=count)
     assert result.returncode == 1 and result.stdout == ""
     assert f"error: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code", "ended"), [(["--version"], 0, True), (["report", "/none"], 1, False)])
+def test_the_group_is_ended_after_success_only(arguments, code, ended, monkeypatch):
+    ends = []
+    monkeypatch.setattr(ranks, "end", lambda: ends.append(True))
+    monkeypatch.setattr(sys, "argv", ["cats", *arguments])
+    monkeypatch.setattr(cli.streams, "run", lambda program: program())  # leaves pytest's streams
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert (done.value.code, bool(ends)) == (code, ended)

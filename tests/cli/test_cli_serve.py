@@ -18,10 +18,6 @@ from cats_ext import CatsConfig, apply_cats, apply_exact, quantize
 from cats_ext.cli.commands import serve
 
 
-def exact_relu():
-    return apply_exact(tiny_model(hidden_act="relu"))
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     model = tiny_model()
@@ -86,21 +82,33 @@ def test_dense_prefill(checkpoint, installed):
     assert "sparse_prefill=False, which is not supported under vLLM" in error_of("serve", checkpoint)
 
 
-@pytest.mark.parametrize("make", [lambda: quantize(tiny_model(), "int8", progress=False), exact_relu])
-def test_without_thresholds(tmp_path, installed, monkeypatch, make):
-    """Packed rows alone, and a model that is sparse by itself."""
-    make().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    commands = []
-    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+def both(model):
+    return apply_cats(quantize(model, "int8", progress=False), config_for(model, importance="norm"))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "activation", "facts"),
+    [
+        (lambda model: apply_cats(model, config_for(model)), "silu", "3 MLPs, sparsity 50%"),
+        (lambda model: quantize(model, "int8", progress=False), "silu", "packed rows"),
+        (lambda model: quantize(model, "int8", progress=False), "relu", "packed rows, zeros are skipped"),
+        (both, "silu", "packed rows, 3 MLPs, sparsity 50%"),
+        (apply_exact, "relu", "zeros are skipped"),
+    ],
+)
+def test_says_what_is_served(prepare, activation, facts, tmp_path, installed, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda path, command: None)
+    prepare(tiny_model(hidden_act=activation)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
     result = cats("serve", tmp_path)
-    assert result.exit_code == 0 and "zeros are skipped" in result.output
-    assert commands == [[sys.executable, "-m", serve.SERVER, "--model", str(tmp_path)]]
+    assert result.exit_code == 0 and result.stderr.endswith(f"{tmp_path}: {facts}\n")
 
 
-def test_sparse_by_itself_without_a_gate(tmp_path, installed):
-    apply_exact(tiny_model("nemotron")).save_pretrained(tmp_path)
-    assert "is sparse by itself, but not by a gated ReLU" in error_of("serve", tmp_path)
+def test_sparse_by_itself_without_a_gated_relu(tmp_path, installed):
+    apply_exact(tiny_model("arcee")).save_pretrained(tmp_path)
+    assert "is sparse by itself, but not by a gated ReLU, which is not supported under vLLM" in error_of(
+        "serve", tmp_path
+    )
 
 
 @pytest.mark.parametrize("module", ["cats_ext.integrations.vllm", "cats_ext.cli.commands.serve"])

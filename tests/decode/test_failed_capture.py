@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
 from support.models import tiny_model, tokens
 
-from cats_ext.decode import state
+from cats_ext.decode import session, state
 from cats_ext.decode.engine import DecodeEngine
+from cats_ext.decode.sampling import Selection
+from cats_ext.decode.session import Session
 
 
 def test_engines_of_two_models_prepare_one_after_the_other(monkeypatch):
@@ -34,6 +37,21 @@ def test_engines_of_two_models_prepare_one_after_the_other(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(overlaps) == 20 and not any(overlaps)
+
+
+def test_the_error_of_a_capture_is_not_replaced_by_that_of_its_end(monkeypatch):
+    def fail(*_) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_leave_capture_mode", fail)
+    monkeypatch.setattr(Session, "_advance", interrupt)
+    engine_session = Session(tiny_model(), 1, 32, False, (), False, False)
+    on_cuda = ("get_rng_state", "set_rng_state", "Stream", "stream", "current_stream")
+    with patch.multiple(torch.cuda, **dict.fromkeys(on_cuda, DEFAULT)), pytest.raises(KeyboardInterrupt):
+        engine_session.capture(Selection([], False))
 
 
 @pytest.mark.gpu

@@ -12,13 +12,14 @@ from support.models import tiny_model, tokens
 import cats_ext
 
 FORKED = """
-import os, sys
+import os, signal, sys
 import torch
 from cats_ext.integrations.vllm.checkpoint import read_checkpoint
 
 read_checkpoint(sys.argv[1], None)
 child = os.fork()
 if not child:
+    signal.alarm(30)  # one that hangs would be left behind
     torch.ones(4_000_000).exp().sum()  # in all threads
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -29,7 +29,7 @@ from cats_ext import (
 )
 from cats_ext.decode import DecodeEngine
 from cats_ext.ops import definitions
-from cats_ext.parallel.sharding import local
+from cats_ext.parallel.sharding import group_of, local
 from cats_ext.patching.apply import sparse_mlps
 
 pytestmark = takes_tensor_parallelism
@@ -190,6 +190,19 @@ def test_saved_checkpoints_are_those_of_one_process(main_only, cats_directory, c
         assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+def save_given(directory, target, state_dict) -> None:
+    first = torch.distributed.get_rank() == 0
+    load_parallel(directory).save_pretrained(target, is_main_process=first, state_dict=state_dict if first else {})
+
+
+def test_a_state_dict_that_only_the_first_rank_has(cats_directory, tmp_path):
+    one = tiny_model()
+    state_dict = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    on_ranks(save_given, cats_directory, tmp_path, state_dict)
+    for name in ("cats_thresholds.cats", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (cats_directory / name).read_bytes()
+
+
 def relufied(directory) -> list[Tensor]:
     return few_and_many(apply_relufication(load_parallel(directory)))
 
@@ -346,6 +359,27 @@ def test_neurons_that_cannot_be_shared_evenly(tmp_path):
     model.save_pretrained(tmp_path)
     for error in on_ranks(uneven, tmp_path, config, fail=True):
         assert "the number of ranks must divide its 177 neurons, got 2" in str(error)
+
+
+def test_experts_are_refused(tmp_path):
+    model = tiny_model("mixtral")
+    config = config_for(model)
+    model.save_pretrained(tmp_path)
+    for error in on_ranks(uneven, tmp_path, config, fail=True):
+        assert "MixtralExperts) cannot run sparsely: its forward has been replaced on the instance (tensor par" in (
+            str(error)
+        )
+
+
+def ranks_of_norms_first(directory) -> int:
+    attention = load_parallel(directory).model.layers[0].self_attn
+    attention._modules = dict(reversed(attention._modules.items()))
+    return group_of(attention).size()
+
+
+def test_norms_before_projections(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    assert on_ranks(ranks_of_norms_first, tmp_path) == [2, 2]
 
 
 def refusals(directory) -> list[str]:

@@ -86,4 +86,7 @@ def _run(rank: int, ranks: int, scratch: str, end: Connection, function: Callabl
 
 def load_parallel(directory: Path, **options: Any) -> torch.nn.Module:
     """The model of a checkpoint, tensor-parallel over all ranks."""
-    return AutoModelForCausalLM.from_pretrained(directory, **({"tp_plan": "auto"} | options)).eval()
+    from transformers.distributed import DistributedConfig
+
+    parallel = DistributedConfig(tp_plan=options.pop("tp_plan", "auto"))
+    return AutoModelForCausalLM.from_pretrained(directory, distributed_config=parallel, **options).eval()

@@ -35,11 +35,15 @@ def serve(
     $ cats serve ./my-sparse-model --port 8001 --tensor-parallel-size 2
     """
     check_vllm()
-    config = read_checkpoint(checkpoint, None).config
+    found = read_checkpoint(checkpoint, None)
     if Path(checkpoint).is_dir() and not any("tokenizer" in argument for argument in context.args):
         check_directory(Path(checkpoint))
-    found = "zeros are skipped" if config is None else f"{len(config.layers)} MLPs, sparsity {config.sparsity:.0%}"
-    notes.print(f"{checkpoint}: {found}", soft_wrap=True)
+    facts = ["packed rows"] if found.rows else []
+    if found.config is not None:
+        facts += [f"{len(found.config.layers)} MLPs", f"sparsity {found.config.sparsity:.0%}"]
+    elif found.activation == "relu":
+        facts += ["zeros are skipped"]
+    notes.print(f"{checkpoint}: {', '.join(facts)}", soft_wrap=True)
     command = [sys.executable, "-m", SERVER, "--model", checkpoint, *context.args]
     sys.stdout.flush()
     os.execv(command[0], command)  # signals go to the server itself
