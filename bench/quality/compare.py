@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after so long")
-    parser.add_argument("--only", nargs="+", help="variants")
+    parser.add_argument("--only", nargs="+", help="variants, with all texts; and the dense model")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.perf_counter()
@@ -356,7 +356,8 @@ def main() -> None:
             for scope, share in entry.inputs.items():
                 peers |= comparison.peer_rules(Peer("", "wina", scope=scope), share)
         found = {n: m for n, m in linears(comparison.blocks, "all").items() if n in peers}
-        sets = ("held", "dev", "c4", "wikitext") if entry is None or entry.tasks else ("held", "dev")
+        whole = entry is None or entry.tasks or args.only
+        sets = ("held", "dev", "c4", "wikitext") if whole else ("held", "dev")
         with ExitStack() as stack:
             if peers:
                 for texts_name in sets:

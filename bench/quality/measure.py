@@ -78,12 +78,13 @@ class Bench:
             texts = arguments.pop("texts", ["wikitext_valid"])
             count = arguments.pop("windows", self.args.windows)
             parts = [self.windows(text, count // len(texts)) for text in texts]
-            windows, started = torch.cat(parts).view(-1, self.args.window), time.perf_counter()
+            windows, started = torch.cat(parts).view(-1, self.args.window), (time.perf_counter(), time.process_time())
             arguments |= {"sparsity": sparsity, "sequence_length": self.args.window}
             found = cats_ext.calibrate(self.model, windows, progress=False, **arguments)
-            seconds, kl_by_allocation = time.perf_counter() - started, found.calibration.get("search", {})
+            seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
             row = {"name": name, "rule": found.rule, "tokens": found.calibration["tokens"], "seconds": seconds}
-            self.tables["calibration"].add(row | kl_by_allocation)
+            kl_by_allocation = found.calibration.get("search", {})
+            self.tables["calibration"].add(row | {"cpu_seconds": cpu_seconds} | kl_by_allocation)
             print(f"  calibrated in {seconds:.1f} s: {kl_by_allocation}")
             self.configs[key] = found
             if self.args.kept:

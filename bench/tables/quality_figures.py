@@ -13,8 +13,8 @@ from bench.quality.measure import rule_of
 from cats_ext.evaluation.plots import Curve, curves_figure, reached_figure
 
 LABELS = {
-    "two_threshold": "two thresholds by gradients, all layers alike",
-    "two_threshold search": "the same, searched: the default",
+    "two_threshold": "two thresholds by gradients: the default",
+    "two_threshold search": "the same, searched",
     "two_threshold unweighted": "two thresholds without gate weights",
     "two_threshold norms": "two thresholds by norms, power 1/3",
     "two_threshold weighted": "two thresholds by norms, power 1 in all layers",
@@ -60,7 +60,7 @@ def tasks(directory: Path) -> None:
 
 
 def reached(directory: Path) -> None:
-    name = "two_threshold search 50%"
+    name = "two_threshold 50%"
     rows = [row for row in read_rows(directory / "layers.csv") if row["text"] == "wikitext" and row["name"] == name]
     layers = [
         {f"{k}_{kind}": float(row[column]) for k in ("up", "down") for kind, column in _columns(k)} for row in rows

@@ -33,7 +33,7 @@ def cpu_row() -> list[str]:
 
 def quality_row() -> list[str]:
     name = "quality/tasks.csv"
-    (row,) = (r for r in read(name) if (r["name"], r["task"]) == ("two_threshold search 50%", "mean"))
+    (row,) = (r for r in read(name) if (r["name"], r["task"]) == ("two_threshold 50%", "mean"))
     dense, sparse, error = (f"{100 * float(row[key]):.1f}" for key in ("dense", "sparse", "difference_se"))
     what = "SmolLM2-135M-Instruct with the default thresholds, eight tasks: % right"
     return [f"{what} ({link(name)})", dense, sparse, f"{float(sparse) - float(dense):+.1f} ± {error}"]

@@ -22,15 +22,17 @@ from cats_ext.thresholds.allocation import search_options
 from cats_ext.thresholds.histogram import Histogram
 
 _GRADIENT_TOKENS = 16384  # of the passes with gradients, in whole windows from all parts of the data
+_SAMPLE_TOKENS = 2048  # likewise, on which the bins of the joint histogram are chosen
 _GRADIENT_COST = 4  # of a token with gradients, in tokens without (measured on two CPU cores: 3.6)
 _TRIAL_TOKENS = 256  # of the first window, on which the time is estimated
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over the data."""
+    """One pass over the data or a part of it."""
 
     observe: Callable[..., None]  # gets an MLP and its activations
+    batches: list[Tensor]
     finish: Callable[[LayerAccumulator], None] = lambda layer: None  # of every layer, after the pass
     gradient: bool = False
 
@@ -56,14 +58,11 @@ def count_activations(
         ValueError: activations of a layer are NaN, infinite or all zero, or no token reached it.
     """
     mlps = [layer.mlp for layer in layers.values()]
-    batches = batches_of(windows, settings.batch_size)
-    single = [window[None] for window in sample_windows(windows, _GRADIENT_TOKENS)]  # gradients need the memory
-    passes = _passes(layers, settings)
+    passes = _passes(layers, windows, settings)
     if progress and checkpoint.step < len(passes):
-        todo = [single if this.gradient else batches for this in passes[checkpoint.step :]]
-        todo[0] = todo[0][checkpoint.batch :]
-        costs = [_GRADIENT_COST if this.gradient else 1 for this in passes[checkpoint.step :]]
-        work = sum(cost * sum(batch.numel() for batch in some) for cost, some in zip(costs, todo, strict=True))
+        todo = [(this.gradient, this.batches) for this in passes[checkpoint.step :]]
+        todo[0] = (todo[0][0], todo[0][1][checkpoint.batch :])
+        work = sum((_GRADIENT_COST if gradient else 1) * sum(map(Tensor.numel, some)) for gradient, some in todo)
         work += 4 * CHECK_TOKENS * (settings.allocation == "search")  # two models, dense and sparse, each measured
         about = f"{len(passes)} pass{'es' * (len(passes) > 1)}: "
         about += f"about {duration(work * _seconds_a_token(model, mlps, windows[0]))}"
@@ -71,11 +70,10 @@ def count_activations(
     for number in range(checkpoint.step, len(passes)):
         this = passes[number]
         title = f"calibration, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibration"
-        todo = single if this.gradient else batches
         start = checkpoint.batch if number == checkpoint.step else 0
         run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else run_pass
         after = partial(checkpoint.save, number)
-        run(model, mlps, todo, this.observe, title=title, progress=progress, start=start, after=after)
+        run(model, mlps, this.batches, this.observe, title=title, progress=progress, start=start, after=after)
         for layer in layers.values():
             this.finish(layer)
     if checkpoint.step < len(passes):
@@ -91,18 +89,23 @@ def _seconds_a_token(model: nn.Module, mlps: list[GatedMLP], window: Tensor) -> 
     return (time.monotonic() - started) / tokens.numel()
 
 
-def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) -> list[_Pass]:
+def _passes(layers: dict[str, LayerAccumulator], windows: list[Tensor], settings: CalibrationSettings) -> list[_Pass]:
     def each(method: Callable[..., None]) -> Callable[..., None]:
         return lambda mlp, *activations: method(layers[mlp.name], *activations)
 
+    batches, sample = (
+        batches_of(some, settings.batch_size) for some in (windows, sample_windows(windows, _SAMPLE_TOKENS))
+    )
+    single = [window[None] for window in sample_windows(windows, _GRADIENT_TOKENS)]  # gradients need the memory
     passes = []
     if settings.importance == "gradient":
-        passes.append(_Pass(each(LayerAccumulator.add_gradient), LayerAccumulator.finish_weights, gradient=True))
+        passes.append(_Pass(each(LayerAccumulator.add_gradient), single, LayerAccumulator.finish_weights, True))
     elif settings.gate_power or settings.last_gate_power:
-        passes.append(_Pass(each(LayerAccumulator.add_up), LayerAccumulator.finish_weights))
-    passes.append(_Pass(each(LayerAccumulator.add_gate), LayerAccumulator.finish_gate))
+        passes.append(_Pass(each(LayerAccumulator.add_up), batches, LayerAccumulator.finish_weights))
+    count = each(LayerAccumulator.add_activations)
     if settings.rule == "two_threshold":
-        passes.append(_Pass(each(LayerAccumulator.add_joint), LayerAccumulator.finish_joint))
+        passes.append(_Pass(count, sample, LayerAccumulator.finish_sample))
+    passes.append(_Pass(count, batches, LayerAccumulator.finish_activations))
     if settings.allocation == "search":
         cuts: dict[str, list[tuple[float, float]]] = {}
 
@@ -112,5 +115,5 @@ def _passes(layers: dict[str, LayerAccumulator], settings: CalibrationSettings) 
                 cuts[mlp.name] = [statistics.cuts(*option) for option in search_options(settings.rule)]
             layers[mlp.name].add_losses(*activations, cuts[mlp.name])
 
-        passes.append(_Pass(add_losses, gradient=True))
+        passes.append(_Pass(add_losses, single, gradient=True))
     return passes

@@ -14,12 +14,12 @@ from cats_ext._inputs import evaluation_mode, hooked, input_device
 from cats_ext._progress import progress_bar
 from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
-_CHUNK = 1 << 20  # activations that one call of an observer gets: temporaries of about 60 MB; larger is no faster
+_CHUNK = 1 << 20  # probabilities that are summed at a time
 
 Observer = Callable[[GatedMLP, Tensor, Tensor], None]
-"""Gets an MLP and some rows of its gate and up projections, each ``[rows, I]``."""
+"""Gets an MLP and its gate and up projections of a batch, each ``[T, I]``."""
 GradientObserver = Callable[[GatedMLP, Tensor, Tensor, Tensor], None]
-"""Gets an MLP, its gate and up projections of a batch, and the gradient at its output: ``[T, I]`` twice, ``[T, H]``."""
+"""As an Observer, and the gradient at the MLP's output, ``[T, H]``."""
 
 
 def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], observe: Observer, **options: Any) -> None:
@@ -35,14 +35,9 @@ def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], obse
         ValueError: from ``observe``, with the MLP's name before it.
     """
 
-    def in_pieces(mlp: GatedMLP, gate: Tensor, up: Tensor) -> None:
-        rows = max(1, _CHUNK // mlp.intermediate_size)
-        for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True):
-            observe(mlp, gate_rows, up_rows)
-
     # The decoder alone, where there is one: the logits of a window can be larger than all activations.
     backbone = model.base_model if _is_transformers(model) else model
-    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, in_pieces) for mlp in mlps]
+    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, observe) for mlp in mlps]
     _run_batches(model, batches, hooks, lambda number, ids: backbone(**ids), **options)
 
 
@@ -69,12 +64,11 @@ def run_gradient_pass(
     """
 
     def step(number: int, ids: dict[str, Any]) -> None:
-        log_p = model(**ids).logits.flatten(0, -2).float().log_softmax(-1)
+        logits = model(**ids).logits.flatten(0, -2)
         # Random numbers from the CPU, seeded by the batch: equal on every device and after an interruption.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        uniform = torch.rand(len(log_p), generator=generator, dtype=torch.float64)
-        y = _inverse_cdf(log_p.detach(), uniform.to(log_p.device))
-        log_p.gather(1, y[:, None]).sum().backward()
+        uniform = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+        logits.backward(_gradient_of_draws(logits.detach(), uniform.to(logits.device)))
 
     hooks = [_frozen(model), *(_gradient_caught(mlp, observe) for mlp in mlps), torch.enable_grad()]
     _run_batches(model, batches, hooks, step, **options)
@@ -112,10 +106,15 @@ def _options(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if _is_transformers(model) else {}
 
 
-def _inverse_cdf(log_p: Tensor, uniform: Tensor) -> Tensor:
-    """One index a row, drawn with probabilities ``exp(log_p)``."""
-    cumulative = log_p.double().exp().cumsum(-1)
-    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None]).clamp(max=log_p.shape[1] - 1)[:, 0]
+def _gradient_of_draws(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The gradient of ``log p(y)`` by ``logits`` ``[T, V]``: one at y, less p. ``uniform`` draws each y from p."""
+    gradient = logits.float().softmax(-1)
+    rows = max(1, _CHUNK // logits.shape[1])
+    for p, u in zip(gradient.split(rows), uniform.split(rows), strict=True):
+        cumulative = p.cumsum(-1, dtype=torch.float64)
+        y = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None]).clamp(max=p.shape[1] - 1)
+        p.neg_().scatter_add_(1, y, p.new_ones(()).expand_as(y))
+    return gradient.to(logits.dtype)
 
 
 @contextmanager
@@ -191,8 +190,8 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
 
     def keep(_: GatedMLP, gate: Tensor, up: Tensor) -> None:
         caught[:] = gate.detach(), up.detach()
-        bad = sum(int((~values.isfinite()).sum()) for values in caught)  # else earlier layers would be named
-        if bad:
+        if not torch.stack([*gate.aminmax(), *up.aminmax()]).isfinite().all():  # else earlier layers would be named
+            bad = sum(int((~values.isfinite()).sum()) for values in caught)
             raise ValueError(f"{bad} of {2 * gate.numel()} values are NaN or infinite")
 
     def open_output(module: nn.Module, args: object, output: Tensor) -> Tensor:

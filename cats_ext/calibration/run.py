@@ -44,7 +44,7 @@ def calibrate(
     gate_power: float | None = None,
     last_gate_power: float | None = None,
     importance: str | None = None,
-    allocation: str | None = None,
+    allocation: str = CalibrationSettings.allocation,
     spread: float = CalibrationSettings.spread,
     max_tokens: int = CalibrationSettings.max_tokens,
     sequence_length: int = CalibrationSettings.sequence_length,
@@ -81,7 +81,7 @@ def calibrate(
         tokenizer: needed for texts.
         sparsity: share of neurons to skip in every layer, in [0, 1); 0 sets thresholds of 0, which is the dense model.
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``. Without
-            either it is 2/3, or a sparsity of 0.5 where there can be no search and with the other rules.
+            either it is 2/3.
         rule: "two_threshold", "plain" or "weighted".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
         gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/2
@@ -90,10 +90,9 @@ def calibrate(
             gate_power, 1 with "weighted" and 1/16 with "two_threshold".
         importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 16,384
             tokens. By default "gradient" with the two-threshold rule, dense MLPs and a model with a head, else "norm".
-        allocation: "uniform" gives every layer the same sparsity, as in the paper; the default for a sparsity.
-            "search" spreads the budget over layers, and over up and down, so that the predictions change least (the
-            default for a budget, and for neither with importance "gradient"); the last layer stays as it is,
-            :mod:`cats_ext.thresholds.allocation`. Takes another backward pass.
+        allocation: "uniform" gives every layer the same sparsity, as in the paper. "search" spreads the bytes over
+            layers, and over up and down, so that the predictions change least; the last layer stays as it is,
+            :mod:`cats_ext.thresholds.allocation`. Takes another backward pass over 16,384 tokens.
         spread: of a search, the largest difference between a layer's up and down sparsity and those of the uniform
             allocation, in (0, 1].
         max_tokens: how many tokens to use at most.

@@ -22,6 +22,7 @@ from cats_ext.thresholds.rules import (
     DEFAULT_GATE_POWER,
     LAST_GATE_POWER,
     budget_of,
+    check_choice,
     check_weights,
     sparsity_of,
     sparsity_split,
@@ -45,7 +46,7 @@ class CalibrationSettings:
     gate_power: float | None = None
     last_gate_power: float | None = None
     importance: str | None = None
-    allocation: str | None = None
+    allocation: str = "uniform"
     spread: float = 1.0
     max_tokens: int = 32768
     sequence_length: int = 1024
@@ -55,9 +56,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if self.sparsity is not None and self.budget is not None:
             raise ValueError(f"give sparsity or budget, not both, got {self.sparsity} and {self.budget}")
-        if self.allocation not in (None, *ALLOCATIONS):
-            raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
-        if self.down_sparsity is not None and self._given_allocation == "search":
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        if self.down_sparsity is not None and self.allocation == "search":
             raise ValueError(f"down_sparsity is for uniform allocation, got {self.down_sparsity} with a search")
         _ = self.split  # raises for a rule or a sparsity that is not possible
         if not isinstance(self.spread, (int, float)) or isinstance(self.spread, bool) or not 0 < self.spread <= 1:
@@ -80,11 +80,6 @@ class CalibrationSettings:
         """Up and down sparsity of every layer in the uniform allocation."""
         return sparsity_split(self.target, self.rule, self.down_sparsity)
 
-    @property
-    def _given_allocation(self) -> str:
-        """The allocation where the model is not asked: searched for a budget."""
-        return self.allocation or ("uniform" if self.budget is None else "search")
-
     def for_model(self, model: nn.Module, mlps: Sequence[GatedMLP]) -> CalibrationSettings:
         """These settings for ``model`` and its dense MLPs, with a sparsity for a budget and the defaults filled in.
 
@@ -100,17 +95,13 @@ class CalibrationSettings:
             gate_power = 0.0 if has_experts and self.rule == "two_threshold" else DEFAULT_GATE_POWER[self.rule]
         if last_gate_power is None:
             last_gate_power = min(gate_power, LAST_GATE_POWER[self.rule])
-        allocation = self._given_allocation
-        if (importance == "gradient" or allocation == "search") and not gradients:
+        if (importance == "gradient" or self.allocation == "search") and not gradients:
             raise ValueError(
                 "importance must be 'norm' and allocation 'uniform' for a model without an output layer or made in "
-                f"inference mode, got {importance!r} and {allocation!r}"
+                f"inference mode, got {importance!r} and {self.allocation!r}"
             )
         if has_experts:
-            _check_for_experts(max(gate_power, last_gate_power), importance, allocation)
-        no_target = all(given is None for given in (self.sparsity, self.budget, self.down_sparsity, self.allocation))
-        if no_target and self.rule == "two_threshold" and importance == "gradient":
-            allocation = "search"
+            _check_for_experts(max(gate_power, last_gate_power), importance, self.allocation)
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         settings = replace(
             self,
@@ -119,10 +110,9 @@ class CalibrationSettings:
             gate_power=gate_power,
             last_gate_power=last_gate_power,
             importance=importance,
-            allocation=allocation,
             sequence_length=self.sequence_length if longest is None else min(self.sequence_length, longest),
         )
-        if allocation == "search":  # a budget that cannot be met is refused now, not after all passes
+        if self.allocation == "search":  # a budget that cannot be met is refused now, not after all passes
             losses = settings.loss_table(torch.zeros(len(mlps), len(search_options(self.rule))))
             sizes = [mlp.hidden_size * mlp.intermediate_size for mlp in mlps]
             losses.targets(budget_of(settings.target), sizes, settings.split)
@@ -151,7 +141,7 @@ class CalibrationSettings:
 def _check_for_experts(gate_power: float, importance: str, allocation: str) -> None:
     """Raise for settings that need sums over each neuron's tokens: too few tokens reach each expert."""
     for name, value, possible in (
-        ("allocation (by default 'search' with a budget)", allocation, "uniform"),
+        ("allocation", allocation, "uniform"),
         ("gate_power (by default 1 with the rule 'weighted')", gate_power, 0),
         ("importance", importance, "norm"),
     ):

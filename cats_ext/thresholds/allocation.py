@@ -79,7 +79,8 @@ class LossTable:
         """Up and down sparsity of each layer with the smallest sum of losses; the last layer keeps the uniform ones.
 
         The last layer is left out because its MLP changes the logits directly. Masking it raises the average divergence
-        but keeps the accuracy on rare words (LAMBADA), and the losses measure only the divergence (docs/quality.md).
+        but keeps the accuracy on rare words (LAMBADA), and the losses measure only the divergence
+        (docs/quality-evidence.md).
 
         Args:
             budget: share of all MLP bytes that a token may read.

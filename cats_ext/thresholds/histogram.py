@@ -15,6 +15,7 @@ from torch import Tensor
 from cats_ext.thresholds.rules import check_count
 
 _MANTISSA = 23  # stored mantissa bits of float32
+MANTISSA_BITS = 9  # of a bucket: relative width 0.2 %
 _MOST_BITS = 16
 _CHUNK = 1 << 20  # values bucketed at a time: temporaries of some 20 MB
 
@@ -22,6 +23,12 @@ _CHUNK = 1 << 20  # values bucketed at a time: temporaries of some 20 MB
 def bucket_edge(bucket: int, mantissa_bits: int) -> float:
     """Smallest magnitude that falls into ``bucket``."""
     return struct.unpack("<f", struct.pack("<I", bucket << (_MANTISSA - mantissa_bits)))[0]
+
+
+def buckets_of(values: Tensor, mantissa_bits: int) -> Tensor:
+    """The bucket of each ``|value|``, computed as float32: int32, flat."""
+    magnitudes = values.detach().reshape(-1).float().abs()
+    return magnitudes.view(torch.int32).bitwise_right_shift_(_MANTISSA - mantissa_bits)
 
 
 def check_counts(name: str, counts: Tensor) -> None:
@@ -40,7 +47,7 @@ class Histogram:
     normal number 2**-126 the width is the constant ``2**-(126 + mantissa_bits)``.
     """
 
-    def __init__(self, mantissa_bits: int = 9, device: torch.device | str = "cpu") -> None:
+    def __init__(self, mantissa_bits: int = MANTISSA_BITS, device: torch.device | str = "cpu") -> None:
         check_count("mantissa_bits", mantissa_bits, 0, _MOST_BITS)
         self.mantissa_bits = mantissa_bits
         self.counts = torch.zeros(256 << mantissa_bits, dtype=torch.int64, device=device)
@@ -58,10 +65,8 @@ class Histogram:
         Raises:
             ValueError: a value is NaN or infinite. Nothing is counted then beyond earlier chunks of ``values``.
         """
-        flat = values.detach().reshape(-1)
-        for chunk in flat.split(_CHUNK):
-            bits = chunk.float().contiguous().view(torch.int32) & 0x7FFFFFFF
-            counts = torch.bincount(bits >> (_MANTISSA - self.mantissa_bits), minlength=len(self.counts))
+        for chunk in values.reshape(-1).split(_CHUNK):
+            counts = torch.bincount(buckets_of(chunk, self.mantissa_bits), minlength=len(self.counts))
             not_finite = int(counts[255 << self.mantissa_bits :].sum())
             if not_finite:
                 raise ValueError(f"{not_finite} of {len(chunk)} values are NaN or infinite")

@@ -16,7 +16,7 @@ IMPORTANCES = ("norm", "gradient")
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
 # Default exponents of the gate's weights, in all layers but the last, and in the last. Full weights in the last layer
-# lose accuracy on rare words and improve little else (docs/quality.md; sweep_last, text and tasks.csv of its results).
+# lose accuracy on rare words and improve little else (docs/quality-evidence.md; its sweep_last, text and tasks.csv).
 DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5}
 LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625}
 

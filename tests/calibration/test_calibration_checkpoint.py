@@ -11,7 +11,13 @@ from cats_ext.calibration import checkpoint as calibration_checkpoint
 from cats_ext.calibration import passes as calibration_passes
 
 ARGUMENTS = dict(
-    rule="two_threshold", importance="gradient", gate_power=0.5, budget=0.6, sequence_length=100, progress=False
+    rule="two_threshold",
+    importance="gradient",
+    gate_power=0.5,
+    budget=0.6,
+    allocation="search",
+    sequence_length=100,
+    progress=False,
 )
 
 

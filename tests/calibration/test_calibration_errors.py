@@ -42,15 +42,19 @@ def test_argument_errors(arguments, error, message):
         (dict(budget="half"), TypeError, r"budget must be a number in \(1/3, 1\], got 'half'"),
         (dict(budget=0.6, sparsity=0.5), ValueError, "give sparsity or budget, not both, got 0.5 and 0.6"),
         (dict(allocation="best"), ValueError, "allocation must be one of uniform, search, got 'best'"),
-        (dict(budget=0.6, rule="two_threshold", down_sparsity=0.7), ValueError, "down_sparsity is for uniform alloc"),
+        (dict(allocation="search", down_sparsity=0.7), ValueError, "down_sparsity is for uniform allocation, got 0.7"),
         (dict(rule="plain", gate_power=0.5), ValueError, "gate_power must be 0 for the rule 'plain', .* got 0.5"),
         (dict(last_gate_power=2), ValueError, r"last_gate_power must be in \[0, 1\], got 2"),
         (dict(rule="plain", last_gate_power=1), ValueError, "last_gate_power must be 0 for the rule 'plain'"),
         (dict(gate_power=2, rule="weighted"), ValueError, r"gate_power must be in \[0, 1\], got 2"),
         (dict(gate_power="1", rule="weighted"), TypeError, r"gate_power must be a number in \[0, 1\], got '1'"),
         (dict(budget=0.6, spread=0), ValueError, r"spread must be a number in \(0, 1\], got 0"),
-        (dict(spread=0.01), ValueError, r"no sparsity that was tried is within 0.01 of \(0.375, 0.625\)"),
-        (dict(budget=0.335), ValueError, r"budget must be at least 0.34 for a search, got 0.335"),
+        (
+            dict(allocation="search", spread=0.01),
+            ValueError,
+            r"no sparsity that was tried is within 0.01 of \(0.375, 0.625\)",
+        ),
+        (dict(allocation="search", budget=0.335), ValueError, r"budget must be at least 0.34 for a search, got 0.335"),
         (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
     ],
 )
@@ -114,11 +118,11 @@ def test_without_gradients_norms_are_the_weights():
     whole = tiny_model()
     assert calibrate(whole, tokens(300), progress=False).importance == "gradient"
     without = calibrate(whole.model, tokens(300), progress=False)
-    assert without.importance == "norm" and "search" not in without.calibration and without.sparsity == 0.5
+    assert without.importance == "norm" and without.sparsity == 0.5
     with pytest.raises(ValueError, match=r"without an output layer .* got 'gradient' and 'uniform'"):
         calibrate(whole.model, tokens(300), importance="gradient", progress=False)
     with pytest.raises(ValueError, match=r"without an output layer .* got 'norm' and 'search'"):
-        calibrate(whole.model, tokens(300), budget=0.6, progress=False)
+        calibrate(whole.model, tokens(300), allocation="search", progress=False)
     with torch.inference_mode():
         inside = calibrate(whole, tokens(300), progress=False)
         assert inside.importance == "gradient"

@@ -12,7 +12,7 @@ from torch import nn
 from cats_ext import CatsConfig, apply_cats, calibrate, remove_cats
 from cats_ext._inputs import batches_of
 from cats_ext.calibration.accumulator import LayerAccumulator
-from cats_ext.calibration.passes import run_gradient_pass
+from cats_ext.calibration.passes import _gradient_of_draws, run_gradient_pass
 from cats_ext.evaluation.comparison import compare
 from cats_ext.patching.detection import GatedMLP, find_gated_mlps
 from cats_ext.thresholds.allocation import search_options
@@ -52,6 +52,22 @@ def test_gradient_is_that_of_dropping_a_neuron(family):
                 sums.append(model(input_ids=ids).logits[0].double().log_softmax(-1).gather(1, y).sum())
                 weight[:, j] = kept
             assert float(predicted[j]) == pytest.approx(float(sums[0] - sums[1]) / (2 * epsilon), rel=0.02, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_draws_is_that_of_autograd(dtype):
+    logits = torch.randn(40, 3000).to(dtype).requires_grad_()
+    gradient = _gradient_of_draws(logits.detach(), torch.rand(40, dtype=torch.float64))
+    y = gradient.argmax(1)
+    logits.float().log_softmax(-1).gather(1, y[:, None]).sum().backward()
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_draws_have_the_probabilities_of_the_model():
+    p = torch.tensor([0.1, 0.2, 0.7])
+    gradient = _gradient_of_draws(p.log().expand(10000, 3), (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000)
+    torch.testing.assert_close(gradient.mean(0), torch.zeros(3), atol=2e-4, rtol=0)
 
 
 def test_gradient_pass_leaves_nothing_behind():
@@ -118,7 +134,8 @@ def uneven():
 @pytest.mark.parametrize("rule", ["plain", "two_threshold"])
 def test_search_takes_from_the_layer_that_matters_least(uneven, rule):
     ids = tokens(600)
-    config = calibrate(uneven, ids, rule=rule, budget=0.6, spread=0.3, sequence_length=150, progress=False)
+    arguments = dict(allocation="search", spread=0.3, sequence_length=150, progress=False)
+    config = calibrate(uneven, ids, rule=rule, budget=0.6, **arguments)
     shares = [layer.bytes_share for layer in config.layers.values()]
     assert shares[1] == min(shares) < 0.5
     assert config.bytes_share <= 0.6 + 1e-6 and config.bytes_share == pytest.approx(0.6, abs=0.02)
@@ -134,7 +151,7 @@ def test_search_takes_from_the_layer_that_matters_least(uneven, rule):
 
 
 def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
-    arguments = dict(rule="two_threshold", sequence_length=150, progress=False)
+    arguments = dict(rule="two_threshold", allocation="search", sequence_length=150, progress=False)
     config = calibrate(uneven, tokens(600), budget=0.6, **arguments)
     config.save_pretrained(tmp_path)
     loaded = CatsConfig.from_pretrained(tmp_path)
@@ -149,22 +166,20 @@ def test_another_budget_follows_from_the_stored_losses(uneven, tmp_path):
 
 
 def test_the_search_says_beforehand_how_long_it_takes(uneven, capsys):
-    calibrate(uneven, tokens(200), budget=0.6, sequence_length=100)
+    calibrate(uneven, tokens(200), allocation="search", sequence_length=100)
     assert re.match(r"calibration on \d+ tokens in 4 passes: about \d+ s\n", capsys.readouterr().err)
-    calibrate(uneven, tokens(200), budget=0.6, sequence_length=100, progress=False)
+    calibrate(uneven, tokens(200), allocation="search", sequence_length=100, progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_without_a_target_the_same_bytes_as_at_one_half_are_searched(uneven):
-    arguments = dict(sequence_length=150, progress=False)
+    arguments = dict(allocation="search", sequence_length=150, progress=False)
     config = calibrate(uneven, tokens(600), **arguments)
     assert config.sparsity == 0.5 and config.losses is not None
     same = calibrate(uneven, tokens(600), budget=2 / 3, **arguments)
     for name, layer in same.layers.items():
         assert config.layers[name].up_sparsity == pytest.approx(layer.up_sparsity)
         assert config.layers[name].down_sparsity == pytest.approx(layer.down_sparsity)
-    for other in (dict(sparsity=0.5), dict(down_sparsity=0.6), dict(rule="plain"), dict(importance="norm")):
-        assert "search" not in calibrate(uneven, tokens(600), **other, **arguments).calibration
     assert config.at_sparsity(0.98).bytes_share == pytest.approx(1 - 0.98 * 2 / 3, abs=0.01)
     with pytest.raises(ValueError, match=r"budget must be at least 0.34 for a search, got 0.3367"):
         config.at_sparsity(0.995)
@@ -178,11 +193,11 @@ def test_a_search_is_checked_window_by_window(uneven):
         lengths.append(named["input_ids"].shape[1])
 
     hook = uneven.register_forward_pre_hook(count, with_kwargs=True)
-    ragged = calibrate(uneven, [tokens(150), *tokens(60).view(-1, 20), tokens(1)], progress=False)
+    ragged = calibrate(uneven, [tokens(150), *tokens(60).view(-1, 20), tokens(1)], allocation="search", progress=False)
     hook.remove()
     assert lengths[-16:] == 2 * [150, 150, 20, 20, 20, 20, 20, 20]  # dense and sparse, uniform and searched
     assert ragged.calibration["search"]["uniform_kl"] > 0
-    single = calibrate(uneven, list(tokens(200).view(-1, 1)), progress=False)
+    single = calibrate(uneven, list(tokens(200).view(-1, 1)), allocation="search", progress=False)
     assert single.losses is None and single.calibration["search"] == {"uniform_kl": 0, "searched_kl": 0}
 
 
@@ -194,8 +209,9 @@ def test_counts_of_a_7b_model_take_less_than_200_mb():
     gate, up, gradient = torch.randn(4, 14336), torch.randn(4, 14336), torch.randn(4, 8)
     accumulator.add_gradient(gate, up, gradient)
     accumulator.finish_weights()
-    accumulator.add_gate(gate, up)
-    accumulator.add_joint(gate, up)
+    accumulator.add_activations(gate, up)
+    accumulator.finish_sample()
+    accumulator.add_activations(gate, up)
     cuts = [accumulator.statistics().cuts(*option) for option in search_options("two_threshold")]
     accumulator.add_losses(gate, up, gradient, cuts)
     assert 32 * sum(t.numel() * t.element_size() for t in accumulator.state().values()) < 200e6
@@ -222,7 +238,7 @@ def test_a_model_with_an_offloaded_layer_is_not_calibrated():
 def test_a_model_spread_over_devices_is_calibrated_alike():
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
-    arguments = dict(budget=0.7, importance="gradient", gate_power=0.5, sequence_length=128, progress=False)
+    arguments = dict(budget=0.7, allocation="search", sequence_length=128, progress=False)
     whole = calibrate(tiny_model(), tokens(600), **arguments)
     model = spread_model("cuda:1")
     assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0", "cuda:1"}

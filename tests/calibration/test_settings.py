@@ -19,11 +19,12 @@ def resolved(family: str = "llama", **given) -> CalibrationSettings:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, ("gradient", "search", [0.5, 0.5, 0.0625])),
+        ({}, ("gradient", "uniform", [0.5, 0.5, 0.0625])),
         ({"sparsity": 0.5}, ("gradient", "uniform", [0.5, 0.5, 0.0625])),
-        ({"budget": 0.6}, ("gradient", "search", [0.5, 0.5, 0.0625])),
+        ({"budget": 0.6}, ("gradient", "uniform", [0.5, 0.5, 0.0625])),
         ({"importance": "norm"}, ("norm", "uniform", [0.5, 0.5, 0.0625])),
-        ({"gate_power": 0}, ("gradient", "search", [0, 0, 0])),
+        ({"gate_power": 0}, ("gradient", "uniform", [0, 0, 0])),
+        ({"allocation": "search"}, ("gradient", "search", [0.5, 0.5, 0.0625])),
         ({"rule": "plain"}, ("norm", "uniform", [0, 0, 0])),
         ({"rule": "weighted"}, ("norm", "uniform", [1, 1, 1])),
     ],
@@ -33,17 +34,17 @@ def test_defaults_of_the_rules(given, expected):
     assert (settings.importance, settings.allocation, settings.gate_powers(3)) == expected
 
 
-def test_a_mixture_of_experts_has_no_weights_and_no_search():
+def test_a_mixture_of_experts_has_no_weights():
     if not keeps_experts_together(tiny_model("qwen3-moe")):
         pytest.skip("this transformers has lists of experts")
-    settings = resolved("qwen3-moe")
+    settings = resolved("qwen3-moe", budget=0.6)
     assert (settings.importance, settings.allocation, settings.gate_powers(3)) == ("norm", "uniform", [0, 0, 0])
 
 
 def test_a_budget_becomes_a_sparsity():
     settings = resolved(budget=0.6)
     assert settings.budget is None and settings.sparsity == pytest.approx(0.6)
-    assert asdict(settings) == asdict(resolved(sparsity=settings.sparsity, allocation="search"))
+    assert asdict(settings) == asdict(resolved(sparsity=settings.sparsity))
 
 
 def test_settings_are_frozen():

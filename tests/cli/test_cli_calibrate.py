@@ -69,13 +69,14 @@ def test_calibrate_refuses_settings_before_loading(option, value, message):
 
 def test_calibrate_spreads_a_budget(model_dir, text_file, tmp_path):
     arguments = ("--rule", "two_threshold", "--importance", "gradient", "--gate-power", 0.5, "--sequence-length", 128)
-    result = cats("calibrate", model_dir, "--text", text_file, "-o", tmp_path, "--budget", 0.6, *arguments)
+    search = (*arguments, "--allocation", "search")
+    result = cats("calibrate", model_dir, "--text", text_file, "-o", tmp_path, "--budget", 0.6, *search)
     assert result.exit_code == 0, result.stderr
     assert "with the budget searched" in " ".join(result.stdout.split())
     config = cats_ext.CatsConfig.from_pretrained(tmp_path)
     assert config.bytes_share <= 0.6 + 1e-6 and config.losses is not None and config.importance == "gradient"
     assert config.sparse_prefill
-    uniform = ("--allocation", "uniform", "--dense-prefill", "--checkpoint", tmp_path / "checkpoint")
+    uniform = ("--dense-prefill", "--checkpoint", tmp_path / "checkpoint")
     json_of("calibrate", model_dir, "--text", text_file, "-o", tmp_path, "--budget", 0.6, *arguments, *uniform)
     config = cats_ext.CatsConfig.from_pretrained(tmp_path)
     assert config.losses is None and config.bytes_share == pytest.approx(0.6) and not config.sparse_prefill

@@ -87,7 +87,7 @@ def test_tasks_and_search_are_shown(tmp_path):
     from support.models import tiny_model, tokens
 
     config = calibrate(
-        tiny_model(), tokens(600), rule="two_threshold", gate_power=0.5, budget=0.6, sequence_length=150, progress=False
+        tiny_model(), tokens(600), gate_power=0.5, budget=0.6, allocation="search", sequence_length=150, progress=False
     )
     config.save_pretrained(tmp_path)
     task = {"task": "piqa", "items": 9, "dense": 0.5, "dense_se": 0.1, "sparse": 0.25, "sparse_se": None, "lost": 3}

@@ -256,7 +256,7 @@ def test_rules_with_weights_and_the_search_are_refused():
     for arguments, message in (
         ({"rule": "weighted"}, "gate_power .* must be 0 for mixtures of experts, got 1"),
         ({"importance": "gradient"}, "importance must be 'norm' for mixtures of experts, got 'gradient'"),
-        ({"budget": 0.6}, "allocation .* must be 'uniform' for mixtures of experts, got 'search'"),
+        ({"allocation": "search"}, "allocation must be 'uniform' for mixtures of experts, got 'search'"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, tokens(300), progress=False, **arguments)

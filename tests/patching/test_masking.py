@@ -38,7 +38,7 @@ def model():
 
 
 REFUSED = {
-    "calibrate with a budget": lambda model: calibrate(model, tokens(300), budget=0.6, sequence_length=150),
+    "calibrate with a search": lambda model: calibrate(model, tokens(300), allocation="search", sequence_length=150),
     "calibrate": lambda model: config_for(model),
     "apply_cats": lambda model: apply_cats(model, config_for(tiny_model())),
     "apply_relufication": apply_relufication,

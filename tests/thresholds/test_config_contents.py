@@ -19,7 +19,7 @@ NAME = "model.layers.0.mlp"
 
 @pytest.fixture(scope="module")
 def config():
-    return calibrate(tiny_model(), tokens(300), rule="two_threshold", gate_power=1, progress=False)
+    return calibrate(tiny_model(), tokens(300), gate_power=1, allocation="search", progress=False)
 
 
 def save_altered(config, directory, changes=None, tensors=None) -> None:

@@ -67,6 +67,26 @@ def test_order_and_pieces_do_not_matter(layer):
     assert statistics_of(v[order], h[order]) == statistics
 
 
+def test_bins_of_a_part_reach_the_shares_of_all(layer):
+    v, h, _ = layer
+    part, gate = Histogram(), Histogram()
+    part.add(v[::97])
+    gate.add(v)
+    joint = JointHistogram.over(part)
+    joint.add(v, h)
+    bins = torch.bucketize(v.abs(), joint.edges, right=True) - 1
+    assert torch.equal(joint.counts.sum(1), bins.bincount(minlength=len(joint.edges)))
+    threshold, down_threshold = LayerStatistics(gate, joint.trimmed()).thresholds(0.375, 0.625)
+    dropped = ~((v.abs() >= threshold) & (h.abs() >= down_threshold))
+    assert float(dropped.double().mean()) == pytest.approx(0.625, abs=0.003)
+
+
+def test_bins_of_an_empty_part_are_two():
+    joint = JointHistogram.over(Histogram())
+    joint.add(torch.tensor([0.0, -2.0]), torch.ones(2))
+    assert joint.counts.sum(1).tolist() == [1, 1]
+
+
 def test_contributions_that_are_all_zero():
     v = torch.linspace(0.1, 1, 1000)
     threshold, down_threshold = statistics_of(v, torch.zeros(1000)).thresholds(0.4, 0.6)

@@ -84,7 +84,7 @@ def make_checkpoints(directory: Path) -> Checkpoints:
         expected = signature(model)
         return Checkpoint(directory / name, remove_cats(model), expected)
 
-    searched = {"budget": 0.6, "rule": "two_threshold"}
+    searched = {"budget": 0.6, "allocation": "search"}
     by_rule = {
         "searched": make("searched", 0, **searched),
         "two_threshold": make("two_threshold", 0, sparsity=0.5, rule="two_threshold", gate_power=0.5),

@@ -29,7 +29,7 @@ from cats_ext import (
 from cats_ext.calibration import checkpoint as calibration_checkpoint
 from cats_ext.patching.apply import current_config, sparse_mlps
 
-_CALIBRATION: dict[str, Any] = dict(budget=0.6, rule="two_threshold", sequence_length=100, progress=False)
+_CALIBRATION: dict[str, Any] = dict(budget=0.6, allocation="search", sequence_length=100, progress=False)
 
 
 def model_state(model: nn.Module) -> State:

@@ -47,8 +47,8 @@ def calibrate(
         typer.Option(help="Weights of neurons: norms, or gradients of the predictions. Without it the rule's own."),
     ] = None,
     allocation: Annotated[
-        Allocation | None, typer.Option(help="All layers alike, or searched; without it alike for a --sparsity.")
-    ] = None,
+        Allocation, typer.Option(help="All layers alike, or a search, which may lose less and takes twice as long.")
+    ] = DEFAULTS.allocation,
     spread: Annotated[
         float, typer.Option(help="search: largest difference of a layer's sparsity from that of all layers alike.")
     ] = DEFAULTS.spread,
@@ -82,7 +82,7 @@ def calibrate(
         gate_power=gate_power,
         last_gate_power=last_gate_power,
         importance=importance and importance.value,
-        allocation=allocation and allocation.value,
+        allocation=allocation.value,
         spread=spread,
         max_tokens=max_tokens,
         sequence_length=sequence_length,

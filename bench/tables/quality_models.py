@@ -1,0 +1,83 @@
+"""Tables of the comparison at equal bytes, of two models, for both pages about quality: from compare_*.csv.
+
+Rows of tasks are those of the reported half; the other half was looked at when rules were chosen.
+"""
+
+from __future__ import annotations
+
+from bench.tables.pages import link, read, table
+
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
+TASKS = {"mean": "eight tasks", "lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"}
+NAMES = {"default, alike": "default", "means, map r32": "means and a map of rank 32"}
+PEERS = ("plain 0.667", "default, alike 0.667", "WINA 0.667", "TEAL 0.667")
+COMPENSATION = tuple(
+    f"{name} {budget}"
+    for budget in (0.667, 0.55)
+    for name in ("default, alike", "means", "means, map r32", "means, full weights in the last layer")
+)
+DEFAULT = ("default, alike 0.667", "default, alike 0.55")
+
+Row = dict[str, str]
+
+
+def text_rows(model: str) -> dict[str, Row]:
+    return {row["variant"]: row for row in read(f"quality/compare_{model}_text.csv")}
+
+
+def task_rows(model: str) -> dict[tuple[str, str], Row]:
+    rows = read(f"quality/compare_{model}_tasks.csv")
+    return {(row["variant"], row["task"]): row for row in rows if row["half"] == "reported"}
+
+
+def made() -> str:
+    names = [f"quality/compare_{model}_{part}.csv" for model in MODELS for part in ("text", "tasks")]
+    row = read(names[0])[0]
+    where = f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+    return f"{', '.join(map(link, names))}, {where}."
+
+
+def words(variant: str) -> str:
+    name, budget = variant.rsplit(" ", 1)
+    return f"{NAMES.get(name, name)}, {float(budget):.0%}"
+
+
+def accuracy(row: Row | None) -> str:
+    """Points from the dense model; of the dense model, which differs from nothing, the accuracy."""
+    if row is None or float(row["dense"]) == 0:
+        return ""
+    if row["variant"] == "dense":
+        return f"{100 * float(row['dense']):.1f}"
+    return f"{100 * float(row['difference']):+.1f} ± {100 * float(row['difference_se']):.1f}"
+
+
+def perplexity(row: Row, dense: Row) -> str:
+    value, ratio = float(row["c4_ppl"]), float(row["c4_ppl"]) / float(dense["c4_ppl"])
+    return f"{value:.2f}" if row is dense else f"{value:.2f} ({ratio:.3f}x)"
+
+
+def rows_of(variants: tuple[str, ...], share: str) -> str:
+    """One table: for each model the dense one and ``variants``, as far as they were measured."""
+    rows = []
+    for model, name in MODELS.items():
+        text, tasks = text_rows(model), task_rows(model)
+        for variant in ("dense", *(v for v in variants if v in text)):
+            row = text[variant]
+            cells = [f"{float(row[f'{share}_share']):.1%}", f"{float(row['c4_kl']):.3f}"]
+            cells.append(perplexity(row, text["dense"]))
+            cells += [accuracy(tasks.get((variant, task))) for task in TASKS]
+            rows.append([f"{name}, dense" if variant == "dense" else words(variant), *cells])
+    read_of = {"mlp": "MLP weights read", "model": "all weights read"}[share]
+    return table(["", read_of, "C4 KL, nats", "C4 perplexity", *TASKS.values()], rows)
+
+
+def costs() -> str:
+    return f"{made()}\n\n{rows_of(DEFAULT, 'mlp')}"
+
+
+def peers() -> str:
+    return f"{made()}\n\n{rows_of(PEERS, 'model')}"
+
+
+def compensation() -> str:
+    return rows_of(COMPENSATION, "mlp")
