@@ -141,7 +141,8 @@ def calibrate(
             raise ValueError(f"checkpoint must be None for a tensor-parallel model, got {str(checkpoint)!r}")
         identity = settings.identity(len(mlps))
         saved = Checkpoint(checkpoint, identity, model, windows, layers)
-    check_same(group, "data", lambda: (identity, sha256(torch.cat(windows).numpy().tobytes()).digest()))
+    check_same(group, "the arguments of calibrate", lambda: repr(settings))
+    check_same(group, "data", lambda: sha256(torch.cat(windows).numpy().tobytes()).digest())
     count_activations(model, layers, windows, settings, saved, progress)
     config = _uniform_config(model, layers, windows, settings)
     if settings.allocation == "search":

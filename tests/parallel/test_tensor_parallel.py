@@ -289,6 +289,16 @@ def test_data_that_differs_between_ranks(dense_directory):
         assert "data must be the same on all ranks" in str(error)
 
 
+def calibrate_to_another_sparsity(directory) -> None:
+    sparsity = 0.5 + 0.1 * torch.distributed.get_rank()
+    calibrate(load_parallel(directory), tokens(300), sparsity=sparsity, progress=False)
+
+
+def test_arguments_that_differ_between_ranks(dense_directory):
+    for error in on_ranks(calibrate_to_another_sparsity, dense_directory, fail=True):
+        assert "the arguments of calibrate must be the same on all ranks" in str(error)
+
+
 def calibrate_with_a_checkpoint(directory, path) -> None:
     config_for(load_parallel(directory), checkpoint=path)
 
