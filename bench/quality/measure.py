@@ -83,8 +83,9 @@ class Bench:
             found = cats_ext.calibrate(self.model, windows, progress=False, **arguments)
             seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
             row = {"name": name, "rule": found.rule, "tokens": found.calibration["tokens"], "seconds": seconds}
+            row |= {"cpu_seconds": cpu_seconds, "threads": torch.get_num_threads()}
             kl_by_allocation = found.calibration.get("search", {})
-            self.tables["calibration"].add(row | {"cpu_seconds": cpu_seconds} | kl_by_allocation)
+            self.tables["calibration"].add(row | kl_by_allocation)
             print(f"  calibrated in {seconds:.1f} s: {kl_by_allocation}")
             self.configs[key] = found
             if self.args.kept:

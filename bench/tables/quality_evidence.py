@@ -242,6 +242,16 @@ def prefill() -> str:
     return table(["perplexity of what follows", "prompt sparse", "prompt dense"], rows)
 
 
+def calibration() -> str:
+    rows = []
+    for row in read("quality/calibration.csv"):
+        times = [f"{float(row[key]):.0f}" if row[key] else "" for key in ("seconds", "cpu_seconds")]
+        name = NAMES[row["name"]].replace("**", "")
+        rows.append([name, f"{int(row['tokens']):,}", *times, row["threads"], row["commit"]])
+    header = ["", "tokens", "seconds", "CPU seconds", "threads", "commit"]
+    return f"{link('quality/calibration.csv')}\n\n{table(header, rows)}"
+
+
 def telemetry() -> str:
     on = next(row for row in read("quality/telemetry.csv") if row["counting"] == "on")
     overhead = float(on["overhead"])
@@ -259,6 +269,7 @@ PAGE = Page(
         "compensation": compensation,
         "rules": rules,
         "budgets": budgets,
+        "calibration": calibration,
         "sweep": sweep,
         "choice": choice,
         "last": last,
