@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.cli_runner import json_of
 from support.ranks import takes_tensor_parallelism
 
+import cats_ext
 from cats_ext import cli
 from cats_ext.cli import ranks
 
@@ -19,7 +21,8 @@ pytestmark = [takes_tensor_parallelism, pytest.mark.usefixtures("one_thread")]
 def torchrun(*arguments: object, count: int = 2) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "cats_ext", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
+    return subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=240)
 
 
 def document_of(*arguments: object) -> dict:

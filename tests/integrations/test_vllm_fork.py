@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.models import tiny_model, tokens
@@ -32,4 +33,5 @@ def test_a_forked_engine_has_its_threads(tmp_path):
     config = cats_ext.calibrate(model, [tokens(128)], sparsity=0.5, progress=False)
     cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], env=environment, timeout=60, check=True)
+    package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=package, env=environment, timeout=60, check=True)
