@@ -47,7 +47,7 @@ class Shard:
 
 @contextmanager
 def raised_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """An error inside on one rank is raised on all: the others would wait for it in their next communication.
+    """Raise an error of one rank on all: the others would wait for that rank in their next communication.
 
     Inside there must be no communication. None is a model of one process.
     """
@@ -60,7 +60,7 @@ def raised_together(group: dist.ProcessGroup | None) -> Iterator[None]:
         error = caught
     if group is None:
         return
-    messages = _told(group, None if error is None else f"{type(error).__name__}: {error}")
+    messages = _gathered(group, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     failed = next((rank for rank, message in enumerate(messages) if message is not None), None)
@@ -69,17 +69,17 @@ def raised_together(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def check_same(group: dist.ProcessGroup | None, name: str, digest: Callable[[], object]) -> None:
-    """Raise ValueError on all ranks unless what ``name`` stands for has the same ``digest`` on all of them."""
+    """Raise ValueError on all ranks unless they have the same ``digest``, of what the message calls ``name``."""
     if group is None:
         return
-    values = _told(group, digest())
+    values = _gathered(group, digest())
     other = next((rank for rank, said in enumerate(values) if said != values[0]), None)
     if other is not None:
         raise ValueError(f"{name} must be the same on all ranks, but rank {other} has another one than rank 0")
 
 
-def _told(group: dist.ProcessGroup, value: object) -> list:
-    """What each rank says."""
+def _gathered(group: dist.ProcessGroup, value: object) -> list:
+    """``value`` of every rank."""
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -101,7 +101,7 @@ def _hook(layer: nn.Module) -> dict[str, Any]:
 def with_bare_layers(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """A shallow copy of a sharded MLP that computes this rank's part of its output, without the down projection's bias.
 
-    It communicates with nobody.
+    Its forward does not communicate.
     """
     bare = copy.copy(module)
     bare._modules = module._modules | {name: _bare(module._modules[name], name != "down_proj") for name in names}
