@@ -20,11 +20,11 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 
 } // namespace
 
-// formats: of gate, up and down, or of rows; null where the weights are dense. The sentence of the check that fails,
-// valid until the thread's next call, or null.
+// formats: of gate, up and down, or of rows; null where the weights are dense. deviations: null where there are none.
+// The sentence of the check that fails, valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
-           int64_t activation_size, const char *const *formats) {
+           int64_t activation_size, const char *const *formats, const double *deviations, bool relu_up) {
     const std::string_view op(op_name), activation(activation_name, activation_size);
     const auto argument = [&](const char *name) {
         TensorArgument found{name};
@@ -51,6 +51,10 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
             if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
+        } else if (op == "exact_mlp") {
+            check_exact_mlp({argument("x"), argument("w_gate"), argument("w_up"), argument("w_down_t"), activation,
+                             deviations ? std::optional<double>(*deviations) : std::nullopt, relu_up,
+                             argument("gate_bias"), argument("up_bias"), argument("down_bias")});
         } else if (op == "activated_mlp") {
             check_activated_mlp({argument("v"), argument("w_down_t"), argument("down_bias"), argument("x"),
                                  argument("w_up"), argument("up_bias")});

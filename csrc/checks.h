@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -93,14 +94,16 @@ inline void check_present(const char *op, const TensorArgument &t) {
     CATS_REQUIRE(!t.freed, op, ": ", t.name, " must have memory, its storage has 0 bytes");
 }
 
-inline Activation check_activation(const char *op, std::string_view name) {
+// allow_squared: the caller takes relu2, too, which is not computed by all kernels.
+inline Activation check_activation(const char *op, std::string_view name, bool allow_squared = false) {
     if (name == "silu") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
     if (name == "relu") return Activation::kRelu;
     std::string shown(name);
     std::replace(shown.begin(), shown.end(), '\0', '?'); // where the sentence would end
-    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu, got '", shown, "'");
+    fail(op, ": activation must be one of silu, gelu, gelu_tanh, relu", allow_squared ? ", relu2" : "", ", got '",
+         shown, "'");
 }
 
 inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_double) {
@@ -265,6 +268,46 @@ inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const 
                  " of shape ", shape(y_sum), " on ", device(y_sum));
     check_present(op, norm_weight);
     p.norm_weight = check_vector(op, norm_weight, a.x, p.hidden_size);
+    return p;
+}
+
+struct ExactMlpArguments {
+    TensorArgument x, w_gate, w_up, w_down_t;
+    std::string_view activation;
+    std::optional<double> deviations;
+    bool relu_up;
+    TensorArgument gate_bias, up_bias, down_bias;
+};
+
+// As check_sparse_mlp; w_up may be absent, and nothing has a threshold.
+inline SparseMlpParams check_exact_mlp(const ExactMlpArguments &a) {
+    constexpr const char *op = "exact_mlp";
+    const TensorArgument &x = a.x, &w_gate = a.w_gate;
+    SparseMlpParams p{};
+    p.exact = true;
+    p.dtype = check_dtype(op, x, /*allow_double=*/false);
+    CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    check_present(op, w_gate);
+    CATS_REQUIRE(w_gate.dim == 2 && w_gate.sizes[0] > 0 && w_gate.sizes[1] > 0, op,
+                 ": w_gate must have shape [I, H] with I > 0 and H > 0, got ", shape(w_gate));
+    p.intermediate_size = w_gate.sizes[0], p.hidden_size = w_gate.sizes[1];
+    CATS_REQUIRE(x.last_size() == p.hidden_size, op, ": x must have last dimension H = ", p.hidden_size, ", got shape ",
+                 shape(x));
+    p.tokens = x.numel() / p.hidden_size;
+    p.x = x.data;
+    p.w_gate = check_weight(op, w_gate, x, p.intermediate_size, p.hidden_size, &p.w_gate_stride);
+    if (a.w_up.present()) p.w_up = check_weight(op, a.w_up, x, p.intermediate_size, p.hidden_size, &p.w_up_stride);
+    CATS_REQUIRE(a.w_up.present() || !a.up_bias.present(), op, ": up_bias needs w_up, got None");
+    CATS_REQUIRE(a.w_up.present() || !a.relu_up, op, ": relu_up needs w_up, got None");
+    p.w_down_t = check_weight(op, a.w_down_t, x, p.intermediate_size, p.hidden_size, &p.w_down_t_stride);
+    p.squared = a.activation == "relu2";
+    p.activation = check_activation(op, p.squared ? "relu" : a.activation, /*allow_squared=*/true);
+    CATS_REQUIRE(!a.deviations || (!a.relu_up && std::isfinite(*a.deviations)), op, ": deviations must be finite",
+                 a.relu_up ? ", and None with relu_up" : "", ", got ", a.deviations.value_or(0));
+    p.cutoff = a.deviations.has_value(), p.deviations = float(a.deviations.value_or(0)), p.relu_up = a.relu_up;
+    p.gate_bias = check_vector(op, a.gate_bias, x, p.intermediate_size);
+    p.up_bias = check_vector(op, a.up_bias, x, p.intermediate_size);
+    p.down_bias = check_vector(op, a.down_bias, x, p.hidden_size);
     return p;
 }
 

@@ -3,8 +3,8 @@
 //
 //     Backend::OnDevice(index)                     makes a device the current one while it lives
 //     Backend::empty_contiguous_like(tensor), empty_contiguous(like, sizes)
-//     Backend::run(params, device_index, ...)      launches sparse_mlp, activated_mlp, or gated_threshold or its
-//     backward
+//     Backend::run(params, device_index, ...)      launches sparse_mlp or exact_mlp, activated_mlp, or gated_threshold
+//                                                  or its backward
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -71,9 +71,8 @@ template <class Body> auto allocating(const char *op, const char *name, const Te
 // --- sparse_mlp and sparse_mlp_packed, plain and counted -------------------------------------------------------------
 
 template <class Backend>
-Tensor run_sparse_mlp(const char *op, const SparseMlpArguments &arguments, const Tensor &x,
-                      const OptionalTensor &counts, bool deterministic) {
-    SparseMlpParams params = check_sparse_mlp(arguments);
+Tensor run_sparse_mlp(const char *op, SparseMlpParams params, const Tensor &x, const OptionalTensor &counts,
+                      bool deterministic) {
     return allocating(op, "x", x, [&] {
         const int32_t device_index = x.get_device_index();
         const typename Backend::OnDevice on_device(device_index);
@@ -83,7 +82,7 @@ Tensor run_sparse_mlp(const char *op, const SparseMlpArguments &arguments, const
         params.x = x_rows.const_data_ptr();
         params.y = y.mutable_data_ptr();
         if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
-        Backend::run(params, device_index, deterministic);
+        Backend::run(op, params, device_index, deterministic);
         return y;
     });
 }
@@ -93,13 +92,12 @@ Tensor sparse_mlp(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, con
                   const OptionalTensor &counts, const Tensor &threshold, const OptionalTensor &down_threshold,
                   const StringArgument &activation, const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
                   const OptionalTensor &down_bias, bool deterministic) {
-    return run_sparse_mlp<Backend>("sparse_mlp",
-                                   {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up),
-                                    argument("w_down_t", w_down_t), argument("counts", counts),
-                                    argument("threshold", threshold), argument("down_threshold", down_threshold),
-                                    activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
-                                    argument("down_bias", down_bias)},
-                                   x, counts, deterministic);
+    const SparseMlpParams params = check_sparse_mlp(
+        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+         argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
+         activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
+         argument("down_bias", down_bias)});
+    return run_sparse_mlp<Backend>("sparse_mlp", params, x, counts, deterministic);
 }
 
 template <class Backend>
@@ -109,13 +107,26 @@ Tensor sparse_mlp_packed(const Tensor &x, const Tensor &w_gate, const Tensor &w_
                          const OptionalTensor &down_threshold, const StringArgument &activation,
                          const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
                          const OptionalTensor &down_bias, bool deterministic) {
-    return run_sparse_mlp<Backend>(
-        "sparse_mlp_packed",
+    const SparseMlpParams params = check_sparse_mlp(
         {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
          argument("counts", counts), argument("threshold", threshold), argument("down_threshold", down_threshold),
          activation.value, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
-         argument("down_bias", down_bias), named(gate_format), named(up_format), named(down_format)},
-        x, counts, deterministic);
+         argument("down_bias", down_bias), named(gate_format), named(up_format), named(down_format)});
+    return run_sparse_mlp<Backend>("sparse_mlp_packed", params, x, counts, deterministic);
+}
+
+// --- exact_mlp -------------------------------------------------------------------------------------------------------
+
+template <class Backend>
+Tensor exact_mlp(const Tensor &x, const Tensor &w_gate, const OptionalTensor &w_up, const Tensor &w_down_t,
+                 const StringArgument &activation, std::optional<double> deviations, bool relu_up,
+                 const OptionalTensor &gate_bias, const OptionalTensor &up_bias, const OptionalTensor &down_bias,
+                 bool deterministic) {
+    const SparseMlpParams params = check_exact_mlp(
+        {argument("x", x), argument("w_gate", w_gate), argument("w_up", w_up), argument("w_down_t", w_down_t),
+         activation.value, deviations, relu_up, argument("gate_bias", gate_bias), argument("up_bias", up_bias),
+         argument("down_bias", down_bias)});
+    return run_sparse_mlp<Backend>("exact_mlp", params, x, std::nullopt, deterministic);
 }
 
 // --- activated_mlp ---------------------------------------------------------------------------------------------------
@@ -221,6 +232,7 @@ template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
     m.impl("sparse_mlp_packed", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::plain));
     m.impl("sparse_mlp_packed_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::counted));
+    m.impl("exact_mlp", TORCH_BOX(&exact_mlp<Backend>));
     m.impl("activated_mlp", TORCH_BOX(&activated_mlp<Backend>));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));

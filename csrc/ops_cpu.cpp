@@ -24,7 +24,8 @@ struct CpuBackend {
         return torch::stable::new_empty(like, sizes);
     }
 
-    static void run(const SparseMlpParams &params, int32_t /*device_index*/, bool /*deterministic: always*/) {
+    static void run(const char * /*op*/, const SparseMlpParams &params, int32_t /*device_index*/,
+                    bool /*deterministic: always*/) {
         cpu_kernels().sparse_mlp(params, torch_threads());
     }
 

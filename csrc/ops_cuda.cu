@@ -57,18 +57,19 @@ struct CudaBackend {
         return Tensor(handle);
     }
 
-    static void run(const SparseMlpParams &params, int32_t device_index, bool deterministic) {
-        constexpr const char *op = "sparse_mlp";
+    static void run(const char *op, const SparseMlpParams &params, int32_t device_index, bool deterministic) {
         const cudaStream_t stream = current_stream(device_index);
-        void *workspace;
+        void *workspace, *gates = nullptr;
         check_cuda(op, get_workspace(stream, sparse_mlp_workspace_bytes(params), Contents::kZero, &workspace));
         SparseMlpLaunchOptions options;
-        if (deterministic) {
-            size_t bytes;
-            check_cuda(op, sparse_mlp_partial_sums_bytes(params, &bytes));
-            check_cuda(op, get_workspace(stream, bytes, Contents::kAnything, &options.partial_sums));
-        }
-        check_cuda(op, sparse_mlp_cuda(params, workspace, stream, options));
+        const size_t gates_bytes = exact_mlp_gates_bytes(params);
+        size_t bytes = 0;
+        if (deterministic) check_cuda(op, sparse_mlp_partial_sums_bytes(params, &bytes));
+        if (gates_bytes + bytes)
+            check_cuda(op, get_workspace(stream, gates_bytes + bytes, Contents::kAnything, &gates));
+        if (deterministic) options.partial_sums = static_cast<uint8_t *>(gates) + gates_bytes;
+        check_cuda(op, (params.exact ? exact_mlp_cuda(params, workspace, gates, stream, options)
+                                     : sparse_mlp_cuda(params, workspace, stream, options)));
     }
 
     static void run(const ActivatedMlpParams &params, int32_t device_index, bool deterministic) {

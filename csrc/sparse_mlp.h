@@ -54,6 +54,18 @@ struct SparseMlpParams {
 
     int64_t *counts; // [kNumCounts], added to; or null
 
+    // The form for models that are sparse by themselves (exact_mlp), without thresholds: what is exactly zero is
+    // skipped. g and v are rounded to dtype, as a model's own modules round them, so that the same neurons are zero.
+    //
+    //     v = act(g), or act(g)^2 if squared                             keep neuron j if not (v_j = 0)
+    //     h = v * u, v * max(u, 0) if relu_up, or v without w_up         if relu_up, then if not (h_j = 0)
+    //
+    // With a cutoff (Gemma 3n), v = act(max(g - (mean(g) + deviations * std(g)), 0)), of the gates of a token; each
+    // operation is rounded to dtype. deviations has been rounded by the caller.
+    bool exact, squared, relu_up, cutoff;
+    float deviations;
+    void *gates; // CUDA: [M, I] of dtype, or null. With it only g is computed, and written here.
+
     Activation activation;
     DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16
 };
@@ -62,16 +74,23 @@ struct SparseMlpParams {
 // the result is the dense one, except that a zero times an infinite or NaN weight is skipped too.
 //
 //     keep neuron j if v_j != 0        h = v * (x Wu^T + bu), or h = v without Wu        y = h Wd^T + bd
+//
+// With a cutoff, gates are given, and v follows from them as in SparseMlpParams: the second launch of exact_mlp, on
+// CUDA.
 struct ActivatedMlpParams {
     int64_t tokens, hidden_size, intermediate_size;
 
-    const void *v;                        // [M, I], contiguous
+    const void *v;                        // [M, I], contiguous; gates with a cutoff
     const void *x, *w_up;                 // [M, H], contiguous, and [I, H], unit column stride; or both null
     const void *w_down_t;                 // [I, H], unit column stride
     int64_t w_up_stride, w_down_t_stride; // between neurons, in elements
     const void *up_bias, *down_bias;      // [I] and [H], or null
 
     void *y; // [M, H], contiguous; accumulated in fp32, rounded once
+
+    bool cutoff, squared;
+    float deviations;
+    Activation activation;
 
     DType dtype; // of all of them: fp32, fp16 or bf16
 };

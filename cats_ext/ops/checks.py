@@ -38,7 +38,8 @@ _FORMATS = ("gate_format", "up_format", "down_format")
 def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
     text = ctypes.c_char_p
-    function.argtypes = [text, ctypes.POINTER(_NamedTensor), ctypes.c_int64, text, ctypes.c_int64, text * 3]
+    tensors, number = ctypes.POINTER(_NamedTensor), ctypes.POINTER(ctypes.c_double)
+    function.argtypes = [text, tensors, ctypes.c_int64, text, ctypes.c_int64, text * 3, number, ctypes.c_bool]
     function.restype = ctypes.c_char_p
     return function
 
@@ -76,6 +77,9 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     names = ("row_format",) if "row_format" in arguments else _FORMATS
     texts = (arguments[n].encode().replace(b"\0", b"\\0") if n in arguments else None for n in names)
     formats = (ctypes.c_char_p * 3)(*texts)
-    sentence = _cats_check()(op.encode(), array, len(tensors), activation, len(activation), formats)
+    deviations = arguments.get("deviations")
+    number = None if deviations is None else ctypes.byref(ctypes.c_double(deviations))
+    call = op.encode(), array, len(tensors), activation, len(activation), formats, number
+    sentence = _cats_check()(*call, arguments.get("relu_up", False))
     if sentence is not None:
         raise RuntimeError(sentence.decode())

@@ -48,6 +48,11 @@ SCHEMAS = {
     # x and w_up. See reference.activated_mlp_ref.
     "activated_mlp": "(Tensor v, Tensor w_down_t, Tensor? down_bias=None, Tensor? x=None, Tensor? w_up=None, "
     "Tensor? up_bias=None, bool deterministic=False) -> Tensor",
+    # An MLP that is sparse by itself, in one call: down(v * up), v = act(gate), reading what is not exactly zero. Without
+    # w_up down(v); with deviations v = act(max(gate - cutoff, 0)) (Gemma 3n); with relu_up down(v * max(up, 0)). Gates
+    # and v are rounded to x's dtype. See reference.exact_mlp_ref.
+    "exact_mlp": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down_t, str activation='relu', "
+    f"float? deviations=None, bool relu_up=False, {_REST}) -> Tensor",
     # For a step of decoding: y [sum of N] = W in + bias + residual, for up to three weights of packed rows, uint8
     # [N, bytes], of one input [K]: x, x + delta (in float32 or x's dtype; x_new gets it), or the attention of which x
     # [S, heads, D], largest and total [S, heads] are partial results; normalised (RMS) where there is a norm_weight.
@@ -70,6 +75,7 @@ sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
 sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 activated_mlp = torch.ops.cats.activated_mlp
+exact_mlp = torch.ops.cats.exact_mlp
 packed_linear_step = torch.ops.cats.packed_linear_step
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
@@ -88,6 +94,10 @@ def _sparse_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:  # the refer
 
 def _activated_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:
     return reference.activated_mlp_ref(**arguments)
+
+
+def _exact_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:
+    return reference.exact_mlp_ref(**arguments)
 
 
 def _sparse_mlp_packed_ref(*, deterministic: bool, **arguments) -> Tensor:
@@ -121,6 +131,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "sparse_mlp_step": (_like(), _step_ref(reference.sparse_mlp_ref)),
     "sparse_mlp_packed_step": (_like(), _step_ref(reference.sparse_mlp_packed_ref)),
     "activated_mlp": (_activated_mlp_output, _activated_mlp_ref),
+    "exact_mlp": (_like("x"), _exact_mlp_ref),
     "packed_linear_step": (_like(), reference.packed_linear_step_ref),
     "gated_threshold": (_like("gate"), reference.gated_threshold_ref),
     "gated_threshold_forward": (_like("gate"), reference.gated_threshold_ref),

@@ -17,7 +17,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-
 # The gradient by g, of the gradient by act(g).
 ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
@@ -138,6 +137,71 @@ def activated_mlp_ref(
     if x is not None:
         h = torch.where(h == 0, 0, h * F.linear(wide(x), wide(w_up), wide(up_bias)))
     return F.linear(h, wide(w_down_t).t(), wide(down_bias)).to(v.dtype)
+
+
+def exact_mlp_ref(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down_t: Tensor,
+    activation: str = "relu",
+    deviations: float | None = None,
+    relu_up: bool = False,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """An MLP that is sparse by itself: ``h Wd + bd``, with ``h`` as :func:`exact_hidden_ref` computes it.
+
+    Args:
+        x: ``[..., H]``, float32, float16 or bfloat16.
+        w_gate, w_up, w_down_t: ``[I, H]``, with one contiguous row a neuron. Without w_up, w_gate is the projection
+            before the activation, whatever a model calls it.
+        activation: relu, relu2 (its square), silu, gelu or gelu_tanh.
+        deviations: of a cutoff (Gemma 3n); rounded to x's dtype by the caller. Not with relu_up.
+        relu_up: ``h = v * relu(u)`` (dReLU). The kernels then read no down row of a zero in ``h``.
+        gate_bias, up_bias, down_bias: ``[I]``, ``[I]`` and ``[H]``.
+
+    Returns:
+        ``[..., H]`` in x's dtype.
+    """
+    h = exact_hidden_ref(x, w_gate, w_up, activation, deviations, relu_up, gate_bias, up_bias, compute_dtype)
+    wide = lambda t: None if t is None else t.to(compute_dtype)  # noqa: E731
+    return F.linear(h, wide(w_down_t).t(), wide(down_bias)).to(x.dtype)
+
+
+def exact_hidden_ref(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    activation: str = "relu",
+    deviations: float | None = None,
+    relu_up: bool = False,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``h = v * u``, or ``v``, of ``[..., I]`` in ``compute_dtype``: ``v = act(g)``, ``g = x Wg + bg``, ``u = x Wu + bu``.
+
+    With a cutoff ``v = act(relu(g - c))``, ``c = mean(g) + deviations * std(g)`` over a token's gates, the deviation
+    being biased. The gate and what is computed from it are rounded to x's dtype, operation by operation, as a model's
+    own modules round them. A zero in ``v`` gives a zero in ``h`` whatever ``u`` is: the kernels read neither row.
+    """
+    wide = lambda t: None if t is None else t.to(compute_dtype)  # noqa: E731
+    rounded = lambda t: t.to(x.dtype).to(compute_dtype)  # noqa: E731
+    g = rounded(F.linear(wide(x), wide(w_gate), wide(gate_bias)))
+    if deviations is not None:
+        mean, deviation = g.mean(-1, keepdim=True), g.std(-1, keepdim=True, unbiased=False)
+        g = F.relu(rounded(g - rounded(rounded(mean) + rounded(rounded(deviation) * deviations))))
+    squared = activation == "relu2"
+    v = rounded(ACTIVATIONS["relu" if squared else activation](g))
+    if squared:
+        v = rounded(v.square())
+    if w_up is None:
+        return v
+    u = F.linear(wide(x), wide(w_up), wide(up_bias))
+    return torch.where(v == 0, 0, v * (u.relu() if relu_up else u))
 
 
 def sparse_mlp_packed_ref(

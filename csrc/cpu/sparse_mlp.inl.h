@@ -26,6 +26,8 @@ namespace cats::CATS_ISA {
 constexpr int kRows = 8;       // rows read side by side
 constexpr int kMaxTokens = 16; // tokens in a block: each block reads the rows once
 
+static constexpr float kSmallest = 0x1p-149f; // as a threshold, it drops zeros and nothing else
+
 // acc[r][t] + rows[r] . x[t] over one block.
 template <int Rows, int Tokens, class Row, class X>
 CATS_INLINE void dot_block(VecF (&acc)[Rows][Tokens], const Row *rows, int64_t column, int64_t n, const X *const *x) {
@@ -150,6 +152,7 @@ template <class T> struct SparseMlp {
     Part *const part;     // [parts]
     void *x_gate, *x_up;  // [tokens, padded]: x as the dot products of gate and of up take it
     const T *const given; // [M, I]: act(g) where it is given and there is no w_gate, otherwise null
+    float cutoffs[kMaxTokens];
 
     SparseMlp(const SparseMlpParams &p, const Parallel &parallel, int64_t first_token, const void *given = nullptr)
         : p(p), parallel(parallel), first_token(first_token), tokens(min(kMaxTokens, p.tokens - first_token)),
@@ -176,6 +179,10 @@ template <class T> struct SparseMlp {
             with_rows<T>(p.gate_format, [this](auto row) { x_gate = pack_x<typename decltype(row)::type>(5); });
             if (p.up_format == p.gate_format) x_up = x_gate;
             else with_rows<T>(p.up_format, [this](auto row) { x_up = pack_x<typename decltype(row)::type>(6); });
+        }
+        if (p.cutoff) {
+            for_each(parallel, parts, [this](int64_t i) { compute_gates(part_begin(i), part_begin(i + 1)); });
+            for (int64_t t = 0; t < tokens; t++) cutoffs[t] = cutoff_of(v + t * p.intermediate_size);
         }
         for_each(parallel, parts, [this](int64_t i) { gate(i); });
         const int64_t num_kept = concatenate_kept();
@@ -234,10 +241,17 @@ template <class T> struct SparseMlp {
             }
     }
 
+    int64_t part_begin(int64_t i) const { return p.intermediate_size * i / parts; }
+
     void gate(int64_t i) {
-        const int64_t begin = p.intermediate_size * i / parts, end = p.intermediate_size * (i + 1) / parts;
-        if (given) read_activations(begin, end);
-        else compute_activations(begin, end);
+        const int64_t begin = part_begin(i), end = part_begin(i + 1);
+        if (given) {
+            read_activations(begin, end);
+        } else {
+            if (!p.cutoff) compute_gates(begin, end);
+            with_activation(p.activation,
+                            [&](auto activation) { apply_activation<decltype(activation)::value>(begin, end); });
+        }
         Part result{};
         for (int64_t j = begin; j < end; j++) {
             int64_t keeping = 0;
@@ -260,7 +274,7 @@ template <class T> struct SparseMlp {
             }
     }
 
-    void compute_activations(int64_t begin, int64_t end) const {
+    void compute_gates(int64_t begin, int64_t end) const {
         float g[kRows][kMaxTokens];
         for (int64_t j = begin; j < end; j += kRows) {
             auto neuron = [j, end](int r) { return min(j + r, end - 1); }; // repeats the last row at the end
@@ -268,13 +282,40 @@ template <class T> struct SparseMlp {
             for (int64_t t = 0; t < tokens; t++)
                 for (int r = 0; r < kRows; r++) v[t * p.intermediate_size + neuron(r)] = g[r][t];
         }
-        with_activation(p.activation, [&](auto activation) {
-            for (int64_t t = 0; t < tokens; t++)
-                for (int64_t j = begin; j < end; j += kLanes) {
-                    float *at = v + t * p.intermediate_size + j;
-                    store(at, activate<decltype(activation)::value>(load(at, end - j)), end - j);
+        if (!p.exact) return;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t j = begin; j < end; j += kLanes) {
+                float *at = v + t * p.intermediate_size + j;
+                store(at, rounded<T>(load(at, end - j)), end - j);
+            }
+    }
+
+    template <Activation A> void apply_activation(int64_t begin, int64_t end) const {
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t j = begin; j < end; j += kLanes) {
+                float *at = v + t * p.intermediate_size + j;
+                VecF g = load(at, end - j);
+                if (p.cutoff) {
+                    g = rounded<T>(g - cutoffs[t]);
+                    g = g < 0.f ? (VecF){} : g; // keeps NaN
                 }
-        });
+                g = activate<A>(g);
+                if (p.exact) g = rounded<T>(g);
+                if (p.squared) g = rounded<T>(g * g);
+                store(at, g, end - j);
+            }
+    }
+
+    // mean(g) + deviations * std(g) of one token's gates. In fp64, one after the other: the same on any number of
+    // threads.
+    float cutoff_of(const float *g) const {
+        const auto round = [](double value) { return rounded<T>(broadcast(float(value)))[0]; };
+        double total = 0, squares = 0;
+        for (int64_t j = 0; j < p.intermediate_size; j++) total += g[j];
+        const double mean = total / p.intermediate_size;
+        for (int64_t j = 0; j < p.intermediate_size; j++) squares += (g[j] - mean) * (g[j] - mean);
+        const float deviation = round(__builtin_sqrt(squares / p.intermediate_size));
+        return round(round(mean) + round(deviation * p.deviations));
     }
 
     int64_t concatenate_kept() {
@@ -299,7 +340,7 @@ template <class T> struct SparseMlp {
                 int64_t keeping = 0;
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t at = t * p.intermediate_size + j;
-                    if (p.w_up) v[at] *= u[r][t];
+                    if (p.w_up) v[at] *= p.relu_up && u[r][t] < 0 ? 0 : u[r][t];
                     if (p.down_threshold && is_below(v[at], p.down_threshold, p.down_threshold_stride, j))
                         alive[at] = 0;
                     keeping += alive[at];
@@ -375,17 +416,19 @@ static void sparse_mlp_from(const void *given, const SparseMlpParams &p, const P
     }
 }
 
-static void sparse_mlp(const SparseMlpParams &p, const Parallel &parallel) { sparse_mlp_from(nullptr, p, parallel); }
+static void sparse_mlp(const SparseMlpParams &given, const Parallel &parallel) {
+    SparseMlpParams p = given;
+    if (p.exact) p.threshold = &kSmallest, p.down_threshold = p.relu_up ? &kSmallest : nullptr;
+    sparse_mlp_from(nullptr, p, parallel);
+}
 
-// The smallest threshold above 0 drops zeros, and nothing else.
 static void activated_mlp(const ActivatedMlpParams &a, const Parallel &parallel) {
-    const float threshold = 0x1p-149f;
     SparseMlpParams p{};
     p.tokens = a.tokens, p.hidden_size = a.hidden_size, p.intermediate_size = a.intermediate_size;
     p.x = a.x, p.w_up = a.w_up, p.w_down_t = a.w_down_t, p.y = a.y;
     p.w_up_stride = a.w_up_stride, p.w_down_t_stride = a.w_down_t_stride;
     p.up_bias = a.up_bias, p.down_bias = a.down_bias;
-    p.threshold = &threshold, p.dtype = a.dtype;
+    p.threshold = &kSmallest, p.dtype = a.dtype;
     sparse_mlp_from(a.v, p, parallel);
 }
 

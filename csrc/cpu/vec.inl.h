@@ -143,6 +143,13 @@ template <class T> CATS_INLINE void store(T *p, VecF v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// v, rounded to T.
+template <class T> CATS_INLINE VecF rounded(VecF v) {
+    T buffer[kLanes];
+    store(buffer, v);
+    return load(buffer);
+}
+
 // --- kGroup elements -----------------------------------------------------------------------------------------------
 
 // kConsecutive: a holds the first kLanes elements, b the others. kEvenOdd: a holds those of even index, b of odd index.

@@ -12,7 +12,8 @@ namespace cats {
 
 namespace {
 
-constexpr int kCounters = 4; // next_batch, done_ctas, and two for the alignment of what follows
+constexpr int kCounters = 4;       // next_batch, done_ctas, and two for the alignment of what follows
+constexpr int kStaticBytes = 8192; // of shared memory, at most
 
 int64_t y_sum_size(const ActivatedMlpParams &params) { return int64_t(kMaxTokensPerLaunch) * params.hidden_size; }
 
@@ -29,16 +30,24 @@ struct Target {
 };
 
 // For the first tokens of p, whose number it sets; cudaErrorNotSupported if the row is too long for the instance.
-template <typename T, int kTokens, int kChunks>
+template <typename T, int kTokens, int kChunks, bool kCutoff>
 cudaError_t launch_instance(const ActivatedMlpParams &p, const Workspace &workspace, const Target &target, int *ctas) {
     const int row_chunks = int(p.hidden_size / DenseRow<T>::kPerChunk);
     if (row_chunks > kActivatedThreads * kChunks) return cudaErrorNotSupported;
-    const int threads = std::max(round_up(ceil_div(row_chunks, kChunks), 32), kLeastScanThreads);
+    const int threads =
+        std::max(round_up(ceil_div(row_chunks, kChunks), 32), kCutoff ? kActivatedThreads : kLeastScanThreads);
     *ctas = int(max_ctas(p.intermediate_size, target.limits));
-    const int64_t shared_bytes = activated_shared_bytes<kTokens>(p.intermediate_size, threads, *ctas);
-    if (shared_bytes > target.limits.shared_bytes - 8192) return cudaErrorNotSupported; // what is static
+    const int64_t gates_bytes = kCutoff ? p.intermediate_size * int64_t(sizeof(T)) : 0;
+    const int64_t shared_bytes = activated_shared_bytes<kTokens>(p.intermediate_size, threads, *ctas, gates_bytes);
+    if (shared_bytes > target.limits.shared_bytes - kStaticBytes) return cudaErrorNotSupported;
     const LaunchSize size{dim3(unsigned(*ctas)), unsigned(threads), int(shared_bytes)};
-    return launch_kernel<activated_mlp_kernel<T, kTokens, kChunks>>(size, target.launch, p, workspace);
+    return launch_kernel<activated_mlp_kernel<T, kTokens, kChunks, kCutoff>>(size, target.launch, p, workspace);
+}
+
+// Tokens whose gates have room in shared memory beside lists of a few neurons.
+template <typename T> int64_t most_cutoff_tokens(const ActivatedMlpParams &p, const DeviceLimits &limits) {
+    const int64_t lists = p.intermediate_size / 8 + (p.intermediate_size / limits.multiprocessors + 8) * 32;
+    return (limits.shared_bytes - kStaticBytes - lists) / (p.intermediate_size * int64_t(sizeof(T)));
 }
 
 // Of the instances that fit the row, the smallest that takes all tokens, otherwise the largest.
@@ -50,14 +59,20 @@ cudaError_t launch_vectors(ActivatedMlpParams &p, const Workspace &workspace, co
     for (const ActivatedInstance &instance : kActivatedInstances) {
         if (row_chunks > int64_t(kActivatedThreads) * instance.chunks) continue;
         if (chosen && (instance.chunks > chosen->chunks || chosen->tokens >= p.tokens)) continue;
+        if (p.cutoff && instance.tokens > most_cutoff_tokens<T>(p, target.limits)) continue;
         chosen = &instance;
     }
     if (!chosen) return cudaErrorNotSupported;
     p.tokens = std::min<int64_t>(p.tokens, chosen->tokens);
     cudaError_t error = cudaErrorNotSupported;
+    const auto launch = [&](auto index, auto cutoff) {
+        constexpr ActivatedInstance kInstance = kActivatedInstances[decltype(index)::value];
+        return launch_instance<T, kInstance.tokens, kInstance.chunks, decltype(cutoff)::value>(p, workspace, target,
+                                                                                               ctas);
+    };
     ((chosen == &kActivatedInstances[i]
-          ? void(error = launch_instance<T, kActivatedInstances[i].tokens, kActivatedInstances[i].chunks>(p, workspace,
-                                                                                                          target, ctas))
+          ? void(error = p.cutoff ? launch(std::integral_constant<size_t, i>{}, std::true_type{})
+                                  : launch(std::integral_constant<size_t, i>{}, std::false_type{}))
           : void()),
      ...);
     return error;
@@ -67,7 +82,8 @@ cudaError_t launch_vectors(ActivatedMlpParams &p, const Workspace &workspace, co
 template <typename T> cudaError_t launch(ActivatedMlpParams &p, const Workspace &workspace, const Target &target) {
     int ctas = 0;
     cudaError_t error = cudaErrorNotSupported;
-    if (is_aligned<T>(p) && p.intermediate_size < kMaxNeurons)
+    const bool scans_vectors = !p.cutoff || p.intermediate_size % kScanNeurons == 0; // v is then the workspace's
+    if (is_aligned<T>(p) && scans_vectors && p.intermediate_size < kMaxNeurons)
         error =
             launch_vectors<T>(p, workspace, target, &ctas, std::make_index_sequence<std::size(kActivatedInstances)>{});
     if (error == cudaErrorNotSupported) {

@@ -4,8 +4,14 @@
 // neurons that some token needs, and takes an equal part of them. No CTA has more rows to read than another, at any
 // sparsity. A thread has the same columns of every row. It asks for the up and down rows of a batch of neurons
 // together: the down rows arrive while the up rows' dot products are summed over the CTA.
+//
+// With a cutoff (kCutoff), v is what sparse_mlp_kernel.cuh wrote of the gates just before, and every CTA first computes
+// each token's cutoff, in the same order and so with the same bits. Two launches instead of one with a barrier of the
+// grid: a barrier needs all CTAs on the device at once, which only a cooperative launch promises where several streams
+// are at work, and programmatic dependent launch costs no more than the barrier.
 #pragma once
 
+#include "activation.cuh"
 #include "finish.cuh"
 #include "rows/dense.cuh"
 #include "sparse_mlp_generic.cuh"
@@ -35,13 +41,18 @@ template <int kTokens> struct ActiveNeuron {
 };
 
 // Neurons whose v is not zero in some token. Dynamic shared memory: one byte for kScanNeurons neurons of a thread, then
-// this CTA's list.
+// this CTA's list, then with a cutoff the gates.
 CATS_HOST_DEVICE constexpr int scan_bytes(int64_t intermediate, int threads) {
     const int64_t tile = int64_t(threads) * kScanNeurons;
     return round_up(int((intermediate + tile - 1) / tile * threads), 16);
 }
-template <int kTokens> constexpr int64_t activated_shared_bytes(int64_t intermediate, int threads, int ctas) {
-    return scan_bytes(intermediate, threads) + (intermediate / ctas + 1) * int64_t(sizeof(ActiveNeuron<kTokens>));
+template <int kTokens> CATS_HOST_DEVICE constexpr int64_t list_bytes(int64_t intermediate, int ctas) {
+    return ((intermediate / ctas + 1) * int64_t(sizeof(ActiveNeuron<kTokens>)) + 15) / 16 * 16;
+}
+// gates_bytes: of one token, 0 without a cutoff.
+template <int kTokens>
+constexpr int64_t activated_shared_bytes(int64_t intermediate, int threads, int ctas, int64_t gates_bytes) {
+    return scan_bytes(intermediate, threads) + list_bytes<kTokens>(intermediate, ctas) + kTokens * gates_bytes;
 }
 
 // Bit e is set where value e is not zero; NaN is not.
@@ -52,9 +63,94 @@ __device__ __forceinline__ uint32_t nonzero_bits(const float (&values)[kScanNeur
     return bits;
 }
 
-// Writes this CTA's part of the active neurons to `list` and returns how many there are.
+// mean(g) + deviations * std(g), each operation rounded to T.
+template <typename T>
+__device__ __forceinline__ float cutoff_of(const ActivatedMlpParams &p, float mean, float squares) {
+    const auto rounded = [](float value) { return to_float(round_to<T>(value)); };
+    const float deviation = rounded(sqrtf(squares / float(p.intermediate_size)));
+    return rounded(rounded(mean) + rounded(deviation * p.deviations));
+}
+
+// What a gate above its token's cutoff, or NaN, becomes.
+template <typename T>
+__device__ __forceinline__ float activate_above(const ActivatedMlpParams &p, float g, float cutoff) {
+    return exact_activation<T>(to_float(round_to<T>(g - cutoff)), p.activation, p.squared);
+}
+
+// Sums each value over the CTA, in a fixed order: all threads of all CTAs get the same bits. partials: not used before.
+template <int kValues>
+__device__ __forceinline__ void cta_sum(float (&values)[kValues], float (&partials)[kValues][kActivatedThreads / 32]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int i = 0; i < kValues; i++) {
+#pragma unroll
+        for (int o = 16; o; o /= 2) values[i] += __shfl_xor_sync(0xffffffffu, values[i], o);
+        if (lane == 0) partials[i][warp] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kValues; i++) {
+        values[i] = 0.f;
+        for (int w = 0; w < warps; w++) values[i] += partials[i][w];
+    }
+}
+
+// Copies the gates into shared memory, where each thread later reads what it has copied itself, and computes the
+// tokens' cutoffs. The number of neurons is a multiple of kScanNeurons.
 template <typename T, int kTokens>
-__device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t *scan, ActiveNeuron<kTokens> *list) {
+__device__ __forceinline__ void find_cutoffs(const ActivatedMlpParams &p, T *gates, float (&cutoffs)[kTokens]) {
+    using Gates = Values<T, kScanNeurons>;
+    __shared__ float totals[kTokens][kActivatedThreads / 32], square_totals[kTokens][kActivatedThreads / 32];
+    const int64_t intermediate = p.intermediate_size;
+    constexpr int kAhead = 4 / kTokens ? 4 / kTokens : 1; // nothing hides the way to L2: so many loads at a time
+    float sums[kTokens] = {}, squares[kTokens] = {};
+    for (int64_t first = threadIdx.x; first * kScanNeurons < intermediate; first += kAhead * int64_t(blockDim.x)) {
+        Gates loaded[kAhead][kTokens];
+#pragma unroll
+        for (int a = 0; a < kAhead; a++)
+#pragma unroll
+            for (int m = 0; m < kTokens; m++) {
+                const int64_t j = (first + a * int64_t(blockDim.x)) * kScanNeurons;
+                loaded[a][m] = {};
+                if (j < intermediate && m < p.tokens)
+                    loaded[a][m] = Gates::load(static_cast<const T *>(p.v) + m * intermediate + j);
+            }
+#pragma unroll
+        for (int a = 0; a < kAhead; a++) {
+            const int64_t j = (first + a * int64_t(blockDim.x)) * kScanNeurons;
+            if (j >= intermediate) break;
+#pragma unroll
+            for (int m = 0; m < kTokens; m++) {
+                if (m >= p.tokens) break;
+                loaded[a][m].store(gates + m * intermediate + j);
+                float g[kScanNeurons];
+                loaded[a][m].decode(g);
+#pragma unroll
+                for (int e = 0; e < kScanNeurons; e++) sums[m] += g[e];
+            }
+        }
+    }
+    cta_sum(sums, totals);
+    for (int64_t j = threadIdx.x * kScanNeurons; j < intermediate; j += int64_t(blockDim.x) * kScanNeurons)
+#pragma unroll
+        for (int m = 0; m < kTokens; m++) {
+            if (m >= p.tokens) break;
+            const float mean = sums[m] / float(intermediate);
+            float g[kScanNeurons];
+            Gates::load(gates + m * intermediate + j).decode(g);
+#pragma unroll
+            for (int e = 0; e < kScanNeurons; e++) squares[m] = fmaf(g[e] - mean, g[e] - mean, squares[m]);
+        }
+    cta_sum(squares, square_totals);
+#pragma unroll
+    for (int m = 0; m < kTokens; m++) cutoffs[m] = cutoff_of<T>(p, sums[m] / float(intermediate), squares[m]);
+}
+
+// Writes this CTA's part of the active neurons to `list` and returns how many there are. gates: shared memory for those
+// of all tokens, with a cutoff.
+template <typename T, int kTokens, bool kCutoff>
+__device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t *scan, ActiveNeuron<kTokens> *list,
+                                           T *gates) {
     __shared__ uint32_t warp_counts[kActivatedThreads / 32];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
     const int64_t intermediate = p.intermediate_size;
@@ -62,7 +158,22 @@ __device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t 
     const bool vectors = intermediate % kScanNeurons == 0 && reinterpret_cast<uintptr_t>(v) % 16 == 0;
     uint32_t count = 0;
     const auto note = [&](int64_t at, uint32_t bits) { scan[at] = uint8_t(bits), count += __popc(bits); };
-    if (vectors) {
+    float cutoffs[kTokens] = {};
+    if constexpr (kCutoff) {
+        find_cutoffs<T, kTokens>(p, gates, cutoffs);
+        for (int64_t at = tid; at * kScanNeurons < intermediate; at += blockDim.x) {
+            uint32_t bits = 0;
+#pragma unroll
+            for (int m = 0; m < kTokens; m++) {
+                if (m >= p.tokens) break;
+                float g[kScanNeurons];
+                Values<T, kScanNeurons>::load(gates + m * intermediate + at * kScanNeurons).decode(g);
+#pragma unroll
+                for (int e = 0; e < kScanNeurons; e++) bits |= uint32_t(!(g[e] <= cutoffs[m])) << e;
+            }
+            note(at, bits);
+        }
+    } else if (vectors) {
         constexpr int kAhead = 8 / kTokens; // nothing hides the way to L2: so many loads at a time
         for (int64_t first = tid; first * kScanNeurons < intermediate; first += kAhead * blockDim.x) {
             Values<T, kScanNeurons> loaded[kAhead][kTokens];
@@ -127,15 +238,20 @@ __device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t 
                 ActiveNeuron<kTokens> &entry = list[rank - begin];
                 entry.neuron = uint32_t(neuron);
 #pragma unroll
-                for (int m = 0; m < kTokens; m++)
-                    entry.values[m] = m < p.tokens ? to_float(v[m * intermediate + neuron]) : 0.f;
+                for (int m = 0; m < kTokens; m++) {
+                    float value = 0.f;
+                    if (m < p.tokens) value = to_float((kCutoff ? gates : v)[m * intermediate + neuron]);
+                    if constexpr (kCutoff)
+                        value = m >= p.tokens || value <= cutoffs[m] ? 0.f : activate_above<T>(p, value, cutoffs[m]);
+                    entry.values[m] = value;
+                }
             }
     }
     __syncthreads();
     return int(end - begin);
 }
 
-template <typename T, int kTokens, int kChunks>
+template <typename T, int kTokens, int kChunks, bool kCutoff>
 __global__ void __launch_bounds__(kActivatedThreads, 1)
     activated_mlp_kernel(const __grid_constant__ ActivatedMlpParams p, const Workspace workspace) {
     using Row = DenseRow<T>;
@@ -144,7 +260,9 @@ __global__ void __launch_bounds__(kActivatedThreads, 1)
     // The warps' parts of the up rows' dot products, in turns: no warp is two batches ahead of another.
     __shared__ float partials[2][kTokens][kRows][kMaxWarps];
     extern __shared__ __align__(16) uint8_t smem[];
-    auto *list = reinterpret_cast<ActiveNeuron<kTokens> *>(smem + scan_bytes(p.intermediate_size, blockDim.x));
+    uint8_t *after_scan = smem + scan_bytes(p.intermediate_size, blockDim.x);
+    auto *list = reinterpret_cast<ActiveNeuron<kTokens> *>(after_scan);
+    T *gates = reinterpret_cast<T *>(after_scan + list_bytes<kTokens>(p.intermediate_size, gridDim.x));
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
     const int hidden = int(p.hidden_size), row_chunks = hidden / kPerChunk;
     const auto chunk = [&](int c) { return c * int(blockDim.x) + tid; };
@@ -162,7 +280,7 @@ __global__ void __launch_bounds__(kActivatedThreads, 1)
 
     launch_dependents();
     wait_for_previous_kernel();
-    const int active = find_active<T, kTokens>(p, smem, list);
+    const int active = find_active<T, kTokens, kCutoff>(p, smem, list, gates);
 
     float acc[kTokens][kChunks][kPerChunk] = {};
     int turn = 0;
@@ -253,9 +371,25 @@ __global__ void __launch_bounds__(kGenericThreads)
     if (part)
         for (int m = 0; m < p.tokens; m++)
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads) part[m * hidden + c] = 0.f;
+    __shared__ float cutoffs[kMaxTokensPerLaunch];
+    if (p.cutoff)
+        for (int m = 0; m < p.tokens; m++) {
+            const T *gates = static_cast<const T *>(p.v) + m * p.intermediate_size;
+            float sum = 0.f, squares = 0.f;
+            for (int64_t j = threadIdx.x; j < p.intermediate_size; j += kGenericThreads) sum += to_float(gates[j]);
+            const float mean = block_sum(sum) / float(p.intermediate_size);
+            for (int64_t j = threadIdx.x; j < p.intermediate_size; j += kGenericThreads) {
+                const float g = to_float(gates[j]);
+                squares = fmaf(g - mean, g - mean, squares);
+            }
+            squares = block_sum(squares);
+            if (threadIdx.x == 0) cutoffs[m] = cutoff_of<T>(p, mean, squares);
+        }
+    __syncthreads();
     for (int64_t j = blockIdx.x; j < p.intermediate_size; j += gridDim.x)
         for (int m = 0; m < p.tokens; m++) {
-            const float v = to_float(static_cast<const T *>(p.v)[m * p.intermediate_size + j]);
+            float v = to_float(static_cast<const T *>(p.v)[m * p.intermediate_size + j]);
+            if (p.cutoff) v = v <= cutoffs[m] ? 0.f : activate_above<T>(p, v, cutoffs[m]);
             if (v == 0.f) continue;
             float h = v;
             if (p.w_up) {

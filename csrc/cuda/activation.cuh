@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../sparse_mlp.h"
+#include "values.cuh"
 
 namespace cats {
 
@@ -32,6 +33,12 @@ template <typename T> __device__ __forceinline__ T activate_grad(T g, Activation
     case Activation::kRelu: return g > T(0) ? T(1) : T(0);
     }
     return T(1);
+}
+
+// Of exact_mlp, whose g has been rounded: act(g), or its square, each rounded to T.
+template <typename T> __device__ __forceinline__ float exact_activation(float g, Activation activation, bool squared) {
+    const float v = to_float(round_to<T>(activate(g, activation)));
+    return squared ? to_float(round_to<T>(v * v)) : v;
 }
 
 // |v| >= threshold, and true where either is NaN or the threshold is negative.

@@ -226,14 +226,18 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
         return none("the kernel for small layers is faster, and has no step");
     for (int64_t most = kMaxTokensPerLaunch; !reason && most; most /= 2) {
         const int tokens = int(std::min(most, shape.tokens));
-        const int chunks = tokens == 1 && !shape.step ? small_chunks(shape, device) : 0;
+        if (shape.exact && (tokens > 2 || !has_exact_instance(shape.row))) continue;
+        const int chunks = tokens == 1 && !shape.step && !shape.exact ? small_chunks(shape, device) : 0;
         Choice choice = chunks        ? small(shape, device, chunks)
                         : tokens <= 2 ? pipelined(shape, device, overrides, bulk_copy, tokens)
                                       : batched(shape, device, overrides, bulk_copy, tokens);
         choice.tokens = tokens;
         if (choice.kernel != Kernel::kNone) return choice;
     }
-    if (!reason) reason = "the row is too long for the registers or the shared memory";
+    if (!reason)
+        reason = shape.exact && !has_exact_instance(shape.row)
+                     ? "exact_mlp has its kernel for 16-bit rows only"
+                     : "the row is too long for the registers or the shared memory";
     return shape.step ? none(reason) : generic(shape, device, reason);
 }
 

@@ -48,6 +48,7 @@ struct Shape {
     bool step;                 // the form for a step of decoding, see SparseMlpParams::y_sum
     bool deterministic;        // the same bits in every run
     RowFormat formats[3] = {}; // of gate, up and down: dense, which `row` describes, or packed
+    bool exact = false;        // the form of exact_mlp, see SparseMlpParams::exact
 };
 
 // For benchmarks and tests: kAuto and 0 leave the choice to plan().
@@ -71,6 +72,12 @@ struct RingSizes {
     int first_batches;  // gate batches that a team starts with: brought into L2 before the previous kernel ends
     int rows;           // packed: of a batch, 8 or 16
 };
+
+// The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp.
+enum class Form : int32_t { kOrdinary, kStep, kExact };
+
+// Rows of 16-bit elements have an instance of the exact form.
+constexpr bool has_exact_instance(const RowLayout &row) { return row.mma_operand; }
 
 // Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.
 struct TeamShape {

@@ -37,21 +37,23 @@ cudaError_t launch_pipelined(const Choice &choice, const RingArguments &args, co
     };
     return launch_where<shapes.count>(found, [&](auto index) {
         constexpr TeamShape shape = team_shapes(kTokens, Row::kPerChunk).list[decltype(index)::value];
-        const auto launch = [&](auto rows, auto step) {
+        const auto launch = [&](auto rows, auto form) {
             constexpr int kRows = decltype(rows)::value;
             return launch_kernel<sparse_mlp_kernel<Row, T, Pipe<Row, shape.chunks, kRows>, kTokens, shape.teams,
-                                                   shape.team_warps, shape.chunks, kRows, decltype(step)::value>>(
+                                                   shape.team_warps, shape.chunks, kRows, decltype(form)::value>>(
                 launch_size(choice), target, args);
         };
-        const auto launch_step = [&](auto rows) {
+        const auto launch_form = [&](auto rows) {
+            if constexpr (has_exact_instance(layout_of<Row>()))
+                if (args.mlp.exact) return launch(rows, std::integral_constant<Form, Form::kExact>{});
             if constexpr (kTokens == 1)
-                if (args.mlp.y_sum) return launch(rows, std::true_type{});
-            return launch(rows, std::false_type{});
+                if (args.mlp.y_sum) return launch(rows, std::integral_constant<Form, Form::kStep>{});
+            return launch(rows, std::integral_constant<Form, Form::kOrdinary>{});
         };
         constexpr int kMostRows = rows_per_batch(kTokens, shape.chunks, true);
         constexpr int kFewRows = rows_per_batch(kTokens, shape.chunks, false);
-        if (choice.rows_per_batch == kMostRows) return launch_step(std::integral_constant<int, kMostRows>{});
-        return launch_step(std::integral_constant<int, kFewRows>{});
+        if (choice.rows_per_batch == kMostRows) return launch_form(std::integral_constant<int, kMostRows>{});
+        return launch_form(std::integral_constant<int, kFewRows>{});
     });
 }
 

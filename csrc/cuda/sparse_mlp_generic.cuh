@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kGenericThreads)
     sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
-    const OutputOrder<0> order{int(p.tokens), hidden};
+    const OutputOrder<0> order{p.gates ? 0 : int(p.tokens), hidden};
     // Only thread c touches columns c, c + kGenericThreads, ... of its CTA's part.
     float *part = workspace.partial_sums ? workspace.partial_sums + blockIdx.x * int64_t(order.size()) : nullptr;
     if (part)
-        for (int m = 0; m < p.tokens; m++)
+        for (int m = 0; m < order.tokens; m++)
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads) part[m * hidden + c] = 0.f;
     auto row_of = [&](const void *base, int64_t stride, int64_t j) {
         return static_cast<const typename Row::Storage *>(base) + j * stride;
@@ -43,11 +43,21 @@ __global__ void __launch_bounds__(kGenericThreads)
                 return block_sum(sum) + (bias ? to_float(static_cast<const T *>(bias)[j]) : 0.f);
             };
             evaluated++;
-            const float v =
-                activate(dot(RowKind::kGate, row_of(p.w_gate, p.w_gate_stride, j), p.gate_bias), p.activation);
-            if (!keep(v, p.threshold[j * p.threshold_stride])) continue;
+            const float g = dot(RowKind::kGate, row_of(p.w_gate, p.w_gate_stride, j), p.gate_bias);
+            if (p.gates) {
+                if (threadIdx.x == 0) static_cast<T *>(p.gates)[m * p.intermediate_size + j] = round_to<T>(g);
+                continue;
+            }
+            const float v = p.exact ? exact_activation<T>(to_float(round_to<T>(g)), p.activation, p.squared)
+                                    : activate(g, p.activation);
+            if (p.exact ? v == 0.f : !keep(v, p.threshold[j * p.threshold_stride])) continue;
             kept++;
-            const float h = v * dot(RowKind::kUp, row_of(p.w_up, p.w_up_stride, j), p.up_bias);
+            float h = v;
+            if (p.w_up) {
+                const float u = dot(RowKind::kUp, row_of(p.w_up, p.w_up_stride, j), p.up_bias);
+                h *= p.relu_up && u < 0.f ? 0.f : u; // NaN stays NaN
+            }
+            if (p.relu_up && h == 0.f) continue;
             if (p.down_threshold && !keep(h, p.down_threshold[j * p.down_threshold_stride])) continue;
             kept_down++;
             const void *down = row_of(p.w_down_t, p.w_down_t_stride, j);

@@ -15,6 +15,9 @@
 // previous one still runs, and only prefetches its first rows into L2 before it waits. Everything it computes with is
 // read after the wait, so what the previous kernel writes (weights, x, thresholds) is always seen. The form for a step
 // of decoding asks for its first rows before the wait: its caller guarantees that no kernel writes them.
+//
+// exact_mlp's form has no thresholds: what is exactly zero is skipped. Without an up matrix gate rows lead to down rows
+// at once. Where only gates are asked for, there are neither, and no y.
 #pragma once
 
 #include "activation.cuh"
@@ -23,8 +26,9 @@
 namespace cats {
 
 template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
-          bool kStep>
+          Form kForm>
 __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
+    constexpr bool kStep = kForm == Form::kStep, kExact = kForm == Form::kExact;
     using Columns = Values<T, Row::kPerChunk>; // of x
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
     constexpr int kLanesPerDot = 32 / kDots; // lane l has dot product l / kLanesPerDot
@@ -38,6 +42,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     const int my_row = lane / kLanesPerDot / kTokens, my_token = lane / kLanesPerDot % kTokens;
     const bool writes_result = lane % kLanesPerDot == 0; // one of the lanes that have the same dot product
     const int hidden = int(p.hidden_size);
+    // Whether something is left to decide after an up row.
+    const auto decides_down = [&] { return kExact ? p.relu_up : p.down_threshold != nullptr; };
 
     extern __shared__ __align__(128) uint8_t smem[];
     static_assert(sizeof(State) == warp_state_bytes(kTokens, kRows));
@@ -115,7 +121,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 const uint32_t count = min(ups, uint32_t(kRows)), row = state.up_queue[(up_head + lane) % kMaxValues];
                 request(RowKind::kUp, row, count);
                 up_head += count, ups -= count;
-                if (!p.down_threshold) { // nothing is left to decide: the down rows follow their up rows
+                if (!decides_down()) { // the down rows follow their up rows
                     if (lane < count) state.down_queue[(down_head + downs + lane) % kMaxValues] = row;
                     downs += count;
                     __syncwarp();
@@ -216,10 +222,11 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         const bool mine = row != kNoRow && my_token < p.tokens; // this lane's dot product exists
         float bias = 0.f, threshold = 0.f;                      // asked for now, needed after the dot product
         if (kind == RowKind::kGate && mine) {
-            threshold = p.threshold[j * p.threshold_stride];
+            if constexpr (!kExact) threshold = p.threshold[j * p.threshold_stride];
             if (p.gate_bias) bias = to_float(static_cast<const T *>(p.gate_bias)[j]);
         } else if (kind == RowKind::kUp && mine) {
-            if (p.down_threshold) threshold = p.down_threshold[j * p.down_threshold_stride];
+            if constexpr (!kExact)
+                if (p.down_threshold) threshold = p.down_threshold[j * p.down_threshold_stride];
             if (p.up_bias) bias = to_float(static_cast<const T *>(p.up_bias)[j]);
         }
         pipe.wait(head, in_flight);
@@ -287,8 +294,23 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             float result = sum_over_team(dots) + bias; // meaningless for a slot's absent rows, which are not `mine`
             if (kind == RowKind::kGate) {
                 gates_in_flight--;
-                result = activate(result, p.activation);
-                const uint32_t keeps = __ballot_sync(kAll, mine && keep(result, threshold));
+                bool kept_here = mine;
+                if constexpr (kExact) {
+                    const T gate = round_to<T>(result);
+                    if (p.gates) {
+                        if (mine && writes_result && team_warp == 0)
+                            static_cast<T *>(p.gates)[my_token * p.intermediate_size + j] = gate;
+                        kept_here = false;
+                    } else {
+                        result = exact_activation<T>(to_float(gate), p.activation, p.squared);
+                        kept_here = mine && !(result == 0.f); // NaN is kept
+                    }
+                } else {
+                    result = activate(result, p.activation);
+                    kept_here = mine && keep(result, threshold);
+                }
+                const uint32_t keeps = __ballot_sync(kAll, kept_here);
+                const bool to_down = kExact && !p.w_up;
 #pragma unroll
                 for (int r = 0; r < kRows; r++) {
                     uint32_t tokens = 0;
@@ -301,14 +323,18 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                     if (my_row == r && writes_result) {
                         state.values[free][my_token] = result;
                         state.value_tokens[free] = tokens;
-                        state.up_queue[(up_head + ups) % kMaxValues] = j | free << 24;
+                        if (to_down) state.down_queue[(down_head + downs) % kMaxValues] = j | free << 24;
+                        else state.up_queue[(up_head + ups) % kMaxValues] = j | free << 24;
                     }
-                    ups++;
+                    if (to_down) downs++;
+                    else ups++;
                 }
             } else {
+                if constexpr (kExact)
+                    if (p.relu_up && result < 0.f) result = 0.f; // NaN stays NaN
                 result *= state.values[v][my_token];
-                const bool still =
-                    mine && state.value_tokens[v] >> my_token & 1 && (!p.down_threshold || keep(result, threshold));
+                const bool passes = kExact ? !(result == 0.f) : keep(result, threshold);
+                const bool still = mine && state.value_tokens[v] >> my_token & 1 && (!decides_down() || passes);
                 const uint32_t keeps = __ballot_sync(kAll, still);
                 __syncwarp(); // values and value_tokens have been read
 #pragma unroll
@@ -321,7 +347,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                         state.values[v][my_token] = result;
                         state.value_tokens[v] = tokens;
                     }
-                    if (!p.down_threshold) continue;
+                    if (!decides_down()) continue;
                     const uint32_t other = state.slot_rows[head][r];
                     if (other == kNoRow) continue;
                     if (tokens) {
@@ -348,10 +374,10 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
 
     // Sum the teams in the rings' space, which is free now, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
-    const OutputOrder<0> order{int(p.tokens), hidden};
+    const OutputOrder<0> order{kExact && p.gates ? 0 : int(p.tokens), hidden};
 #pragma unroll
     for (int m = 0; m < kTokens; m++) {
-        if (m >= p.tokens) break;
+        if (m >= order.tokens) break;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
@@ -377,16 +403,16 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         finish_output(args.workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
-// Every architecture gets the code of the instances that plan() picks on it; the others would trap. kStep: the form for
-// a step of decoding. As a choice at run time, it made the ordinary form 0.3 to 1 us slower.
+// Every architecture gets the code of the instances that plan() picks on it; the others would trap. kForm: as a choice
+// at run time, that for a step of decoding made the ordinary form 0.3 to 1 us slower.
 template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
-          bool kStep>
+          Form kForm>
 __global__ void __launch_bounds__(kTeams * kTeamWarps * 32, 1)
     sparse_mlp_kernel(const __grid_constant__ RingArguments args) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= Pipe::kMinArch &&
                   kRows == rows_per_batch(kTokens, kChunks, has_large_shared_memory(__CUDA_ARCH__)))
-        sparse_mlp_body<Row, T, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kStep>(args);
+        sparse_mlp_body<Row, T, Pipe, kTokens, kTeams, kTeamWarps, kChunks, kRows, kForm>(args);
     else __trap();
 #endif
 }

@@ -127,7 +127,8 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
                 is_aligned(params, row),
                 step,
                 parts.partial_sums != nullptr,
-                {params.gate_format, params.up_format, params.down_format}};
+                {params.gate_format, params.up_format, params.down_format},
+                params.exact};
     const int64_t x_row_bytes = params.hidden_size * (params.dtype == DType::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < params.tokens;) {
         shape.tokens = params.tokens - first;
@@ -137,6 +138,9 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
         part.tokens = choice.tokens;
         part.x = static_cast<const uint8_t *>(params.x) + first * x_row_bytes;
         part.y = static_cast<uint8_t *>(params.y) + first * x_row_bytes;
+        if (params.gates)
+            part.gates = static_cast<uint8_t *>(params.gates) +
+                         first * params.intermediate_size * (params.dtype == DType::kFloat32 ? 4 : 2);
         if (const cudaError_t error = launch_format(choice, part, parts, target)) return error;
         first += choice.tokens;
     }

@@ -27,7 +27,13 @@ cudaError_t sparse_mlp_partial_sums_bytes(const SparseMlpParams &params, size_t 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
                             const SparseMlpLaunchOptions &options = {});
 
-// As the three above, of activated_mlp. partial_sums: null, or for the same bits in every run.
+// exact_mlp, with the workspace and the options of sparse_mlp. gates: exact_mlp_gates_bytes of memory of any contents,
+// a multiple of 256, for one launch at a time.
+size_t exact_mlp_gates_bytes(const SparseMlpParams &params);
+cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
+                           const SparseMlpLaunchOptions &options = {});
+
+// As the three above it, of activated_mlp. partial_sums: null, or for the same bits in every run.
 size_t activated_mlp_workspace_bytes(const ActivatedMlpParams &params);
 cudaError_t activated_mlp_partial_sums_bytes(const ActivatedMlpParams &params, size_t *bytes);
 cudaError_t activated_mlp_cuda(const ActivatedMlpParams &params, void *workspace, void *partial_sums,

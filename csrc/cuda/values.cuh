@@ -51,6 +51,11 @@ template <typename T, int kCount> struct Values {
         return values;
     }
 
+    __device__ __forceinline__ void store(T *to) const {
+#pragma unroll
+        for (int l = 0; l < kLoads; l++) reinterpret_cast<uint4 *>(to)[l] = bits[l];
+    }
+
     __device__ __forceinline__ void decode(float (&out)[kCount]) const {
 #pragma unroll
         for (int l = 0; l < kLoads; l++) {

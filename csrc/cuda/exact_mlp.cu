@@ -1,0 +1,35 @@
+// Launches exact_mlp: the pipelined kernel alone, or with a cutoff, which needs all gates of a token first, that kernel
+// for the gates and the kernel of activated_mlp for the rest.
+#include "sparse_mlp_launch.h"
+
+namespace cats {
+
+size_t exact_mlp_gates_bytes(const SparseMlpParams &params) {
+    const size_t size = params.dtype == DType::kFloat32 ? 4 : 2;
+    const size_t bytes = size_t(params.tokens) * size_t(params.intermediate_size) * size;
+    return params.cutoff ? (bytes + 255) / 256 * 256 : 0; // what follows is aligned
+}
+
+cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
+                           const SparseMlpLaunchOptions &options) {
+    if (!params.cutoff) return sparse_mlp_cuda(params, workspace, stream, options);
+    SparseMlpParams first = params;
+    first.gates = gates;
+    first.w_up = first.w_down_t = nullptr, first.w_up_stride = first.w_down_t_stride = 0;
+    SparseMlpLaunchOptions first_options = options;
+    first_options.partial_sums = nullptr; // every gate is summed by one team, in the same order
+    if (const cudaError_t error = sparse_mlp_cuda(first, workspace, stream, first_options)) return error;
+
+    ActivatedMlpParams second{};
+    second.tokens = params.tokens, second.hidden_size = params.hidden_size;
+    second.intermediate_size = params.intermediate_size;
+    second.v = gates, second.cutoff = true, second.deviations = params.deviations;
+    second.activation = params.activation, second.squared = params.squared;
+    if (params.w_up) second.x = params.x;
+    second.w_up = params.w_up, second.w_up_stride = params.w_up_stride, second.up_bias = params.up_bias;
+    second.w_down_t = params.w_down_t, second.w_down_t_stride = params.w_down_t_stride;
+    second.down_bias = params.down_bias, second.y = params.y, second.dtype = params.dtype;
+    return activated_mlp_cuda(second, workspace, options.partial_sums, stream);
+}
+
+} // namespace cats
