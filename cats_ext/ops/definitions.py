@@ -48,9 +48,9 @@ SCHEMAS = {
     # x and w_up. See reference.activated_mlp_ref.
     "activated_mlp": "(Tensor v, Tensor w_down_t, Tensor? down_bias=None, Tensor? x=None, Tensor? w_up=None, "
     "Tensor? up_bias=None, bool deterministic=False) -> Tensor",
-    # An MLP that is sparse by itself, in one call: down(v * up), v = act(gate), reading what is not exactly zero. Without
-    # w_up down(v); with deviations v = act(max(gate - cutoff, 0)) (Gemma 3n); with relu_up down(v * max(up, 0)). Gates
-    # and v are rounded to x's dtype. See reference.exact_mlp_ref.
+    # An MLP that is sparse by itself, in one call: down(v * up), v = act(gate), reading what is not exactly zero.
+    # Without w_up down(v); with deviations v = act(max(gate - cutoff, 0)) (Gemma 3n); with relu_up
+    # down(v * max(up, 0)). Gates and v are rounded to x's dtype. See reference.exact_mlp_ref.
     "exact_mlp": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down_t, str activation='relu', "
     f"float? deviations=None, bool relu_up=False, {_REST}) -> Tensor",
     # For a step of decoding: y [sum of N] = W in + bias + residual, for up to three weights of packed rows, uint8

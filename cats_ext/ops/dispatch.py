@@ -48,6 +48,11 @@ MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
+# As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it. None on
+# CUDA: it has not been measured there (bench/kernels/exact.py). This number is all that switches it on; 2, as of
+# activated_mlp, is what its kernels are made for.
+MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 0}
+
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
 # 86, 278 and 157 (bench/results/h100/experts.csv).
@@ -69,8 +74,9 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 # Whether the user wants the same bits in every run. Decided when traced under torch.compile.
 deterministic = torch.are_deterministic_algorithms_enabled
 
-# (w_gate, w_up, w_down_t) and (gate_bias, up_bias, down_bias), as torch.ops.cats.sparse_mlp takes them.
-Operands = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
+# (w_gate, w_up, w_down_t) and (gate_bias, up_bias, down_bias), as torch.ops.cats.sparse_mlp takes them. Without a gate,
+# w_gate is what comes before the activation, and w_up is None, as exact_mlp takes them.
+Operands = tuple[tuple[Tensor, Tensor | None, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
 # (threshold, down_threshold, activation)
 Mask = tuple[Tensor, Tensor | None, str]
 
@@ -84,6 +90,7 @@ class Projections:
     """
 
     max_tokens = MAX_KERNEL_TOKENS  # for which the kernel is taken, per device type
+    down_name = "down_proj"  # of the child
 
     @staticmethod
     def operands(source: Any) -> Operands | None:
@@ -219,6 +226,14 @@ def activated_fits(rows: Tensor, width: int, hidden_size: int) -> bool:
         and (device != "cuda" or (row_bytes % 16 == 0 and row_bytes <= MOST_ACTIVATED_BYTES))
         and not _autocast_is_enabled(device)
         and forward_ad._current_level < 0
+    )
+
+
+def exact_fits(x: Tensor, hidden_size: int) -> bool:
+    """Whether ``exact_mlp`` serves ``x`` ``[..., H]``, for which :func:`activated_fits` holds."""
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    return x.numel() <= MAX_EXACT_TOKENS.get(device, 0) * hidden_size and (
+        device != "cuda" or x.dtype != torch.float32  # which has a slow kernel only
     )
 
 

@@ -16,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     "relu": F.relu,
 }
+EXACT_ACTIVATIONS = ACTIVATIONS | {"relu2": lambda g: F.relu(g).square()}  # of exact_mlp
 
 # The gradient by g, of the gradient by act(g).
 ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -182,11 +183,11 @@ def exact_hidden_ref(
     up_bias: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``h = v * u``, or ``v``, of ``[..., I]`` in ``compute_dtype``: ``v = act(g)``, ``g = x Wg + bg``, ``u = x Wu + bu``.
+    """``h = v * u``, or ``v``, ``[..., I]`` in ``compute_dtype``, with ``v = act(x Wg + bg)`` and ``u = x Wu + bu``.
 
-    With a cutoff ``v = act(relu(g - c))``, ``c = mean(g) + deviations * std(g)`` over a token's gates, the deviation
-    being biased. The gate and what is computed from it are rounded to x's dtype, operation by operation, as a model's
-    own modules round them. A zero in ``v`` gives a zero in ``h`` whatever ``u`` is: the kernels read neither row.
+    With a cutoff ``v = act(relu(g - c))``, where ``c = mean(g) + deviations * std(g)`` over a token's gates ``g``, the
+    deviation being biased. The gate and what is computed from it are rounded to x's dtype, operation by operation, as
+    a model's own modules round them. A zero in ``v`` gives a zero in ``h`` whatever ``u`` is: no row of it is read.
     """
     wide = lambda t: None if t is None else t.to(compute_dtype)  # noqa: E731
     rounded = lambda t: t.to(x.dtype).to(compute_dtype)  # noqa: E731
@@ -194,10 +195,7 @@ def exact_hidden_ref(
     if deviations is not None:
         mean, deviation = g.mean(-1, keepdim=True), g.std(-1, keepdim=True, unbiased=False)
         g = F.relu(rounded(g - rounded(rounded(mean) + rounded(rounded(deviation) * deviations))))
-    squared = activation == "relu2"
-    v = rounded(ACTIVATIONS["relu" if squared else activation](g))
-    if squared:
-        v = rounded(v.square())
+    v = rounded(EXACT_ACTIVATIONS[activation](g))
     if w_up is None:
         return v
     u = F.linear(wide(x), wide(w_up), wide(up_bias))

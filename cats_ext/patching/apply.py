@@ -202,7 +202,10 @@ def remove_cats(model: nn.Module) -> nn.Module:
     patched = patched_mlps(model, "there is nothing to remove")
     check_complete(model, patched)
     layouts = MemoryLayouts(
-        {m.down_name(name): (m.cats.down_weight, m.cats.down_strides) for name, m in patched.items()}
+        {
+            m.down_name(name, m.forward_settings.projections): (m.cats.down_weight, m.cats.down_strides)
+            for name, m in patched.items()
+        }
     )
     finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model

@@ -91,6 +91,10 @@ class GatedMLP:
         return self.module if self.shard is None else with_bare_layers(self.module, MERGED if self.merged else SEPARATE)
 
 
+class OtherFormulaError(ValueError):
+    """A module has the parts of a gated MLP, but computes something else."""
+
+
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """All gated MLPs of ``model`` in its own order.
 
@@ -124,8 +128,10 @@ def check_module(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
-    """The name in ``ACTIVATIONS`` of the function that ``function`` computes; None if it is none of them.
+def recognise_activation(
+    function: Callable[[Tensor], Tensor], known: dict[str, Callable[[Tensor], Tensor]] = ACTIVATIONS
+) -> str | None:
+    """The name in ``known`` of the function that ``function`` computes; None if it is none of them.
 
     Values are compared, not classes: libraries have several classes for one function (transformers has two for SiLU and
     three for the tanh GELU). Exact and tanh GELU differ by up to 5e-4, which is enough to distinguish them.
@@ -138,7 +144,7 @@ def recognise_activation(function: Callable[[Tensor], Tensor]) -> str | None:
         raise
     except Exception:  # a function that cannot take a plain vector is not one of ours
         return None
-    for name, reference in ACTIVATIONS.items():
+    for name, reference in known.items():
         if torch.is_tensor(values) and torch.allclose(values, reference(points), rtol=1e-5, atol=1e-5):
             return name
     return None
@@ -179,15 +185,22 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
     return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
-def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tensor], Tensor] | None = None) -> GatedMLP:
+def describe(
+    name: str,
+    module: nn.Module,
+    shared: set[int],
+    act: Callable[[Tensor], Tensor] | None = None,
+    up_act: Callable[[Tensor], Tensor] | None = None,
+) -> GatedMLP:
     """The gated MLP that ``module``, which has the children of one, is.
 
     Args:
         shared: what :func:`sharing_memory` says of its model.
         act: computes the activations from the gate's output; None: the module's own, one of ``ACTIVATIONS``.
+        up_act: what the up projection's output goes through; None: nothing.
 
     Raises:
-        ValueError: it is none, and why.
+        ValueError: it is none, and why; an :class:`OtherFormulaError` if its parts are those of one.
     """
     names = projection_names(module)
     if "forward" in vars(module) and not only_aligns_devices(module):
@@ -214,7 +227,7 @@ def describe(name: str, module: nn.Module, shared: set[int], act: Callable[[Tens
             raise ValueError(f"its activation {activation} is none of {', '.join(ACTIVATIONS)}")
     experts = len(module.down_proj) if in_one_tensor else None
     mlp = GatedMLP(name, module, activation, names == MERGED, experts, shard)
-    _check_formula(mlp, act or ACTIVATIONS[activation])
+    _check_formula(mlp, act or ACTIVATIONS[activation], up_act)
     return mlp
 
 
@@ -317,7 +330,9 @@ def _check_rows(projection: str, linear: QuantizedLinear) -> None:
 
 
 @torch.no_grad()
-def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
+def _check_formula(
+    mlp: GatedMLP, act: Callable[[Tensor], Tensor], up_act: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Run the module on four vectors: two of unit variance, and two that give large gate values, which clamps change.
 
     In training mode, because the masked path has no dropout. A shallow copy is set to it, so that an interrupt leaves
@@ -335,7 +350,7 @@ def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
     gate = _gate_and_up(mlp, x)[0].float()
     x[2:] *= (32 / gate.pow(2).mean().sqrt().clamp(min=1e-3)).to(x.dtype)
     gate, up = _gate_and_up(mlp, x)
-    expected, routing = _down(mlp, act(gate) * up), ()
+    expected, routing = _down(mlp, act(gate) * (up_act(up) if up_act else up)), ()
     if mlp.experts:
         chosen = torch.tensor(_PROBED_EXPERTS, device=weight.device)[:, None] % mlp.experts
         routing = chosen, torch.full_like(chosen, 0.5, dtype=x.dtype)
@@ -352,7 +367,7 @@ def _check_formula(mlp: GatedMLP, act: Callable[[Tensor], Tensor]) -> None:
         # Where large values overflow float16, they do so in both.
         difference = (want - have).nan_to_num(0, 0, 0).abs().max()
         if difference > tolerance * want.nan_to_num(0, 0, 0).abs().max():
-            raise ValueError(
+            raise OtherFormulaError(
                 "its forward is not down(act(gate) * up): it clamps, scales or normalises in between, or has dropout"
             )
 

@@ -90,9 +90,10 @@ class PatchedMLP(nn.Module):
     counts: Tensor
 
     @classmethod
-    def down_name(cls, name: str) -> str:
-        """What the down projection of the module ``name`` is called in errors."""
-        return f"{name}.down_proj" if name else "down_proj"
+    def down_name(cls, name: str, projections: str) -> str:
+        """What the down projection of the module ``name``, with projections of ``KINDS``, is called in errors."""
+        own = KINDS[projections].down_name
+        return f"{name}.{own}" if name else own
 
     def track(self, enabled: bool) -> None:
         """Count neurons from the next call on, or stop."""

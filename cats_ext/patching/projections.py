@@ -73,6 +73,33 @@ class MergedProjections(SeparateProjections):
         return gate, up
 
 
+class PlainProjections(Projections):
+    """Two children and no gate. Of the operands, the gate's are those of the child ``up``, and up's are None."""
+
+    up, down_name = "up_proj", "down_proj"
+
+    @classmethod
+    def operands(cls, source: dict[str, nn.Module]) -> Operands | None:
+        found = readable_linears(source[cls.up], source[cls.down_name])
+        if found is None:
+            return None
+        up, down = (linear._parameters for linear in found)
+        w_down = down["weight"]
+        if w_down.stride(0) != 1:
+            return None
+        return (up["weight"], None, w_down.t()), (up["bias"], None, down["bias"])
+
+    @classmethod
+    def gate_up(cls, source: dict[str, nn.Module], x: Tensor) -> tuple[Tensor, None]:
+        return call_linear(source[cls.up], x), None
+
+
+class FcProjections(PlainProjections):
+    """As :class:`PlainProjections`, of children that are called fc1 and fc2."""
+
+    up, down_name = "fc1", "fc2"
+
+
 class PackedOperands(NamedTuple):
     """As :data:`Operands`, with the names of the rows' formats."""
 
@@ -178,6 +205,8 @@ class ShardedMergedProjections(MergedProjections):
 KINDS: dict[str, type[Projections]] = {
     "separate": SeparateProjections,
     "merged": MergedProjections,
+    "plain": PlainProjections,
+    "plain_fc": FcProjections,
     "packed": PackedProjections,
     "packed_merged": PackedMergedProjections,
     "sharded": ShardedProjections,

@@ -1,111 +1,26 @@
-"""torch.ops.cats.exact_mlp against its formula: forms, shapes, layouts, rounding, special values, errors, graphs.
-
-Gates are sums of numbers of a few bits, which float32 adds without an error in any order. So they are the same in all
-kernels, and so is which neurons are zero.
-"""
+"""torch.ops.cats.exact_mlp against its formula: forms, shapes, layouts, rounding, special values, errors, graphs."""
 
 from __future__ import annotations
 
-import math
 import os
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.op_cases import DEVICES, DTYPES, TOLERANCE, assert_close, normal, to_device
+from support.exact_cases import FORMS, make
+from support.op_cases import DEVICES, DTYPES, assert_close
 from torch import Tensor
 
 from cats_ext import ops
-from cats_ext.ops import definitions, reference
+from cats_ext.ops import definitions
 
 INF, NAN = float("inf"), float("nan")
-# By name: the activation, deviations of the cutoff, whether there is an up projection, and a ReLU of it.
-FORMS = {
-    "relu": ("relu", None, False, False),
-    "relu2": ("relu2", None, False, False),
-    "gated relu": ("relu", None, True, False),
-    "gated relu2": ("relu2", None, True, False),
-    "dReLU": ("relu", None, True, True),
-    "cutoff": ("gelu_tanh", 1.640625, True, False),
-    "cutoff without a gate": ("relu2", 0.5, False, False),
-}
 SHAPES = [(1, 1, 1), (1, 64, 176), (2, 40, 17), (3, 8, 5), (4, 576, 1536), (5, 123, 170), (8, 256, 1032), (9, 64, 33)]
 BIG_SHAPES = [(1, 2048, 8192), (2, 2048, 4096), (1, 4096, 3000), (2, 4096, 1032), (7, 2048, 1031), (2, 8192, 104)]
 BIG_SHAPES += [(1, 768, 3072), (3, 5120, 264), (1, 16384, 64), (2, 16392, 24)]
 CASES = {"cpu": 100, "cuda": int(os.environ.get("CATS_RANDOM_CASES", 400))}
 SEED = int(os.environ.get("CATS_RANDOM_SEED", 0))
-
-
-@dataclass
-class Arguments:
-    """One call: by the names of the op."""
-
-    named: dict[str, Tensor | str | float | bool | None]
-
-    def __call__(self, **changed: object) -> Tensor:
-        return ops.exact_mlp(**(self.named | changed))
-
-    def hidden(self, **changed: object) -> Tensor:
-        """h in fp64, ``[..., I]``."""
-        given = (self.named | changed).items()
-        named = {n: t.cpu() if isinstance(t, Tensor) else t for n, t in given}
-        named = {n: t for n, t in named.items() if n not in ("w_down_t", "down_bias", "deterministic")}
-        return reference.exact_hidden_ref(**named, compute_dtype=torch.float64)
-
-    def expected(self, **changed: object) -> Tensor:
-        given = self.named | changed
-        bias = given.get("down_bias")
-        return F.linear(
-            self.hidden(**changed), given["w_down_t"].cpu().double().t(), None if bias is None else bias.cpu().double()
-        )
-
-    def assert_close(self, y: Tensor, **changed: object) -> None:
-        tolerance = TOLERANCE[y.dtype]
-        if self.named["activation"] == "gelu_tanh" and y.dtype != torch.float32:  # a v may round to its neighbour
-            tolerance = tolerance | dict(atol=10 * torch.finfo(y.dtype).eps / math.sqrt(self.named["w_gate"].shape[0]))
-        assert_close(y, self.expected(**changed), **tolerance)
-
-
-def make(
-    form: str,
-    tokens: int,
-    hidden: int,
-    intermediate: int,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    bias: bool = False,
-    cut: float = 0.0,
-    padding: int = 0,
-    seed: int = 0,
-) -> Arguments:
-    """``cut``: a bias of all gates, which are of order one."""
-    activation, deviations, gated, relu_up = FORMS[form]
-    few_bits = lambda t, step: (t / step).round() * step  # noqa: E731
-    scale = 2.0 ** -round(math.log2(hidden) / 2)
-
-    def weight(s: int, scale: float = scale) -> Tensor:
-        rows = few_bits(normal(intermediate, hidden + padding, seed=seed + s), 1 / 8) * scale
-        return to_device(rows.to(dtype)[:, :hidden], device)
-
-    vector = lambda n, s: few_bits(normal(n, seed=seed + s, scale=0.3), 1 / 16).to(dtype).to(device)  # noqa: E731
-    named = {
-        "x": few_bits(normal(tokens, hidden, seed=seed), 1 / 4).to(dtype).to(device),
-        "w_gate": weight(1),
-        "w_up": weight(2) if gated else None,
-        "w_down_t": weight(3, intermediate**-0.5),
-        "activation": activation,
-        "deviations": deviations,
-        "relu_up": relu_up,
-    }
-    if bias:
-        named |= {"gate_bias": vector(intermediate, 4), "down_bias": vector(hidden, 6)}
-        if gated:
-            named["up_bias"] = vector(intermediate, 5)
-    if cut:
-        named["gate_bias"] = torch.full((intermediate,), cut, dtype=dtype, device=device)
-    return Arguments(named)
 
 
 @pytest.fixture(params=DEVICES)

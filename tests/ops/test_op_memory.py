@@ -26,7 +26,15 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "op", ["sparse_mlp", "sparse_mlp_counted", "activated_mlp", "gated_threshold_forward", "gated_threshold_backward"]
+    "op",
+    [
+        "sparse_mlp",
+        "sparse_mlp_counted",
+        "activated_mlp",
+        "exact_mlp",
+        "gated_threshold_forward",
+        "gated_threshold_backward",
+    ],
 )
 @pytest.mark.usefixtures("one_thread")
 def test_calls_keep_no_memory(op, device):
@@ -40,6 +48,7 @@ def test_calls_keep_no_memory(op, device):
         "sparse_mlp": args,
         "sparse_mlp_counted": case.counted_args(torch.zeros(3, dtype=torch.int64, device=device)),
         "activated_mlp": (gate, args[3], args[9], args[0], args[2], args[8]),
+        "exact_mlp": (*args[:4], "relu2", 1.5),
         "gated_threshold_forward": (gate, gate, *rule),
         "gated_threshold_backward": (gate, gate, gate, *rule),
     }[op]

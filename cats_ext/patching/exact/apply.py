@@ -55,7 +55,7 @@ def apply_exact(model: nn.Module) -> nn.Module:
     config = ExactConfig.of(((layer.name, _layer_config(layer)) for layer in layers), model_type)
     strides = [neuron_strides(layer.down_weight) for layer in layers]
     layouts = MemoryLayouts(
-        {layer.kind.down_name(layer.name): (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)}
+        {layer.down_name: (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)}
     )
     try:
         for layer, own in zip(layers, strides, strict=True):
@@ -82,7 +82,7 @@ def _layer_config(layer: ExactLayer) -> LayerConfig:
 
 
 def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
-    module, weight, mlp = layer.module, layer.down_weight, layer.mlp
+    module, weight = layer.module, layer.down_weight
     own_activation = next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
     state = ExactState(
         original_class=type(module),
@@ -93,13 +93,15 @@ def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, 
         config=config,
         name=layer.name,
         matrices=layer.matrices,
+        activation=layer.formula,
         multipliers=layer.multipliers,
+        relu_up=layer.relu_up,
     )
     settings = ForwardSettings(
         hidden_size=weight.shape[-2],
-        activation=None,
+        activation=layer.formula,
         own_activation=own_activation,
-        projections="merged" if mlp and mlp.merged else "separate",
+        projections=layer.projections,
         dense_prefill=False,
     )
     patch_module(module, layer.kind, state, settings, layouts, strides)

@@ -1,11 +1,13 @@
 """Finds the MLPs of a model that are exactly zero for many inputs, and how much of each need not be read.
 
 A down projection whose input has zeros can skip their rows whatever computes that input, so no formula has to be known
-for it. In a gated MLP that is known to compute down(act(gate) * up), the up rows of zeros are skipped too.
+for it. In a gated MLP that is known to compute down(act(gate) * up), the up rows of zeros are skipped too. An MLP whose
+whole formula is known is computed in one call of exact_mlp.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,8 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cats_ext.ops.reference import EXACT_ACTIVATIONS
 from cats_ext.patching.detection import (
+    ACTIVATION_NAMES,
+    PROBE_TOLERANCE,
     GatedMLP,
+    OtherFormulaError,
     check_weight,
     describe,
     label_of,
@@ -25,6 +31,7 @@ from cats_ext.patching.detection import (
 )
 from cats_ext.patching.exact.modules import ExactDown, ExactMLP, gaussian_multipliers, gaussian_top_k
 from cats_ext.patching.mlp import CatsMLP, PatchedMLP
+from cats_ext.patching.projections import KINDS, kind_of
 from cats_ext.patching.wrappers import only_aligns_devices
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")  # attributes of modules
@@ -43,13 +50,21 @@ class ExactLayer:
     activation: str
     matrices: int  # of the whole MLP: 3, or 2 without a gate
     down_owner: nn.Module
-    mlp: GatedMLP | None = None  # unless ExactDown
-    multipliers: dict[torch.dtype, float] = field(default_factory=dict)
+    mlp: GatedMLP | None = None  # if it is one
+    projections: str = "separate"  # in KINDS
+    formula: str | None = None  # what exact_mlp calls the activation, if that computes all of it
+    multipliers: dict[torch.dtype, float] = field(default_factory=dict)  # as of ExactState
+    relu_up: bool = False
 
     @property
     def down_weight(self) -> Tensor:
         """``[H, I]``, or of experts ``[E, H, I]``."""
         return self.mlp.down_weight if self.mlp else self.down_owner.weight
+
+    @property
+    def down_name(self) -> str:
+        """What errors call it."""
+        return self.kind.down_name(self.name, self.projections)
 
 
 def find_exact_layers(model: nn.Module) -> tuple[list[ExactLayer], dict[str, str]]:
@@ -65,7 +80,7 @@ def find_exact_layers(model: nn.Module) -> tuple[list[ExactLayer], dict[str, str
         if function is None or not any(n in module._modules or n in module._parameters for n in DOWN):
             continue
         sparsity = _gaussian_sparsity(module)
-        activation = recognise_activation(function) or label_of(function)
+        activation = recognise_activation(function, EXACT_ACTIVATIONS) or label_of(function)
         if not sparsity and zeros_of(function) < _LEAST_ZEROS:
             activations[activation] += 1
             continue
@@ -124,6 +139,9 @@ def _describe_exact(
     if "forward" in vars(down) and not only_aligns_devices(down):
         raise ValueError(f"the forward of {down_name} has been replaced on the instance")
     check_weight(f"{down_name}.weight", down.weight, shared)
+    plain = _plain_projections(module, function)
+    if plain is not None and activation in EXACT_ACTIVATIONS:
+        return ExactLayer(name, module, ExactMLP, activation, 2, down, projections=plain, formula=activation)
     if type(down) is not nn.Linear and not _is_linear(down):
         raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__} and computes something else")
     return ExactLayer(
@@ -134,6 +152,47 @@ def _describe_exact(
         matrices=3 if any(n in module._modules for n in _GATES) else 2,
         down_owner=down,
     )
+
+
+@torch.no_grad()
+def _plain_projections(module: nn.Module, act: Callable[[Tensor], Tensor]) -> str | None:
+    """The kind of its projections, if ``module`` has two, an activation, nothing else, and computes down(act(up)).
+
+    It is run on four vectors in training mode, as gated MLPs are; two of them give large values.
+    """
+    own = next((n for n in ACTIVATION_NAMES if getattr(module, n, None) is act), None)
+    for kind in ("plain", "plain_fc"):
+        names = KINDS[kind].up, KINDS[kind].down_name
+        linears = [module._modules.get(n) for n in names]
+        if any(type(linear) is not nn.Linear or linear.weight.is_meta for linear in linears):
+            continue
+        up, down = linears
+        if own is None or {*module._modules, *module._parameters} - {*names, own}:
+            return None
+        weight = up.weight
+        alike = (weight.dtype, weight.device) == (down.weight.dtype, down.weight.device)
+        if not alike or weight.shape != down.weight.t().shape or "forward" in vars(module):
+            return None
+        x = torch.randn(4, up.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+        x[2:] *= (32 / up(x).float().pow(2).mean().sqrt().clamp(min=1e-3)).to(x.dtype)
+        probe = copy.copy(module)
+        probe.training = True
+        try:
+            have = type(module).forward(probe, x)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # it takes something else than one tensor [tokens, hidden_size]
+            return None
+        want = down(act(up(x))).float()
+        if not torch.is_tensor(have) or have.shape != want.shape:
+            return None
+        difference = (want - have.float()).nan_to_num(0, 0, 0).abs().amax(-1)
+        return kind if (difference <= _tolerance(x.dtype) * want.nan_to_num(0, 0, 0).abs().amax(-1)).all() else None
+    return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return PROBE_TOLERANCE.get(dtype, 1e-4)
 
 
 @torch.no_grad()
@@ -149,21 +208,37 @@ def _is_linear(down: nn.Linear) -> bool:
 def _describe_gated(
     name: str, module: nn.Module, function: Callable, activation: str, sparsity: float, shared: set[int]
 ) -> ExactLayer:
+    relu_up, formula = False, activation if activation in EXACT_ACTIVATIONS else None
     if not sparsity and activation == "relu":
-        mlp = describe(name, module, shared)
-        return ExactLayer(name, module, CatsMLP, activation, 3, mlp.down_owner, mlp)
+        try:
+            mlp = describe(name, module, shared)
+            return ExactLayer(name, module, CatsMLP, activation, 3, mlp.down_owner, mlp)
+        except OtherFormulaError:
+            relu_up, activation = True, "relu of gate and up"
     multipliers: dict[torch.dtype, float] = {}
     act = function
     if sparsity:
         multipliers = gaussian_multipliers(sparsity, next(module.parameters()).device)
         act = partial(_top_k_activation, function, multipliers)
         activation = f"{activation} of the largest {1 - sparsity:.3g}"
-    mlp = describe(name, module, shared, act)
+    mlp = describe(name, module, shared, act, torch.relu if relu_up else None)
     if mlp.packed:
         raise ValueError(f"its weights are packed rows and its activation is {activation}, not relu")
     if mlp.experts:
         raise ValueError(f"it is a mixture of experts with the activation {activation}, not relu")
-    return ExactLayer(name, module, ExactMLP, activation, 3, mlp.down_owner, mlp, multipliers)
+    return ExactLayer(
+        name,
+        module,
+        ExactMLP,
+        activation,
+        3,
+        mlp.down_owner,
+        mlp,
+        kind_of(mlp.merged, False),
+        formula,
+        multipliers,
+        relu_up,
+    )
 
 
 def _top_k_activation(function: Callable, multipliers: dict[torch.dtype, float], gate: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from adversarial.harness import packed_linear_calls
+from adversarial.harness import exact_calls, packed_linear_calls
 from adversarial.harness.record import is_clear
 from support.op_cases import ACTIVATIONS, DTYPES, TOLERANCE, clear_of
 from torch import Tensor
@@ -268,6 +268,8 @@ def spoil(r: random.Random, call: Call) -> bool:
         wrong = t.to("meta")
     elif how == "missing":
         required = [n for n in tensors if "bias" not in n and n != "down_threshold"]
+        if call.op == "exact_mlp":
+            required = [n for n in tensors if n not in exact_calls.MAY_BE_MISSING]
         if linear:
             required = [n for n in tensors if n in packed_linear_calls.REQUIRED]
         name, wrong = r.choice(required), None
@@ -300,6 +302,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
     op = r.choice(OPS)
     if op == "packed_linear_step":
         call = Call(op, packed_linear_calls.make(r, g))
+    elif op == "exact_mlp":
+        call = Call(op, exact_calls.arguments(r))
     else:
         make = _elementwise if op.startswith("gated") else _activated if op == "activated_mlp" else _mlp
         call = make(r, op, g)
@@ -353,7 +357,12 @@ def _difference(call: Call, before: dict[str, Tensor]) -> str:
             if name not in ("y", "x_new") and not torch.equal(_bits(call.arguments[name]), _bits(value)):
                 return f"{name} was written to"
         return packed_linear_calls.difference(call.arguments, call.arguments["y"])
-    expected = _expected(call)
+    tolerance = None
+    if call.op == "exact_mlp":
+        y, tolerance = exact_calls.expected(call.arguments)
+        expected = [y]
+    else:
+        expected = _expected(call)
     out = call.run()
     actual = list(out) if isinstance(out, tuple) else [] if out is None else [out]
     if "y_sum" in call.arguments:
@@ -366,7 +375,7 @@ def _difference(call: Call, before: dict[str, Tensor]) -> str:
     for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape:
             return f"shape {list(a.shape)}, expected {list(e.shape)}"
-        tolerance = TOLERANCE.get(a.dtype, dict(rtol=0, atol=0))
+        tolerance = tolerance or TOLERANCE.get(a.dtype, dict(rtol=0, atol=0))
         if call.op.endswith("_step"):  # what is summed has been normalised in the dtype of x
             tolerance = TOLERANCE[torch.float32]
         if not torch.allclose(a.cpu().double(), e.double(), **tolerance, equal_nan=True):
@@ -399,6 +408,6 @@ def is_clear_op_error(message: str, op: str) -> bool:
     """A sentence of the op that begins with its name, or torch's own on a value that no schema of this kind takes."""
     own = ("Expected a value of type", "is missing value")
     by_torch = message.startswith(f"cats::{op}() ") and any(part in message for part in own)
-    families = {"gated": "gated_threshold", "packed": op, "activated": op}
+    families = {"gated": "gated_threshold", "packed": op, "activated": op, "exact": op}
     family = families.get(op.partition("_")[0], "sparse_mlp")
     return by_torch or (message.startswith(family) and is_clear(message, (family,)))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import tiny_model, tokens
+from support.models import EXACT, installed, tiny_model, tokens
 from support.op_cases import DEVICES
 from torch import nn
 
@@ -20,7 +20,8 @@ from cats_ext import (
     track_sparsity,
 )
 from cats_ext.patching.apply import sparse_mlps
-from cats_ext.patching.exact.detection import zeros_of
+from cats_ext.patching.exact import modules
+from cats_ext.patching.exact.detection import find_exact_layers, zeros_of
 from cats_ext.patching.exact.modules import ExactDown, ExactMLP, gaussian_multipliers, gaussian_top_k
 
 
@@ -71,16 +72,44 @@ class Thresholded(nn.Module):  # FATReLU
         return torch.where(x > 0.1, x, 0)
 
 
+class Plain(nn.Module):
+    """down(act(up x)), or with ``change`` something else."""
+
+    def __init__(self, act: nn.Module, names=("up_proj", "down_proj"), change=None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.names, self.act_fn, self.change = names, act, change
+        for name, sizes in zip(names, ((64, 96), (96, 64)), strict=True):
+            self.add_module(name, nn.Linear(*sizes))
+
+    def forward(self, x):
+        up, down = (getattr(self, name) for name in self.names)
+        h = self.act_fn(up(x))
+        return down(self.change(h) if self.change else h)
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).square()
+
+
 @pytest.mark.parametrize(
     ("mlp", "kind"),
     [
         (MLP(nn.ReLU()), CatsMLP),
         (MLP(Shifted()), ExactMLP),
         (MLP(Thresholded()), ExactMLP),
-        (MLP(nn.ReLU(), torch.relu), ExactDown),  # dReLU
+        (MLP(Squared()), ExactMLP),
+        (MLP(nn.ReLU(), torch.relu), ExactMLP),  # dReLU
         (MLP(nn.ReLU(), torch.tanh), ExactDown),
+        (Plain(nn.ReLU()), ExactMLP),
+        (Plain(Squared(), ("fc1", "fc2")), ExactMLP),
+        (Plain(Shifted()), ExactDown),
+        (Plain(nn.ReLU(), change=nn.functional.normalize), ExactDown),
+        (Plain(nn.ReLU(), change=lambda h: h.clamp(max=4)), ExactDown),
+        (Plain(nn.ReLU(), ("fc_in", "fc2")), ExactDown),
     ],
-    ids=["relu", "shifted", "thresholded", "dReLU", "unknown"],
+    ids="relu,shifted,thresholded,relu2,dReLU,unknown,plain,plain relu2,plain shifted,normed,clamped,names".split(","),
 )
 def test_activations_of_other_kinds(mlp, kind):
     x = torch.randn(3, 64)
@@ -88,17 +117,99 @@ def test_activations_of_other_kinds(mlp, kind):
         want = mlp(x)
         apply_exact(mlp)
         assert isinstance(next(iter(sparse_mlps(mlp).values())), kind)
+        torch.testing.assert_close(mlp(x), want, rtol=1e-5, atol=1e-5)
         with track_sparsity(mlp):
             torch.testing.assert_close(mlp(x), want, rtol=1e-5, atol=1e-5)
-    layer = sparsity_report(mlp).layers[0]
-    assert layer.down_sparsity > 0.4 and (layer.up_sparsity > 0.4) == (kind is not ExactDown)
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), want, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    layer, gated = sparsity_report(mlp).layers[0], isinstance(mlp, MLP)
+    assert layer.down_sparsity > 0.4 and (layer.up_sparsity > 0.4) == (gated and kind is not ExactDown)
+    drops_twice = not gated or kind is ExactDown or mlp.change is torch.relu
+    assert (layer.down_sparsity > layer.up_sparsity + 0.1) == drops_twice
+    original = MLP if gated else Plain
     remove_cats(mlp)
-    assert type(mlp) is MLP and type(mlp.down_proj) is nn.Linear
+    assert type(mlp) is original and {type(m) for n, m in mlp._modules.items() if n != "act_fn"} == {nn.Linear}
+
+
+@pytest.fixture
+def exact_calls(monkeypatch):
+    """The activations of the calls of exact_mlp that patched modules make."""
+    found, real = [], modules.exact_mlp
+    monkeypatch.setattr(modules, "exact_mlp", lambda *arguments: (found.append(arguments[4]), real(*arguments))[1])
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mlp", "activation"),
+    [
+        (MLP(Squared()), "relu2"),
+        (MLP(nn.ReLU(), torch.relu), "relu"),
+        (Plain(nn.ReLU()), "relu"),
+        (MLP(Shifted()), None),
+    ],
+    ids=["squared", "dReLU", "plain", "unknown"],
+)
+def test_a_known_formula_is_one_call(mlp, activation, exact_calls):
+    """Not of many tokens, where an activation is replaced or seen by a hook, or neurons are counted."""
+    mlp, x = copy.deepcopy(mlp), torch.randn(3, 64)
+    apply_exact(mlp)
+    mlp(x)
+    assert exact_calls == ([activation] if activation else [])
+    exact_calls.clear()
+    mlp(torch.randn(40, 64))
+    with track_sparsity(mlp):
+        mlp(x)
+    hook = mlp.act_fn.register_forward_hook(lambda *_: None)
+    mlp(x)
+    hook.remove()
+    own, mlp.act_fn = mlp.act_fn, Thresholded()
+    mlp(x)
+    assert exact_calls == []
+    mlp.act_fn = own
+    mlp(x)
+    assert exact_calls == ([activation] if activation else [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_a_known_formula_is_one_call(device, exact_calls):
+    """One constant says how many tokens are; none on CUDA until that is measured."""
+    from cats_ext.ops.dispatch import MAX_EXACT_TOKENS
+
+    mlp = apply_exact(copy.deepcopy(Plain(nn.ReLU())).to(device, torch.bfloat16))
+    with torch.no_grad():
+        mlp(torch.randn(1, 64, device=device, dtype=torch.bfloat16))
+    assert len(exact_calls) == (MAX_EXACT_TOKENS[device] > 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [name for name, family in installed(EXACT).items() if family.kind is ExactMLP])
+def test_the_kernel_reads_what_the_dense_model_needs(family, dtype, exact_calls):
+    """Down rows of neurons that are zero in the dense model are NaN, and nothing of them is seen."""
+    model = tiny_model(family, dtype)
+    layers, _ = find_exact_layers(model)
+    for layer in layers:
+        seen = []
+        hook = layer.down_owner.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        x = torch.randn(2, layer.down_owner.weight.shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)
+        want = layer.module(x)
+        hook.remove()
+        zero = (seen[0] == 0).all(0)
+        assert 0.05 < zero.double().mean() < 1
+        apply_exact(layer.module)
+        layer.down_owner.weight[:, zero] = torch.nan
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(layer.module(x), want, rtol=tolerance, atol=tolerance)
+    assert len(exact_calls) == len(layers)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "mlp", [MLP(nn.ReLU()), MLP(Shifted()), MLP(nn.ReLU(), torch.tanh)], ids=["gated", "activated", "down only"]
+    "mlp",
+    [MLP(nn.ReLU()), MLP(Shifted()), MLP(nn.ReLU(), torch.relu), MLP(nn.ReLU(), torch.tanh), Plain(Squared())],
+    ids=["gated", "activated", "dReLU", "down only", "plain"],
 )
 def test_nan_and_infinite_inputs(mlp, value):
     mlp = copy.deepcopy(mlp)
