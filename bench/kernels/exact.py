@@ -6,8 +6,9 @@ Gemma 3n's sparse layers (the largest 5 % of each token), a gated ReLU and a squ
 at 90 % by a bias before the activation; beside the gated ReLU CATS of SiLU at 90 %. Every path is captured in a CUDA
 graph over layers of distinct weights, several times the L2 in all; paths take turns, medians are reported, and speedups
 are against the fastest dense path of the same number of tokens. Masks are of random tokens, independent of each other:
-more rows are read for several tokens than in a text. Ours is the op for as many tokens as --tokens has; apply_exact
-takes it for the first few (ops/dispatch.py), and for more "dense, down transposed", which is what a patched model has.
+more rows are read for several tokens than in a text. Ours are the ops for as many tokens as --tokens has: activated_mlp
+after the model's own operations, and exact_mlp, which is all of it. apply_exact takes one of them for the first few
+(ops/dispatch.py), and for more "dense, down transposed", which is what a patched model has.
 Without a GPU it runs as it is, for a trial with --shrink.
 """
 
@@ -67,6 +68,13 @@ def random_weights(kind: str, hidden: int, intermediate: int, sparsity: float) -
     return Weights(gate, bias, None if kind == "plain" else up, down_t.t().contiguous(), down_t)
 
 
+def exact_arguments(kind: str, sparsity: float) -> tuple[str, float | None]:
+    """The activation and the deviations of exact_mlp."""
+    if kind == "gemma3n":
+        return "gelu_tanh", gaussian_multipliers(sparsity, DEVICE)[torch.bfloat16]
+    return "relu" if kind == "gated" else "relu2", None
+
+
 def activation_of(kind: str, sparsity: float) -> Callable[[Tensor], Tensor]:
     if kind == "gemma3n":
         multiplier = gaussian_multipliers(sparsity, DEVICE)[torch.bfloat16]
@@ -82,8 +90,9 @@ def compiled(function: Path, tuned: bool) -> Path:
     return lambda x, w: fast(x, w.gate, w.bias, w.up, w.down, w.down_t)
 
 
-def paths(kind: str, act: Callable[[Tensor], Tensor], tuned: bool) -> dict[str, Path]:
+def paths(kind: str, sparsity: float, tuned: bool) -> dict[str, Path]:
     """Every path that computes the layer. ``tuned``: those compiled have products of their own, which takes longer."""
+    act, exact = activation_of(kind, sparsity), exact_arguments(kind, sparsity)
     threshold = torch.tensor(SMALLEST, device=DEVICE)
 
     def dense(x: Tensor, w: Weights) -> Tensor:
@@ -99,6 +108,7 @@ def paths(kind: str, act: Callable[[Tensor], Tensor], tuned: bool) -> dict[str, 
 
     found = {"dense": dense, "dense, compiled": compiled(dense, tuned), "dense, down transposed": transposed}
     found |= {"activated_mlp": activated, "activated_mlp, compiled": compiled(activated, tuned)}
+    found["exact_mlp"] = lambda x, w: ops.exact_mlp(x, w.gate, w.up, w.down_t, *exact, False, w.bias)
     if kind == "gated":
         found["sparse_mlp"] = lambda x, w: ops.sparse_mlp(
             x, w.gate, w.up, w.down_t, threshold, None, "relu", w.bias, None, None
@@ -124,7 +134,7 @@ def bench(name: str, tokens: int, limit: float | None, arguments: argparse.Names
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16)
     layers = [random_weights(kind, hidden, intermediate, sparsity) for _ in range(arguments.layers)]
     act = activation_of(kind, sparsity)
-    variants = paths(kind, act, tuned=tokens == 1)
+    variants = paths(kind, sparsity, tuned=tokens == 1)
     want = variants["dense"](x, layers[0]).float()
     for path, mlp in variants.items():
         error = float((mlp(x, layers[0]).float() - want).norm() / want.norm())

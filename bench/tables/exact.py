@@ -21,6 +21,7 @@ TITLES = {
 DENSE = "dense"  # with which the names of dense paths begin
 PATHS = {  # the fastest of these; several times of one line are ways of running the same
     "zeros skipped": ("activated_mlp", "activated_mlp, compiled", "sparse_mlp"),
+    "zeros skipped, in one call": ("exact_mlp",),
     "dense, in the patched model's layout": ("dense, down transposed",),
     "CATS of SiLU": ("sparse_mlp, CATS of SiLU",),
 }

@@ -70,7 +70,7 @@ def _cats_plan() -> ctypes._CFuncPtr:
         reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
         raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
     function = ctypes.CDLL(loaded[0]).cats_plan
-    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 3, ctypes.POINTER(ctypes.c_char_p))
+    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 4, ctypes.POINTER(ctypes.c_char_p))
     function.argtypes, function.restype = (*shape, *(ctypes.c_int,) * 3, ctypes.POINTER(_Choice)), ctypes.c_bool
     return function
 
@@ -85,6 +85,7 @@ def plan(
     step: bool = False,
     aligned: bool = True,
     deterministic: bool = False,
+    exact: bool = False,
     formats: tuple[str, str, str] | None = None,
 ) -> Plan:
     """The next launch for ``tokens`` tokens of a layer.
@@ -93,6 +94,7 @@ def plan(
         step: the form for a step of decoding, ``sparse_mlp_step``.
         aligned: all rows and vectors start at multiples of 16 bytes, as those of whole tensors do.
         deterministic: the same bits in every run.
+        exact: the form of ``exact_mlp``; with a cutoff, its first launch.
         formats: of packed gate, up and down rows (:mod:`cats_ext.rows`); None: dense weights.
 
     Raises:
@@ -102,7 +104,7 @@ def plan(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     names = (ctypes.c_char_p * 3)(*map(str.encode, formats)) if formats else None
-    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic, names)
+    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic, exact, names)
     choice = _Choice()
     if not _cats_plan()(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes, choice):
         raise ValueError(f"formats must be three names of packed row formats, got {formats!r}")

@@ -244,9 +244,10 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
 // For Python (cats_ext/ops/plan.py). formats: names of packed ones, of gate, up and down, or null. False: no such name.
 extern "C" __attribute__((visibility("default"))) bool
 cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
-          bool deterministic, const char *const *formats, int compute_capability, int multiprocessors, int shared_bytes,
-          Choice *choice) {
+          bool deterministic, bool exact, const char *const *formats, int compute_capability, int multiprocessors,
+          int shared_bytes, Choice *choice) {
     Shape shape{tokens, hidden_size, intermediate_size, row_layout(dtype), aligned, step, deterministic};
+    shape.exact = exact;
     for (int i = 0; formats && i < 3; i++)
         if (!parse_row_format(formats[i], &shape.formats[i])) return false;
     *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});

@@ -333,8 +333,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 if constexpr (kExact)
                     if (p.relu_up && result < 0.f) result = 0.f; // NaN stays NaN
                 result *= state.values[v][my_token];
-                const bool passes = kExact ? !(result == 0.f) : keep(result, threshold);
-                const bool still = mine && state.value_tokens[v] >> my_token & 1 && (!decides_down() || passes);
+                const bool still = mine && state.value_tokens[v] >> my_token & 1 &&
+                                   (!decides_down() || (kExact ? !(result == 0.f) : keep(result, threshold)));
                 const uint32_t keeps = __ballot_sync(kAll, still);
                 __syncwarp(); // values and value_tokens have been read
 #pragma unroll

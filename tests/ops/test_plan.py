@@ -184,6 +184,22 @@ def test_deterministic_generic_sums_have_a_place_for_every_cta():
     assert plan(42, 5000, 1, F32, H100, deterministic=True).ctas == 132
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_exact_form(gpu):
+    """The pipelined kernel for one and two tokens of 16-bit rows, whatever their size; as without it otherwise."""
+    for hidden, intermediate in shapes():
+        for tokens, dtype in product((1, 2, 3, 8), DTYPES):
+            got = plan(hidden, intermediate, tokens, dtype, GPUS[gpu], exact=True)
+            if dtype == F32 or hidden % 8 or got.kernel == "generic":
+                assert got.kernel == "generic" and got.tokens == tokens
+                continue
+            assert got.kernel == "pipelined" and got.tokens <= 2 and covers(got, hidden, 8)
+            same = plan(hidden, intermediate, got.tokens, dtype, GPUS[gpu])
+            assert same.kernel == "small" or got == same
+    assert plan(16384, 4096, 1, BF16, H100, exact=True).kernel == "pipelined"
+    assert "16-bit" in plan(4096, 4096, 1, F32, H100, exact=True).reason
+
+
 @pytest.mark.gpu
 def test_limits_of_this_gpu():
     limits = device_limits(torch.device("cuda"))
