@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cats_ext.decode.cache import DecodeCache, cache_argument
 from cats_ext.decode.fused import FusedStep, NotFusableError, check_fusable
@@ -76,6 +77,8 @@ class Session:
         self._graphs: dict[tuple | None, torch.cuda.CUDAGraph] | None = {}  # None if the step cannot be captured
         self._parameters = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
+        self._compiles = compile
+        self._helps = False  # see capture
         self._step = torch.compile(self._model_step, dynamic=False) if compile else self._model_step
         self._fused_step: FusedStep | None = None
         if fused is not False:
@@ -159,8 +162,11 @@ class Session:
             options["logits_to_keep"] = 1
         if "cache_position" in self._parameters:  # transformers 5.0
             options["cache_position"] = positions
+        in_step = isinstance(start, Tensor)
         if self.mask is not None:
-            options["attention_mask"] = self.mask if isinstance(start, Tensor) else self.mask[:, : start + count]
+            options["attention_mask"] = self.mask if in_step else self.mask[:, : start + count]
+        elif in_step and self._helps:
+            options["attention_mask"] = ids.new_ones(()).expand(self.batch, self.length)
         positions = (positions[None] - self.padding).clamp(min=0)
         return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1]
 
@@ -197,14 +203,29 @@ class Session:
         return self.graph is not None or self._graphs is None
 
     def capture(self, selection: Selection) -> None:
-        """Set ``graph`` for this selection; None, with a warning, if the step cannot be captured."""
+        """Set ``graph`` for this selection; None, with a warning, if the step cannot be captured.
+
+        It is tried a second time with help against what some models do in each step: they make a mask as long as the
+        text, which a step does not know on the host (OPT), and copy numbers from the host (Gemma 3n, before
+        transformers 5.23). Then a mask of the whole cache is given, and such numbers become constants of the graph.
+        """
         self.graph = None
-        if self._graphs is not None:
+        if self._graphs is None:
+            return
+        try:
             try:
                 self.graph = self._graph(selection)
-            except Exception as error:
-                self._graphs = None
-                warnings.warn(f"the decode step cannot be captured and runs without a graph: {error}", stacklevel=4)
+            except Exception:
+                if self._helps or self.fused:
+                    raise
+                self._helps = True
+                self.graph = self._graph(selection)
+        except Exception as error:
+            self._graphs = None
+            warnings.warn(f"the decode step cannot be captured and runs without a graph: {error}", stacklevel=4)
+
+    def _help(self) -> AbstractContextManager:
+        return HostNumbers(self.model.device) if self._helps and not self._compiles else nullcontext()
 
     def _graph(self, selection: Selection) -> torch.cuda.CUDAGraph:
         key = selection.graph_key
@@ -215,7 +236,7 @@ class Session:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
-            with uncounted(self.model):
+            with uncounted(self.model), self._help():
                 with torch.cuda.stream(stream):
                     for _ in range(2):  # compiles kernels and allocates workspaces
                         self.position.fill_(self.length - SPARE)
@@ -285,6 +306,26 @@ class Session:
         event = torch.cuda.Event()
         event.record()
         return host, event
+
+
+class HostNumbers(TorchFunctionMode):
+    """While it is active, numbers that a model copies to ``device`` are written there, not copied: graphs take that."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.tensor and isinstance(args[0], bool | int | float):
+            device = torch.device(kwargs.get("device") or "cpu")
+            if device.type == self.device.type:
+                return torch.full((), args[0], dtype=kwargs.get("dtype") or torch.tensor(args[0]).dtype, device=device)
+        if function is Tensor.to and args[0].dim() == 0 and args[0].device.type == "cpu" != self.device.type:
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            if device is not None and device.type == self.device.type:
+                return torch.full((), args[0].item(), dtype=dtype or args[0].dtype, device=device)
+        return function(*args, **kwargs)
 
 
 def _leave_capture_mode(device: torch.device) -> None:

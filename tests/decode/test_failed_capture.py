@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
 from support.models import tiny_model, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cats_ext.decode import session, state
 from cats_ext.decode.engine import DecodeEngine
@@ -52,6 +54,71 @@ def test_the_error_of_a_capture_is_not_replaced_by_that_of_its_end(monkeypatch):
     on_cuda = ("get_rng_state", "set_rng_state", "Stream", "stream", "current_stream")
     with patch.multiple(torch.cuda, **dict.fromkeys(on_cuda, DEFAULT)), pytest.raises(KeyboardInterrupt):
         engine_session.capture(Selection([], False))
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a capture cannot read from the device")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_step_that_asks_for_the_length_is_captured_with_a_mask(family, sequences, static_steps, monkeypatch):
+    """OPT makes a mask of as many ones as there are tokens. On the CPU a capture that sees what a graph refuses."""
+    replay, attempts = Session._graph, []
+
+    def graph(self, selection):
+        attempts.append(self._helps)
+        self.position.fill_(self.length - session.SPARE)
+        with self._help(), _NoHostReads():
+            self._advance(selection, False)
+        return replay(self, selection)
+
+    monkeypatch.setattr(Session, "_graph", graph)
+    model, ids = tiny_model(family), tokens(10 * sequences).view(sequences, 10)
+    want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    engine = DecodeEngine(model, fused=False)
+    engine.capture = True  # see static_steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(engine.generate(ids, max_new_tokens=8, eos_token_id=-1), want)
+    assert attempts == ([False] if family == "llama" else [False, True])
+
+
+def test_numbers_of_the_host_become_constants():
+    """Of a step that is helped: nothing is copied to the device. "meta" stands for it."""
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op.overloadpacket._qualified_op_name)
+            return op(*args, **(kwargs or {}))
+
+    device = torch.device("meta")
+    with session.HostNumbers(device), Seen():
+        small = torch.tensor(1e-5).to(device)
+        half = torch.tensor(0.25).to(device=device, dtype=torch.float16)
+        given = torch.tensor(3, device="meta")
+        on_host = torch.tensor([1.0, 2.0]).to(torch.float16)
+    assert (small.device, half.dtype, given.dtype) == (device, torch.float16, torch.int64)
+    assert (small.dtype, on_host.device.type, on_host.dtype) == (torch.float32, "cpu", torch.float16)
+    assert seen.count("aten::full") == 3 and seen.count("aten::_to_copy") == 1
+    with session.HostNumbers(torch.device("cpu")):
+        assert torch.tensor(0.5, dtype=torch.float64).to(torch.float32).item() == 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["opt", "gemma3n"])
+def test_models_that_need_help_are_captured(family):
+    model, ids = tiny_model(family).cuda(), tokens(10)[None].cuda()
+    want = model.generate(ids, max_new_tokens=16, do_sample=False)
+    engine = DecodeEngine(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(engine.generate(ids, max_new_tokens=16), want)
+    assert engine._session._graphs
 
 
 @pytest.mark.gpu
