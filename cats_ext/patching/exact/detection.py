@@ -139,8 +139,8 @@ def _describe_exact(
     if "forward" in vars(down) and not only_aligns_devices(down):
         raise ValueError(f"the forward of {down_name} has been replaced on the instance")
     check_weight(f"{down_name}.weight", down.weight, shared)
-    plain = _plain_projections(module, function)
-    if plain is not None and activation in EXACT_ACTIVATIONS:
+    plain = _plain_projections(module, function) if activation in EXACT_ACTIVATIONS else None
+    if plain is not None:
         return ExactLayer(name, module, ExactMLP, activation, 2, down, projections=plain, formula=activation)
     if type(down) is not nn.Linear and not _is_linear(down):
         raise ValueError(f"{down_name} is a {type(down).__module__}.{type(down).__name__} and computes something else")
@@ -171,7 +171,8 @@ def _plain_projections(module: nn.Module, act: Callable[[Tensor], Tensor]) -> st
             return None
         weight = up.weight
         alike = (weight.dtype, weight.device) == (down.weight.dtype, down.weight.device)
-        if not alike or weight.shape != down.weight.t().shape or "forward" in vars(module):
+        replaced = "forward" in vars(module) and not only_aligns_devices(module)
+        if not alike or weight.shape != down.weight.t().shape or replaced:
             return None
         x = torch.randn(4, up.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
         x[2:] *= (32 / up(x).float().pow(2).mean().sqrt().clamp(min=1e-3)).to(x.dtype)
