@@ -6,9 +6,8 @@
 // together: the down rows arrive while the up rows' dot products are summed over the CTA.
 //
 // With a cutoff (kCutoff), v is what sparse_mlp_kernel.cuh wrote of the gates just before, and every CTA first computes
-// each token's cutoff, in the same order and so with the same bits. Two launches instead of one with a barrier of the
-// grid: a barrier needs all CTAs on the device at once, which only a cooperative launch promises where several streams
-// are at work, and programmatic dependent launch costs no more than the barrier.
+// each token's cutoff, in the same order and so with the same bits. Two launches, not one with a barrier of the grid,
+// which needs all CTAs on the device at once: with several streams only a cooperative launch promises that.
 #pragma once
 
 #include "activation.cuh"
