@@ -170,9 +170,13 @@ def _plain_projections(module: nn.Module, act: Callable[[Tensor], Tensor]) -> st
         if own is None or {*module._modules, *module._parameters} - {*names, own}:
             return None
         weight = up.weight
-        alike = (weight.dtype, weight.device) == (down.weight.dtype, down.weight.device)
+        alike = (weight.dtype, weight.device, weight.shape) == (
+            down.weight.dtype,
+            down.weight.device,
+            down.weight.t().shape,
+        )
         replaced = "forward" in vars(module) and not only_aligns_devices(module)
-        if not alike or weight.shape != down.weight.t().shape or replaced:
+        if not alike or type(weight.data) is not Tensor or replaced:
             return None
         x = torch.randn(4, up.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
         x[2:] *= (32 / up(x).float().pow(2).mean().sqrt().clamp(min=1e-3)).to(x.dtype)
@@ -187,13 +191,9 @@ def _plain_projections(module: nn.Module, act: Callable[[Tensor], Tensor]) -> st
         want = down(act(up(x))).float()
         if not torch.is_tensor(have) or have.shape != want.shape:
             return None
-        difference = (want - have.float()).nan_to_num(0, 0, 0).abs().amax(-1)
-        return kind if (difference <= _tolerance(x.dtype) * want.nan_to_num(0, 0, 0).abs().amax(-1)).all() else None
+        difference, largest = (t.nan_to_num(0, 0, 0).abs().amax(-1) for t in (want - have.float(), want))
+        return kind if (difference <= PROBE_TOLERANCE.get(x.dtype, 1e-4) * largest).all() else None
     return None
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return PROBE_TOLERANCE.get(dtype, 1e-4)
 
 
 @torch.no_grad()
