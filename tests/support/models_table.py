@@ -11,7 +11,6 @@ from support.models import EXACT, FAMILIES, MIXTURES, REFUSED, tiny_model
 
 from cats_ext.patching.detection import MERGED, SEPARATE, find_gated_mlps
 from cats_ext.patching.exact.detection import find_exact_layers
-from cats_ext.patching.exact.modules import ExactDown
 
 HEAD = """# Models
 
@@ -76,8 +75,7 @@ def document() -> str:
     exact = []
     for name, family in EXACT.items():
         layers, _ = find_exact_layers(tiny_model(name))
-        skipped = "down rows" if layers[0].kind is ExactDown else "up and down rows"
-        exact.append([family.title, layers[0].activation, skipped])
+        exact.append([family.title, layers[0].activation, layers[0].skipped])
     tables = (
         table(["family", "MLP class", "projections", "activation"], supported),
         table(["family", "experts", "other MLPs", "activation"], mixtures),

@@ -62,6 +62,11 @@ class ExactLayer:
         return self.mlp.down_weight if self.mlp else self.down_owner.weight
 
     @property
+    def skipped(self) -> str:
+        """What of a zero neuron is not read."""
+        return "up and down rows" if self.matrices == 3 and self.kind is not ExactDown else "down rows"
+
+    @property
     def down_name(self) -> str:
         """What errors call it."""
         return self.kind.down_name(self.name, self.projections)

@@ -23,6 +23,7 @@ from cats_ext import (
 )
 from cats_ext.patching.apply import masking_disabled, set_sparsity, sparse_mlps
 from cats_ext.patching.exact.detection import find_exact_layers
+from cats_ext.patching.exact.modules import ExactDown
 
 FAMILIES = [*installed(EXACT)]
 COUNTS = [1, 3, 40]  # few tokens take the kernel, many the model's own forward
@@ -72,6 +73,8 @@ def test_what_is_found(family):
     layers, refused = find_exact_layers(tiny_model(family))
     assert {layer.kind for layer in layers} == {expected.kind} and not refused
     assert len(layers) == expected.layers and {layer.matrices for layer in layers} == {expected.matrices}
+    only_down = expected.matrices == 2 or expected.kind is ExactDown
+    assert {layer.skipped for layer in layers} == {"down rows" if only_down else "up and down rows"}
 
 
 @pytest.mark.parametrize("count", [1, 40], ids=["kernel", "dense path"])

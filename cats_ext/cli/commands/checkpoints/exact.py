@@ -15,7 +15,6 @@ from cats_ext.cli.common import escape, load, notes, output, print_json, result_
 from cats_ext.cli.text import read_texts, tokenize
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.patching.exact.detection import ExactLayer, find_exact_layers
-from cats_ext.patching.exact.modules import ExactDown
 
 
 def exact(
@@ -73,5 +72,4 @@ def exact(
 
 
 def _row(layer: ExactLayer) -> dict[str, Any]:
-    skipped = "down rows" if layer.kind is ExactDown else "up and down rows"
-    return {"name": layer.name, "activation": layer.activation, "skipped": skipped}
+    return {"name": layer.name, "activation": layer.activation, "skipped": layer.skipped}
