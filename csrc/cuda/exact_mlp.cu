@@ -2,17 +2,17 @@
 // for the gates and the kernel of activated_mlp for the rest.
 #include "sparse_mlp_launch.h"
 
+#include <algorithm>
+
 namespace cats {
 
-size_t exact_mlp_gates_bytes(const SparseMlpParams &params) {
-    const size_t size = params.dtype == DType::kFloat32 ? 4 : 2;
-    const size_t bytes = size_t(params.tokens) * size_t(params.intermediate_size) * size;
-    return params.cutoff ? (bytes + 255) / 256 * 256 : 0; // what follows is aligned
-}
+namespace {
 
-cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
-                           const SparseMlpLaunchOptions &options) {
-    if (!params.cutoff) return sparse_mlp_cuda(params, workspace, stream, options);
+int64_t element_bytes(const SparseMlpParams &params) { return params.dtype == DType::kFloat32 ? 4 : 2; }
+
+// With a cutoff, for at most kMaxTokensPerLaunch tokens.
+cudaError_t launch_both(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
+                        const SparseMlpLaunchOptions &options) {
     SparseMlpParams first = params;
     first.gates = gates;
     first.w_up = first.w_down_t = nullptr, first.w_up_stride = first.w_down_t_stride = 0;
@@ -30,6 +30,28 @@ cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void 
     second.w_down_t = params.w_down_t, second.w_down_t_stride = params.w_down_t_stride;
     second.down_bias = params.down_bias, second.y = params.y, second.dtype = params.dtype;
     return activated_mlp_cuda(second, workspace, options.partial_sums, stream);
+}
+
+} // namespace
+
+size_t exact_mlp_gates_bytes(const SparseMlpParams &params) {
+    if (!params.cutoff) return 0;
+    const int64_t tokens = std::min<int64_t>(params.tokens, kMaxTokensPerLaunch);
+    return size_t(tokens * params.intermediate_size * element_bytes(params) + 255) / 256 * 256;
+}
+
+cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
+                           const SparseMlpLaunchOptions &options) {
+    if (!params.cutoff) return sparse_mlp_cuda(params, workspace, stream, options);
+    const int64_t row_bytes = params.hidden_size * element_bytes(params);
+    for (int64_t first = 0; first < params.tokens; first += kMaxTokensPerLaunch) {
+        SparseMlpParams part = params;
+        part.tokens = std::min<int64_t>(params.tokens - first, kMaxTokensPerLaunch);
+        part.x = static_cast<const uint8_t *>(params.x) + first * row_bytes;
+        part.y = static_cast<uint8_t *>(params.y) + first * row_bytes;
+        if (const cudaError_t error = launch_both(part, workspace, gates, stream, options)) return error;
+    }
+    return cudaSuccess;
 }
 
 } // namespace cats
