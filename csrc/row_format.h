@@ -55,8 +55,8 @@ struct RowFormat {
     constexpr bool operator==(const RowFormat &other) const {
         return type == other.type && group_size == other.group_size && zero_points == other.zero_points;
     }
-    constexpr int32_t row_bytes(int64_t hidden_size) const {
-        return cats::row_bytes(round_up(hidden_size, kPackedColumns) / columns_per_chunk(type), scale_bytes);
+    constexpr int32_t row_bytes(int64_t columns) const {
+        return cats::row_bytes(round_up(columns, kPackedColumns) / columns_per_chunk(type), scale_bytes);
     }
 };
 

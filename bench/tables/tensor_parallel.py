@@ -1,4 +1,4 @@
-"""Writes the table on tensor parallelism of docs/serving.md from bench/results; tests/docs checks it.
+"""Writes the tables on tensor parallelism of docs/serving.md from bench/results; tests/docs checks it.
 
 python bench tables.tensor_parallel
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bench.tables.pages import Page, read, source, table
 
-FILE = "cpu/balance.csv"
+FILE, SUMS_FILE = "cpu/balance.csv", "cpu/partial_sums.csv"
 RULES = {"plain": "plain", "two_threshold": "two thresholds"}
 
 
@@ -34,7 +34,29 @@ def balance() -> str:
     return f"{about}\n\n{table(['rule, sparsity', *(f'{n} ranks' for n in ranks)], rows)}"
 
 
-PAGE = Page("docs/serving.md", {"balance": balance})
+SUMS = {
+    "rounded": "CATS, sums in bfloat16",
+    "float32": "CATS, sums in float32",
+    "dense": "dense, sums in bfloat16",
+}
+
+
+def partial_sums() -> str:
+    data = read(SUMS_FILE)
+    cells: dict[str, list[str]] = {}
+    for row in data:
+        cells.setdefault(row["sums"], []).append(f"{float(row['mlp_error']):.2%}, {float(row['kl']):.4f}")
+    ranks = list(dict.fromkeys(row["ranks"] for row in data))
+    first = data[0]
+    about = (
+        f"{source(SUMS_FILE, first)}: {first['model']} in bfloat16, sparsity {float(first['sparsity']):.0%} or dense, "
+        f"{first['tokens']} tokens, each cell with the mean error of an MLP's output and the divergence."
+    )
+    head = ["", *(f"{n} rank{'s' * (n != '1')}" for n in ranks)]
+    return f"{about}\n\n{table(head, [[SUMS[name], *found] for name, found in cells.items()])}"
+
+
+PAGE = Page("docs/serving.md", {"balance": balance, "partial-sums": partial_sums})
 
 if __name__ == "__main__":
     PAGE.write()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cats_ext._inputs import evaluation_mode, hooked, input_device
 from cats_ext._progress import progress_bar
+from cats_ext.parallel.ranks import Failure
+from cats_ext.parallel.sharding import group_of
 from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
 _CHUNK = 1 << 20  # probabilities that are summed at a time
@@ -32,13 +34,15 @@ def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], obse
             at; a function that is called ``after`` every batch with the number of batches done.
 
     Raises:
-        ValueError: from ``observe``, with the MLP's name before it.
+        ValueError: from ``observe``, with the MLP's name before it; on all ranks of a tensor-parallel model, after the
+            batch.
     """
 
     # The decoder alone, where there is one: the logits of a window can be larger than all activations.
     backbone = model.base_model if _is_transformers(model) else model
-    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, observe) for mlp in mlps]
-    _run_batches(model, batches, hooks, lambda number, ids: backbone(**ids), **options)
+    failure = Failure(group_of(model))
+    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, observe, failure) for mlp in mlps]
+    _run_batches(model, batches, hooks, lambda number, ids: backbone(**ids), failure, **options)
 
 
 def has_gradients(model: nn.Module) -> bool:
@@ -70,8 +74,9 @@ def run_gradient_pass(
         uniform = torch.rand(len(logits), generator=generator, dtype=torch.float64)
         logits.backward(_gradient_of_draws(logits.detach(), uniform.to(logits.device)))
 
-    hooks = [_frozen(model), *(_gradient_caught(mlp, observe) for mlp in mlps), torch.enable_grad()]
-    _run_batches(model, batches, hooks, step, **options)
+    failure = Failure(group_of(model))
+    hooks = [_frozen(model), *(_gradient_caught(mlp, observe, failure) for mlp in mlps), torch.enable_grad()]
+    _run_batches(model, batches, hooks, step, failure, **options)
 
 
 def _run_batches(
@@ -79,13 +84,17 @@ def _run_batches(
     batches: list[Tensor],
     hooks: list[AbstractContextManager],
     step: Callable[[int, dict[str, Any]], object],
+    failure: Failure,
     *,
     title: str = "",
     progress: bool = False,
     start: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Inside all ``hooks``, call ``step`` with the number and the model's arguments of each batch from ``start`` on."""
+    """Inside all ``hooks``, call ``step`` with the number and the model's arguments of each batch from ``start`` on.
+
+    What the hooks have kept in ``failure`` is raised after each.
+    """
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         advance = stack.enter_context(progress_bar(title, len(batches), progress))
@@ -94,6 +103,7 @@ def _run_batches(
         for number, batch in enumerate(batches):
             if number >= start:
                 step(number, {"input_ids": batch.to(input_device(model)), **_options(model)})
+                failure.raise_together()
                 after(number + 1)
             advance()
 
@@ -138,16 +148,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(mlp: GatedMLP, part: str = "") -> Iterator[None]:
-    """Put the MLP's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"activations of {mlp.name}{part}: {error}") from error
+def _observing(mlp: GatedMLP, failure: Failure, part: str = "") -> Iterator[None]:
+    """Put the MLP's name before the message of a ValueError; the ranks go on, since the model's layers communicate."""
+    with failure.kept():
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"activations of {mlp.name}{part}: {error}") from error
 
 
 @contextmanager
-def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
+def _projections_caught(mlp: GatedMLP, observe: Observer, failure: Failure) -> Iterator[None]:
     """Inside, the outputs of the MLP's gate and up projections go to ``observe`` together, ``[T, I]`` each."""
     names = MERGED[:1] if mlp.merged else SEPARATE[:2]
     outputs: dict[str, Tensor] = {}
@@ -157,7 +168,7 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
         if len(outputs) == len(names):
             gate, up = (t.reshape(-1, mlp.neurons) for t in mlp.gate_and_up(outputs))
             outputs.clear()
-            with _naming(mlp):
+            with _observing(mlp, failure):
                 observe(mlp, gate, up)
 
     hooks = {getattr(mlp.module, name): lambda module, args, output, name=name: catch(name, output) for name in names}
@@ -166,14 +177,14 @@ def _projections_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
+def _experts_caught(mlp: GatedMLP, observe: Observer, failure: Failure) -> Iterator[None]:
     """As :func:`_projections_caught`, for each expert with the tokens routed to it; computes the projections again."""
 
     def catch(module: nn.Module, x: Tensor, experts: Tensor, routing: Tensor) -> None:
         for expert in experts.unique().tolist():
             rows = x[(experts == expert).any(-1)]
             gate, up = F.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            with _naming(mlp, f", expert {expert}"):
+            with _observing(mlp, failure, f", expert {expert}"):
                 observe(mlp, gate, up)
 
     def hook(module: nn.Module, args: tuple, named: dict[str, Any]) -> None:
@@ -184,7 +195,7 @@ def _experts_caught(mlp: GatedMLP, observe: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]:
+def _gradient_caught(mlp: GatedMLP, observe: GradientObserver, failure: Failure) -> Iterator[None]:
     """Inside, a backward pass gives the projections and the gradient at the MLP's output to ``observe``."""
     caught: list[Tensor] = []
 
@@ -199,11 +210,11 @@ def _gradient_caught(mlp: GatedMLP, observe: GradientObserver) -> Iterator[None]
         gate, up = caught
 
         def deliver(gradient: Tensor) -> None:
-            with _naming(mlp):
+            with _observing(mlp, failure):
                 observe(mlp, gate, up, gradient.reshape(-1, mlp.hidden_size))
 
         probe.register_hook(deliver)
         return output + probe
 
-    with _projections_caught(mlp, keep), hooked(nn.Module.register_forward_hook, {mlp.module: open_output}):
+    with _projections_caught(mlp, keep, failure), hooked(nn.Module.register_forward_hook, {mlp.module: open_output}):
         yield

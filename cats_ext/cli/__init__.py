@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cats_ext._version import __version__
-from cats_ext.cli import ranks, streams
+from cats_ext.cli import streams, torchrun
 from cats_ext.cli.commands import bench, chat, demo, env, evaluate, generate, report, serve
 from cats_ext.cli.commands.checkpoints import calibrate, exact, finetune, quantize
 from cats_ext.cli.common import Command, one_sentence_errors
@@ -62,5 +62,5 @@ def main() -> None:
         streams.run(app)
     except SystemExit as done:
         if not done.code:  # after an error the other ranks may be in a collective, and ending the group waits for them
-            ranks.end()
+            torchrun.end()
         raise

@@ -28,7 +28,7 @@ from typer.core import TyperCommand
 
 import cats_ext
 from cats_ext._outputs import cannot_be_written, check_writable
-from cats_ext.cli import models, ranks
+from cats_ext.cli import models, torchrun
 from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.cli.streams import StandardOutputError
 from cats_ext.ops.library import LIBRARIES
@@ -65,7 +65,7 @@ class Command(TyperCommand):
             for option, value in itertools.pairwise(given):
                 if option in options and value[:40] not in error.message:  # typer's own errors may not have it
                     error.message += f", got {value[:40]!r}"
-            if "--json" in given:
+            if "--json" in given and torchrun.is_first_to_fail():
                 print_json({"error": error.format_message()})
             raise
 
@@ -77,15 +77,15 @@ def debugging() -> bool:
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn an exception of ``command`` into a sentence on standard error and exit code 1, unless :func:`debugging`.
 
-    With ``--json`` the sentence is on standard output too, as ``{"error": ...}``.
+    With ``--json`` the sentence is on standard output too, as ``{"error": ...}``, of the first rank that fails.
     """
 
     @functools.wraps(command)
     def wrapped(**named: Any) -> None:
-        notes.quiet = not ranks.is_first()
+        notes.quiet = not torchrun.is_first()
         try:
-            ranks.start(command.__name__)
-            command(**named)
+            with torchrun.started(command.__name__):
+                command(**named)
         except (typer.Exit, typer.Abort, _USAGE_ERROR, BrokenPipeError, StandardOutputError):
             raise
         except Exception as error:
@@ -93,7 +93,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             message, notes.quiet = _sentence(error, named), False
             notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-            if named.get("json"):
+            if named.get("json") and torchrun.is_first_to_fail():
                 print_json({"error": message} | getattr(error, "document", {}))
             raise typer.Exit(1) from error
 
@@ -144,7 +144,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 def write_output(option: str, path: Path, text: str) -> None:
     """Write a file, all of it or nothing. Raises OSError, which names the ``option`` and the path."""
-    if not ranks.is_first():
+    if not torchrun.is_first():
         return
     check_writable(option, path, directory=False)
     try:

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import wrap_file
 
-from cats_ext.cli import ranks
+from cats_ext.cli import torchrun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,14 +87,14 @@ def load_model(
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelUnavailableError(f"model file '{name}' does not exist")
-        if ranks.count() > 1:
+        if torchrun.count() > 1:
             raise ModelUnavailableError(f"model file '{name}' cannot be spread over ranks: torchrun needs a directory")
         model, tokenizer = _load_gguf(path, dtype)
     elif path.is_file():
         raise ModelUnavailableError(f"model '{name}' is a file: expected a directory, a .gguf file or a hub name")
     else:
         model, tokenizer = _load_pretrained(str(obtain(DEMO_MODEL)) if name == DEMO_MODEL.name else name, dtype)
-    if ranks.count() == 1:
+    if torchrun.count() == 1:
         return model.to(device).eval(), tokenizer
     if model.device.type != device.type:
         raise ModelUnavailableError(f"torchrun loads '{name}' on {model.device.type}, got the device {device}")
@@ -121,10 +121,12 @@ def _load_pretrained(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMod
         check_directory(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if ranks.count() > 1:
-            ranks.check_heads(getattr(AutoConfig.from_pretrained(name).get_text_config(), "num_key_value_heads", None))
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **ranks.loading_options())
-    except ranks.RankError:
+        if torchrun.count() > 1:
+            torchrun.check_heads(
+                getattr(AutoConfig.from_pretrained(name).get_text_config(), "num_key_value_heads", None)
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **torchrun.loading_options())
+    except torchrun.ProcessCountError:
         raise
     except Exception as error:  # the loaders raise a dozen types, from OSError to SafetensorError and KeyError
         reason = str(error).strip().split("\n")[0] or type(error).__name__

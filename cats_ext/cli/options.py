@@ -13,7 +13,7 @@ import torch
 import typer
 
 from cats_ext._inputs import LARGEST_SEED
-from cats_ext.cli import models, ranks
+from cats_ext.cli import models, torchrun
 from cats_ext.cli.text import is_text
 from cats_ext.thresholds.rules import check_sparsity
 
@@ -114,7 +114,7 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda" if ranks.count() == 1 else f"cuda:{ranks.local_rank()}")
+        return torch.device("cuda" if torchrun.count() == 1 else f"cuda:{torchrun.local_rank()}")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +19,7 @@ from cats_ext.patching.wrappers import unwrapped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Result = TypeVar("_Result")
 _ATTENTION = ("full_attention", "sliding_attention")
 
 
@@ -115,57 +115,86 @@ class Turns:
 
     Calls run side by side. While one prepares a session it changes thresholds and counts in place, and no other runs.
     Of all models one prepares at a time: waiting for a device fails while another thread captures a graph on it.
+    An interrupt leaves no call waiting for one that has ended.
     """
 
     _of_models: ClassVar[WeakKeyDictionary[nn.Module, Turns]] = WeakKeyDictionary()
-    _lock = threading.Lock()
-    _one_prepares = threading.RLock()
+    _changed: ClassVar[threading.Condition] = threading.Condition()
+    _preparing: ClassVar[dict[Turns, int]] = {}  # the thread that prepares, of one model
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running: Counter[int] = Counter()  # calls by thread: a streamer may call another engine
-        self._preparing: int | None = None  # the thread
+        self._running: dict[object, int] = {}  # the thread of each call: a streamer may call another engine
+        self._waiting: set[int] = set()  # threads that prepare or want to: others need not wait for their calls
 
     @classmethod
     def of(cls, model: nn.Module) -> Turns:
-        with cls._lock:
-            return cls._of_models.setdefault(model, cls())
+        return cls._change(lambda: cls._of_models.setdefault(model, cls()))
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """For a call of an engine, from its first look at the model on."""
-        me = threading.get_ident()
-        try:
-            with self._changed:
-                self._changed.wait_for(lambda: self._preparing in (None, me))
-                self._running[me] += 1
-            yield
-        finally:  # also of an interrupt before it is counted: the line below drops what is not above 0
-            with self._changed:
-                self._running[me] -= 1
-                self._running += Counter()
-                self._changed.notify_all()
+        me, call = threading.get_ident(), object()
+
+        def begin() -> None:
+            self._changed.wait_for(lambda: self._preparing.get(self, me) == me)
+            self._running[call] = me
+
+        return self._between(begin, lambda: self._running.pop(call, None))
 
     @contextmanager
     def preparing(self, device: torch.device) -> Iterator[None]:
         """Inside a running call: alone, and with nothing in flight on the device before and after."""
-        me, mine = threading.get_ident(), 0
+        me = threading.get_ident()
+
+        def is_alone() -> bool:
+            return {me}.issuperset(self._preparing.values()) and self._waiting.issuperset(self._running.values())
+
+        def begin() -> None:
+            self._waiting.add(me)
+            self._changed.notify_all()
+            self._changed.wait_for(is_alone)
+            self._preparing[self] = me
+
+        def end() -> None:
+            self._waiting.discard(me)
+            if self._preparing.get(self) == me:
+                del self._preparing[self]
+
+        with self._between(begin, end):
+            _wait_for(device)
+            yield
+            _wait_for(device)
+
+    @classmethod
+    @contextmanager
+    def _between(cls, begin: Callable[[], object], end: Callable[[], object]) -> Iterator[None]:
+        """Change the state by ``begin``, and undo by ``end`` what that has come to; ``end`` may be called again."""
         try:
-            with self._changed:
-                mine = self._running.pop(me, 0)
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._preparing is None and not self._running)
-                self._preparing = me
-            with self._one_prepares:
-                _wait_for(device)
+            try:
+                cls._change(begin)
                 yield
-                _wait_for(device)
+            finally:
+                cls._change(end)
+        finally:  # of an interrupt in or right before the first one
+            cls._change(end)
+
+    @classmethod
+    def _change(cls, action: Callable[[], _Result]) -> _Result:
+        """Call ``action`` with the lock. No ``with``: an interrupt at its end would leave it locked."""
+
+        def release() -> None:
+            with suppress(RuntimeError):  # not locked by this thread
+                cls._changed.release()
+
+        try:
+            try:
+                cls._changed.acquire()
+                result = action()
+                cls._changed.notify_all()
+                return result
+            finally:
+                release()
         finally:
-            with self._changed:
-                if self._preparing == me:
-                    self._preparing = None
-                self._running[me] = mine
-                self._changed.notify_all()
+            release()
 
 
 def _wait_for(device: torch.device) -> None:

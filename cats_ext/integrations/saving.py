@@ -19,18 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from cats_ext.parallel.ranks import raised_together
-from cats_ext.parallel.sharding import group_of, with_bare_layers
+from cats_ext.parallel.ranks import check_same, raised_together
+from cats_ext.parallel.sharding import gathered_state_dict, group_of
 from cats_ext.patching.apply import current_config, replaced_activation, sparse_mlps
-from cats_ext.patching.detection import projection_names
 from cats_ext.patching.mlp import CatsMLP
 from cats_ext.quantization.layout import Rows, describe
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.exact import EXACT, ExactConfig
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, THRESHOLDS_FILE
-from cats_ext.thresholds.fit import sample_all_ranks, sample_weights, weight_of
+from cats_ext.thresholds.fit import sample_weights, weight_of
 from cats_ext.thresholds.replacement import publish, staged
 
 if TYPE_CHECKING:
@@ -52,14 +52,16 @@ class Saving:
     """A call of ``save_pretrained`` in progress.
 
     Attributes:
-        state_dict: as given by the caller.
+        state_dict: as given by the caller; None is the model's own.
         directory: where the files go in the end.
+        group: of a tensor-parallel model.
         finish: puts them there.
         names: of the files that are there.
     """
 
     state_dict: dict[str, Tensor] | None
     directory: Path
+    group: dist.ProcessGroup | None = None
     finish: Callable[[], list[str]] = list
     names: list[str] = field(default_factory=list)
 
@@ -67,8 +69,8 @@ class Saving:
 _IN_PROGRESS: ContextVar[Saving | None] = ContextVar("cats_saving", default=None)  # of each thread its own
 
 
-def given_state_dict() -> dict[str, Tensor] | None:
-    """The state dict that the call of ``save_pretrained`` in progress was given."""
+def state_dict_to_save() -> dict[str, Tensor] | None:
+    """That of the call of ``save_pretrained`` in progress; None is the model's own."""
     saving = _IN_PROGRESS.get()
     return None if saving is None else saving.state_dict
 
@@ -87,27 +89,42 @@ def save_pretrained(
     it; the files are there when it returns on any of them.
 
     Raises:
-        ValueError: ``distributed_checkpoint`` is given, or a threshold is not valid.
+        ValueError: ``distributed_checkpoint`` is given, a threshold is not valid, or only some ranks have a state dict.
         OSError: a file cannot be written; there has to be space for the old and the new files.
     """
     if named.get("distributed_checkpoint"):
         raise ValueError("distributed_checkpoint must be False for a patched or quantised model, got True")
-    directory = Path(save_directory)
-    write, group = partial(type(model).save_pretrained, model), group_of(model)
-    writes = is_main_process and not getattr(model, "_hf_peft_config_loaded", False)
-    if writes or group is not None:
-        entries, files = _additions(model, state_dict)
-    if not writes:
-        with _in_progress(Saving(state_dict, directory)):
-            write(save_directory, is_main_process, state_dict, *arguments, **named)
-        with raised_together(group):
-            return
+    group = group_of(model)
+    check_same(group, "whether state_dict is given", lambda: state_dict is not None)
+    adapters = getattr(model, "_hf_peft_config_loaded", False)
+    writes = is_main_process and not adapters and (group is None or dist.get_rank() == 0)
+    # What communicates comes first, so that no rank waits for one that cannot write.
+    config = current_config(model) if sparse_mlps(model) else None
+    if group is not None and state_dict is None and not adapters:
+        state_dict = gathered_state_dict(model, keep=writes)
+    saving = Saving(state_dict, Path(save_directory), group)
+    with raised_together(group), _in_progress(saving):
+        if writes:
+            _write(model, saving, _additions(model, config, state_dict), arguments, named)
+        elif group is None or adapters:
+            type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *arguments, **named)
+
+
+def _write(
+    model: PreTrainedModel,
+    saving: Saving,
+    additions: tuple[dict[str, Any], dict[str, bytes]],
+    arguments: Sequence[Any],
+    named: dict[str, Any],
+) -> None:
+    """Let transformers write into a new folder, with the ``additions``, and put the files into their directory."""
+    directory, (entries, files) = saving.directory, additions
     named.setdefault("repo_id", directory.absolute().name)  # for push_to_hub; transformers takes the folder's name
     with staged(directory) as new:
 
         def finish() -> list[str]:
             written = new / "config.json"
-            if written.is_file():  # not twice, nor on a rank that writes nothing
+            if written.is_file():  # not twice
                 content = json.loads(written.read_text(encoding="utf-8")) | entries
                 written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
                 for name, blob in files.items():
@@ -115,11 +132,9 @@ def save_pretrained(
                 saving.names = publish(new, directory, partial(_superseded, directory), _LAST)
             return saving.names
 
-        saving = Saving(state_dict, directory, finish)
-        with _in_progress(saving):
-            write(str(new), is_main_process, state_dict, *arguments, **named)
-        with raised_together(group):
-            finish()
+        saving.finish = finish
+        type(model).save_pretrained(model, str(new), True, saving.state_dict, *arguments, **named)
+        finish()
 
 
 def upload_modified_files(
@@ -138,6 +153,13 @@ def upload_modified_files(
     return type(model)._upload_modified_files(model, working_dir, repo_id, files_timestamps, **named)
 
 
+def barrier_after_save(model: PreTrainedModel, *arguments: Any) -> None:
+    """transformers' own; not where :func:`save_pretrained` waits for all ranks itself, and tells them of an error."""
+    saving = _IN_PROGRESS.get()
+    if saving is None or saving.group is None:
+        type(model).barrier_after_gathered_checkpoint_save(model, *arguments)
+
+
 @contextmanager
 def _in_progress(saving: Saving) -> Iterator[None]:
     token = _IN_PROGRESS.set(saving)
@@ -147,16 +169,17 @@ def _in_progress(saving: Saving) -> Iterator[None]:
         _IN_PROGRESS.reset(token)
 
 
-def _additions(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Entries of ``config.json`` and further files of a CATS checkpoint."""
-    patched, rows = sparse_mlps(model), describe(model) or None
-    if not patched:
-        return {"quantization_config": checkpoint_entry(rows=rows)}, {}
-    if isinstance(config := current_config(model), ExactConfig):
+def _additions(
+    model: PreTrainedModel, config: CatsConfig | None, state_dict: dict[str, Tensor] | None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Entries of ``config.json`` and further files of a CATS checkpoint with the thresholds of ``config``."""
+    rows = describe(model) or None
+    if config is None or isinstance(config, ExactConfig):
         return {"quantization_config": checkpoint_entry(config, rows=rows)}, {}
     activation = replaced_activation(model)
     samples = {
-        module.cats.name: _saved_sample(model, state_dict or {}, name, module) for name, module in patched.items()
+        module.cats.name: sample_weights(partial(_saved_weight, model, state_dict or {}, name, module))
+        for name, module in sparse_mlps(model).items()
     }
     config = replace(config, weights=samples)
     entries = {} if activation is None else dict.fromkeys(_activation_entries(model, activation), activation)
@@ -187,17 +210,6 @@ def _activation_entries(model: PreTrainedModel, activation: str) -> list[str]:
             stacklevel=4,
         )
     return [config.attribute_map.get(name, name) for name in names]
-
-
-def _saved_sample(model: PreTrainedModel, state_dict: dict[str, Tensor], name: str, module: CatsMLP) -> Tensor:
-    """Of the weights of an MLP that will be in the checkpoint."""
-    shard = module.cats.shard
-    if shard is not None:
-        # Also where it is not used: the other ranks wait for this one, and may have been given no state dict.
-        sample = sample_all_ranks(partial(weight_of, with_bare_layers(module, projection_names(module))), shard)
-        if not state_dict:
-            return sample
-    return sample_weights(partial(_saved_weight, model, state_dict, name, module))
 
 
 def _saved_weight(

@@ -133,7 +133,7 @@ class CatsQuantizer(HfQuantizer):
         return patch_with_relu(model, thresholds) if config.activation == "relu" else apply_cats(model, thresholds)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor] | None, dict]:
-        return saving.given_state_dict(), {}  # what is returned replaces the caller's
+        return saving.state_dict_to_save(), {}  # what is returned replaces the caller's
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if quantized_linears(model):
@@ -244,7 +244,11 @@ def _save_pretrained(model: PreTrainedModel, *arguments: Any, **named: Any) -> N
     return saving.save_pretrained(model, *arguments, **named)
 
 
-_REPLACED = {"save_pretrained": _save_pretrained, "_upload_modified_files": saving.upload_modified_files}
+_REPLACED = {
+    "save_pretrained": _save_pretrained,
+    "_upload_modified_files": saving.upload_modified_files,
+    "barrier_after_gathered_checkpoint_save": saving.barrier_after_save,
+}
 
 add_listener(PatchListener(check=check_not_quantised, patched=attach, quantized=attach, removing=detach))
 

@@ -45,34 +45,65 @@ class Shard:
         return self.sum(whole)
 
 
+class Failure:
+    """The first error of this rank, kept until all ranks of ``group`` are told: they would wait for one that stopped.
+
+    Without a group (None: a model of one process) errors are raised where they are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._error: Exception | None = None
+        self._step = self._steps = 0  # at which it was raised, and so far: on all ranks the same ones
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep an error that is raised inside, which must not leave out communication, and go on after it."""
+        self._steps += 1
+        try:
+            yield
+        except Exception as error:
+            if self._group is None:
+                raise
+            if self._error is None:
+                self._error, self._step = error, self._steps
+
+    def raise_together(self) -> None:
+        """Raise on all ranks the error of the earliest step; later ones may follow from what that rank has sent."""
+        if self._group is None:
+            return
+        own = None if self._error is None else (self._step, f"{type(self._error).__name__}: {self._error}")
+        try:
+            told = _gathered(self._group, own)
+        except Exception as lost:  # another rank has died
+            if self._error is None:
+                raise
+            raise self._error from (self._error.__cause__ or lost)
+        failed = [(said[0], rank) for rank, said in enumerate(told) if said is not None]
+        if not failed:
+            return
+        first, rank = min(failed)
+        if own is not None and own[0] == first:
+            raise self._error
+        raise ValueError(f"rank {rank} has stopped with {told[rank][1]}")
+
+
 @contextmanager
 def raised_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Raise an error of one rank on all: the others would wait for that rank in their next communication.
-
-    Inside there must be no communication. None is a model of one process.
-    """
-    error: Exception | None = None
-    try:
+    """Raise an error of one rank on all of them. Inside there must be no communication."""
+    failure = Failure(group)
+    with failure.kept():
         yield
-    except Exception as caught:
-        if group is None:
-            raise
-        error = caught
-    if group is None:
-        return
-    messages = _gathered(group, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    failed = next((rank for rank, message in enumerate(messages) if message is not None), None)
-    if failed is not None:
-        raise ValueError(f"rank {failed} has stopped with {messages[failed]}")
+    failure.raise_together()
 
 
 def check_same(group: dist.ProcessGroup | None, name: str, digest: Callable[[], object]) -> None:
     """Raise ValueError on all ranks unless they have the same ``digest``, of what the message calls ``name``."""
     if group is None:
         return
-    values = _gathered(group, digest())
+    with raised_together(group):
+        own = digest()
+    values = _gathered(group, own)
     other = next((rank for rank, said in enumerate(values) if said != values[0]), None)
     if other is not None:
         raise ValueError(f"{name} must be the same on all ranks, but rank {other} has another one than rank 0")

@@ -44,6 +44,16 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     return next((hook["mesh"].get_group() for hook in hooks if "mesh" in hook), None)  # norms of heads have none
 
 
+def gathered_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The whole weights of a tensor-parallel model, on a rank that is to ``keep`` them; all ranks have to call it."""
+    gathered = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+        if keep:
+            gathered[name] = whole
+    return gathered
+
+
 def check_on_one_rank(model: nn.Module, function: str) -> None:
     """Raise ValueError if ``model``, an argument of ``function``, is tensor-parallel."""
     if group_of(model) is not None:

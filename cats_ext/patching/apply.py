@@ -162,9 +162,10 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
             {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
         )
     try:
-        for mlp, own in zip(mlps, strides, strict=True):
-            make_sparse(mlp, config, layouts, own)
-        listeners.patched(inner, config)
+        with raised_together(group):
+            for mlp, own in zip(mlps, strides, strict=True):
+                make_sparse(mlp, config, layouts, own)
+            listeners.patched(inner, config)
         return model
     except BaseException:
         make_all_dense(inner, [mlp.module for mlp in mlps], layouts)
@@ -230,7 +231,8 @@ def current_config(model: nn.Module) -> CatsConfig:
     Raises:
         ValueError: the model is not patched.
     """
-    states = {module.cats.name: module for module in patched_mlps(model).values()}
+    with raised_together(group_of(model)):
+        states = {module.cats.name: module for module in patched_mlps(model).values()}
 
     def read(buffer: str) -> dict[str, Tensor]:
         tensors = {name: getattr(module, buffer) for name, module in states.items()}
@@ -266,8 +268,9 @@ def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | No
     check_same(group, "sparsity", partial(_digest, after))
     modules = list(sparse_mlps(model).values())
     try:
-        for module in modules:
-            module.set_thresholds(after)
+        with raised_together(group):
+            for module in modules:
+                module.set_thresholds(after)
         return model
     except BaseException:
         for module in modules:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from cats_ext.parallel.ranks import raised_together
+from cats_ext.parallel.sharding import group_of
 from cats_ext.patching.apply import patched_mlps
 from cats_ext.patching.mlp import PatchedMLP
 from cats_ext.thresholds.exact import ExactConfig
@@ -201,10 +203,12 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
     Raises:
         ValueError: the model is not patched, nothing has been counted, or the tolerance is no share.
     """
-    if tolerance is not None and not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
+    with raised_together(group_of(model)):
+        if tolerance is not None and not 0 <= tolerance <= 1:
+            raise ValueError(f"tolerance must be in [0, 1], got {tolerance}")
+        patched = patched_mlps(model)
     layers = []
-    for name, module in patched_mlps(model).items():
+    for name, module in patched.items():
         shard = module.cats.shard
         evaluated, kept_up, kept_down = (module.counts if shard is None else shard.sum(module.counts)).tolist()
         if evaluated == 0:

@@ -74,17 +74,17 @@ class RowFormat:
         """Bytes of the scales before each tile, filled up to a multiple of 16."""
         return -(-self._tile_scales // 16) * 16
 
-    def row_bytes(self, hidden_size: int) -> int:
-        """Bytes of a row of ``hidden_size`` columns."""
-        data = self._data_bytes(hidden_size)
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of ``columns`` columns."""
+        data = self._data_bytes(columns)
         return data + -(-data // TILE_BYTES) * self.scale_bytes
 
-    def groups(self, hidden_size: int) -> int:
-        """Scales of a row. Raises ``ValueError`` unless ``hidden_size`` is a positive multiple of the group size."""
-        if hidden_size <= 0 or (self.group_size and hidden_size % self.group_size):
-            multiple = f" multiple of the group size of {self.name}" if self.group_size else " number of columns"
-            raise ValueError(f"hidden_size must be a positive{multiple}, got {hidden_size}")
-        return hidden_size // self.group_size if self.group_size else 1
+    def groups(self, columns: int) -> int:
+        """Scales of a row. Raises ``ValueError`` unless ``columns`` is a positive multiple of the group size."""
+        if columns <= 0 or (self.group_size and columns % self.group_size):
+            multiple = f" multiple of the group size of {self.name}" if self.group_size else " number"
+            raise ValueError(f"columns must be a positive{multiple}, got {columns}")
+        return columns // self.group_size if self.group_size else 1
 
     def pack(self, q: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """The rows of ``w = (q - zeros) * scales``: uint8 ``[I, row_bytes(H)]``, contiguous, on the device of ``q``.
@@ -98,8 +98,8 @@ class RowFormat:
         """
         if q.dim() != 2 or q.dtype != STORED[self.type]:
             raise ValueError(f"q must be {STORED[self.type]} [I, H] for {self.name}, got {q.dtype} {list(q.shape)}")
-        rows, hidden_size = q.shape
-        groups = self.groups(hidden_size)
+        rows, columns = q.shape
+        groups = self.groups(columns)
         self._check_per_group("scales", scales, (rows, groups), q.device)
         if self.zero_points != (zeros is not None):
             wanted = "given" if self.zero_points else "None"
@@ -116,21 +116,21 @@ class RowFormat:
             data = data[:, ::2] | data[:, 1::2] << 4
         per_group = scales if zeros is None else torch.stack((scales, zeros), -1).flatten(1)
         scale_data = per_group.contiguous().view(torch.uint8)
-        packed = q.new_zeros(rows, self.row_bytes(hidden_size), dtype=torch.uint8)
-        for tile_scales, tile_data, of_scales, of_data in self._tiles(hidden_size):
+        packed = q.new_zeros(rows, self.row_bytes(columns), dtype=torch.uint8)
+        for tile_scales, tile_data, of_scales, of_data in self._tiles(columns):
             packed[:, tile_scales] = scale_data[:, of_scales]
             packed[:, tile_data] = data[:, of_data]
         return packed
 
-    def fields(self, packed: Tensor, hidden_size: int) -> Fields:
-        """What ``pack`` was given. Raises ``ValueError`` unless ``packed`` is uint8 ``[I, row_bytes(hidden_size)]``."""
-        groups, row_bytes = self.groups(hidden_size), self.row_bytes(hidden_size)
+    def fields(self, packed: Tensor, columns: int) -> Fields:
+        """What ``pack`` was given. Raises ``ValueError`` unless ``packed`` is uint8 ``[I, row_bytes(columns)]``."""
+        groups, row_bytes = self.groups(columns), self.row_bytes(columns)
         if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
             raise ValueError(
-                f"packed must be torch.uint8 [I, {row_bytes}] for {hidden_size} columns in {self.name}, "
+                f"packed must be torch.uint8 [I, {row_bytes}] for {columns} columns in {self.name}, "
                 f"got {packed.dtype} {list(packed.shape)}"
             )
-        tiles = list(self._tiles(hidden_size))
+        tiles = list(self._tiles(columns))
         data = torch.cat([packed[:, tile_data] for _, tile_data, _, _ in tiles], 1)
         per_group = torch.cat([packed[:, tile_scales] for tile_scales, *_ in tiles], 1)
         if self.type == "int4":
@@ -139,9 +139,9 @@ class RowFormat:
         scales, zeros = per_group.view(-1, groups, 2).unbind(2) if self.zero_points else (per_group[:, :groups], None)
         return Fields(data.view(STORED[self.type]), scales, zeros)
 
-    def unpack(self, packed: Tensor, hidden_size: int) -> Tensor:
-        """The weights, float32 ``[I, hidden_size]``. Raises as :meth:`fields`."""
-        q, scales, zeros = self.fields(packed, hidden_size)
+    def unpack(self, packed: Tensor, columns: int) -> Tensor:
+        """The weights, float32 ``[I, columns]``. Raises as :meth:`fields`."""
+        q, scales, zeros = self.fields(packed, columns)
         return self.decode(q.unflatten(1, (scales.shape[1], -1)), scales, zeros).flatten(1)
 
     def decode(self, q: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -151,8 +151,8 @@ class RowFormat:
             values.sub_(CENTRE if zeros is None else zeros.float().unsqueeze(2))
         return values.mul_(scales.float().unsqueeze(2))
 
-    def _data_bytes(self, hidden_size: int) -> int:
-        padded = -(-hidden_size // PADDED_TO) * PADDED_TO
+    def _data_bytes(self, columns: int) -> int:
+        padded = -(-columns // PADDED_TO) * PADDED_TO
         return padded // 2 if self.type == "int4" else padded
 
     def _check_per_group(self, name: str, t: Tensor, shape: tuple[int, int], device: torch.device) -> None:
@@ -176,13 +176,13 @@ class RowFormat:
         tile_columns = TILE_BYTES * (2 if self.type == "int4" else 1)
         return self._scale_size * (tile_columns // self.group_size if self.group_size else 1)
 
-    def _tiles(self, hidden_size: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+    def _tiles(self, columns: int) -> Iterator[tuple[slice, slice, slice, slice]]:
         """For each tile: where its scales and its data are in a row, and in all scales and all data, in bytes.
 
         Without the padding, which is zeros.
         """
-        data = hidden_size // 2 if self.type == "int4" else hidden_size
-        all_scales = self.groups(hidden_size) * self._scale_size
+        data = columns // 2 if self.type == "int4" else columns
+        all_scales = self.groups(columns) * self._scale_size
         for tile, first in enumerate(range(0, data, TILE_BYTES)):
             begin = tile * (self.scale_bytes + TILE_BYTES)
             first_scale = tile * self._tile_scales if self.group_size else 0  # fp8 repeats its one scale

@@ -35,20 +35,20 @@ def quantize_rows(weight: Tensor, row_format: RowFormat, importance: Tensor | No
     """
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"weight must be float32, float16 or bfloat16 [I, H], got {weight.dtype} {list(weight.shape)}")
-    rows, hidden_size = weight.shape
-    groups = row_format.groups(hidden_size)
+    rows, columns = weight.shape
+    groups = row_format.groups(columns)
     check_finite("weight", weight)
     if importance is None:
-        importance = weight.new_ones((), dtype=torch.float32).expand(hidden_size)
-    if importance.shape != (hidden_size,):
-        raise ValueError(f"importance must have shape [{hidden_size}], got {list(importance.shape)}")
+        importance = weight.new_ones((), dtype=torch.float32).expand(columns)
+    if importance.shape != (columns,):
+        raise ValueError(f"importance must have shape [{columns}], got {list(importance.shape)}")
     check_finite("importance", importance)
     if (importance < 0).any():
         raise ValueError(f"importance must not be negative, got {float(importance.min())}")
     importance = importance.to(weight.device, torch.float32).reshape(groups, -1)
 
-    packed = weight.new_empty(rows, row_format.row_bytes(hidden_size), dtype=torch.uint8)
-    step = max(1, _CHUNK // hidden_size)
+    packed = weight.new_empty(rows, row_format.row_bytes(columns), dtype=torch.uint8)
+    step = max(1, _CHUNK // columns)
     for first in range(0, rows, step):
         values = weight[first : first + step].float().unflatten(1, (groups, -1))
         scales, zeros = search_scales(values, row_format, importance)

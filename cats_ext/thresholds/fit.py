@@ -107,38 +107,33 @@ def weight_of(module: nn.Module, projection: str) -> Tensor | None:
 
 def check_mlp_weights(mlp: MLPShape, expected: Tensor) -> None:
     """Raise ValueError unless ``expected`` is a sample of the weights of ``mlp``, or of what this rank has of them."""
+    part = () if mlp.shard is None else (mlp.shard.first, mlp.shard.total)
     advice = (
         "calibrate this model, or pass check_weights=False to apply_cats if the thresholds of the other one are wanted"
     )
-    if mlp.shard is None:
-        _check_same(mlp.name, expected, sample_weights(partial(weight_of, mlp.module)), advice)
-    else:
-        weight = partial(weight_of, mlp.bare())
-        check_shard_weights(mlp.name, expected, weight, mlp.shard.first, mlp.shard.total, advice)
+    check_weights(mlp.name, expected, partial(weight_of, mlp.bare()), *part, advice=advice)
 
 
-def check_shard_weights(
+def check_weights(
     name: str,
     expected: Tensor,
     weight: Callable[[str], Tensor | None],
-    first: int,
-    neurons: int,
+    first: int = 0,
+    neurons: int | None = None,
+    *,
     advice: str = "calibrate this model and save it again",
 ) -> None:
-    """Raise ValueError unless the part of ``expected`` that is of a part of the MLP ``name`` is right.
+    """Raise ValueError unless ``expected`` is a sample of the weights of the MLP ``name``, as far as they are here.
 
     Args:
-        weight: as for :func:`sample_weights`, of those of the MLP's ``neurons`` from ``first`` on.
+        weight, first, neurons: as for :func:`sample_weights`.
     """
-    down = weight("down_proj")
-    count, width = down.shape if down.dtype == torch.uint8 else down.mT.shape  # packed rows, or dense
-    places = torch.tensor(_places(torch.Size((neurons, width))))
-    own = expected[:, _are_within(places, first, count)]
-    _check_same(name, own, sample_weights(weight, first, neurons), advice)
-
-
-def _check_same(name: str, expected: Tensor, found: Tensor, advice: str) -> None:
-    for projection, want, have in zip(PROJECTIONS, expected, found, strict=True):
+    if neurons is not None:
+        down = weight("down_proj")
+        count, width = down.shape if down.dtype == torch.uint8 else down.mT.shape  # packed rows, or dense
+        places = torch.tensor(_places(torch.Size((neurons, width))))
+        expected = expected[:, _are_within(places, first, count)]
+    for projection, want, have in zip(PROJECTIONS, expected, sample_weights(weight, first, neurons), strict=True):
         if not _same(want, have):
             raise ValueError(
                 f"config is for other weights than the model's: {projection} of {name} differs in "

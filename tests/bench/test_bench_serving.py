@@ -1,4 +1,4 @@
-"""The arithmetic of the serving benchmarks: the balance between ranks, and what more ranks should give."""
+"""The arithmetic of the serving benchmarks: balance and partial sums of ranks, and what more ranks should give."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from support.models import tiny_model
+from support.patched import config_for
 
-from bench.serving import scaling
+from bench.serving import partial_sums, scaling
 from bench.serving.balance import balanced_order, busiest_to_mean, parts
 from bench.serving.scaling import Layer, predictions
+from cats_ext.patching.apply import find_dense_mlps
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -27,6 +30,19 @@ def test_kept_rows_are_counted_by_rank():
     assert rows.tolist() == [[3, 0], [0, 0]]
     assert busiest_to_mean(rows).tolist() == [2, 1]
     assert parts(kept, torch.tensor([0, 3, 1, 2]), 2).tolist() == [[2, 1], [0, 0]]
+
+
+@torch.no_grad()
+def test_partial_sums_of_all_ranks_are_the_output_of_the_mlp():
+    model = tiny_model()
+    config, mlp = config_for(model), find_dense_mlps(model)[1]
+    x = torch.randn(5, mlp.hidden_size, generator=torch.Generator().manual_seed(0))
+    exact = partial_sums.exact(config, mlp, x.double())
+    one, four = (partial_sums.in_float32(config, ranks, mlp, x) for ranks in (1, 4))
+    assert partial_sums.relative(one, exact) < 1e-5 and partial_sums.relative(four, exact) < 1e-5
+    assert partial_sums.relative(partial_sums.dense(4, mlp, x), mlp.module(x).double()) < 1e-5
+    errors = [partial_sums.relative(partial_sums.rounded(config, ranks, mlp, x.bfloat16()), exact) for ranks in (1, 8)]
+    assert 1e-4 < errors[0] < errors[1] < 0.1
 
 
 def measured_rows() -> list[dict[str, str]]:

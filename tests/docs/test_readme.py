@@ -24,7 +24,7 @@ SNIPPETS = [
     *("\n".join(found) for page in PAGES if page.name not in NOT_RUN and (found := PYTHON.findall(page.read_text()))),
 ]
 DOCUMENTS = "".join([README, *(page.read_text() for page in PAGES)])
-COMMANDS = re.findall(r"^cats (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:\S+=\S+ |torchrun .* -m )?cats(?:_ext)? (\w+) ?(.*?)(?:  +#.*)?$", DOCUMENTS, re.MULTILINE)
 
 
 def test_there_are_snippets_and_commands():

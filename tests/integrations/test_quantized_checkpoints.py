@@ -200,7 +200,7 @@ def test_sizes_that_do_not_match_are_refused(changed):
         load(changed(rows=rows), ignore_mismatched_sizes=True)
     path = changed() / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 96}))
-    with pytest.raises(ValueError, match=r"rows of model\.layers\.0\.mlp\.gate_proj do not fit the model: hidden_size"):
+    with pytest.raises(ValueError, match=r"rows of model\.layers\.0\.mlp\.gate_proj do not fit the model: columns"):
         load(path.parent)
 
 

@@ -65,8 +65,13 @@ def fill(directory: Path, files: dict[str, bytes]) -> Path:
 def test_interrupted_at_every_line(config, both, tmp_path):
     old, new = both
     model, line, ended = tuned(config), 0, []
-    functions = [saving.save_pretrained, saving._additions, saving._in_progress.__wrapped__, saving._superseded]
-    functions += [replacement.publish, replacement.staged.__wrapped__, PreTrainedModel.save_pretrained]
+    functions = [saving.save_pretrained, saving._additions, saving._write, saving._in_progress.__wrapped__]
+    functions += [
+        saving._superseded,
+        replacement.publish,
+        replacement.staged.__wrapped__,
+        PreTrainedModel.save_pretrained,
+    ]
     while True:
         directory = fill(tmp_path / str(line), old)
         try:
@@ -80,7 +85,7 @@ def test_interrupted_at_every_line(config, both, tmp_path):
             break
         line += 1
     assert line > 100 and {*ended} == {True, False}
-    assert "quantization_config" not in model.config.to_dict() and saving.given_state_dict() is None
+    assert "quantization_config" not in model.config.to_dict() and saving.state_dict_to_save() is None
     assert contents(directory) == new
 
 

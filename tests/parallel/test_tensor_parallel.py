@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import time
 from unittest.mock import patch
 
 import pytest
 import torch
 from support.models import tiny_model, tokens
-from support.patched import config_for
-from support.ranks import GROUP_SECONDS, RankError, load_parallel, on_ranks, takes_tensor_parallelism
+from support.patched import config_for, few_and_many
+from support.ranks import load_parallel, on_ranks, takes_tensor_parallelism
 from torch import Tensor
 
 from cats_ext import (
     CatsConfig,
     apply_cats,
-    apply_exact,
     apply_relufication,
-    calibrate,
     masking_disabled,
-    quantize,
     remove_cats,
     reset_sparsity,
     set_sparsity,
     sparsity_report,
     track_sparsity,
 )
-from cats_ext.decode import DecodeEngine
 from cats_ext.ops import definitions
 from cats_ext.parallel.sharding import group_of, local
 from cats_ext.patching.apply import sparse_mlps
@@ -35,12 +29,6 @@ from cats_ext.patching.apply import sparse_mlps
 pytestmark = takes_tensor_parallelism
 FAMILIES = ["llama", "llama-bias", "qwen3", "gemma2"]
 MERGED_PLAN = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
-
-
-def few_and_many(model: torch.nn.Module) -> list[Tensor]:
-    """Logits of one token, which the sparse kernel computes, and of 24, which masked products do."""
-    with torch.no_grad():
-        return [model(tokens(count)[None]).logits for count in (1, 24)]
 
 
 def patch_and_run(directory, config, options) -> tuple:
@@ -76,25 +64,6 @@ def test_outputs_are_those_of_one_process(family, rule, tmp_path):
         assert not torch.allclose(rank_sparse[0], rank_dense[0], atol=1e-2)
         torch.testing.assert_close(after, rank_dense, rtol=0, atol=0)
     torch.testing.assert_close(results[0][2:], results[1][2:], rtol=0, atol=0)
-
-
-@pytest.fixture(scope="module")
-def config():
-    return config_for(tiny_model())
-
-
-@pytest.fixture(scope="module")
-def dense_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_model().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def cats_directory(tmp_path_factory, config):
-    directory = tmp_path_factory.mktemp("cats")
-    apply_cats(tiny_model(), config).save_pretrained(directory)
-    return directory
 
 
 def generate(model) -> Tensor:
@@ -244,143 +213,6 @@ def test_compiled(cats_directory):
         torch.testing.assert_close(fast_many, many, rtol=1e-5, atol=1e-5)
 
 
-# --- calibration ----------------------------------------------------------------------------------------------------
-
-
-def calibrated(directory, arguments) -> CatsConfig:
-    return config_for(load_parallel(directory), **arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"rule": "plain"},
-        {"rule": "weighted"},
-        {"importance": "norm"},
-        {"importance": "gradient"},
-        {"sparsity": None, "budget": 0.6},
-    ],
-    ids=str,
-)
-def test_calibration_gives_the_thresholds_of_one_process(arguments, dense_directory):
-    one = config_for(tiny_model(), **arguments)
-    first, second = on_ranks(calibrated, dense_directory, arguments)
-    assert first.to_dict() == second.to_dict()
-    for found in (first, second):
-        assert found.layers.keys() == one.layers.keys()
-        for name, layer in one.layers.items():
-            assert found.layers[name].up_sparsity == pytest.approx(layer.up_sparsity, abs=0.02)
-            torch.testing.assert_close(found.thresholds[name], first.thresholds[name], rtol=0, atol=0)
-            torch.testing.assert_close(found.thresholds[name], one.thresholds[name], rtol=0.02, atol=1e-4)
-            torch.testing.assert_close(found.weights[name], one.weights[name], rtol=0, atol=0)
-            assert found.statistics[name].gate.total == one.statistics[name].gate.total
-        for name, threshold in one.down_thresholds.items():
-            torch.testing.assert_close(found.down_thresholds[name], threshold, rtol=0.02, atol=1e-4)
-    apply_cats(tiny_model(), first)
-
-
-def calibrate_on_other_text(directory) -> None:
-    rank = torch.distributed.get_rank()
-    calibrate(load_parallel(directory), tokens(300, seed=rank), sparsity=0.5, progress=False)
-
-
-def test_data_that_differs_between_ranks(dense_directory):
-    for error in on_ranks(calibrate_on_other_text, dense_directory, fail=True):
-        assert "data must be the same on all ranks" in str(error)
-
-
-def calibrate_to_another_sparsity(directory) -> None:
-    sparsity = 0.5 + 0.1 * torch.distributed.get_rank()
-    calibrate(load_parallel(directory), tokens(300), sparsity=sparsity, progress=False)
-
-
-def test_arguments_that_differ_between_ranks(dense_directory):
-    for error in on_ranks(calibrate_to_another_sparsity, dense_directory, fail=True):
-        assert "the arguments of calibrate must be the same on all ranks" in str(error)
-
-
-def calibrate_with_a_checkpoint(directory, path) -> None:
-    config_for(load_parallel(directory), checkpoint=path)
-
-
-def test_a_checkpoint_of_a_calibration_is_refused(dense_directory, tmp_path):
-    for error in on_ranks(calibrate_with_a_checkpoint, dense_directory, tmp_path / "checkpoint", fail=True):
-        assert "checkpoint must be None for a tensor-parallel model, got" in str(error)
-
-
-def load_packed(directory) -> None:
-    load_parallel(directory)
-
-
-def test_packed_rows_are_refused(tmp_path):
-    quantize(tiny_model(), progress=False).save_pretrained(tmp_path)
-    for error in on_ranks(load_packed, tmp_path, fail=True):
-        assert "is tensor-parallel, which a checkpoint with packed rows does not support" in str(error)
-
-
-# --- what is refused, on every rank ---------------------------------------------------------------------------------
-
-
-def differing(directory, config) -> None:
-    own = config.at_sparsity(0.5 if torch.distributed.get_rank() == 0 else 0.6)
-    apply_cats(load_parallel(directory), own)
-
-
-def test_configs_that_differ_between_ranks(dense_directory, config):
-    for error in on_ranks(differing, dense_directory, config, fail=True):
-        assert "config must be the same on all ranks, but rank 1 has another one than rank 0" in str(error)
-
-
-def differing_sparsity(directory) -> None:
-    set_sparsity(load_parallel(directory), 0.5 if torch.distributed.get_rank() == 0 else 0.6)
-
-
-def test_sparsities_that_differ_between_ranks(cats_directory):
-    for error in on_ranks(differing_sparsity, cats_directory, fail=True):
-        assert "sparsity must be the same on all ranks, but rank 1 has another one than rank 0" in str(error)
-
-
-def wrong_on_one_rank(directory, config) -> None:
-    model = load_parallel(directory)
-    if torch.distributed.get_rank() == 1:
-        local(model.model.layers[1].mlp.up_proj.weight).data.add_(1)
-    before = [local(p).clone() for p in model.parameters()]
-    try:
-        apply_cats(model, config)
-    finally:
-        after = [local(p) for p in model.parameters()]
-        assert all(map(torch.equal, before, after))
-        assert not sparse_mlps(model)
-
-
-def test_an_error_of_one_rank_is_raised_on_all(dense_directory, config):
-    first, second = on_ranks(wrong_on_one_rank, dense_directory, config, fail=True)
-    assert "config is for other weights than the model's: up_proj of model.layers.1.mlp differs" in str(second)
-    assert "rank 1 has stopped with ValueError: config is for other weights" in str(first)
-
-
-def uneven(directory, config) -> None:
-    apply_cats(load_parallel(directory), config)
-
-
-def test_neurons_that_cannot_be_shared_evenly(tmp_path):
-    model = tiny_model(intermediate_size=177)
-    config = config_for(model)
-    model.save_pretrained(tmp_path)
-    for error in on_ranks(uneven, tmp_path, config, fail=True):
-        assert "the number of ranks must divide its 177 neurons, got 2" in str(error)
-
-
-def test_experts_are_refused(tmp_path):
-    model = tiny_model("mixtral")
-    config = config_for(model)
-    model.save_pretrained(tmp_path)
-    for error in on_ranks(uneven, tmp_path, config, fail=True):
-        assert "MixtralExperts) cannot run sparsely: its forward has been replaced on the instance (tensor par" in (
-            str(error)
-        )
-
-
 def ranks_of_norms_first(directory) -> int:
     attention = load_parallel(directory).model.layers[0].self_attn
     attention._modules = dict(reversed(attention._modules.items()))
@@ -390,39 +222,3 @@ def ranks_of_norms_first(directory) -> int:
 def test_norms_before_projections(tmp_path):
     tiny_model("qwen3").save_pretrained(tmp_path)
     assert on_ranks(ranks_of_norms_first, tmp_path) == [2, 2]
-
-
-def refusals(directory) -> list[str]:
-    model, messages = load_parallel(directory), []
-    for refused in (DecodeEngine, apply_exact, quantize):
-        with pytest.raises(ValueError, match="tensor-parallel") as caught:
-            refused(model)
-        messages.append(str(caught.value))
-    return messages
-
-
-def test_what_is_not_supported(dense_directory):
-    name = "LlamaForCausalLM"
-    for messages in on_ranks(refusals, dense_directory):
-        assert messages == [
-            f"{name} is tensor-parallel, which the decode engine does not support: use model.generate",
-            f"model of class {name} is tensor-parallel, which apply_exact does not support",
-            f"model of class {name} is tensor-parallel, which quantize does not support",
-        ]
-
-
-def die(directory) -> None:
-    model = load_parallel(directory)
-    few_and_many(model)
-    if torch.distributed.get_rank() == 1:
-        os._exit(3)
-    few_and_many(model)
-
-
-def test_a_rank_that_dies_ends_the_others(cats_directory):
-    started = time.monotonic()
-    first, second = on_ranks(die, cats_directory, fail=True)
-    assert "the process has ended" in str(second)
-    assert isinstance(first, RankError)
-    assert "RuntimeError" in str(first) or "DistBackendError" in str(first)
-    assert time.monotonic() - started < GROUP_SECONDS + 30

@@ -140,8 +140,8 @@ ERRORS = {
     "a group size": (lambda: RowFormat("int4", 48), "group_size of int4 must be one of 32, 64, 128, got 48"),
     "fp8 groups": (lambda: RowFormat("fp8", 64), "group_size of fp8 must be one of 0, got 64"),
     "int8 zeros": (lambda: RowFormat("int8", 64, True), "zero_points must be False for int8, got True"),
-    "H": (lambda: INT4.groups(48), "hidden_size must be a positive multiple of the group size of int4_g32, got 48"),
-    "no H": (lambda: FP8.groups(0), "hidden_size must be a positive number of columns, got 0"),
+    "H": (lambda: INT4.groups(48), "columns must be a positive multiple of the group size of int4_g32, got 48"),
+    "no H": (lambda: FP8.groups(0), "columns must be a positive number, got 0"),
     "q's dtype": (
         lambda: INT4.pack(Q8, S),
         r"q must be torch.uint8 \[I, H\] for int4_g32, got torch.int8 \[2, 64\]",

@@ -35,7 +35,7 @@ def test_state_dict_goes_into_a_new_one():
 
 
 def test_refuses_rows_without_whole_groups_and_other_widths():
-    with pytest.raises(ValueError, match=r"hidden_size must be a positive multiple of the group size of int8_g64.*100"):
+    with pytest.raises(ValueError, match=r"columns must be a positive multiple of the group size of int8_g64.*100"):
         QuantizedLinear(100, 64, RowFormat.parse("int8_g64"))
     quantized = QuantizedLinear.from_linear(nn.Linear(128, 64), RowFormat.parse("int8_g64"))
     with pytest.raises(ValueError, match=r"x must have 128 columns, got \[1, 64\]"):

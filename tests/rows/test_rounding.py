@@ -85,7 +85,7 @@ ERRORS = {
     "shape": (lambda: quantize_rows(W[0], INT4), r"weight must be .* \[I, H\], got torch.float32 \[64\]"),
     "groups": (
         lambda: quantize_rows(torch.ones(2, 96), INT4),
-        "hidden_size must be a positive multiple of the group size of int4_g64, got 96",
+        "columns must be a positive multiple of the group size of int4_g64, got 96",
     ),
     "NaN": (lambda: quantize_rows(W * NAN, INT4), "weight must be finite, got 128 values that are NaN or infinite"),
     "infinite": (

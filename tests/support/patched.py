@@ -6,7 +6,7 @@ import sys
 
 import torch
 from support.models import tokens
-from torch import nn
+from torch import Tensor, nn
 
 from cats_ext import CatsConfig, calibrate
 from cats_ext.functional import MAX_KERNEL_TOKENS
@@ -32,6 +32,12 @@ def many(seed=6):
 @torch.no_grad()
 def logits(model, ids):
     return model(input_ids=ids).logits
+
+
+def few_and_many(model: nn.Module) -> list[Tensor]:
+    """Logits of one token, which the sparse kernel computes, and of 24, which masked products do."""
+    with torch.no_grad():
+        return [model(tokens(count)[None]).logits for count in (1, 24)]
 
 
 def snapshot(model) -> dict:

@@ -14,7 +14,7 @@ from support.patched import assert_unchanged, config_for, layers_of, snapshot
 from torch import nn
 
 from cats_ext import CatsConfig, apply_cats, remove_cats, set_sparsity
-from cats_ext.thresholds.fit import SAMPLES, check_shard_weights, difference, sample_weights, weight_of
+from cats_ext.thresholds.fit import SAMPLES, check_weights, difference, sample_weights, weight_of
 
 OTHER = (
     r"config is for other weights than the model's: {} of model.layers.{}.mlp differs in \d+ of 128 sampled elements"
@@ -103,16 +103,16 @@ def test_a_shard_is_compared_with_its_part_of_the_sample():
     places = [sample_weights(partial(weight_of, shard), 24 * rank, 72).shape[1] for rank, shard in enumerate(shards)]
     assert sum(places) == SAMPLES and all(places)
     for rank, shard in enumerate(shards):
-        check_shard_weights("mlp", sample, partial(weight_of, shard), 24 * rank, 72)
+        check_weights("mlp", sample, partial(weight_of, shard), 24 * rank, 72)
         for projection in ("gate_proj", "up_proj", "down_proj"):
             changed = copy.deepcopy(shard)
             getattr(changed, projection).weight.data *= 1.5
             with pytest.raises(
                 ValueError, match=rf"{projection} of mlp differs in \d+ of {places[rank]} sampled elements"
             ):
-                check_shard_weights("mlp", sample, partial(weight_of, changed), 24 * rank, 72)
+                check_weights("mlp", sample, partial(weight_of, changed), 24 * rank, 72)
         with pytest.raises(ValueError, match="for other weights"):
-            check_shard_weights("mlp", sample, partial(weight_of, shard), 24 * ((rank + 1) % 3), 72)
+            check_weights("mlp", sample, partial(weight_of, shard), 24 * ((rank + 1) % 3), 72)
 
 
 class Projections(nn.Module):

@@ -58,14 +58,15 @@ def sparsity_report(engine: Any) -> SparsityReport | Awaitable[SparsityReport]:
         ValueError: nothing has been counted.
     """
     found = engine.collective_rpc("cats_sparsity")
-    return _report_async(found) if inspect.isawaitable(found) else _report(found)
+    return _report_async(found) if inspect.isawaitable(found) else report_of(found)
 
 
 async def _report_async(found: Awaitable[list[dict[str, Any]]]) -> SparsityReport:
-    return _report(await found)
+    return report_of(await found)
 
 
-def _report(workers: list[dict[str, Any]]) -> SparsityReport:
+def report_of(workers: list[dict[str, Any]]) -> SparsityReport:
+    """What :func:`sparsity_report` makes of the workers' answers to ``cats_sparsity``."""
     layers: dict[str, dict[str, Any]] = {}
     for worker in workers:
         for name, layer in worker.items():

@@ -7,10 +7,13 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from cats_ext.integrations.vllm.control import sparsity_report
+from cats_ext.integrations.vllm.control import report_of
 
 # The newest value also where several API servers write to common files.
-_OPTIONS: dict[str, Any] = {"labelnames": ("layer",), "multiprocess_mode": "mostrecent"}
+_NEWEST: dict[str, Any] = {"multiprocess_mode": "mostrecent"}
+_OPTIONS: dict[str, Any] = {"labelnames": ("layer",)} | _NEWEST
+_COUNTS = '1 if the engine counts rows, for which it needs --additional-config \'{"cats": {"count": true}}\', else 0'
+COUNTING = Gauge("cats_counting", _COUNTS, **_NEWEST)
 UP = Gauge("cats_up_sparsity", "Share of the rows of up_proj that were not read, since counting began", **_OPTIONS)
 DOWN = Gauge("cats_down_sparsity", "Share of the rows of down_proj that were not read, likewise", **_OPTIONS)
 TOKENS = Gauge("cats_counted_tokens", "Rows of the batches that were counted, padding included", **_OPTIONS)
@@ -30,8 +33,10 @@ class SparsityMetrics:
 
 async def update(engine: Any) -> None:
     """Set the gauges to what the workers of an ``AsyncLLM`` have counted; without anything counted they stay."""
+    counted = await engine.collective_rpc("cats_sparsity")
+    COUNTING.set(any(counted))
     try:
-        report = await sparsity_report(engine)
+        report = report_of(counted)
     except ValueError:  # nothing has been counted yet
         return
     for layer in report.layers:

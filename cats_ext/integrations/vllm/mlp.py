@@ -25,7 +25,7 @@ from cats_ext.patching.projections import PackedOperands, PackedProjections
 from cats_ext.rows import RowFormat
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
-from cats_ext.thresholds.fit import check_shard_weights
+from cats_ext.thresholds.fit import check_weights
 
 
 @dataclass
@@ -143,7 +143,7 @@ def make_served(mlp: nn.Module, checkpoint: Checkpoint, name: str, counting: str
         with torch.device("cpu"):  # not the GPU on which vLLM may be loading
             names = MERGED if len(inputs) == 1 else SEPARATE
             weights = {n: linear.weight for n, linear in zip(names, (*inputs, down), strict=True)}
-            check_shard_weights(name, config.weights[name], weights.get, served.first, layer.intermediate_size)
+            check_weights(name, config.weights[name], weights.get, served.first, layer.intermediate_size)
     _check_formula(mlp, served)
     device = down.weight.device
     # vLLM's Transformers backend binds a rewritten forward to the module, which would hide the class's.

@@ -99,3 +99,36 @@ def test_async_engine():
     ]
     assert (report.tokens, report.up_sparsity, report.down_sparsity) == (5, 0.5, 0.6)
     assert report.layers[0].weight_bytes == 24
+
+
+# --- the page of metrics, without a server ---------------------------------------------------------------------------
+
+SIZES = {"intermediate_size": 4, "matrix_bytes": [8, 8, 8], "up_target": 0.5, "down_target": 0.5}
+
+
+class CountedEngine:
+    def __init__(self, *workers: dict) -> None:
+        self.workers = list(workers)
+
+    async def collective_rpc(self, method: str) -> list[dict]:
+        assert method == "cats_sparsity"
+        return self.workers
+
+
+def page(*workers: dict) -> list[str]:
+    """The lines about CATS of the page that is read where the workers answer so."""
+    from prometheus_client import generate_latest
+
+    from cats_ext.integrations.vllm import metrics
+
+    asyncio.run(metrics.update(CountedEngine(*workers)))
+    return [line for line in generate_latest().decode().splitlines() if "cats_" in line]
+
+
+def test_an_engine_that_does_not_count_is_told_apart_from_one_that_has_counted_nothing():
+    nothing = page({}, {})
+    assert "cats_counting 0.0" in nothing
+    assert any(line.startswith("# HELP cats_counting ") and "additional-config" in line for line in nothing)
+    assert "cats_counting 1.0" in page({"a": {"counts": [0, 0, 0]} | SIZES})
+    lines = page({"a": {"counts": [8, 4, 2]} | SIZES}, {"a": {"counts": [8, 4, 2]} | SIZES})
+    assert 'cats_up_sparsity{layer="a"} 0.5' in lines and 'cats_counted_tokens{layer="a"} 4.0' in lines

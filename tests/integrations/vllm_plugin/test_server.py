@@ -84,6 +84,7 @@ def test_server(server, llama):
     _, expected = llama
     assert completions(server) == expected["sparse"]
     reached = metrics(server)
+    assert reached["cats_counting"] == 1
     assert all(0.3 < reached[f'cats_up_sparsity{{layer="model.layers.{i}.mlp"}}'] < 0.7 for i in range(3))
     post(server, "/collective_rpc", method="cats_set_sparsity", args=[0.0])
     post(server, "/collective_rpc", method="cats_reset_sparsity")

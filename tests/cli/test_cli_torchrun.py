@@ -13,14 +13,14 @@ from support.ranks import takes_tensor_parallelism
 
 import cats_ext
 from cats_ext import cli
-from cats_ext.cli import ranks
+from cats_ext.cli import torchrun as program
 
 pytestmark = [takes_tensor_parallelism, pytest.mark.usefixtures("one_thread")]
 
 
-def torchrun(*arguments: object, count: int = 2) -> subprocess.CompletedProcess:
+def torchrun(*arguments: object, count: int = 2, module: tuple = ("-m", "cats_ext")) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += ["-m", "cats_ext", *map(str, arguments)]
+    command += map(str, (*module, *arguments))
     package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
     return subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=240)
 
@@ -66,10 +66,44 @@ def test_what_is_refused_is_said_on_every_rank(arguments, count, message, model_
     assert f"error: {message}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "count", "message"),
+    [
+        (("--temperature", "warm"), 2, "Invalid value for '--temperature'"),
+        ((), 3, "torchrun must start as many processes as divide the model's 2 key-value heads, got 3"),
+    ],
+)
+def test_an_error_of_all_ranks_is_one_document(options, count, message, model_dir):
+    result = torchrun("generate", model_dir, "--prompt", "a", *options, "--json", count=count)
+    assert result.returncode == 1
+    assert message in json.loads(result.stdout)["error"]
+
+
+ONE_FAILS = """
+import os
+from cats_ext import cli
+
+if os.environ["RANK"] == "{rank}":
+    def fail(*arguments):
+        raise ValueError("no such tokens")
+    cli.generate.torch.manual_seed = fail  # after the model has been loaded
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_the_document(rank, model_dir, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(ONE_FAILS.format(rank=rank))
+    result = torchrun("generate", model_dir, "--prompt", "the cat", "--json", module=(script,))
+    assert result.returncode == 1
+    assert json.loads(result.stdout) == {"error": "no such tokens"}
+
+
 @pytest.mark.parametrize(("arguments", "code", "ended"), [(["--version"], 0, True), (["report", "/none"], 1, False)])
 def test_the_group_is_ended_after_success_only(arguments, code, ended, monkeypatch):
     ends = []
-    monkeypatch.setattr(ranks, "end", lambda: ends.append(True))
+    monkeypatch.setattr(program, "end", lambda: ends.append(True))
     monkeypatch.setattr(sys, "argv", ["cats", *arguments])
     monkeypatch.setattr(cli.streams, "run", lambda program: program())  # leaves pytest's streams
     with pytest.raises(SystemExit) as done:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +15,7 @@ PARALLEL = {"generate": "generate", "evaluate": "eval"}  # functions that take a
 OLDEST = "5.17"  # transformers whose tensor parallelism patching knows
 
 
-class RankError(ValueError):
+class ProcessCountError(ValueError):
     """A number of processes that a model or a command cannot have."""
 
 
@@ -31,18 +33,36 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
-def start(function: str) -> None:
-    """Raise ValueError for a command that is no parallel program; otherwise let only the first rank write.
+@contextmanager
+def started(function: str) -> Iterator[None]:
+    """Inside, only the first rank writes to standard output.
 
-    What is wrong is said on every rank.
+    Raises:
+        ProcessCountError: on every rank, for a command that is no parallel program.
     """
     if count() == 1:
+        yield
         return
     if function not in PARALLEL:
         commands = " and ".join(f"cats {command}" for command in PARALLEL.values())
-        raise RankError(f"torchrun must start {count()} processes of {commands} only, got cats {function}")
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")
+        raise ProcessCountError(f"torchrun must start {count()} processes of {commands} only, got cats {function}")
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def is_first_to_fail() -> bool:
+    """For a rank with an error: whether no other has told of one before, which this one's may follow from."""
+    if count() == 1:
+        return True
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"cats_ext/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # no store there
+        return is_first()
 
 
 def loading_options() -> dict[str, Any]:
@@ -59,9 +79,9 @@ def loading_options() -> dict[str, Any]:
 
 
 def check_heads(heads: int | None) -> None:
-    """Raise :class:`RankError` for a model whose key-value heads the ranks cannot share evenly."""
+    """Raise :class:`ProcessCountError` for a model whose key-value heads the ranks cannot share evenly."""
     if heads is not None and heads % count():
-        raise RankError(
+        raise ProcessCountError(
             f"torchrun must start as many processes as divide the model's {heads} key-value heads, got {count()}"
         )
 
