@@ -1,4 +1,8 @@
-"""Rounding weights to packed rows: to the nearest value, with the scale of each group chosen by its squared error."""
+"""Rounding weights to packed rows: to the nearest value, with the scale of each group chosen by its squared error.
+
+Scales are searched among those that cut a group's extremes by some factor. Those with zero points are then fitted to
+the integers by least squares, which also leaves no error in a group's mean: it would add up over a product.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ CLIPS = {
     "int8": (1.0, 0.98, 0.95, 0.9),
     "fp8": (1.0, 0.95, 0.9, 0.8, 0.7, 0.6),
 }
+FITS = 3  # times that integers, and scales and zero points fitted to them, take turns
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 # Also the scale of a group of zeros; float16's other small ones are multiples of it.
 SMALLEST_SCALE = {"int4": 2.0**-24, "int8": 2.0**-24, "fp8": 2.0**-126}
@@ -71,8 +76,12 @@ def search_scales(values: Tensor, row_format: RowFormat, importance: Tensor) -> 
         ValueError: a scale is too large for float16.
     """
     scales, zeros, least = None, None, None
-    for clip in CLIPS[row_format.type]:
-        new_scales, new_zeros = _scales(values, row_format, clip)
+    clips = CLIPS[row_format.type]
+    for turn in range(len(clips) + (FITS if row_format.zero_points else 0)):
+        if turn < len(clips):
+            new_scales, new_zeros = _scales(values, row_format, clips[turn])
+        else:
+            new_scales, new_zeros = _fitted(values, scales, zeros, row_format, importance)
         q = nearest(values, new_scales, new_zeros, row_format)
         error = (row_format.decode(q, new_scales, new_zeros) - values).square_().mul_(importance).sum(2)
         if least is None:
@@ -114,6 +123,22 @@ def _scales(values: Tensor, row_format: RowFormat, clip: float) -> tuple[Tensor,
             f"weight must have scales within float16's 65504 in {row_format.name}, got {float(scales.abs().max()):g}"
         )
     return stored, (-low / stored.float()).half() if row_format.zero_points else None
+
+
+def _fitted(
+    values: Tensor, scales: Tensor, zeros: Tensor, row_format: RowFormat, importance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points with the least squared error for the integers that the given ones lead to.
+
+    They are no numbers, or too large for float16, where a group has nothing to fit to: no error is less with them.
+    """
+    q = nearest(values, scales, zeros, row_format).float()
+    weights = importance.expand_as(values)
+    total = weights.sum(2, keepdim=True)
+    mean_q, mean = ((weights * t).sum(2, keepdim=True) / total for t in (q, values))
+    weighted = weights * (q - mean_q)
+    fitted = ((weighted * (values - mean)).sum(2) / (weighted * (q - mean_q)).sum(2)).half()
+    return fitted, (mean_q.squeeze(2) - mean.squeeze(2) / fitted.float()).half()
 
 
 def check_finite(name: str, t: Tensor) -> None:
