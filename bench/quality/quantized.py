@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=8, help="windows that thresholds are set on")
     parser.add_argument("--group-size", type=int, help="by default the largest that divides the rows")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--dense", action="store_true", help="without thresholds")
     every = [*VARIANTS, *PEERS]
     parser.add_argument("--variants", nargs="+", default=every, choices=every)
     args = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
         ppl, kl = measure(model, c4, reference)
         row = {"model": Path(args.model).name, "name": name, "formats": formats, "mlp_bytes": size}
         row |= {"tokens": c4.numel(), "ppl": ppl, "kl": kl, "sparsity": args.sparsity, "cats_ppl": "", "cats_kl": ""}
-        if name not in PEERS:
+        if name not in PEERS and not args.dense:
             config = cats_ext.calibrate(model, calibration, sparsity=args.sparsity, rule="plain", **run)
             cats_ext.apply_cats(model, config)
             row["cats_ppl"], row["cats_kl"] = measure(model, c4, reference)
