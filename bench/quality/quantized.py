@@ -1,16 +1,17 @@
 """What a model loses with its MLPs in packed rows of several formats, dense and with CATS, and in the int4 of others.
 
-    python bench quality.quantized --model DIR --data ../shared/data --output bench/results/quality/quantized.csv
+    python bench quality.quantized --model MODEL --data ../shared/data --output bench/results/quality/quantized.csv
 
-Every variant starts from the model in DIR, in float32. Thresholds are calibrated on the quantised model, by the plain
-rule, on text that is half WikiText-2's validation part and half the end of the C4 sample; so are the errors of rounding
-compensated where a variant says so. Perplexity, and the KL divergence from the model as it is, are measured on the
-beginning of C4. The peers' weights are rounded by their packages (``pip install hqq torchao``), and measured dense.
-Rows are written as they are known.
+Every variant starts from MODEL, a directory or a .gguf file, in float32. Thresholds are calibrated on the quantised
+model, by the plain rule, on text that is half WikiText-2's validation part and half the end of the C4 sample; so are
+the errors of rounding compensated where a variant says so. Perplexity, and the KL divergence from the model as it is,
+are measured on the beginning of C4. The peers' weights are rounded by their packages (``pip install hqq torchao``), and
+measured dense. Rows are written as they are known.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from bench.lib.command import command
 from bench.lib.results import ResultFile
 from bench.quality.quantized_peers import PEERS
 from bench.quality.texts import load_texts, token_ids
+from cats_ext.cli.models import load_model
 from cats_ext.patching.detection import find_gated_mlps
 from cats_ext.quantization import quantized_linears
 from cats_ext.rows.formats import GROUP_SIZES
@@ -101,10 +103,9 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=every, choices=every)
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = machine.default_device()
-    tokenizer, texts = AutoTokenizer.from_pretrained(args.model), load_texts(args.data)
+    original, tokenizer = load_model(args.model, device=device, dtype=torch.float32)
+    texts = load_texts(args.data)
     results = ResultFile(args.output, machine.facts(device, args.commit), append=True, digits=6)
 
     def windows(text: str, count: int) -> Tensor:
@@ -116,13 +117,10 @@ def main() -> None:
 
     c4 = windows("c4", args.windows)
 
-    def loaded() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-
-    reference = list(log_probabilities(loaded(), c4))
+    reference = list(log_probabilities(original, c4))
     for name in args.variants:
         started = time.perf_counter()
-        model = loaded()
+        model = copy.deepcopy(original)
         if name in PEERS:
             formats, size = round_as(model, name, args.group_size)
         else:
@@ -134,7 +132,12 @@ def main() -> None:
             size = mlp_bytes(model)
         seconds = time.perf_counter() - started
         ppl, kl = measure(model, c4, reference)
-        row = {"model": Path(args.model).name, "name": name, "formats": formats, "mlp_bytes": size}
+        row = {
+            "model": Path(args.model).name.removesuffix(".gguf"),
+            "name": name,
+            "formats": formats,
+            "mlp_bytes": size,
+        }
         row |= {"tokens": c4.numel(), "ppl": ppl, "kl": kl, "sparsity": args.sparsity, "cats_ppl": "", "cats_kl": ""}
         if name not in PEERS and not args.dense:
             config = cats_ext.calibrate(model, calibration, sparsity=args.sparsity, rule="plain", **run)
