@@ -46,7 +46,7 @@ def quantize(
     zero_points: Annotated[bool, typer.Option(help="Give each group of int4 a zero point.")] = DEFAULTS.zero_points,
     gate: Annotated[str | None, typer.Option(help=_MATRIX)] = None,
     up: Annotated[str | None, typer.Option(help=_MATRIX)] = None,
-    down: Annotated[str | None, typer.Option(help=_MATRIX)] = DEFAULTS.down,
+    down: Annotated[str | None, typer.Option(help=f"{_MATRIX} Without it int8 with --weights int4.")] = DEFAULTS.down,
     scope: Annotated[Scope, typer.Option(help="all: attention too, and the output layer in int8.")] = DEFAULTS.scope,
     text: options.OptionalTextFiles = None,
     max_tokens: Annotated[int, options.count("Tokens of --text to use at most.")] = CALIBRATION.max_tokens,
@@ -70,7 +70,7 @@ def quantize(
 
     $ cats quantize smollm2-135m -o quantised
 
-    $ cats quantize ./mistral-7b --text notes.txt --down int8 --scope all -o quantised
+    $ cats quantize ./mistral-7b --text notes.txt --down int4 --scope all -o quantised
 
     $ cats quantize ./mistral-7b-awq -o quantised
     """
