@@ -35,12 +35,13 @@ def test_the_error_is_the_format_s(row_format, dtype, device):
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("_zp")])
-def test_zero_points_leave_little_error_in_a_group_s_mean(name):
+def test_zero_points_leave_little_error_in_means_and_size(name):
     form = FORMATS[name]
     weight = torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
     errors = (rounded(weight, form) - weight).unflatten(1, (-1, form.group_size))
     of_independent_errors = errors.square().mean().div(form.group_size).sqrt()
     assert errors.mean(2).square().mean().sqrt() < 0.6 * of_independent_errors
+    assert (errors.flatten(1) * weight).sum().abs() < 0.002 * weight.square().sum()
 
 
 def test_rows_are_rounded_in_chunks(row_format, monkeypatch):
