@@ -186,8 +186,26 @@ def test_formats():
     names = [getattr(mlp, f"{name}_proj").row_format.name for name in ("gate", "up", "down")]
     assert names == ["int4_g32", "int8_g64", "fp8_e4m3"]
     narrow = quantize(small_model(hidden_size=96), zero_points=False, progress=False)
-    assert layers_of(narrow)[0].down_proj.row_format.name == "int4_g32"  # the largest that divides 96
+    assert layers_of(narrow)[0].gate_proj.row_format.name == "int4_g32"  # the largest that divides 96
     assert quantize_as(small_model(), QuantizationConfig("fp8"), progress=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "down"),
+    [
+        ({}, "int8_g128"),
+        ({"weights": "int4", "group_size": 64}, "int8_g64"),
+        ({"weights": "int4", "down": "int4"}, "int4_g128_zp"),
+        ({"weights": "int4_g32"}, "int4_g32"),
+        ({"weights": "fp8"}, "fp8_e4m3"),
+    ],
+)
+def test_the_down_projection_is_in_int8_by_default_in_int4(arguments, down):
+    config = QuantizationConfig(**arguments)
+    assert config.format_of("down", 256).name == down
+    assert (
+        config.format_of("gate", 256).type == config.format_of("o_proj", 256).type == config.weights.partition("_")[0]
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
