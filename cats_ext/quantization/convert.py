@@ -173,7 +173,7 @@ def _kept(form: RowFormat, fields: Fields) -> tuple[Tensor, float]:
     if all(a is None or bool((a == b).all()) for a, b in zip(stored[1:], fields[1:], strict=True)):
         return packed, 0.0
     error = _relative(_weight(form, stored), _weight(form, fields))
-    if error > KEPT_ERROR:
+    if not error <= KEPT_ERROR:  # also NaN
         raise ValueError(f"its scales and zero points must lose at most {KEPT_ERROR:g} in float16, got {error:g}")
     return packed, error
 
