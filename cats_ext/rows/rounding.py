@@ -1,7 +1,7 @@
 """Rounding weights to packed rows: to the nearest value, with the scale of each group chosen by its squared error.
 
 Scales are searched among those that cut a group's extremes by some factor. The best ones do cut, which leaves weights
-smaller, all of them by about a hundredth, and groups' means off: over a model's layers both add up. So scales with zero
+smaller, all of them a little, and groups' means off: over a model's layers both add up. So scales with zero
 points are fitted to the integers afterwards, until little of either is left.
 """
 
