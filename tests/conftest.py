@@ -44,6 +44,29 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def dense_directory(tmp_path_factory):
+    """A checkpoint of the tiny model."""
+    from support.models import tiny_model
+
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cats_directory(tmp_path_factory):
+    """The same model's, patched with ``config_for``."""
+    from support.models import tiny_model
+    from support.patched import config_for
+
+    from cats_ext import apply_cats
+
+    directory, model = tmp_path_factory.mktemp("cats"), tiny_model()
+    apply_cats(model, config_for(model)).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def called(monkeypatch):
     """The ops that patched MLPs call, in order: which implementation was chosen."""

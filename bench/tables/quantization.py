@@ -14,24 +14,28 @@ WEIGHTS = {"int4_g128": "int4", "int4_g128+int8_g128": "int4, down int8", "int8_
 
 def quality() -> str:
     data = read(FILE)
-    (dense,) = (row for row in data if not row["formats"])
+    parts = [source(FILE, data[-1]) + ". KL is the divergence from the dense model."]
+    for model in dict.fromkeys(row["model"] for row in data):
+        rows = [row for row in data if row["model"] == model]
+        (dense,) = (row for row in rows if row["name"] == "as it is")
+        header = ["MLP weights", "size (16 bits if dense)", "C4 perplexity", "KL"]
+        header += [f"with CATS, {float(dense['sparsity']):.0%}", "KL"]
+        parts.append(f"{model}, {int(dense['tokens']):,} tokens, {dense['device']}:")
+        parts.append(table(header, [_quality_row(row, dense) for row in rows]))
+    return "\n\n".join(parts)
 
-    def cells(row: dict[str, str], column: str) -> str:
-        ratio = f" ({float(row[column]) / float(dense[column]):.3f}x)" if row is not dense else ""
-        return f"{float(row[column]):.2f}{ratio}"
 
-    rows = [
-        [
-            row["name"] if row is dense else f"{row['name']}: {row['formats'].replace(' ', ', ')}",
-            f"{int(row['mlp_bytes']) / 1e6:.1f} MB",
-            cells(row, "ppl"),
-            cells(row, "cats_ppl"),
-        ]
-        for row in data
-    ]
-    header = ["MLP weights", "size (16 bits if dense)", "C4 perplexity", f"with CATS, {float(dense['sparsity']):.0%}"]
-    about = f"{dense['model']}, {int(dense['tokens']):,} tokens, {dense['device']}"
-    return f"{source(FILE, data[-1])}. {about}.\n\n{table(header, rows)}"
+def _quality_row(row: dict[str, str], dense: dict[str, str]) -> list[str]:
+    formats = f": {row['formats'].replace(' ', ', ')}" if row["formats"] else ""
+    cells = [row["name"] + formats, f"{int(row['mlp_bytes']) / 1e6:.1f} MB"]
+    for kind in ("", "cats_"):
+        if not row[f"{kind}ppl"]:
+            cells += ["", ""]
+            continue
+        ratio = f" ({float(row[f'{kind}ppl']) / float(dense[f'{kind}ppl']):.3f}x)" if row is not dense else ""
+        kl = float(row[f"{kind}kl"])
+        cells += [f"{float(row[f'{kind}ppl']):.2f}{ratio}", f"{kl:.4f}" if kl else ""]
+    return cells
 
 
 def layers() -> str:

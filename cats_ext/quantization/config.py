@@ -10,6 +10,7 @@ from cats_ext.rows.formats import GROUP_SIZES, STORED
 
 SCOPES = ("mlp", "all")
 HEAD = "int8"  # of the output layer, whose errors are those of the predictions
+DOWN = {"int4": "int8"}  # of the down projection by default, by what the others are: int4 hurts it most
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class QuantizationConfig:
         Raises:
             ValueError: groups do not divide the columns.
         """
-        given = HEAD if matrix == "head" else getattr(self, matrix, None) if matrix in ("gate", "up", "down") else None
+        given = getattr(self, matrix) if matrix in ("gate", "up", "down") else HEAD if matrix == "head" else None
+        if matrix == "down" and given is None:
+            given = DOWN.get(self.weights)
         given = given or self.weights
         if given in FORMATS:
             made = FORMATS[given]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 from cats_ext.rows import Fields, RowFormat
 from cats_ext.rows.formats import GROUP_SIZES
 
-METHODS = ("awq", "gptq", "compressed-tensors")
+METHODS = ("awq", "gptq", "compressed-tensors", "torchao")
+# A layer's tensors by the last part of their names, its outputs and inputs, to its weight as rows of its outputs.
+Unpack = Callable[[Mapping[str, Tensor], int, int], tuple[RowFormat, Fields]]
 # Of eight outputs, the place of each in AWQ's int32, whose places hold outputs 0, 2, 4, 6, 1, 3, 5 and 7.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 # The tensor that says that a layer is quantised, and all that one may have, some of which have no use here.
@@ -57,27 +59,27 @@ class Scheme:
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Scheme:
         """From the entry ``quantization_config``. Raises ValueError if it describes what cannot be converted."""
-        method = _one_of("quant_method", entry.get("quant_method"), METHODS)
+        method = one_of("quant_method", entry.get("quant_method"), METHODS)
         if method == "compressed-tensors":
             return cls._parse_compressed(entry)
         size = entry.get("group_size", entry.get("q_group_size"))
         if method == "awq":
-            _one_of("version", str(entry.get("version") or entry.get("format") or "gemm").lower(), ("gemm",))
-            bits = _one_of("bits", entry.get("bits", entry.get("w_bit")), (4,))
-            return cls(method, bits, _one_of("group_size", size, GROUP_SIZES))
+            one_of("version", str(entry.get("version") or entry.get("format") or "gemm").lower(), ("gemm",))
+            bits = one_of("bits", entry.get("bits", entry.get("w_bit")), (4,))
+            return cls(method, bits, one_of("group_size", size, GROUP_SIZES))
         kind = entry.get("checkpoint_format") or entry.get("format") or "gptq"
-        _one_of("checkpoint_format", kind, ("gptq", "gptq_v2"))
-        _one_of("pack_dtype", entry.get("pack_dtype") or "int32", ("int32",))
-        _one_of("desc_act", bool(entry.get("desc_act")), (False,))
+        one_of("checkpoint_format", kind, ("gptq", "gptq_v2"))
+        one_of("pack_dtype", entry.get("pack_dtype") or "int32", ("int32",))
+        one_of("desc_act", bool(entry.get("desc_act")), (False,))
         dynamic = [rule for rule in entry.get("dynamic") or {} if not rule.startswith("-:")]  # those leave layers out
         if dynamic:
             raise ValueError(f"dynamic must give all quantised layers one format, got an entry for {dynamic[0]!r:.80}")
-        bits = _one_of("bits", entry.get("bits"), (4, 8))
-        return cls(method, bits, _one_of("group_size", size, GROUP_SIZES), int(kind == "gptq"))
+        bits = one_of("bits", entry.get("bits"), (4, 8))
+        return cls(method, bits, one_of("group_size", size, GROUP_SIZES), int(kind == "gptq"))
 
     @classmethod
     def _parse_compressed(cls, entry: Mapping[str, Any]) -> Scheme:
-        kind = _one_of("format", entry.get("format"), ("pack-quantized", "float-quantized"))
+        kind = one_of("format", entry.get("format"), ("pack-quantized", "float-quantized"))
         for name, part in (("sparsity_config", "format"), ("transform_config", "config_groups")):
             value = (entry.get(name) or {}).get(part)
             if value and value != "dense":
@@ -88,19 +90,19 @@ class Scheme:
         if len(kinds) != 1:
             raise ValueError(f"config_groups must give all quantised layers one format, got {sorted(kinds, key=str)}")
         bits, number, strategy, size, order = kinds.pop()
-        _one_of("actorder", order, (None, False, "weight", "static"))
+        one_of("actorder", order, (None, False, "weight", "static"))
         if kind == "float-quantized":
-            _one_of("type", number, ("float",))
-            _one_of("strategy", strategy, ("tensor", "channel"))
-            return cls("float", _one_of("num_bits", bits, (8,)), 0)
-        _one_of("type", number, ("int",))
-        _one_of("strategy", strategy, ("group",))
-        return cls("int", _one_of("num_bits", bits, (4, 8)), _one_of("group_size", size, GROUP_SIZES))
+            one_of("type", number, ("float",))
+            one_of("strategy", strategy, ("tensor", "channel"))
+            return cls("float", one_of("num_bits", bits, (8,)), 0)
+        one_of("type", number, ("int",))
+        one_of("strategy", strategy, ("group",))
+        return cls("int", one_of("num_bits", bits, (4, 8)), one_of("group_size", size, GROUP_SIZES))
 
-    def layers(self, names: Iterable[str]) -> list[str]:
-        """The quantised layers of a checkpoint with tensors of these names."""
+    def layers(self, names: Iterable[str]) -> dict[str, Unpack]:
+        """The quantised layers of a checkpoint with tensors of these names, and what unpacks each."""
         ending = "." + _MARKS[self.layout]
-        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+        return {name.removesuffix(ending): self.unpack for name in names if name.endswith(ending)}
 
     @staticmethod
     def tensors_of(layer: str) -> set[str]:
@@ -123,19 +125,19 @@ class Scheme:
             q, scales = get["weight"], get["weight_scale"].float().reshape(-1, 1)
             if q.dtype != torch.float8_e4m3fn:
                 raise ValueError(f"its weight must be torch.float8_e4m3fn, got {q.dtype}")
-            _check_shape("weight", q, (outputs, inputs))
+            check_shape("weight", q, (outputs, inputs))
             if len(scales) == 1:
                 scales = scales.expand(outputs, 1)
-            _check_shape("weight_scale", scales, (outputs, 1))
+            check_shape("weight_scale", scales, (outputs, 1))
             return RowFormat("fp8"), Fields(q, scales)
         if inputs % self.group_size:
             raise ValueError(f"group_size must divide its {inputs} inputs, got {self.group_size}")
         q, scales, zeros = self._integers(get, outputs, inputs)
         per_group = (outputs, inputs // self.group_size)
         for name, t, shape in (("weight", q, (outputs, inputs)), ("scales", scales, per_group)):
-            _check_shape(name, t, shape)
+            check_shape(name, t, shape)
         if zeros is not None:
-            _check_shape("zero points", zeros, per_group)
+            check_shape("zero points", zeros, per_group)
             if (zeros == 1 << (self.bits - 1)).all():
                 zeros = None
         for name in ("g_idx", "weight_g_idx"):
@@ -191,12 +193,12 @@ def _as_float16(scales: Tensor) -> Tensor:
     return stored
 
 
-def _check_shape(name: str, t: Tensor, shape: tuple[int, int]) -> None:
+def check_shape(name: str, t: Tensor, shape: tuple[int, int]) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"its {name} must be {list(shape)}, got {list(t.shape)}")
 
 
-def _one_of(name: str, value: Any, allowed: tuple) -> Any:
+def one_of(name: str, value: Any, allowed: tuple) -> Any:
     if not any(value == each and type(value) is type(each) for each in allowed):
         raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {value!r:.80}")
     return value

@@ -74,7 +74,8 @@ def quantize(
         weights: int4, int8, fp8 (e4m3, one scale a row), or the name of a format such as ``int4_g64_zp``.
         group_size: columns of a row that share a scale: 32, 64 or 128. By default the largest that divides the rows.
         zero_points: whether int4 has a zero point a group too.
-        gate, up, down: as ``weights``, for these matrices.
+        gate, up, down: as ``weights``, for these matrices. By default they are as ``weights``, but with
+            ``weights="int4"`` the down projection is in int8: int4 loses most there. ``down="int4"`` keeps it in int4.
         scope: "mlp", or "all" for every linear layer beside the MLPs as well (attention), in the format of
             ``weights``, and for the output layer in int8. An output layer that is tied to the embedding gets rows of
             its own, and the embedding stays as it is.

@@ -92,24 +92,41 @@ def test_finetuning_it_is_refused(quantised, text_file, tmp_path):
     assert "is quantised, and packed rows cannot be tuned" in message
 
 
-@pytest.fixture(scope="module")
-def awq(model_dir, tmp_path_factory):
-    directory = foreign_checkpoint("awq").save(tmp_path_factory.mktemp("awq"))
+def with_tokenizer(checkpoint, model_dir, directory):
+    checkpoint.save(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_dir / name, directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def awq(model_dir, tmp_path_factory):
+    return with_tokenizer(foreign_checkpoint("awq"), model_dir, tmp_path_factory.mktemp("awq"))
 
 
 def test_a_checkpoint_of_awq_is_converted(awq, tmp_path):
     document = json_of("quantize", awq, "-o", tmp_path / "out", "--group-size", 32)
     expected, errors = cats_ext.convert_quantized(awq, group_size=32, progress=False)
     assert document["method"] == "awq" and document["down_errors"] == pytest.approx(errors)
+    assert document["kept_errors"] == {}
     assert document["formats"] == ["int4_g64_zp", "int8_g32"] and document["bytes_before"] > 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     result = cats("quantize", awq, "-o", tmp_path / "again", "--down", "int4")
     assert result.exit_code == 0 and f"rounded again, {LAYERS} in int4_g128_zp: relative error 0." in result.stdout
+
+
+def test_what_is_not_kept_exactly_of_a_checkpoint_of_torchao_is_said(model_dir, tmp_path):
+    checkpoint = foreign_checkpoint("torchao-8-sym-row")
+    name = "model.layers.0.mlp.up_proj"
+    checkpoint.tensors[f"{name}._weight_scale"] *= 1 + 2**-12
+    directory = with_tokenizer(checkpoint, model_dir, tmp_path / "torchao")
+    document = json_of("quantize", directory, "-o", tmp_path / "out")
+    assert document["method"] == "torchao" and len(document["down_errors"]) == LAYERS
+    assert document["kept_errors"] == {name: pytest.approx(2**-12, rel=0.01)}
+    result = cats("quantize", directory, "-o", tmp_path / "again")
+    assert "of the file, but for float16 scales and zero points: relative error up to 0.0002." in result.stdout
 
 
 @pytest.mark.parametrize("option", [("--weights", "int8"), ("--gate", "int8"), ("--scope", "all"), ("--text", "FILE")])

@@ -193,7 +193,11 @@ FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": Tru
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        ("awq", {"quant_method": "bitsandbytes"}, "quant_method must be awq or gptq or compressed-tensors, got 'bits"),
+        (
+            "awq",
+            {"quant_method": "bitsandbytes"},
+            "quant_method must be awq or gptq or compressed-tensors or torchao, got 'bits",
+        ),
         ("awq", {"version": "gemv"}, "version must be gemm, got 'gemv'"),
         ("awq", {"bits": 3}, "bits must be 4, got 3"),
         ("awq", {"group_size": -1}, "group_size must be 32 or 64 or 128, got -1"),
@@ -329,5 +333,7 @@ def test_arguments_and_directories_are_checked(tmp_path):
         quantize(model)
     model.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]["quant_method"] == "cats"
-    with pytest.raises(ValueError, match="quant_method must be awq or gptq or compressed-tensors, got 'cats'"):
+    with pytest.raises(
+        ValueError, match="quant_method must be awq or gptq or compressed-tensors or torchao, got 'cats'"
+    ):
         convert(tmp_path / "ours")

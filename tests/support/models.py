@@ -178,6 +178,11 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
     return model.to(dtype).eval()
 
 
+def small_model(family: str = "llama", **sizes):
+    """A tiny model whose rows are wide enough for groups."""
+    return tiny_model(family, **({"hidden_size": 128, "intermediate_size": 192} | sizes))
+
+
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
     """``count`` random token ids, none of them special."""
     return torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))

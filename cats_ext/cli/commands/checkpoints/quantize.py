@@ -46,7 +46,7 @@ def quantize(
     zero_points: Annotated[bool, typer.Option(help="Give each group of int4 a zero point.")] = DEFAULTS.zero_points,
     gate: Annotated[str | None, typer.Option(help=_MATRIX)] = None,
     up: Annotated[str | None, typer.Option(help=_MATRIX)] = None,
-    down: Annotated[str | None, typer.Option(help=_MATRIX)] = DEFAULTS.down,
+    down: Annotated[str | None, typer.Option(help=f"{_MATRIX} Without it int8 with --weights int4.")] = DEFAULTS.down,
     scope: Annotated[Scope, typer.Option(help="all: attention too, and the output layer in int8.")] = DEFAULTS.scope,
     text: options.OptionalTextFiles = None,
     max_tokens: Annotated[int, options.count("Tokens of --text to use at most.")] = CALIBRATION.max_tokens,
@@ -62,7 +62,7 @@ def quantize(
     (GPTQ). The directory is a model like any other: calibrate it, since thresholds
     depend on the weights. Thresholds that a model was saved with stay as they are.
 
-    A directory that AWQ, GPTQ or compressed-tensors quantised keeps its weights, but for the
+    A directory that AWQ, GPTQ, compressed-tensors or torchao quantised keeps its weights, but for the
     down projection: --down, --group-size and --zero-points say how that is rounded again
     (without --down in int8 where int4 would lose too much).
 
@@ -70,7 +70,7 @@ def quantize(
 
     $ cats quantize smollm2-135m -o quantised
 
-    $ cats quantize ./mistral-7b --text notes.txt --down int8 --scope all -o quantised
+    $ cats quantize ./mistral-7b --text notes.txt --down int4 --scope all -o quantised
 
     $ cats quantize ./mistral-7b-awq -o quantised
     """
@@ -86,7 +86,7 @@ def quantize(
                 f"which {method} has quantised"
             )
         network, tokenizer, before, errors = _convert(model, chosen, where, options.torch_dtype(dtype, "auto"))
-        done: dict[str, Any] = {"method": method, "down_errors": errors}
+        done: dict[str, Any] = {"method": method}
     else:
         texts = None if text is None else sample_texts(stream_texts(text), max_tokens, sequence_length, seed)
         network, tokenizer, _ = load_patched(model, where, dtype, None, default="auto")
@@ -100,6 +100,10 @@ def quantize(
     except OSError as error:
         raise cannot_be_written("--output", out, error) from error
     linears = quantized_linears(network)
+    downs = {name: error for name, error in errors.items() if linears[name].input_rows}
+    kept = {name: error for name, error in errors.items() if name not in downs}
+    if errors:
+        done |= {"down_errors": downs, "kept_errors": kept}
     formats = sorted({linear.row_format.name for linear in linears.values()})
     if json:
         sizes = {"layers": len(linears), "formats": formats, "bytes_before": before, "bytes": _bytes(network)}
@@ -110,13 +114,16 @@ def quantize(
         f"{len(linears)} layers in {', '.join(formats)}; all weights take {_bytes(network) / 1e6:,.0f} MB of "
         f"{before / 1e6:,.0f} before."
     )
-    if errors:
-        counts = Counter(linears[name].row_format.name for name in errors)
+    if downs:
+        counts = Counter(linears[name].row_format.name for name in downs)
         kinds = ", ".join(f"{count} in {name}" for name, count in counts.items())
-        worst = max(errors, key=errors.__getitem__)
+        worst = max(downs, key=downs.__getitem__)
+        rest = (
+            f", but for float16 scales and zero points: relative error up to {max(kept.values()):.4f}" if kept else ""
+        )
         console.print(
-            f"Down projections were rounded again, {kinds}: relative error {min(errors.values()):.4f} to "
-            f"{errors[worst]:.4f} ({worst}). All other layers compute with the weights of the file.",
+            f"Down projections were rounded again, {kinds}: relative error {min(downs.values()):.4f} to "
+            f"{downs[worst]:.4f} ({worst}). All other layers compute with the weights of the file{rest}.",
             soft_wrap=True,
         )
     show_next(console, f"The model is in [bold]{escape(str(out))}[/].", [f"calibrate {out} --text FILE -o thresholds"])
@@ -125,7 +132,7 @@ def quantize(
 def _convert(
     directory: str, down: QuantizationConfig, device: torch.device, dtype: torch.dtype | str
 ) -> tuple[Any, Any, int, dict[str, float]]:
-    """The converted model, its tokenizer, the size of its files, and the errors of its down projections."""
+    """The converted model, its tokenizer, the size of its files, and the errors of its layers."""
     from transformers import AutoTokenizer
 
     note_uncompiled(device)
