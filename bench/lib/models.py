@@ -19,6 +19,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-2-7b": lambda: LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
     "llama-3-8b": lambda: LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+    # A small vocabulary: beside the few layers that fit, the whole one would weigh too much.
+    "llama-3-70b-layers": lambda: LlamaConfig(vocab_size=8192, hidden_size=8192, intermediate_size=28672,
+                                              num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8),
     "tiny": lambda: LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                                 num_attention_heads=4, num_key_value_heads=2),
 }  # fmt: skip

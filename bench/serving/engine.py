@@ -4,10 +4,11 @@
 
 Three engines run at a time, each in a process with its own weights: the dense checkpoint, the CATS checkpoint, and the
 latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
-cats_ext/ops/dispatch.py. They are timed in turns on an otherwise idle GPU. The sparsity is set in the running engine. A
-step's time is the difference of two lengths of output, of which the median of --repetitions; tokens are sampled at
-temperature 1, since a random model's greedy text repeats itself. Rows are written as they come; --seconds ends the run.
-Weights are random, thresholds calibrated on random tokens with the paper's rule.
+cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups of 128 with random weights and vLLM's
+own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
+running engine. A step's time is the difference of two lengths of output, of which the median of --repetitions; tokens
+are sampled at temperature 1, since a random model's greedy text repeats itself. Rows are written as they come;
+--seconds ends the run. Weights are random, thresholds calibrated on random tokens with the paper's rule.
 """
 
 from __future__ import annotations
@@ -59,7 +60,20 @@ def make_checkpoints(name: str, layers: int | None, directory: Path, device: str
     return {"dense": dense, "sparse": sparse}
 
 
-def serve(pipe: Connection, directory: Path, sizes: list[int], kernel_tokens: int | None, cache: Path) -> None:
+def describe_awq(dense: Path, directory: Path) -> Path:
+    """The config of the dense checkpoint in AWQ's int4; its weights are vLLM's dummies."""
+    directory.mkdir()
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def serve(
+    pipe: Connection, directory: Path, sizes: list[int], kernel_tokens: int | None, ranks: int, cache: Path
+) -> None:
     """One engine, which does what it is sent: ``("set", sparsity)`` or ``("time", sequences, prompt, lengths)``."""
     os.environ |= {"VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if kernel_tokens is not None:
@@ -82,6 +96,8 @@ def serve(pipe: Connection, directory: Path, sizes: list[int], kernel_tokens: in
         worker_extension_cls="bench.serving.worker.Extension",
         enforce_eager=not torch.cuda.is_available(),
         disable_log_stats=True,
+        tensor_parallel_size=ranks,
+        load_format="auto" if any(directory.glob("*.safetensors")) else "dummy",
     )
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(1)
@@ -156,6 +172,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9, 0.0])
     parser.add_argument("--kernel-tokens", type=int, default=8, help="of the third engine; 0 leaves it out")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each engine")
+    parser.add_argument("--awq", action="store_true", help="vLLM's own int4 beside them")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=220, help="no measurement begins later than this")
     arguments = parser.parse_args()
@@ -177,14 +195,23 @@ def run(arguments: argparse.Namespace, directory: Path) -> None:
         limits: dict[str, int | None] = {"dense": None, "sparse": None}
         if arguments.kernel_tokens:
             limits["kernel"] = arguments.kernel_tokens
+        if arguments.awq:
+            limits["awq"], paths["awq"] = None, describe_awq(paths["dense"], directory / "awq")
         for name, limit in limits.items():
-            path = paths["dense" if name == "dense" else "sparse"]
-            engines[name] = Engine(path, arguments.sizes, limit, directory / f"cache-{name}")
-        for name, engine in engines.items():
-            version, seconds = engine.pipe.recv()
-            print(f"{name}: vLLM {version} started in {seconds:.0f} s", flush=True)
+            path, ranks = paths.get(name, paths["sparse"]), arguments.tensor_parallel
+            engines[name] = Engine(path, arguments.sizes, limit, ranks, directory / f"cache-{name}")
+        for name, engine in list(engines.items()):
+            try:
+                version, seconds = engine.pipe.recv()
+                print(f"{name}: vLLM {version} started in {seconds:.0f} s", flush=True)
+            except EOFError:
+                if name == "dense":
+                    raise RuntimeError("the dense engine did not start") from None
+                print(f"{name}: did not start, left out", flush=True)
+                del engines[name]
         print(f"engines after {time.perf_counter() - began:.0f} s", flush=True)
         common = {"model": arguments.model, "layers": arguments.layers or "all", "vllm": version}
+        common["tensor_parallel"] = arguments.tensor_parallel
         for sparsity in arguments.sparsities:
             measure(arguments, engines, sparsity, common, file, began)
     finally:
@@ -201,7 +228,7 @@ def measure(
     began: float,
 ) -> None:
     """Rows of all sizes at one sparsity, and of the first token."""
-    for name in engines.keys() - {"dense"}:
+    for name in engines.keys() - {"dense", "awq"}:
         engines[name].set(sparsity)
 
     def add(phase: str, sequences: int, times: dict[str, float]) -> None:
@@ -209,7 +236,8 @@ def measure(
         row |= {f"{name}_ms": value * 1e3 for name, value in times.items()}
         row |= {f"{name}_speedup": times["dense"] / times[name] for name in times.keys() - {"dense"}}
         print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()))
-        file.add({"kernel_ms": "", "kernel_speedup": ""} | row)
+        missing = {f"{name}_{key}": "" for name in ("kernel", "awq") for key in ("ms", "speedup")}
+        file.add(missing | row)
 
     options = {"repetitions": arguments.repetitions}
     for sequences in arguments.sizes:
