@@ -13,7 +13,7 @@ def random_packed(form: RowFormat, rows: int, hidden: int, device: torch.device 
     like = {"device": device}
     q = {
         # Of mean 0, as trained weights are: 8 stands for 0 without zero points.
-        "int4": lambda: torch.randint(not form.zero_points, 16, (rows, hidden), dtype=torch.uint8, **like),
+        "int4": lambda: torch.randint(0 if form.zero_points else 1, 16, (rows, hidden), dtype=torch.uint8, **like),
         "int8": lambda: torch.randint(-127, 128, (rows, hidden), dtype=torch.int8, **like),
         "fp8": lambda: (torch.randn(rows, hidden, **like) * 100).clamp(-448, 448).to(torch.float8_e4m3fn),
     }[form.type]()

@@ -6,9 +6,11 @@ Three engines run at a time, each in a process with its own weights: the dense c
 latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
 cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups of 128 with random weights and vLLM's
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
-running engine. A step's time is the difference of two lengths of output, of which the median of --repetitions; tokens
-are sampled at temperature 1, since a random model's greedy text repeats itself. Rows are written as they come;
---seconds ends the run. Weights are random, thresholds calibrated on random tokens with the paper's rule.
+running engine. A step's time is the difference of two lengths of output, each the least of --repetitions: the host
+delays some, and hastens none. Tokens are sampled at temperature 1, since a random model's greedy text repeats itself.
+Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
+weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
+random tokens with the paper's rule.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -32,6 +33,7 @@ from bench.lib.command import command
 from bench.lib.models import CONFIGS, random_model
 from bench.lib.results import ResultFile
 from bench.serving.worker import LIMIT
+from cats_ext.ops.dispatch import MAX_SERVED_TOKENS
 
 SHORT, LONG = 8, 72  # tokens of output
 PROMPT = 32
@@ -125,7 +127,7 @@ class Engine:
         self.process.start()
         other.close()  # so that a process that dies ends recv() with EOFError
         self.sparsity: float | None = None
-        self.warm: set[tuple[Any, ...]] = set()
+        self.warm: set[tuple[str, int]] = set()
 
     def ask(self, *order: Any) -> Any:
         self.pipe.send(order)
@@ -136,13 +138,12 @@ class Engine:
             self.ask("set", sparsity)
             self.sparsity = sparsity
 
-    def step(self, sequences: int) -> float:
-        """Seconds of one decoding step."""
-        short, long = self.ask("time", sequences, PROMPT, (SHORT, LONG))
-        return (long - short) / (LONG - SHORT)
+    def decode(self, sequences: int) -> list[float]:
+        """Seconds of a short and of a long output."""
+        return self.ask("time", sequences, PROMPT, (SHORT, LONG))
 
-    def first_token(self) -> float:
-        return self.ask("time", 1, FIRST_TOKEN_PROMPT, (1,))[0]
+    def first_token(self, sequences: int) -> list[float]:
+        return self.ask("time", sequences, FIRST_TOKEN_PROMPT, (1,))
 
     def end(self) -> None:
         try:
@@ -153,16 +154,17 @@ class Engine:
         self.process.kill()
 
 
-def in_turns(engines: dict[str, Engine], method: str, *arguments: int, repetitions: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in engines}
+def least_times(engines: dict[str, Engine], phase: str, sequences: int, repetitions: int) -> dict[str, list[float]]:
+    """The least of each time that the method ``phase`` of an engine gives, of all engines in turns."""
+    times: dict[str, list[list[float]]] = {name: [] for name in engines}
     for engine in engines.values():
-        if (method, *arguments) not in engine.warm:
-            getattr(engine, method)(*arguments)
-            engine.warm.add((method, *arguments))
+        if (phase, sequences) not in engine.warm:
+            getattr(engine, phase)(sequences)
+            engine.warm.add((phase, sequences))
     for _ in range(repetitions):
         for name, engine in engines.items():
-            times[name].append(getattr(engine, method)(*arguments))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(getattr(engine, phase)(sequences))
+    return {name: [min(of_one) for of_one in zip(*found, strict=True)] for name, found in times.items()}
 
 
 def main() -> None:
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--kernel-tokens", type=int, default=8, help="of the third engine; 0 leaves it out")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each engine")
     parser.add_argument("--awq", action="store_true", help="vLLM's own int4 beside them")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=220, help="no measurement begins later than this")
     arguments = parser.parse_args()
     places = [place for place in ("/dev/shm", tempfile.gettempdir()) if Path(place).is_dir()]
@@ -214,6 +216,8 @@ def run(arguments: argparse.Namespace, directory: Path) -> None:
         common["tensor_parallel"] = arguments.tensor_parallel
         for sparsity in arguments.sparsities:
             measure(arguments, engines, sparsity, common, file, began)
+            if awq := engines.pop("awq", None):  # it has no sparsity
+                awq.end()
     finally:
         for engine in engines.values():
             engine.end()
@@ -239,16 +243,20 @@ def measure(
         missing = {f"{name}_{key}": "" for name in ("kernel", "awq") for key in ("ms", "speedup")}
         file.add(missing | row)
 
-    options = {"repetitions": arguments.repetitions}
+    first = sparsity == arguments.sparsities[0]
     for sequences in arguments.sizes:
+        if not first and sequences > max(arguments.kernel_tokens, MAX_SERVED_TOKENS):
+            continue
         if time.perf_counter() - began > arguments.seconds:
             print("out of time", flush=True)
             return
         few = sequences <= arguments.kernel_tokens
         timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
-        add("decode", sequences, in_turns(timed, "step", sequences, **options))
+        found = least_times(timed, "decode", sequences, arguments.repetitions)
+        add("decode", sequences, {name: (long - short) / (LONG - SHORT) for name, (short, long) in found.items()})
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
-    add("first_token", 1, in_turns(timed, "first_token", **options))
+    found = least_times(timed, "first_token", 1, arguments.repetitions)
+    add("first_token", 1, {name: seconds for name, (seconds,) in found.items()})
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ MAX_SERVED_TOKENS = 2
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
 # to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
-# capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv).
+# capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv). So it is
+# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.9, it takes 100 us for 4 tokens at 50 %
+# sparsity, and dense 90 (bench/results/h200/serving_tokens.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
+MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. On two cores of a Zen 3, 1024x3584,
 # fp32, int4 at 50 % sparsity, the kernel takes 120 ms for 128 tokens and 248 for 256; to unpack and multiply takes 250.
@@ -48,10 +51,10 @@ MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
-# As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it. None on
-# CUDA: it has not been measured there (bench/kernels/exact.py). This number is all that switches it on; 2, as of
-# activated_mlp, is what its kernels are made for.
-MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 0}
+# As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it. On an
+# H200 it takes 0.60 to 0.68 of the time of the fastest dense path for one token; for 2 tokens activated_mlp, compiled,
+# takes 0.75 to 0.84 and this 0.90 to 1.03 (bench/results/h200/exact.csv).
+MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 1}
 
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
@@ -198,16 +201,24 @@ def kernel_fits(x: Tensor, hidden_size: int, max_tokens: dict[str, int] = MAX_KE
     size = x.numel()
     tokens_fit = size <= max_tokens.get(device, 0) * hidden_size
     if not tokens_fit and device == "cuda" and size <= MAX_BATCHED_TOKENS * hidden_size:
+        card = torch.cuda.get_device_properties(x.device)
         tokens_fit = (
             x.dtype != torch.float32
             and hidden_size in BATCHED_HIDDEN_SIZES
-            and torch.cuda.get_device_properties(x.device).major == BATCHED_CAPABILITY
+            and card.major == BATCHED_CAPABILITY
+            and memory_gb_per_s(card) <= MOST_BATCHED_GB_PER_S
         )
     return (
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not _autocast_is_enabled(device)
     )
+
+
+def memory_gb_per_s(card: Any) -> float:
+    """Peak rate of a GPU's memory, from ``torch.cuda.get_device_properties``; 0 where this torch does not know it."""
+    # kHz, with two transfers a cycle, and bits.
+    return 2 * getattr(card, "memory_clock_rate", 0) * getattr(card, "memory_bus_width", 0) / 8e6
 
 
 def activated_fits(rows: Tensor, width: int, hidden_size: int) -> bool:

@@ -112,7 +112,7 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
                int tokens) {
     constexpr BatchSizes sizes = kDenseBatches;
     if (!shape.row.mma_operand || shape.hidden_size % kGroupColumns) return {};
-    Choice choice{Kernel::kBatched, "3 to 8 tokens: the CUDA cores would take longer than the rows to arrive"};
+    Choice choice{Kernel::kBatched, "several tokens: the CUDA cores would take longer than the rows to arrive"};
     for (int groups : kColumnGroups)
         if (!choice.column_groups && shape.hidden_size <= sizes.workers * groups * kGroupColumns &&
             has_batched_instance(groups, 10 * device.compute_capability))
@@ -134,6 +134,11 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
     while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
     choice.shared_bytes = shared_bytes();
     return choice.shared_bytes <= shared_limit(device) ? choice : Choice{};
+}
+
+// Whether two tokens go to the tensor cores, too.
+bool batches_two_tokens(const Shape &shape, int64_t tokens, bool bulk_copy) {
+    return tokens == 2 && bulk_copy && !shape.exact && shape.hidden_size >= 3072;
 }
 
 // Packed rows, of which the tensor cores take groups of 64 and 128 columns; otherwise kNone.
@@ -228,9 +233,12 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
         const int tokens = int(std::min(most, shape.tokens));
         if (shape.exact && (tokens > 2 || !has_exact_instance(shape.row))) continue;
         const int chunks = tokens == 1 && !shape.step && !shape.exact ? small_chunks(shape, device) : 0;
-        Choice choice = chunks        ? small(shape, device, chunks)
-                        : tokens <= 2 ? pipelined(shape, device, overrides, bulk_copy, tokens)
-                                      : batched(shape, device, overrides, bulk_copy, tokens);
+        Choice choice{};
+        if (chunks) choice = small(shape, device, chunks);
+        else if (tokens > 2 || batches_two_tokens(shape, tokens, bulk_copy))
+            choice = batched(shape, device, overrides, bulk_copy, tokens);
+        if (choice.kernel == Kernel::kNone && tokens <= 2)
+            choice = pipelined(shape, device, overrides, bulk_copy, tokens);
         choice.tokens = tokens;
         if (choice.kernel != Kernel::kNone) return choice;
     }

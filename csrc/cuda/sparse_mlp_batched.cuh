@@ -1,4 +1,4 @@
-// The one-pass sparse gated MLP for 3 to 8 tokens. On the CUDA cores the arithmetic of 4 tokens takes longer than the
+// The one-pass sparse gated MLP for 2 to 8 tokens. On the CUDA cores the arithmetic of 4 tokens takes longer than the
 // rows take to arrive, so it is done on the tensor cores, in batches of 8 rows. y of 8 tokens fills half the registers
 // of a multiprocessor at H 4096. So a CTA has one team of worker warps (mma_worker.cuh), each with its own columns, and
 // one warp that decides for all of them (scheduler.cuh). Workers never wait for a decision, only for rows.

@@ -47,7 +47,8 @@ def random_layer(linear: nn.Linear, bits: int, size: int, symmetric: bool, gener
 
 
 def fp8_layer(linear: nn.Linear, per_tensor: bool, generator: torch.Generator) -> Layer:
-    q = (torch.randn(tuple(linear.weight.shape), generator=generator) * 100).to(torch.float8_e4m3fn)
+    q = torch.randn(tuple(linear.weight.shape), generator=generator) * 100
+    q = q.clamp(-448, 448).to(torch.float8_e4m3fn)
     scales = (torch.rand(1 if per_tensor else linear.out_features, 1, generator=generator) + 0.5) * 1e-3
     scales = scales.to(torch.bfloat16).expand(linear.out_features, 1)
     return Layer(q, torch.zeros(scales.shape), scales)
