@@ -49,7 +49,13 @@ def layers() -> str:
                 cells = (f"{us} us, {ratio(dense[count], us)}" if us else "" for count, us in times.items())
                 rows.append(["", title, *cells])
     header = ["one MLP, bf16", "", *(f"{count} token{'s' if count > 1 else ''}" for count in tokens)]
-    return f"{data[0]['device']}: {source(LAYERS, data[0])}.\n\n{table(header, rows)}"
+    about = f"{data[0]['device']}: {source(LAYERS, data[0])}"
+    for count in tokens[1:]:
+        commit = next(row["commit"] for row in data if int(row["tokens"]) == count)
+        if commit != data[0]["commit"]:
+            about += f"; with {count} tokens and more commit {commit}"
+            break
+    return f"{about}.\n\n{table(header, rows)}"
 
 
 def models() -> str:

@@ -61,7 +61,9 @@ def decode() -> str:
         skipped = f"{reached:.0%}" if reached else "dense"
         rows.append([f"{title}, {row['weights'].partition('_')[0]}", skipped, speed, ratio(speed, peer)])
     header = ["Mistral-7B's shape, one sequence", "neurons skipped", "tokens/s", "of gpt-fast int4"]
-    return f"{data[0]['device']}: {source(DECODE, data[0])}.\n\n{table(header, rows)}"
+    other = next(row["commit"] for row in data if row["weights"] == "bf16")
+    about = f"{data[0]['device']}: {source(DECODE, data[0])}; bf16 in another run, commit {other}."
+    return f"{about}\n\n{table(header, rows)}"
 
 
 PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode})

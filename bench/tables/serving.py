@@ -1,0 +1,171 @@
+"""Writes the tables of docs/serving.md from bench/results; tests/docs checks that they are current.
+
+python bench tables.serving
+"""
+
+from __future__ import annotations
+
+from bench.serving.scaling import layer_of, predictions
+from bench.tables.pages import Page, ratio, read, source, table
+
+VLLM, TOKENS, PARALLEL = "h200/serving.csv", "h200/serving_tokens.csv", "h200/tensor_parallel.csv"
+FILE, SUMS_FILE = "cpu/balance.csv", "cpu/partial_sums.csv"
+
+
+def vllm() -> str:
+    """A step of the dense model, with CATS and in AWQ's int4, and the first token of 1,024."""
+    data = read(VLLM)
+    sparsities = list(dict.fromkeys(row["sparsity"] for row in data))
+
+    def cell(milliseconds: str, dense: str) -> str:
+        shown = f"{float(milliseconds):.2f}"
+        return f"{shown} ms, {ratio(dense, shown)}"
+
+    rows = []
+    for phase, sequences in dict.fromkeys((row["phase"], row["sequences"]) for row in data):
+        of_size = {row["sparsity"]: row for row in data if (row["phase"], row["sequences"]) == (phase, sequences)}
+        line = []
+        for sparsity in sparsities:
+            row = of_size.get(sparsity)
+            line += [f"{float(row['dense_ms']):.2f} ms"] if row else [""]
+            line += [cell(row["sparse_ms"], f"{float(row['dense_ms']):.2f}")] if row else [""]
+        first = of_size[sparsities[0]]
+        line.append(cell(first["awq_ms"], f"{float(first['dense_ms']):.2f}") if first["awq_ms"] else "")
+        rows.append([sequences if phase == "decode" else "first token of 1,024", *line])
+    head = ["sequences"]
+    for sparsity in sparsities:
+        head += ["dense", f"CATS, {float(sparsity):.0%}"]
+    first = data[0]
+    return (
+        f"{first['device']}, vLLM {first['vllm']}, {first['model']}, bf16: {source(VLLM, first)}.\n\n"
+        f"{table([*head, 'AWQ int4, dense'], rows)}"
+    )
+
+
+def tokens() -> str:
+    """One MLP by the kernel and by masked products."""
+    data = read(TOKENS)
+    kernels = list(dict.fromkeys(row["sparsity"] for row in data if row["path"] == "kernel"))
+
+    def us(count: str, path: str, sparsity: str) -> str:
+        (found,) = (r["us"] for r in data if (r["tokens"], r["path"], r["sparsity"]) == (count, path, sparsity))
+        return f"{float(found):.1f}"
+
+    rows = []
+    for count in dict.fromkeys(row["tokens"] for row in data):
+        dense = us(count, "dense", "0")
+        times = [us(count, "kernel", sparsity) for sparsity in kernels] + [us(count, "masked", kernels[0])]
+        rows.append([count, f"{dense} us", *(f"{time} us, {ratio(dense, time)}" for time in times)])
+    first = data[0]
+    head = ["tokens", "dense", *(f"kernel, {float(sparsity):.0%}" for sparsity in kernels), "masked products"]
+    return (
+        f"{first['device']}, {first['hidden_size']}x{first['intermediate_size']}, bf16: {source(TOKENS, first)}.\n\n"
+        f"{table(head, rows)}"
+    )
+
+
+def transformers() -> str:
+    data = read(PARALLEL)
+    rows = [
+        [
+            row["ranks"],
+            f"{float(row['sparsity']):.0%}",
+            f"{float(row['step_us']):.0f} us",
+            ratio(f"{float(data[0]['step_us']):.0f}", f"{float(row['step_us']):.0f}"),
+            f"{float(row['without_all_reduce_us']):.0f} us",
+            f"{float(row['busiest_to_mean']):.3f}",
+        ]
+        for row in data
+    ]
+    first = data[0]
+    about = (
+        f"{first['device']}, {first['layers']} layers of {first['shape']}, bf16, an all-reduce by itself "
+        f"{float(first['all_reduce_us']):.1f} us: {source(PARALLEL, first)}."
+    )
+    head = ["GPUs", "sparsity", "step", "to dense", "step without all-reduces", "busiest to mean"]
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def on_paper() -> str:
+    """The ratio to dense for other numbers of ranks, if an all-reduce takes as long as that of two GPUs, or longer."""
+    data = read(PARALLEL)
+    measured = float(data[0]["all_reduce_us"])
+    rows = []
+    for ranks in (2, 4, 8):
+        cells = []
+        for times in (1, 2, 4):
+            if ranks == 2 and times > 1:
+                cells.append("")
+                continue
+            latencies = {ranks: times * measured} if ranks > 2 else {}
+            found = [row for row in predictions(data, latencies) if row["ranks"] == ranks and row["sparsity"]]
+            cells.append(", ".join(f"{row['speedup']:.2f}x" for row in found))
+        rows.append([str(ranks), *cells])
+    sparsities = " and ".join(f"{float(row['sparsity']):.0%}" for row in data if float(row["sparsity"]))
+    head = ["GPUs", *(f"{measured * times:.0f} us an all-reduce" for times in (1, 2, 4))]
+    about = f"To dense at {sparsities}, with c = {layer_of(data[0]).rest_us:.0f} us: {source(PARALLEL, data[0])}."
+    return f"{about}\n\n{table(head, rows)}"
+
+
+RULES = {"plain": "plain", "two_threshold": "two thresholds"}
+
+
+def balance() -> str:
+    data = read(FILE)
+    orders: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for row in data:
+        cells = orders.setdefault((row["rule"], row["sparsity"]), {})
+        cells[row["ranks"], row["order"]] = 100 * (float(row["token_time"]) - 1)
+    ranks = list(dict.fromkeys(row["ranks"] for row in data))
+    rows = [
+        [
+            f"{RULES[rule]}, {float(sparsity):.0%}",
+            *(f"{cells[n, 'contiguous']:.1f}%, {cells[n, 'balanced']:.1f}%" for n in ranks),
+        ]
+        for (rule, sparsity), cells in orders.items()
+    ]
+    gain = max(cells[n, "contiguous"] - cells[n, "balanced"] for cells in orders.values() for n in ranks)
+    first = data[0]
+    about = (
+        f"{source(FILE, first)}: {first['model']}, {int(first['tokens']):,} tokens, {first['neurons']} neurons, "
+        f"each cell with the neurons as they are, and permuted. The largest gain is {gain:.1f} points."
+    )
+    return f"{about}\n\n{table(['rule, sparsity', *(f'{n} ranks' for n in ranks)], rows)}"
+
+
+SUMS = {
+    "rounded": "CATS, sums in bfloat16",
+    "float32": "CATS, sums in float32",
+    "dense": "dense, sums in bfloat16",
+}
+
+
+def partial_sums() -> str:
+    data = read(SUMS_FILE)
+    cells: dict[str, list[str]] = {}
+    for row in data:
+        cells.setdefault(row["sums"], []).append(f"{float(row['mlp_error']):.2%}, {float(row['kl']):.4f}")
+    ranks = list(dict.fromkeys(row["ranks"] for row in data))
+    first = data[0]
+    about = (
+        f"{source(SUMS_FILE, first)}: {first['model']} in bfloat16, sparsity {float(first['sparsity']):.0%} or dense, "
+        f"{first['tokens']} tokens, each cell with the mean error of an MLP's output and the divergence."
+    )
+    head = ["", *(f"{n} rank{'s' * (n != '1')}" for n in ranks)]
+    return f"{about}\n\n{table(head, [[SUMS[name], *found] for name, found in cells.items()])}"
+
+
+PAGE = Page(
+    "docs/serving.md",
+    {
+        "vllm": vllm,
+        "tokens": tokens,
+        "transformers": transformers,
+        "partial-sums": partial_sums,
+        "balance": balance,
+        "on-paper": on_paper,
+    },
+)
+
+if __name__ == "__main__":
+    PAGE.write()
