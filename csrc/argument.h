@@ -128,6 +128,16 @@ inline void check_same_shape(const char *op, const TensorArgument &t, const Tens
                  " must have ", like.name, "'s shape ", shape(like), ", got ", shape(t));
 }
 
+// What the counted ops add to, beside their first argument.
+inline void check_counts(const char *op, const TensorArgument &counts, const TensorArgument &like) {
+    if (!counts.present()) return;
+    check_present(op, counts);
+    CATS_REQUIRE(counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts && counts.strides[0] == 1 &&
+                     counts.on_same_device(like),
+                 op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(like), ", got ",
+                 dtype(counts), " of shape ", shape(counts), " on ", device(counts));
+}
+
 inline bool is_contiguous(const TensorArgument &t) {
     int64_t expected = 1;
     for (int64_t d = t.dim - 1; d >= 0; expected *= t.sizes[d], d--)

@@ -69,8 +69,9 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
                                  argument("total"), argument("y"), argument("x_new")});
         } else {
             if (op == "gated_threshold_backward") check_present("gated_threshold", argument("grad_h"));
-            check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), threshold, down_threshold,
-                                  activation);
+            if (op == "gated_threshold_counted") check_present("gated_threshold", argument("counts"));
+            check_gated_threshold(argument("grad_h"), argument("gate"), argument("up"), argument("counts"), threshold,
+                                  down_threshold, activation);
         }
     } catch (const std::runtime_error &error) {
         thread_local std::string sentence;

@@ -59,11 +59,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.gate_bias = check_vector(op, a.gate_bias, x, intermediate_size);
     p.up_bias = check_vector(op, a.up_bias, x, intermediate_size);
     p.down_bias = check_vector(op, a.down_bias, x, hidden_size);
-    if (counts.present()) check_present(op, counts);
-    CATS_REQUIRE(!counts.present() || (counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts &&
-                                       counts.strides[0] == 1 && counts.on_same_device(x)),
-                 op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(x), ", got ",
-                 dtype(counts), " of shape ", shape(counts), " on ", device(counts));
+    check_counts(op, counts, x);
     return p;
 }
 
@@ -229,11 +225,12 @@ inline PackedLinearParams check_packed_linear(const PackedLinearArguments &a) {
     return p;
 }
 
-// All parameters that are read. gate and up are [..., I]; the caller copies those whose stride is -1, because their
+// All parameters that are read; the caller sets what is written (h, counts). gate and up are [..., I]; the caller copies those whose stride is -1, because their
 // leading dimensions do not collapse to rows of one stride (contiguous tensors and halves of a merged projection's
 // output do), and grad_h, of the backward op, where it is not contiguous.
 inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, const TensorArgument &gate,
-                                                  const TensorArgument &up, const TensorArgument &threshold,
+                                                  const TensorArgument &up, const TensorArgument &counts,
+                                                  const TensorArgument &threshold,
                                                   const TensorArgument &down_threshold, std::string_view activation) {
     constexpr const char *op = "gated_threshold";
     GatedThresholdParams p{};
@@ -250,6 +247,7 @@ inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, 
     p.threshold = check_threshold(op, threshold, gate, p.intermediate_size, &p.threshold_stride);
     p.down_threshold = check_threshold(op, down_threshold, gate, p.intermediate_size, &p.down_threshold_stride);
     p.activation = check_activation(op, activation);
+    check_counts(op, counts, gate);
     if (grad_h.present()) check_same_shape(op, grad_h, gate);
     p.grad_h = grad_h.data;
     return p;

@@ -185,11 +185,12 @@ inline Tensor with_uniform_rows(const Tensor &t, const void **data, int64_t *str
 }
 
 template <class Backend>
-Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &threshold,
-                       const OptionalTensor &down_threshold, const StringArgument &activation) {
-    GatedThresholdParams params = check_gated_threshold(argument("grad_h", std::nullopt), argument("gate", gate),
-                                                        argument("up", up), argument("threshold", threshold),
-                                                        argument("down_threshold", down_threshold), activation.value);
+Tensor run_gated_threshold(const Tensor &gate, const Tensor &up, const OptionalTensor &counts, const Tensor &threshold,
+                           const OptionalTensor &down_threshold, const StringArgument &activation) {
+    GatedThresholdParams params =
+        check_gated_threshold(argument("grad_h", std::nullopt), argument("gate", gate), argument("up", up),
+                              argument("counts", counts), argument("threshold", threshold),
+                              argument("down_threshold", down_threshold), activation.value);
     return allocating("gated_threshold", "gate", gate, [&] {
         const int32_t device_index = gate.get_device_index();
         const typename Backend::OnDevice on_device(device_index);
@@ -198,9 +199,23 @@ Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &thres
         const Tensor gate_rows = with_uniform_rows(gate, &params.gate, &params.gate_stride),
                      up_rows = with_uniform_rows(up, &params.up, &params.up_stride);
         params.h = h.mutable_data_ptr();
+        if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());
         Backend::run(params, device_index);
         return h;
     });
+}
+
+template <class Backend>
+Tensor gated_threshold(const Tensor &gate, const Tensor &up, const Tensor &threshold,
+                       const OptionalTensor &down_threshold, const StringArgument &activation) {
+    return run_gated_threshold<Backend>(gate, up, std::nullopt, threshold, down_threshold, activation);
+}
+
+template <class Backend>
+Tensor gated_threshold_counted(const Tensor &gate, const Tensor &up, const Tensor &counts, const Tensor &threshold,
+                               const OptionalTensor &down_threshold, const StringArgument &activation) {
+    check_present("gated_threshold", argument("counts", counts));
+    return run_gated_threshold<Backend>(gate, up, counts, threshold, down_threshold, activation);
 }
 
 template <class Backend>
@@ -208,9 +223,9 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const 
                                                     const Tensor &threshold, const OptionalTensor &down_threshold,
                                                     const StringArgument &activation) {
     check_present("gated_threshold", argument("grad_h", grad_h));
-    GatedThresholdParams params = check_gated_threshold(argument("grad_h", grad_h), argument("gate", gate),
-                                                        argument("up", up), argument("threshold", threshold),
-                                                        argument("down_threshold", down_threshold), activation.value);
+    GatedThresholdParams params = check_gated_threshold(
+        argument("grad_h", grad_h), argument("gate", gate), argument("up", up), argument("counts", std::nullopt),
+        argument("threshold", threshold), argument("down_threshold", down_threshold), activation.value);
     return allocating("gated_threshold", "gate", gate, [&]() -> std::tuple<Tensor, Tensor> {
         const int32_t device_index = gate.get_device_index();
         const typename Backend::OnDevice on_device(device_index);
@@ -235,6 +250,7 @@ template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("exact_mlp", TORCH_BOX(&exact_mlp<Backend>));
     m.impl("activated_mlp", TORCH_BOX(&activated_mlp<Backend>));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
+    m.impl("gated_threshold_counted", TORCH_BOX(&gated_threshold_counted<Backend>));
     m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_backward", TORCH_BOX(&gated_threshold_backward<Backend>));
 }

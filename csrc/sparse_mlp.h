@@ -106,7 +106,8 @@ struct GatedThresholdParams {
     const float *threshold, *down_threshold; // as above
     int64_t threshold_stride, down_threshold_stride;
 
-    void *h; // forward: [rows, I], contiguous
+    void *h;         // forward: [rows, I], contiguous
+    int64_t *counts; // forward: [kNumCounts], added to; or null
 
     const void *grad_h;        // backward: [rows, I], contiguous; null: forward
     void *grad_gate, *grad_up; // backward: [rows, I], contiguous

@@ -61,6 +61,7 @@ SCHEMAS = {
     "str row_format, Tensor[] biases, Tensor? residual, Tensor? largest, Tensor? total, Tensor(a!) y, "
     "Tensor(b!)? x_new) -> ()",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
+    "gated_threshold_counted": f"(Tensor gate, Tensor up, Tensor(a!) counts, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
     "gated_threshold_forward": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     "gated_threshold_backward": f"(Tensor grad_h, Tensor gate, Tensor up, {_THRESHOLDS}) -> (Tensor, Tensor)",
@@ -78,6 +79,7 @@ activated_mlp = torch.ops.cats.activated_mlp
 exact_mlp = torch.ops.cats.exact_mlp
 packed_linear_step = torch.ops.cats.packed_linear_step
 gated_threshold = torch.ops.cats.gated_threshold
+gated_threshold_counted = torch.ops.cats.gated_threshold_counted
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
 gated_threshold_backward = torch.ops.cats.gated_threshold_backward
 
@@ -134,6 +136,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "exact_mlp": (_like("x"), _exact_mlp_ref),
     "packed_linear_step": (_like(), reference.packed_linear_step_ref),
     "gated_threshold": (_like("gate"), reference.gated_threshold_ref),
+    "gated_threshold_counted": (_like("gate"), reference.gated_threshold_counted_ref),
     "gated_threshold_forward": (_like("gate"), reference.gated_threshold_ref),
     "gated_threshold_backward": (_like("gate", "up"), reference.gated_threshold_backward_ref),
 }
@@ -291,12 +294,15 @@ def masked_product(
         _refuse_counting()
     if not isinstance(activation, str):
         return _masked_product_by_parts(gate, up, (threshold, down_threshold), activation, counts)
+    needs_grad = is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     if counts is not None:
+        if not needs_grad and forward_ad._current_level < 0:
+            return gated_threshold_counted(gate, up, counts, threshold, down_threshold, activation)
         with torch.no_grad():
             counts += reference.gated_threshold_counts_ref(gate, up, threshold, down_threshold, activation)
     if is_compiling() or _transforms_are_active() or forward_ad._current_level >= 0:
         return gated_threshold(gate, up, threshold, down_threshold, activation)
-    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if needs_grad:
         return _apply(gate, up, (threshold, down_threshold, activation))
     return gated_threshold_forward(gate, up, threshold, down_threshold, activation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -268,4 +269,11 @@ def gated_threshold_counts_ref(
     gate: Tensor, up: Tensor, threshold: Tensor, down_threshold: Tensor | None = None, activation: str = "silu"
 ) -> Tensor:
     """:func:`masked_counts` of the gate's and the up projection's output."""
-    return masked_counts(ACTIVATIONS[activation](gate.float()), up.float(), threshold, down_threshold)
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return masked_counts(ACTIVATIONS[activation](gate.to(wide)), up.to(wide), threshold, down_threshold)
+
+
+def gated_threshold_counted_ref(gate: Tensor, up: Tensor, counts: Tensor, *rule: Any, **named: Any) -> Tensor:
+    """:func:`gated_threshold_ref`, with :func:`gated_threshold_counts_ref` added to ``counts`` ``[3]``."""
+    counts += gated_threshold_counts_ref(gate, up, *rule, **named)
+    return gated_threshold_ref(gate, up, *rule, **named)

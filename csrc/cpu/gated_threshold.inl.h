@@ -26,10 +26,18 @@ CATS_INLINE VecI below(VecF value, const float *threshold, int64_t stride, int64
     return abs(value) < load_thresholds(threshold, stride, column, n);
 }
 
-CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n) {
-    VecI drop = below(v, p.threshold, p.threshold_stride, column, n);
+// drop_up: of those by `threshold` alone.
+CATS_INLINE VecI dropped(const GatedThresholdParams &p, VecF v, VecF h, int64_t column, int64_t n, VecI *drop_up) {
+    VecI drop = *drop_up = below(v, p.threshold, p.threshold_stride, column, n);
     if (p.down_threshold) drop |= below(h, p.down_threshold, p.down_threshold_stride, column, n);
     return drop;
+}
+
+// How many of the first n lanes are 0.
+CATS_INLINE int64_t zeros(VecI lanes, int64_t n) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < min(n, kLanes); i++) count += !lanes[i];
+    return count;
 }
 
 // Columns [begin, end) of one row.
@@ -40,11 +48,19 @@ template <Activation A, class T> struct GatedThreshold {
         const T *gate = static_cast<const T *>(p.gate) + row * p.gate_stride;
         const T *up = static_cast<const T *>(p.up) + row * p.up_stride;
         T *out = static_cast<T *>(p.h) + row * p.intermediate_size;
+        int64_t kept = 0, kept_down = 0;
         for (int64_t c = begin; c < end; c += kLanes) {
             const int64_t n = end - c;
             const VecF v = activate<A>(load(gate + c, n)), h = v * load(up + c, n);
-            store(out + c, dropped(p, v, h, c, n) ? (VecF){} : h, n);
+            VecI drop_up;
+            const VecI drop = dropped(p, v, h, c, n, &drop_up);
+            store(out + c, drop ? (VecF){} : h, n);
+            if (p.counts) kept += zeros(drop_up, n), kept_down += zeros(drop, n);
         }
+        if (!p.counts) return;
+        __atomic_fetch_add(p.counts, end - begin, __ATOMIC_RELAXED);
+        __atomic_fetch_add(p.counts + 1, kept, __ATOMIC_RELAXED);
+        __atomic_fetch_add(p.counts + 2, kept_down, __ATOMIC_RELAXED);
     }
 
     void backward(int64_t row, int64_t begin, int64_t end) const {
@@ -57,7 +73,8 @@ template <Activation A, class T> struct GatedThreshold {
             const int64_t n = end - c;
             const VecF g = load(gate + c, n), u = load(up + c, n), grad = load(grad_h + c, n);
             const VecF v = activate<A>(g);
-            const VecI drop = dropped(p, v, v * u, c, n);
+            VecI drop_up;
+            const VecI drop = dropped(p, v, v * u, c, n, &drop_up);
             store(grad_gate + c, drop ? (VecF){} : grad * u * activate_grad<A>(g), n);
             store(grad_up + c, drop ? (VecF){} : grad * v, n);
         }

@@ -36,11 +36,14 @@ void gated_threshold_double(const GatedThresholdParams &p, const Parallel &paral
     auto row = [&](int64_t i) {
         const double *gate = static_cast<const double *>(p.gate) + i * p.gate_stride;
         const double *up = static_cast<const double *>(p.up) + i * p.up_stride;
+        int64_t kept = 0, kept_down = 0;
         for (int64_t j = 0; j < p.intermediate_size; j++) {
             const ValueAndGrad v = activate(p.activation, gate[j]);
             const double h = v.value * up[j];
             bool keep = !(std::fabs(v.value) < p.threshold[j * p.threshold_stride]);
+            kept += keep;
             if (p.down_threshold) keep = keep && !(std::fabs(h) < p.down_threshold[j * p.down_threshold_stride]);
+            kept_down += keep;
             const int64_t at = i * p.intermediate_size + j;
             if (p.grad_h) {
                 const double grad = static_cast<const double *>(p.grad_h)[at];
@@ -50,6 +53,10 @@ void gated_threshold_double(const GatedThresholdParams &p, const Parallel &paral
                 static_cast<double *>(p.h)[at] = keep ? h : 0;
             }
         }
+        if (!p.counts) return;
+        __atomic_fetch_add(p.counts, p.intermediate_size, __ATOMIC_RELAXED);
+        __atomic_fetch_add(p.counts + 1, kept, __ATOMIC_RELAXED);
+        __atomic_fetch_add(p.counts + 2, kept_down, __ATOMIC_RELAXED);
     };
     parallel.for_each(p.rows, [](void *context, int64_t i) { (*static_cast<decltype(row) *>(context))(i); }, &row);
 }

@@ -19,13 +19,34 @@ template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Pack {
     T v[kWidth];
 };
 
+enum class Pass { kForward, kCounted, kBackward };
+
+// Adds the CTA's counts to p.counts. lanes: the threads of this warp that have neurons; the others have ended.
+__device__ __forceinline__ void add_counts(const GatedThresholdParams &p, uint32_t lanes, uint32_t kept,
+                                           uint32_t kept_down) {
+    __shared__ unsigned totals[2];
+    if (threadIdx.x == 0) totals[0] = totals[1] = 0;
+    __syncthreads();
+    kept = __reduce_add_sync(lanes, kept), kept_down = __reduce_add_sync(lanes, kept_down);
+    if (threadIdx.x % 32 == 0) atomicAdd(totals, kept), atomicAdd(totals + 1, kept_down);
+    __syncthreads();
+    if (threadIdx.x) return;
+    auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
+    if (blockIdx.x == 0 && blockIdx.y == 0) atomicAdd(counts, (unsigned long long)(p.rows * p.intermediate_size));
+    atomicAdd(counts + 1, (unsigned long long)totals[0]);
+    atomicAdd(counts + 2, (unsigned long long)totals[1]);
+}
+
 // Each thread keeps the thresholds of kWidth neurons in registers and computes every gridDim.y-th row. The next row is
 // loaded while one is computed.
-template <typename T, int kWidth, bool kBackward>
+template <typename T, int kWidth, Pass kPass>
 __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __grid_constant__ GatedThresholdParams p) {
     using C = std::conditional_t<std::is_same_v<T, double>, double, float>; // the type of the arithmetic
     using Packed = Pack<T, kWidth>;
+    constexpr bool kBackward = kPass == Pass::kBackward;
     const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
+    uint32_t lanes = 0, kept_up = 0, kept_both = 0;
+    if constexpr (kPass == Pass::kCounted) lanes = __ballot_sync(0xffffffffu, first < p.intermediate_size);
     if (first >= p.intermediate_size) return;
     C threshold[kWidth], down_threshold[kWidth]; // 0 keeps all
 #pragma unroll
@@ -51,7 +72,8 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
         for (int e = 0; e < kWidth; e++) {
             const C g = static_cast<C>(gate.v[e]), u = static_cast<C>(up.v[e]);
             const C v = activate(g, p.activation), h = v * u;
-            const bool kept = keep(v, threshold[e]) && keep(h, down_threshold[e]);
+            const bool keeps_up = keep(v, threshold[e]), kept = keeps_up && keep(h, down_threshold[e]);
+            if constexpr (kPass == Pass::kCounted) kept_up += keeps_up, kept_both += kept;
             if constexpr (kBackward) {
                 const C d = static_cast<C>(grad.v[e]);
                 out.v[e] = round_to<T>(kept ? d * u * activate_grad(g, p.activation) : C(0));
@@ -68,6 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads) gated_threshold_kernel(const __gr
         if (next >= p.rows) break;
         row = next, gate = next_gate, up = next_up, grad = next_grad;
     }
+    if constexpr (kPass == Pass::kCounted) add_counts(p, lanes, kept_up, kept_both);
 }
 
 template <typename T, int kWidth> cudaError_t launch(const GatedThresholdParams &p, cudaStream_t stream) {
@@ -77,8 +100,10 @@ template <typename T, int kWidth> cudaError_t launch(const GatedThresholdParams 
                   blocks = (packs + threads - 1) / threads;
     const int64_t row_blocks = std::clamp<int64_t>(kBlocks / blocks, 1, std::min<int64_t>(p.rows, 65535));
     const LaunchSize size{dim3(unsigned(blocks), unsigned(row_blocks)), unsigned(threads)};
-    return p.grad_h ? launch_kernel<gated_threshold_kernel<T, kWidth, true>>(size, LaunchTarget{stream}, p)
-                    : launch_kernel<gated_threshold_kernel<T, kWidth, false>>(size, LaunchTarget{stream}, p);
+    const LaunchTarget target{stream};
+    return p.grad_h   ? launch_kernel<gated_threshold_kernel<T, kWidth, Pass::kBackward>>(size, target, p)
+           : p.counts ? launch_kernel<gated_threshold_kernel<T, kWidth, Pass::kCounted>>(size, target, p)
+                      : launch_kernel<gated_threshold_kernel<T, kWidth, Pass::kForward>>(size, target, p);
 }
 
 template <typename T> cudaError_t launch_width(const GatedThresholdParams &p, cudaStream_t stream) {

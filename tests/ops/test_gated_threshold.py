@@ -39,13 +39,17 @@ def make_inputs(shape, dtype, device, rule="scalar, vector", activation="silu", 
 
 
 def check(tensors, thresholds, activation):
-    """Forward and backward against the reference in fp64."""
+    """Forward, counts and backward against the reference in fp64."""
     grad_h, gate, up = tensors
     exact = [t.cpu().double() for t in tensors]
     rule = (*(t if t is None else t.cpu() for t in thresholds), activation, torch.float64)
     h = ops.gated_threshold(gate, up, *thresholds, activation)
     grads = ops.gated_threshold_backward(grad_h, gate, up, *thresholds, activation)
     expected = reference.gated_threshold_ref(*exact[1:], *rule), *reference.gated_threshold_backward_ref(*exact, *rule)
+    counts = torch.tensor([1000, 2000, 3000], device=gate.device)
+    assert torch.equal(ops.gated_threshold_counted(gate, up, counts, *thresholds, activation), h)
+    added = reference.gated_threshold_counts_ref(*exact[1:], *rule[:-1])
+    assert (counts.cpu() - torch.tensor([1000, 2000, 3000])).tolist() == added.tolist()
     for actual, wanted in zip((h, *grads), expected, strict=True):
         assert actual.shape == gate.shape and actual.dtype == gate.dtype and actual.is_contiguous()
         assert_close(actual, wanted)

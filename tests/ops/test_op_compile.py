@@ -57,6 +57,8 @@ def test_opcheck_gated_threshold(dtype, activation, device):
     forward = (gate.detach(), up.detach(), threshold, threshold.expand(10), activation)
     torch.library.opcheck(ops.gated_threshold_forward, forward)
     assert torch.equal(ops.gated_threshold_forward(*forward), ops.gated_threshold(*forward))
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    torch.library.opcheck(ops.gated_threshold_counted, (*forward[:2], counts, *forward[2:]))
     arguments = (torch.ones_like(gate), gate.detach(), up.detach(), threshold, None, activation)
     torch.library.opcheck(ops.gated_threshold_backward, arguments)
 

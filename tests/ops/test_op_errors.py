@@ -48,10 +48,15 @@ def gated_arguments(device: str) -> dict:
         grad_h=torch.ones(M, I, device=device),
         gate=torch.ones(M, I, device=device),
         up=torch.ones(M, I, device=device),
+        counts=torch.zeros(3, dtype=torch.int64, device=device),
         threshold=torch.zeros((), device=device),
         down_threshold=torch.zeros(I, device=device),
         activation="silu",
     )
+
+
+def without(arguments: dict, *names: str) -> dict:
+    return {name: value for name, value in arguments.items() if name not in names}
 
 
 def double(t):
@@ -147,6 +152,12 @@ GATED = [
     ("down_threshold", double, rf"down_threshold must be float32, got {DOUBLE}"),
     ("down_threshold", lambda t: t[1:], r"down_threshold must have shape \[\] or \[4\], got \[3\]"),
     ("activation", lambda _: "", "activation must be one of silu, gelu, gelu_tanh, relu, got ''"),
+    ("counts", lambda t: t.int(), r"counts must be contiguous int64 of shape \[3\] on .*, got torch\.int32 of shape"),
+    (
+        "counts",
+        lambda t: t[1:],
+        r"counts must be contiguous int64 of shape \[3\] on .*, got torch\.int64 of shape \[2\]",
+    ),
     ("grad_h", lambda t: t.half(), rf"grad_h must have gate's dtype {FLOAT}, got {HALF}"),
     ("grad_h", lambda t: t[:1], r"grad_h must have gate's shape \[2, 4\], got \[1, 4\]"),
 ]
@@ -219,11 +230,14 @@ def test_sparse_mlp_packed_step(where):
 def test_gated_threshold(name, change, message, where):
     arguments = gated_arguments(device_of(where))
     arguments[name] = change(arguments[name])
-    fails("gated_threshold_backward", arguments, "gated_threshold: " + message, where)
+    message = "gated_threshold: " + message
+    if name != "counts":
+        fails("gated_threshold_backward", without(arguments, "counts"), message, where)
     if name != "grad_h":
-        del arguments["grad_h"]
-        fails("gated_threshold", arguments, "gated_threshold: " + message, where)
-        fails("gated_threshold_forward", arguments, "gated_threshold: " + message, where)
+        fails("gated_threshold_counted", without(arguments, "grad_h"), message, where)
+    if name not in ("grad_h", "counts"):
+        fails("gated_threshold", without(arguments, "grad_h", "counts"), message, where)
+        fails("gated_threshold_forward", without(arguments, "grad_h", "counts"), message, where)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -237,6 +251,7 @@ def test_biases_must_be_contiguous(name, stride, where):
 REQUIRED = {
     "sparse_mlp_counted": (sparse_arguments, ("x", "w_gate", "w_up", "w_down_t", "counts", "threshold")),
     "gated_threshold": (gated_arguments, ("gate", "up", "threshold")),
+    "gated_threshold_counted": (gated_arguments, ("gate", "up", "counts", "threshold")),
     "gated_threshold_forward": (gated_arguments, ("gate", "up", "threshold")),
     "gated_threshold_backward": (gated_arguments, ("grad_h", "gate", "up", "threshold")),
 }
@@ -246,8 +261,9 @@ REQUIRED = {
 @pytest.mark.parametrize("where", WHERE)
 def test_none_is_no_tensor(op, name, where):
     arguments = REQUIRED[op][0](device_of(where))
-    if op != "gated_threshold_backward":
-        arguments.pop("grad_h", None)
+    if op.startswith("gated"):
+        others = {"grad_h": "gated_threshold_backward", "counts": "gated_threshold_counted"}
+        arguments = without(arguments, *(name for name, of_op in others.items() if of_op != op))
     arguments[name] = None
     fails(
         op,
@@ -261,10 +277,14 @@ def test_none_is_no_tensor(op, name, where):
 @pytest.mark.parametrize("where", WHERE[:2])
 def test_memory_that_was_freed(where):
     """As FSDP does between uses. An optional argument without memory must not count as absent."""
-    for op, make in (("sparse_mlp_counted", sparse_arguments), ("gated_threshold_backward", gated_arguments)):
-        for name, value in make(where).items():
+    for op, make, absent in (
+        ("sparse_mlp_counted", sparse_arguments, ""),
+        ("gated_threshold_counted", gated_arguments, "grad_h"),
+        ("gated_threshold_backward", gated_arguments, "counts"),
+    ):
+        for name, value in without(make(where), absent).items():
             if isinstance(value, torch.Tensor):
-                arguments = make(where)
+                arguments = without(make(where), absent)
                 arguments[name] = value.clone()
                 arguments[name].untyped_storage().resize_(0)
                 message = rf"{op.rpartition('_')[0]}: {name} must have memory, its storage has 0 bytes$"
@@ -286,8 +306,7 @@ KINDS = {
 @pytest.mark.parametrize("op", ["sparse_mlp", "gated_threshold", "gated_threshold_forward"])
 def test_other_kinds_of_tensors(op, kind):
     change, name = KINDS[kind]
-    arguments = (sparse_arguments if op == "sparse_mlp" else gated_arguments)("cpu")
-    arguments.pop("grad_h" if "grad_h" in arguments else "counts")
+    arguments = without((sparse_arguments if op == "sparse_mlp" else gated_arguments)("cpu"), "grad_h", "counts")
     first, second = list(arguments)[:2]
     for argument in (first, second):
         fails(
@@ -335,8 +354,12 @@ def test_sparse_mlp_packed_on_mixed_devices(name, where, other):
 
 
 @pytest.mark.parametrize(("where", "other"), OTHER)
-@pytest.mark.parametrize("name", ["grad_h", "up", "threshold", "down_threshold"])
+@pytest.mark.parametrize("name", ["grad_h", "up", "counts", "threshold", "down_threshold"])
 def test_gated_threshold_on_mixed_devices(name, where, other):
-    arguments = gated_arguments(where)
+    op = "gated_threshold_counted" if name == "counts" else "gated_threshold_backward"
+    arguments = without(gated_arguments(where), "grad_h" if name == "counts" else "counts")
     arguments[name] = torch.ones_like(arguments[name], device=other)
-    fails("gated_threshold_backward", arguments, rf"gated_threshold: {name} must be on .*{where}.*, got {other}")
+    if name == "counts":
+        fails(op, arguments, rf"gated_threshold: counts must be .* on .*{where}.*, got torch\.int64 .* on {other}")
+        return
+    fails(op, arguments, rf"gated_threshold: {name} must be on .*{where}.*, got {other}")

@@ -33,6 +33,7 @@ def resident_bytes() -> int:
         "activated_mlp",
         "exact_mlp",
         "gated_threshold_forward",
+        "gated_threshold_counted",
         "gated_threshold_backward",
     ],
 )
@@ -50,6 +51,7 @@ def test_calls_keep_no_memory(op, device):
         "activated_mlp": (gate, args[3], args[9], args[0], args[2], args[8]),
         "exact_mlp": (*args[:4], "relu2", 1.5),
         "gated_threshold_forward": (gate, gate, *rule),
+        "gated_threshold_counted": (gate, gate, torch.zeros(3, dtype=torch.int64, device=device), *rule),
         "gated_threshold_backward": (gate, gate, gate, *rule),
     }[op]
     call = getattr(ops, op)

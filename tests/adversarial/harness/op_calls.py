@@ -68,7 +68,8 @@ def _expected(call: Call) -> list[Tensor]:
     if call.op == "gated_threshold_backward":
         return list(reference.gated_threshold_backward_ref(**exact, compute_dtype=torch.float64))
     if call.op.startswith("gated"):
-        return [reference.gated_threshold_ref(**exact, compute_dtype=torch.float64)]
+        h = reference.gated_threshold_ref(**exact, compute_dtype=torch.float64)
+        return [h] if counts is None else [h, counts + reference.gated_threshold_counts_ref(**exact)]
     if call.op == "activated_mlp":
         return [reference.activated_mlp_ref(**exact, compute_dtype=torch.float64)]
     if y_sum is not None:

@@ -101,6 +101,8 @@ def elementwise(r: random.Random, op: str, g: torch.Generator) -> Call:
     gate, up = operand(*shape), operand(*shape)
     v, h = _values(gate, up, activation)
     arguments: dict[str, Any] = {"grad_h": operand(*shape)} if op.endswith("backward") else {}
+    if op.endswith("counted"):
+        arguments["counts"] = torch.randint(0, 99, (3,), generator=g)
     thresholds = {"threshold": _threshold(r, v), "down_threshold": r.choice([None, _threshold(r, h)])}
     for name, t in thresholds.items():
         if t is not None and t.dim() and t.shape[0] != shape[-1]:
