@@ -27,6 +27,7 @@ constexpr const char *kDeviceNames[] = {
     "cpu", "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip", "fpga", "maia", "xla", "vulkan", "metal", "xpu", "mps",
     "meta", "hpu", "ve", "lazy", "ipu", "mtia", "privateuseone"};
 // clang-format on
+constexpr int32_t kCpu = 0;                                                                  // index of kDeviceNames
 enum : int32_t { kUInt8 = 0, kInt64 = 4, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat = 15 }; // indices of kDtypeNames
 
 // A tensor argument of an op. _NamedTensor of cats_ext/ops/checks.py begins with these members.
@@ -103,14 +104,19 @@ inline Activation check_activation(const char *op, std::string_view name, bool a
          shown, "'");
 }
 
+// number: an index of kDtypeNames, of what the argument `name` is or has.
+inline DType check_dtype(const char *op, const char *name, int32_t number, bool allow_double) {
+    if (number == kFloat) return DType::kFloat32;
+    if (number == kHalf) return DType::kFloat16;
+    if (number == kBFloat) return DType::kBFloat16;
+    if (number == kDouble && allow_double) return DType::kFloat64;
+    const char *dtypes = allow_double ? "float32, float16, bfloat16 or float64" : "float32, float16 or bfloat16";
+    fail(op, ": ", name, " must be ", dtypes, ", got torch.", name_of(number, kDtypeNames, "(unknown)"));
+}
+
 inline DType check_dtype(const char *op, const TensorArgument &t, bool allow_double) {
     check_present(op, t);
-    if (t.dtype == kFloat) return DType::kFloat32;
-    if (t.dtype == kHalf) return DType::kFloat16;
-    if (t.dtype == kBFloat) return DType::kBFloat16;
-    if (t.dtype == kDouble && allow_double) return DType::kFloat64;
-    const char *dtypes = allow_double ? "float32, float16, bfloat16 or float64" : "float32, float16 or bfloat16";
-    fail(op, ": ", t.name, " must be ", dtypes, ", got ", dtype(t));
+    return check_dtype(op, t.name, t.dtype, allow_double);
 }
 
 // Same dtype and device as `like`.

@@ -21,10 +21,12 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 } // namespace
 
 // formats: of gate, up and down, or of rows; null where the weights are dense. deviations: null where there are none.
+// columns and out_dtype: of unpack_rows.
 // The sentence of the check that fails, valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
-           int64_t activation_size, const char *const *formats, const double *deviations, bool relu_up) {
+           int64_t activation_size, const char *const *formats, const double *deviations, bool relu_up, int64_t columns,
+           const char *out_dtype) {
     const std::string_view op(op_name), activation(activation_name, activation_size);
     const auto argument = [&](const char *name) {
         TensorArgument found{name};
@@ -58,6 +60,9 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
         } else if (op == "activated_mlp") {
             check_activated_mlp({argument("v"), argument("w_down_t"), argument("down_bias"), argument("x"),
                                  argument("w_up"), argument("up_bias")});
+        } else if (op == "unpack_rows") {
+            check_unpack_rows(argument("rows"), named(formats[0]).value_or(""), columns,
+                              number_of(out_dtype, kDtypeNames));
         } else if (op == "packed_linear_step") {
             std::vector<TensorArgument> weights, biases;
             for (const char *name : kPartWeights)

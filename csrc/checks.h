@@ -8,6 +8,7 @@
 
 #include "argument.h"
 #include "packed_linear.h"
+#include "unpack_rows.h"
 
 namespace cats {
 
@@ -225,13 +226,13 @@ inline PackedLinearParams check_packed_linear(const PackedLinearArguments &a) {
     return p;
 }
 
-// All parameters that are read; the caller sets what is written (h, counts). gate and up are [..., I]; the caller copies those whose stride is -1, because their
-// leading dimensions do not collapse to rows of one stride (contiguous tensors and halves of a merged projection's
-// output do), and grad_h, of the backward op, where it is not contiguous.
+// All parameters that are read; the caller sets what is written (h, counts). gate and up are [..., I]; the caller
+// copies those whose stride is -1, because their leading dimensions do not collapse to rows of one stride (contiguous
+// tensors and halves of a merged projection's output do), and grad_h, of the backward op, where it is not contiguous.
 inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, const TensorArgument &gate,
                                                   const TensorArgument &up, const TensorArgument &counts,
-                                                  const TensorArgument &threshold,
-                                                  const TensorArgument &down_threshold, std::string_view activation) {
+                                                  const TensorArgument &threshold, const TensorArgument &down_threshold,
+                                                  std::string_view activation) {
     constexpr const char *op = "gated_threshold";
     GatedThresholdParams p{};
     p.dtype = check_dtype(op, gate, /*allow_double=*/true);
@@ -250,6 +251,34 @@ inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, 
     check_counts(op, counts, gate);
     if (grad_h.present()) check_same_shape(op, grad_h, gate);
     p.grad_h = grad_h.data;
+    return p;
+}
+
+// dtype: of the output, as one of kDtypeNames. The caller sets out.
+inline UnpackRowsParams check_unpack_rows(const TensorArgument &rows, std::string_view row_format, int64_t columns,
+                                          int32_t out_dtype) {
+    constexpr const char *op = "unpack_rows";
+    UnpackRowsParams p{};
+    CATS_REQUIRE(parse_row_format(row_format, &p.format), op, ": row_format must be one of ", kRowFormatNames,
+                 ", got '", row_format, "'");
+    const int64_t multiple = p.format.group_size ? p.format.group_size : 1;
+    CATS_REQUIRE(columns > 0 && columns % multiple == 0, op, ": columns must be a positive multiple of ", multiple,
+                 " for ", row_format, ", got ", columns);
+    p.dtype = check_dtype(op, "dtype", out_dtype, /*allow_double=*/false);
+    check_present(op, rows);
+    const int64_t bytes = p.format.row_bytes(columns);
+    CATS_REQUIRE(rows.dtype == kUInt8 && rows.dim == 2 && rows.sizes[1] == bytes, op,
+                 ": rows must be torch.uint8 of shape [I, ", bytes, "], the bytes of rows of ", columns, " columns in ",
+                 row_format, ", got ", dtype(rows), " of shape ", shape(rows));
+    const bool aligned = rows.strides[0] % 16 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+    CATS_REQUIRE(
+        rows.strides[1] == 1 && (aligned || rows.device_type == kCpu), op,
+        ": rows must start at multiples of 16 bytes and have unit stride in their last dimension, got strides ",
+        strides(rows));
+    p.count = rows.sizes[0];
+    p.columns = columns;
+    p.rows = static_cast<const uint8_t *>(rows.data);
+    p.stride = rows.strides[0];
     return p;
 }
 

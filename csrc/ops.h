@@ -3,8 +3,8 @@
 //
 //     Backend::OnDevice(index)                     makes a device the current one while it lives
 //     Backend::empty_contiguous_like(tensor), empty_contiguous(like, sizes)
-//     Backend::run(params, device_index, ...)      launches sparse_mlp or exact_mlp, activated_mlp, or gated_threshold
-//                                                  or its backward
+//     Backend::run(params, device_index, ...)      launches sparse_mlp or exact_mlp, activated_mlp, unpack_rows, or
+//                                                  gated_threshold or its backward
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -187,10 +187,9 @@ inline Tensor with_uniform_rows(const Tensor &t, const void **data, int64_t *str
 template <class Backend>
 Tensor run_gated_threshold(const Tensor &gate, const Tensor &up, const OptionalTensor &counts, const Tensor &threshold,
                            const OptionalTensor &down_threshold, const StringArgument &activation) {
-    GatedThresholdParams params =
-        check_gated_threshold(argument("grad_h", std::nullopt), argument("gate", gate), argument("up", up),
-                              argument("counts", counts), argument("threshold", threshold),
-                              argument("down_threshold", down_threshold), activation.value);
+    GatedThresholdParams params = check_gated_threshold(
+        argument("grad_h", std::nullopt), argument("gate", gate), argument("up", up), argument("counts", counts),
+        argument("threshold", threshold), argument("down_threshold", down_threshold), activation.value);
     return allocating("gated_threshold", "gate", gate, [&] {
         const int32_t device_index = gate.get_device_index();
         const typename Backend::OnDevice on_device(device_index);
@@ -242,6 +241,23 @@ std::tuple<Tensor, Tensor> gated_threshold_backward(const Tensor &grad_h, const 
     });
 }
 
+// --- unpack_rows -----------------------------------------------------------------------------------------------------
+
+template <class Backend>
+Tensor unpack_rows(const Tensor &rows, const StringArgument &row_format, int64_t columns,
+                   torch::headeronly::ScalarType dtype) {
+    UnpackRowsParams params = check_unpack_rows(argument("rows", rows), row_format.value, columns, int32_t(dtype));
+    return allocating("unpack_rows", "rows", rows, [&] {
+        const int32_t device_index = rows.get_device_index();
+        const typename Backend::OnDevice on_device(device_index);
+        Tensor out = torch::stable::new_empty(rows, {params.count, columns}, dtype);
+        if (params.count == 0) return out;
+        params.out = out.mutable_data_ptr();
+        Backend::run(params, device_index);
+        return out;
+    });
+}
+
 template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::plain));
     m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
@@ -249,6 +265,7 @@ template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp_packed_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::counted));
     m.impl("exact_mlp", TORCH_BOX(&exact_mlp<Backend>));
     m.impl("activated_mlp", TORCH_BOX(&activated_mlp<Backend>));
+    m.impl("unpack_rows", TORCH_BOX(&unpack_rows<Backend>));
     m.impl("gated_threshold", TORCH_BOX(&gated_threshold<Backend>));
     m.impl("gated_threshold_counted", TORCH_BOX(&gated_threshold_counted<Backend>));
     m.impl("gated_threshold_forward", TORCH_BOX(&gated_threshold<Backend>));

@@ -37,6 +37,10 @@ struct CpuBackend {
         const bool fp64 = params.dtype == DType::kFloat64;
         (fp64 ? gated_threshold_double : cpu_kernels().gated_threshold)(params, torch_threads());
     }
+
+    static void run(const UnpackRowsParams &params, int32_t /*device_index*/) {
+        cpu_kernels().unpack_rows(params, torch_threads());
+    }
 };
 
 } // namespace

@@ -88,6 +88,10 @@ struct CudaBackend {
     static void run(const GatedThresholdParams &params, int32_t device_index) {
         check_cuda("gated_threshold", gated_threshold_cuda(params, current_stream(device_index)));
     }
+
+    static void run(const UnpackRowsParams &params, int32_t device_index) {
+        check_cuda("unpack_rows", unpack_rows_cuda(params, current_stream(device_index)));
+    }
 };
 
 // One token, added to y_sum. Needs no workspace. On CUDA only: decoding on a CPU gains nothing by it.

@@ -17,6 +17,7 @@ from cats_ext.ops.definitions import (
     sparse_mlp_packed_counted,
     sparse_mlp_packed_step,
     sparse_mlp_step,
+    unpack_rows,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "sparse_mlp_packed_counted",
     "sparse_mlp_packed_step",
     "sparse_mlp_step",
+    "unpack_rows",
 ]

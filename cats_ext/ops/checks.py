@@ -39,7 +39,8 @@ def _cats_check() -> Callable[..., bytes | None]:
     function = ctypes.CDLL(LIBRARIES["_C"].path).cats_check
     text = ctypes.c_char_p
     tensors, number = ctypes.POINTER(_NamedTensor), ctypes.POINTER(ctypes.c_double)
-    function.argtypes = [text, tensors, ctypes.c_int64, text, ctypes.c_int64, text * 3, number, ctypes.c_bool]
+    whole = ctypes.c_int64
+    function.argtypes = [text, tensors, whole, text, whole, text * 3, number, ctypes.c_bool, whole, text]
     function.restype = ctypes.c_char_p
     return function
 
@@ -80,6 +81,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     deviations = arguments.get("deviations")
     number = None if deviations is None else ctypes.byref(ctypes.c_double(deviations))
     call = op.encode(), array, len(tensors), activation, len(activation), formats, number
-    sentence = _cats_check()(*call, arguments.get("relu_up", False))
+    columns, dtype = arguments.get("columns", 0), str(arguments.get("dtype", "")).removeprefix("torch.")
+    sentence = _cats_check()(*call, arguments.get("relu_up", False), *_numbers([columns]), dtype.encode())
     if sentence is not None:
         raise RuntimeError(sentence.decode())

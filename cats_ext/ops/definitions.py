@@ -60,6 +60,8 @@ SCHEMAS = {
     "packed_linear_step": "(Tensor x, Tensor? delta, Tensor? norm_weight, float norm_eps, Tensor[] weights, "
     "str row_format, Tensor[] biases, Tensor? residual, Tensor? largest, Tensor? total, Tensor(a!) y, "
     "Tensor(b!)? x_new) -> ()",
+    # Packed rows [I, bytes] as dense ones [I, columns], for products with many tokens.
+    "unpack_rows": "(Tensor rows, str row_format, int columns, ScalarType dtype) -> Tensor",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     "gated_threshold_counted": f"(Tensor gate, Tensor up, Tensor(a!) counts, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
@@ -78,6 +80,7 @@ sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 activated_mlp = torch.ops.cats.activated_mlp
 exact_mlp = torch.ops.cats.exact_mlp
 packed_linear_step = torch.ops.cats.packed_linear_step
+unpack_rows = torch.ops.cats.unpack_rows
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_counted = torch.ops.cats.gated_threshold_counted
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
@@ -124,6 +127,11 @@ def _activated_mlp_output(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     return (v.new_empty(*v.shape[:-1], arguments["w_down_t"].shape[-1]),)
 
 
+def _unpacked_output(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    rows = arguments["rows"]
+    return (rows.new_empty(rows.shape[0], arguments["columns"], dtype=arguments["dtype"]),)
+
+
 # Empty outputs, from the arguments of a call by name; and the reference.
 _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]] = {
     "sparse_mlp": (_like("x"), _sparse_mlp_ref),
@@ -135,6 +143,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "activated_mlp": (_activated_mlp_output, _activated_mlp_ref),
     "exact_mlp": (_like("x"), _exact_mlp_ref),
     "packed_linear_step": (_like(), reference.packed_linear_step_ref),
+    "unpack_rows": (_unpacked_output, reference.unpack_rows_ref),
     "gated_threshold": (_like("gate"), reference.gated_threshold_ref),
     "gated_threshold_counted": (_like("gate"), reference.gated_threshold_counted_ref),
     "gated_threshold_forward": (_like("gate"), reference.gated_threshold_ref),

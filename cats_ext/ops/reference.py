@@ -203,6 +203,13 @@ def exact_hidden_ref(
     return torch.where(v == 0, 0, v * (u.relu() if relu_up else u))
 
 
+def unpack_rows_ref(rows: Tensor, row_format: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weights in ``rows``, uint8 ``[I, bytes]``, as dense ones ``[I, columns]``: in float32, then rounded."""
+    form = RowFormat.parse(row_format)
+    q, scales, zeros = form.fields(rows, columns)
+    return form.decode(q.unflatten(1, (scales.shape[1], -1)), scales, zeros).flatten(1).to(dtype)
+
+
 def sparse_mlp_packed_ref(
     x: Tensor,
     w_gate: Tensor,
@@ -216,7 +223,7 @@ def sparse_mlp_packed_ref(
 ) -> Tensor:
     """:func:`sparse_mlp_ref` on the weights that the packed rows stand for."""
     packed = ((w_gate, gate_format), (w_up, up_format), (w_down_t, down_format))
-    weights = (RowFormat.parse(name).unpack(w, x.shape[-1]) for w, name in packed)
+    weights = (unpack_rows_ref(w, name, x.shape[-1], torch.float32) for w, name in packed)
     return sparse_mlp_ref(x, *weights, *args, **named)
 
 
@@ -258,8 +265,7 @@ def packed_linear_step_ref(
         x_new.copy_(row)
     if norm_weight is not None:
         row = rms_norm_ref(row, norm_weight, norm_eps)
-    form = RowFormat.parse(row_format)
-    unpacked = (form.unpack(w, row.numel()).to(row.dtype) for w in weights)
+    unpacked = (unpack_rows_ref(w, row_format, row.numel(), row.dtype) for w in weights)
     products = [F.linear(row, w, b) for w, b in zip(unpacked, biases or [None] * len(weights), strict=True)]
     result = torch.cat(products)
     y.copy_(result if residual is None else residual + result)

@@ -124,12 +124,8 @@ class RowFormat:
 
     def fields(self, packed: Tensor, columns: int) -> Fields:
         """What ``pack`` was given. Raises ``ValueError`` unless ``packed`` is uint8 ``[I, row_bytes(columns)]``."""
-        groups, row_bytes = self.groups(columns), self.row_bytes(columns)
-        if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
-            raise ValueError(
-                f"packed must be torch.uint8 [I, {row_bytes}] for {columns} columns in {self.name}, "
-                f"got {packed.dtype} {list(packed.shape)}"
-            )
+        self._check_packed(packed, columns)
+        groups = self.groups(columns)
         tiles = list(self._tiles(columns))
         data = torch.cat([packed[:, tile_data] for _, tile_data, _, _ in tiles], 1)
         per_group = torch.cat([packed[:, tile_scales] for tile_scales, *_ in tiles], 1)
@@ -139,10 +135,12 @@ class RowFormat:
         scales, zeros = per_group.view(-1, groups, 2).unbind(2) if self.zero_points else (per_group[:, :groups], None)
         return Fields(data.view(STORED[self.type]), scales, zeros)
 
-    def unpack(self, packed: Tensor, columns: int) -> Tensor:
-        """The weights, float32 ``[I, columns]``. Raises as :meth:`fields`."""
-        q, scales, zeros = self.fields(packed, columns)
-        return self.decode(q.unflatten(1, (scales.shape[1], -1)), scales, zeros).flatten(1)
+    def unpack(self, packed: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights ``[I, columns]``, computed in float32 and rounded to ``dtype``. Raises as :meth:`fields`."""
+        self._check_packed(packed, columns)
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return self.unpack(packed, columns).to(dtype)
+        return torch.ops.cats.unpack_rows(packed, self.name, columns, dtype)
 
     def decode(self, q: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """``(q - zeros) * scales`` in float32, of ``q`` by groups: ``[I, groups, columns]``."""
@@ -154,6 +152,15 @@ class RowFormat:
     def _data_bytes(self, columns: int) -> int:
         padded = -(-columns // PADDED_TO) * PADDED_TO
         return padded // 2 if self.type == "int4" else padded
+
+    def _check_packed(self, packed: Tensor, columns: int) -> None:
+        self.groups(columns)
+        row_bytes = self.row_bytes(columns)
+        if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
+            raise ValueError(
+                f"packed must be torch.uint8 [I, {row_bytes}] for {columns} columns in {self.name}, "
+                f"got {packed.dtype} {list(packed.shape)}"
+            )
 
     def _check_per_group(self, name: str, t: Tensor, shape: tuple[int, int], device: torch.device) -> None:
         dtype = torch.float32 if self.type == "fp8" else torch.float16

@@ -91,7 +91,7 @@ class QuantizedLinear(nn.Module):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, ``[out_features, in_features]``."""
-        rows = self.row_format.unpack(self.weight, self.row_width).to(dtype)
+        rows = self.row_format.unpack(self.weight, self.row_width, dtype)
         return rows.t() if self.input_rows else rows
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "sparse_mlp.h"
+#include "unpack_rows.h"
 
 namespace cats {
 
@@ -33,6 +34,7 @@ struct CpuKernels {
     void (*sparse_mlp)(const SparseMlpParams &, const Parallel &);
     void (*activated_mlp)(const ActivatedMlpParams &, const Parallel &);
     void (*gated_threshold)(const GatedThresholdParams &, const Parallel &); // or its backward; fp32, fp16 and bf16
+    void (*unpack_rows)(const UnpackRowsParams &, const Parallel &);
 };
 
 // clang-format off

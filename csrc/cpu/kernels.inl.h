@@ -5,6 +5,7 @@
 #include "activation.inl.h"
 #include "gated_threshold.inl.h"
 #include "sparse_mlp.inl.h"
+#include "unpack_rows.inl.h"
 #include "vec.inl.h"
 
 #define CATS_STRING_(x) #x
@@ -12,6 +13,6 @@
 
 namespace cats::CATS_ISA {
 
-const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, activated_mlp, gated_threshold};
+const CpuKernels kernels = {CATS_STRING(CATS_ISA), sparse_mlp, activated_mlp, gated_threshold, unpack_rows};
 
 } // namespace cats::CATS_ISA

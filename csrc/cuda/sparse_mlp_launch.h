@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "../sparse_mlp.h"
+#include "../unpack_rows.h"
 #include "plan.h"
 
 namespace cats {
@@ -44,5 +45,7 @@ cudaError_t device_limits(int *device, DeviceLimits *limits);
 
 // Forward, or backward where the params have grad_h.
 cudaError_t gated_threshold_cuda(const GatedThresholdParams &params, cudaStream_t stream);
+
+cudaError_t unpack_rows_cuda(const UnpackRowsParams &params, cudaStream_t stream);
 
 } // namespace cats

@@ -278,7 +278,7 @@ def _takes_kernel(x: Tensor, packed: bool) -> bool:
 
 def _unpacked(rows: Tensor, row_format: str, x: Tensor) -> Tensor:
     """``[I, H]`` in the dtype of ``x`` ``[..., H]``."""
-    return RowFormat.parse(row_format).unpack(rows, x.shape[-1]).to(x.dtype)
+    return RowFormat.parse(row_format).unpack(rows, x.shape[-1], x.dtype)
 
 
 for _op in ("mlp", "mlp_counted"):

@@ -77,7 +77,7 @@ class PackedMLPLinearMethod(MLPLinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         columns = layer.output_size_per_partition if self.input_rows else layer.input_size_per_partition
-        weight = self.row_format.unpack(layer.weight, columns).to(x.dtype)
+        weight = self.row_format.unpack(layer.weight, columns, x.dtype)
         return F.linear(x, weight.t() if self.input_rows else weight, bias)
 
 
@@ -111,8 +111,8 @@ class UnpackedLinearMethod(DenseLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.weight.dtype == torch.uint8:  # else weights have been processed before
             first = layer.tp_rank * self.own if isinstance(layer, RowParallelLinear) else 0
-            weight = self.row_format.unpack(layer.weight.data, self.columns)[:, first : first + self.own]
-            layer.weight = nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False)
+            weight = self.row_format.unpack(layer.weight.data, self.columns, self.dtype)[:, first : first + self.own]
+            layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         super().process_weights_after_loading(layer)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from adversarial.harness import exact_calls, packed_linear_calls, right_calls
+from adversarial.harness import exact_calls, packed_linear_calls, right_calls, unpack_calls
 from adversarial.harness.record import is_clear
 from adversarial.harness.right_calls import Call
 from adversarial.harness.wrong_calls import spoil
@@ -37,6 +37,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
         call = Call(op, packed_linear_calls.make(r, g))
     elif op == "exact_mlp":
         call = Call(op, exact_calls.arguments(r))
+    elif op == "unpack_rows":
+        call = Call(op, unpack_calls.make(r, g))
     else:
         others = {"gated": right_calls.elementwise, "activated": right_calls.activated}
         make = others.get(op.partition("_")[0], right_calls.mlp)
@@ -58,6 +60,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
 
 def _expected(call: Call) -> list[Tensor]:
     """The outputs in fp64, and what is added to; computed on the CPU."""
+    if call.op == "unpack_rows":
+        return [unpack_calls.expected(call.arguments)]
     cpu = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in call.arguments.items()}
     cpu.pop("deterministic", None)
     y_sum, counts = cpu.pop("y_sum", None), cpu.pop("counts", None)
@@ -143,6 +147,6 @@ def is_clear_op_error(message: str, op: str) -> bool:
     """A sentence of the op that begins with its name, or torch's own on a value that no schema of this kind takes."""
     own = ("Expected a value of type", "is missing value")
     by_torch = message.startswith(f"cats::{op}() ") and any(part in message for part in own)
-    families = {"gated": "gated_threshold", "packed": op, "activated": op, "exact": op}
+    families = {"gated": "gated_threshold", "packed": op, "activated": op, "exact": op, "unpack": op}
     family = families.get(op.partition("_")[0], "sparse_mlp")
     return by_torch or (message.startswith(family) and is_clear(message, (family,)))
