@@ -187,11 +187,14 @@ __device__ __forceinline__ int find_above(const ActivatedMlpParams &p, uint32_t 
     return active;
 }
 
-// An address in global memory, of which the compiler does not know its parts: it would add them up at every use.
-__device__ __forceinline__ uint64_t global_address(const void *pointer) {
-    uint64_t address = __cvta_generic_to_global(pointer);
-    asm("" : "+l"(address));
-    return address;
+// In a neuron's row, what first_row points to in row 0. In assembly: otherwise the compiler takes more instructions for
+// the address, and most of them again for every row.
+__device__ __forceinline__ const uint8_t *in_row(const uint8_t *first_row, uint32_t neuron, uint32_t stride) {
+    uint64_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;"
+        : "=l"(address)
+        : "r"(neuron), "r"(stride), "l"(__cvta_generic_to_global(first_row)));
+    return static_cast<const uint8_t *>(__cvta_global_to_generic(address));
 }
 
 template <typename T, int kTokens, int kChunks, int kThreads, bool kCutoff>
@@ -212,14 +215,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t up_stride = uint32_t(p.w_up_stride * sizeof(T)),
                    down_stride = uint32_t(p.w_down_t_stride * sizeof(T));
     const auto *w_up = static_cast<const uint8_t *>(p.w_up), *w_down_t = static_cast<const uint8_t *>(p.w_down_t);
-    // Of this thread's first column.
-    const uint64_t up_columns = global_address(w_up + tid * kChunkBytes),
-                   down_columns = global_address(w_down_t + tid * kChunkBytes);
     struct alignas(kRows < 4 ? 4 * kRows : 16) Batch { // of the list; loaded 16 bytes at a time
         uint32_t neurons[kRows];
     };
     static_assert(kRows <= 16);
     const auto chunk = [&](int c) { return c * int(blockDim.x) + tid; };
+    const auto loaded_chunk = [&](int c) { return min(chunk(c), row_chunks - 1); }; // surplus threads load the last
     const auto prefetch = [&](int i) { // row i / 2 of the list: up, or down where i is odd
         const uint64_t neuron = list[i / 2];
         if (i % 2) prefetch_l2(w_down_t + neuron * down_stride, uint32_t(hidden * sizeof(T)));
@@ -232,8 +233,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (!w_up || m >= p.tokens || chunk(c) >= row_chunks) return Columns{};
         return Columns::load(static_cast<const T *>(p.x) + int64_t(m) * hidden + chunk(c) * kPerChunk);
     };
-    Columns x[kChunks]; // of one token; of more they are loaded again for each batch
-    if constexpr (kTokens == 1)
+    constexpr bool kHoldsX = kTokens == 1 && kChunks <= 2; // otherwise it is loaded again for each batch
+    Columns x[kChunks];
+    if constexpr (kHoldsX)
 #pragma unroll
         for (int c = 0; c < kChunks; c++) x[c] = load_x(0, c);
     __shared__ float cutoffs[kTokens];
@@ -246,25 +248,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int first = 0; first < active; first += kRows, turn ^= 1) {
         const int count = min(kRows, active - first);
         const Batch batch = *reinterpret_cast<const Batch *>(list + first);
-        // This lane's row and token, or others: v, and the bias of u. Asked for now, converted below.
+        // This lane's row and token, or others: v, and the bias of u. Asked for now, without a branch, and used below.
         const uint32_t neuron = list[first + min(my_row, count - 1)];
         const int token = min(my_token, int(p.tokens) - 1);
         const T v = static_cast<const T *>(p.v)[token * p.intermediate_size + neuron];
-        const T bias = p.up_bias ? static_cast<const T *>(p.up_bias)[neuron] : T(0.f);
+        const T bias = static_cast<const T *>(p.up_bias ? p.up_bias : p.v)[neuron];
         typename Row::Packed up[kRows][kChunks], down[kRows][kChunks];
-        const auto request = [&](auto &rows, uint64_t columns, uint32_t stride, int present) {
+        const auto request = [&](auto &rows, const uint8_t *matrix, uint32_t stride, int present) {
 #pragma unroll
-            for (int r = 0; r < kRows; r++)
+            for (int few = 0; few < kRows; few += 4) { // most batches are not full
+                if (few >= present) break;
 #pragma unroll
-                for (int c = 0; c < kChunks; c++) {
-                    const uint64_t from = columns + batch.neurons[r] * uint64_t(stride) + c * blockDim.x * kChunkBytes;
-                    rows[r][c] = {};
-                    if (r < present && chunk(c) < row_chunks)
-                        rows[r][c] = Row::load(static_cast<const uint8_t *>(__cvta_global_to_generic(from)), 0);
-                }
+                for (int r = few; r < few + 4 && r < kRows; r++)
+#pragma unroll
+                    for (int c = 0; c < kChunks; c++)
+                        if (r < present)
+                            rows[r][c] =
+                                Row::load(in_row(matrix + loaded_chunk(c) * kChunkBytes, batch.neurons[r], stride), 0);
+            }
         };
-        request(up, up_columns, up_stride, w_up ? count : 0);
-        request(down, down_columns, down_stride, count);
+        request(up, w_up, up_stride, w_up ? count : 0);
+        request(down, w_down_t, down_stride, count);
         // A batch is computed when all of it has arrived: the next one is brought into L2 meanwhile.
         if (const int i = 2 * (first + kRows) + tid; tid < 2 * kRows && i < 2 * active) prefetch(i);
         float h = to_float(v); // later times u
@@ -278,8 +282,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int m = 0; m < kTokens; m++)
 #pragma unroll
                 for (int c = 0; c < kChunks; c++) {
+                    if (chunk(c) >= row_chunks) continue;
                     float columns[kPerChunk];
-                    (kTokens == 1 ? x[c] : load_x(m, c)).decode(columns);
+                    (kHoldsX ? x[c] : load_x(m, c)).decode(columns);
 #pragma unroll
                     for (int r = 0; r < kRows; r++) {
                         if (!kept(r, m)) continue;
@@ -299,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 if (const int other = w + lane % kLanesPerDot; other < warps) sum += partials[turn][other][my_dot];
 #pragma unroll
             for (int o = kLanesPerDot / 2; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-            h *= to_float(bias) + sum;
+            h *= p.up_bias ? sum + to_float(bias) : sum;
         }
 #pragma unroll
         for (int r = 0; r < kRows; r++)
