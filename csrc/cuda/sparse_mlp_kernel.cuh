@@ -370,7 +370,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         refill();
     }
 
-    if (p.counts && leader) {
+    if (!kExact && p.counts && leader) { // exact_mlp counts nothing
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         if (first_batch == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
         atomicAdd(counts + 1, (unsigned long long)kept);

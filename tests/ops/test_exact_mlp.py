@@ -62,7 +62,7 @@ def test_none_some_and_all_zero(form, cut, device):
 @pytest.mark.parametrize("deviations", [-4.0, 1.640625, 60.0], ids=["all kept", "some kept", "none kept"])
 @pytest.mark.parametrize("shape", CUTOFF_SHAPES, ids=str)
 def test_cutoff_of_any_number_of_neurons(shape, deviations, device):
-    """On CUDA, of groups of 8 neurons: fewer than CTAs, one more for some CTAs, and more for a CTA than a warp's lanes."""
+    """On CUDA, of groups of 8: fewer than CTAs, one more for some CTAs, and more for a CTA than a warp has lanes."""
     call = make("cutoff", *shape, torch.bfloat16, device)
     call.named["deviations"] = deviations
     y = call()
