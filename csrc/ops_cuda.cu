@@ -62,8 +62,8 @@ struct CudaBackend {
         void *workspace, *gates = nullptr;
         check_cuda(op, get_workspace(stream, sparse_mlp_workspace_bytes(params), Contents::kZero, &workspace));
         SparseMlpLaunchOptions options;
-        const size_t gates_bytes = exact_mlp_gates_bytes(params);
-        size_t bytes = 0;
+        size_t gates_bytes, bytes = 0;
+        check_cuda(op, exact_mlp_gates_bytes(params, &gates_bytes));
         if (deterministic) check_cuda(op, sparse_mlp_partial_sums_bytes(params, &bytes));
         if (gates_bytes + bytes)
             check_cuda(op, get_workspace(stream, gates_bytes + bytes, Contents::kAnything, &gates));

@@ -64,10 +64,15 @@ struct SparseMlpParams {
     // operation is rounded to dtype. deviations has been rounded by the caller.
     bool exact, squared, relu_up, cutoff;
     float deviations;
-    void *gates; // CUDA: [M, I] of dtype, or null. With it only g is computed, and written here.
+    void *gates; // CUDA: [M, I] of dtype, or null. With it only g is computed, and written here, and its GateSums.
 
     Activation activation;
     DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16
+};
+
+// Of some of a token's gates as they were written, and of their squares.
+struct alignas(16) GateSums {
+    double sum, squares;
 };
 
 // The same MLP from its activations on: v is given, and a neuron in which it is zero is skipped. Nothing else is, so
@@ -91,6 +96,9 @@ struct ActivatedMlpParams {
     bool cutoff, squared;
     float deviations;
     Activation activation;
+    const GateSums *gate_sums; // [M, gate_places]: all places together have a token's gates
+    int32_t gate_places;
+    double gate_weight; // 1 / I: a division takes longer
 
     DType dtype; // of all of them: fp32, fp16 or bf16
 };

@@ -19,7 +19,8 @@ int64_t y_sum_size(const ActivatedMlpParams &params) { return int64_t(kMaxTokens
 
 template <typename T> bool is_aligned(const ActivatedMlpParams &p) {
     const auto fits = [](const void *base, int64_t stride) {
-        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * int64_t(sizeof(T)) % 16 == 0;
+        const int64_t bytes = stride * int64_t(sizeof(T));
+        return reinterpret_cast<uintptr_t>(base) % 16 == 0 && bytes % 16 == 0 && bytes < 1ll << 32;
     };
     return fits(p.x, p.hidden_size) && fits(p.w_up, p.w_up_stride) && fits(p.w_down_t, p.w_down_t_stride);
 }
@@ -29,25 +30,18 @@ struct Target {
     DeviceLimits limits;
 };
 
-// For the first tokens of p, whose number it sets; cudaErrorNotSupported if the row is too long for the instance.
-template <typename T, int kTokens, int kChunks, bool kCutoff>
+// cudaErrorNotSupported if the list does not fit.
+template <typename T, int kTokens, int kChunks, int kThreads, bool kCutoff>
 cudaError_t launch_instance(const ActivatedMlpParams &p, const Workspace &workspace, const Target &target, int *ctas) {
     const int row_chunks = int(p.hidden_size / DenseRow<T>::kPerChunk);
-    if (row_chunks > kActivatedThreads * kChunks) return cudaErrorNotSupported;
-    const int threads =
-        std::max(round_up(ceil_div(row_chunks, kChunks), 32), kCutoff ? kActivatedThreads : kLeastScanThreads);
+    const int threads = std::max(round_up(ceil_div(row_chunks, kChunks), 32), kCutoff ? 32 : kLeastScanThreads);
     *ctas = int(max_ctas(p.intermediate_size, target.limits));
-    const int64_t gates_bytes = kCutoff ? p.intermediate_size * int64_t(sizeof(T)) : 0;
-    const int64_t shared_bytes = activated_shared_bytes<kTokens>(p.intermediate_size, threads, *ctas, gates_bytes);
+    const int64_t shared_bytes =
+        (kCutoff ? 0 : scan_bytes(p.intermediate_size, threads)) + list_bytes(p.intermediate_size, *ctas);
     if (shared_bytes > target.limits.shared_bytes - kStaticBytes) return cudaErrorNotSupported;
     const LaunchSize size{dim3(unsigned(*ctas)), unsigned(threads), int(shared_bytes)};
-    return launch_kernel<activated_mlp_kernel<T, kTokens, kChunks, kCutoff>>(size, target.launch, p, workspace);
-}
-
-// Tokens whose gates have room in shared memory beside lists of a few neurons.
-template <typename T> int64_t most_cutoff_tokens(const ActivatedMlpParams &p, const DeviceLimits &limits) {
-    const int64_t lists = p.intermediate_size / 8 + (p.intermediate_size / limits.multiprocessors + 8) * 32;
-    return (limits.shared_bytes - kStaticBytes - lists) / (p.intermediate_size * int64_t(sizeof(T)));
+    return launch_kernel<activated_mlp_kernel<T, kTokens, kChunks, kThreads, kCutoff>>(size, target.launch, p,
+                                                                                       workspace);
 }
 
 // Of the instances that fit the row, the smallest that takes all tokens, otherwise the largest.
@@ -57,9 +51,8 @@ cudaError_t launch_vectors(ActivatedMlpParams &p, const Workspace &workspace, co
     const int64_t row_chunks = p.hidden_size / DenseRow<T>::kPerChunk;
     const ActivatedInstance *chosen = nullptr;
     for (const ActivatedInstance &instance : kActivatedInstances) {
-        if (row_chunks > int64_t(kActivatedThreads) * instance.chunks) continue;
+        if (row_chunks > int64_t(instance.threads) * instance.chunks) continue;
         if (chosen && (instance.chunks > chosen->chunks || chosen->tokens >= p.tokens)) continue;
-        if (p.cutoff && instance.tokens > most_cutoff_tokens<T>(p, target.limits)) continue;
         chosen = &instance;
     }
     if (!chosen) return cudaErrorNotSupported;
@@ -67,8 +60,8 @@ cudaError_t launch_vectors(ActivatedMlpParams &p, const Workspace &workspace, co
     cudaError_t error = cudaErrorNotSupported;
     const auto launch = [&](auto index, auto cutoff) {
         constexpr ActivatedInstance kInstance = kActivatedInstances[decltype(index)::value];
-        return launch_instance<T, kInstance.tokens, kInstance.chunks, decltype(cutoff)::value>(p, workspace, target,
-                                                                                               ctas);
+        return launch_instance<T, kInstance.tokens, kInstance.chunks, kInstance.threads, decltype(cutoff)::value>(
+            p, workspace, target, ctas);
     };
     ((chosen == &kActivatedInstances[i]
           ? void(error = p.cutoff ? launch(std::integral_constant<size_t, i>{}, std::true_type{})
@@ -82,8 +75,8 @@ cudaError_t launch_vectors(ActivatedMlpParams &p, const Workspace &workspace, co
 template <typename T> cudaError_t launch(ActivatedMlpParams &p, const Workspace &workspace, const Target &target) {
     int ctas = 0;
     cudaError_t error = cudaErrorNotSupported;
-    const bool scans_vectors = !p.cutoff || p.intermediate_size % kScanNeurons == 0; // v is then the workspace's
-    if (is_aligned<T>(p) && scans_vectors && p.intermediate_size < kMaxNeurons)
+    const bool has_groups = !p.cutoff || p.intermediate_size % kScanNeurons == 0;
+    if (is_aligned<T>(p) && has_groups && p.intermediate_size < kMaxNeurons)
         error =
             launch_vectors<T>(p, workspace, target, &ctas, std::make_index_sequence<std::size(kActivatedInstances)>{});
     if (error == cudaErrorNotSupported) {

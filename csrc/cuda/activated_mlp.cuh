@@ -5,53 +5,47 @@
 // sparsity. A thread has the same columns of every row. It asks for the up and down rows of a batch of neurons
 // together: the down rows arrive while the up rows' dot products are summed over the CTA.
 //
-// With a cutoff (kCutoff), v is what sparse_mlp_kernel.cuh wrote of the gates just before, and every CTA first computes
-// each token's cutoff, in the same order and so with the same bits. Two launches, not one with a barrier of the grid,
-// which needs all CTAs on the device at once: with several streams only a cooperative launch promises that.
+// With a cutoff (kCutoff), v is what sparse_mlp_kernel.cuh wrote of the gates just before. Every CTA computes the
+// tokens' cutoffs from the sums that this kernel left, in the same order and so with the same bits. CTA b then takes
+// groups b, b + CTAs, ... of 8 neurons and reads no other gates: the CTAs have unequal numbers of rows, but nothing to
+// count first. Two launches, not one with a barrier of the grid, which needs all CTAs on the device at once: with
+// several streams only a cooperative launch promises that.
 #pragma once
 
 #include "activation.cuh"
-#include "finish.cuh"
+#include "gate_sums.cuh"
 #include "rows/dense.cuh"
 #include "sparse_mlp_generic.cuh"
 #include "team.cuh"
 
 namespace cats {
 
-constexpr int kActivatedThreads = 512; // at most, which leaves 128 registers a thread
-constexpr int kScanNeurons = 8;        // neurons of a thread at a time in the scan
+constexpr int kScanNeurons = 8; // neurons of a thread at a time in the scan
 constexpr int kLeastScanThreads = 128;
 
-// An instance takes up to kActivatedThreads * chunks chunks of a row. With more tokens or chunks the registers would
-// not do; two launches for 4 tokens each read hardly more rows than one for 8, whose zeros are elsewhere in each token.
+// An instance takes up to threads * chunks chunks of a row. 512 threads have 128 registers each. With more tokens or
+// chunks they would not do; two launches for 4 tokens each read hardly more rows than one for 8, whose zeros are
+// elsewhere in each token.
 struct ActivatedInstance {
-    int tokens, chunks;
+    int tokens, chunks, threads;
 };
-constexpr ActivatedInstance kActivatedInstances[] = {{1, 1}, {4, 1}, {1, 2}, {2, 2}, {1, 4}};
+constexpr ActivatedInstance kActivatedInstances[] = {{1, 1, 256}, {1, 1, 512}, {4, 1, 512},
+                                                     {1, 2, 512}, {2, 2, 512}, {1, 4, 512}};
 
 // Of a batch: so many chunks of up rows and of down rows are on their way to a thread, as its registers allow.
-CATS_HOST_DEVICE constexpr int activated_rows(int tokens, int chunks) {
-    return (tokens * chunks <= 2 ? 8 : 4) / chunks;
+CATS_HOST_DEVICE constexpr int activated_rows(int tokens, int chunks, int threads) {
+    return (tokens * chunks <= 2 ? 4096 / threads : 4) / chunks;
 }
 
-template <int kTokens> struct ActiveNeuron {
-    uint32_t neuron;
-    float values[kTokens]; // v
-};
-
-// Neurons whose v is not zero in some token. Dynamic shared memory: one byte for kScanNeurons neurons of a thread, then
-// this CTA's list, then with a cutoff the gates.
+// Neurons whose v is not zero in some token. Dynamic shared memory: without a cutoff one byte for kScanNeurons neurons
+// of a thread, then this CTA's list of such neurons, which has room for whole groups and whole batches.
 CATS_HOST_DEVICE constexpr int scan_bytes(int64_t intermediate, int threads) {
     const int64_t tile = int64_t(threads) * kScanNeurons;
     return round_up(int((intermediate + tile - 1) / tile * threads), 16);
 }
-template <int kTokens> CATS_HOST_DEVICE constexpr int64_t list_bytes(int64_t intermediate, int ctas) {
-    return ((intermediate / ctas + 1) * int64_t(sizeof(ActiveNeuron<kTokens>)) + 15) / 16 * 16;
-}
-// gates_bytes: of one token, 0 without a cutoff.
-template <int kTokens>
-constexpr int64_t activated_shared_bytes(int64_t intermediate, int threads, int ctas, int64_t gates_bytes) {
-    return scan_bytes(intermediate, threads) + list_bytes<kTokens>(intermediate, ctas) + kTokens * gates_bytes;
+constexpr int64_t list_bytes(int64_t intermediate, int ctas) {
+    const int64_t neurons = (intermediate / kScanNeurons / ctas + 1) * kScanNeurons;
+    return (neurons + 15) / 16 * 16 * int64_t(sizeof(uint32_t));
 }
 
 // Bit e is set where value e is not zero; NaN is not.
@@ -62,117 +56,17 @@ __device__ __forceinline__ uint32_t nonzero_bits(const float (&values)[kScanNeur
     return bits;
 }
 
-// mean(g) + deviations * std(g), each operation rounded to T.
-template <typename T>
-__device__ __forceinline__ float cutoff_of(const ActivatedMlpParams &p, float mean, float squares) {
-    const auto rounded = [](float value) { return to_float(round_to<T>(value)); };
-    const float deviation = rounded(sqrtf(squares / float(p.intermediate_size)));
-    return rounded(rounded(mean) + rounded(deviation * p.deviations));
-}
-
-// What a gate above its token's cutoff, or NaN, becomes.
-template <typename T>
-__device__ __forceinline__ float activate_above(const ActivatedMlpParams &p, float g, float cutoff) {
-    return exact_activation<T>(to_float(round_to<T>(g - cutoff)), p.activation, p.squared);
-}
-
-// Sums each value over the CTA, in a fixed order: all threads of all CTAs get the same bits. partials: not used before.
-template <int kValues>
-__device__ __forceinline__ void cta_sum(float (&values)[kValues], float (&partials)[kValues][kActivatedThreads / 32]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-    for (int i = 0; i < kValues; i++) {
-#pragma unroll
-        for (int o = 16; o; o /= 2) values[i] += __shfl_xor_sync(0xffffffffu, values[i], o);
-        if (lane == 0) partials[i][warp] = values[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kValues; i++) {
-        values[i] = 0.f;
-        for (int w = 0; w < warps; w++) values[i] += partials[i][w];
-    }
-}
-
-// Copies the gates into shared memory, where each thread later reads what it has copied itself, and computes the
-// tokens' cutoffs. The number of neurons is a multiple of kScanNeurons.
-template <typename T, int kTokens>
-__device__ __forceinline__ void find_cutoffs(const ActivatedMlpParams &p, T *gates, float (&cutoffs)[kTokens]) {
-    using Gates = Values<T, kScanNeurons>;
-    __shared__ float totals[kTokens][kActivatedThreads / 32], square_totals[kTokens][kActivatedThreads / 32];
-    const int64_t intermediate = p.intermediate_size;
-    constexpr int kAhead = 4 / kTokens ? 4 / kTokens : 1; // nothing hides the way to L2: so many loads at a time
-    float sums[kTokens] = {}, squares[kTokens] = {};
-    for (int64_t first = threadIdx.x; first * kScanNeurons < intermediate; first += kAhead * int64_t(blockDim.x)) {
-        Gates loaded[kAhead][kTokens];
-#pragma unroll
-        for (int a = 0; a < kAhead; a++)
-#pragma unroll
-            for (int m = 0; m < kTokens; m++) {
-                const int64_t j = (first + a * int64_t(blockDim.x)) * kScanNeurons;
-                loaded[a][m] = {};
-                if (j < intermediate && m < p.tokens)
-                    loaded[a][m] = Gates::load(static_cast<const T *>(p.v) + m * intermediate + j);
-            }
-#pragma unroll
-        for (int a = 0; a < kAhead; a++) {
-            const int64_t j = (first + a * int64_t(blockDim.x)) * kScanNeurons;
-            if (j >= intermediate) break;
-#pragma unroll
-            for (int m = 0; m < kTokens; m++) {
-                if (m >= p.tokens) break;
-                loaded[a][m].store(gates + m * intermediate + j);
-                float g[kScanNeurons];
-                loaded[a][m].decode(g);
-#pragma unroll
-                for (int e = 0; e < kScanNeurons; e++) sums[m] += g[e];
-            }
-        }
-    }
-    cta_sum(sums, totals);
-    for (int64_t j = threadIdx.x * kScanNeurons; j < intermediate; j += int64_t(blockDim.x) * kScanNeurons)
-#pragma unroll
-        for (int m = 0; m < kTokens; m++) {
-            if (m >= p.tokens) break;
-            const float mean = sums[m] / float(intermediate);
-            float g[kScanNeurons];
-            Gates::load(gates + m * intermediate + j).decode(g);
-#pragma unroll
-            for (int e = 0; e < kScanNeurons; e++) squares[m] = fmaf(g[e] - mean, g[e] - mean, squares[m]);
-        }
-    cta_sum(squares, square_totals);
-#pragma unroll
-    for (int m = 0; m < kTokens; m++) cutoffs[m] = cutoff_of<T>(p, sums[m] / float(intermediate), squares[m]);
-}
-
-// Writes this CTA's part of the active neurons to `list` and returns how many there are. gates: shared memory for those
-// of all tokens, with a cutoff.
-template <typename T, int kTokens, bool kCutoff>
-__device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t *scan, ActiveNeuron<kTokens> *list,
-                                           T *gates) {
-    __shared__ uint32_t warp_counts[kActivatedThreads / 32];
+// Writes this CTA's part of the active neurons to `list` and returns how many there are. Without a cutoff.
+template <typename T, int kTokens, int kThreads>
+__device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t *scan, uint32_t *list) {
+    __shared__ uint32_t warp_counts[kThreads / 32];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
     const int64_t intermediate = p.intermediate_size;
     const T *v = static_cast<const T *>(p.v);
     const bool vectors = intermediate % kScanNeurons == 0 && reinterpret_cast<uintptr_t>(v) % 16 == 0;
     uint32_t count = 0;
     const auto note = [&](int64_t at, uint32_t bits) { scan[at] = uint8_t(bits), count += __popc(bits); };
-    float cutoffs[kTokens] = {};
-    if constexpr (kCutoff) {
-        find_cutoffs<T, kTokens>(p, gates, cutoffs);
-        for (int64_t at = tid; at * kScanNeurons < intermediate; at += blockDim.x) {
-            uint32_t bits = 0;
-#pragma unroll
-            for (int m = 0; m < kTokens; m++) {
-                if (m >= p.tokens) break;
-                float g[kScanNeurons];
-                Values<T, kScanNeurons>::load(gates + m * intermediate + at * kScanNeurons).decode(g);
-#pragma unroll
-                for (int e = 0; e < kScanNeurons; e++) bits |= uint32_t(!(g[e] <= cutoffs[m])) << e;
-            }
-            note(at, bits);
-        }
-    } else if (vectors) {
+    if (vectors) {
         constexpr int kAhead = 8 / kTokens; // nothing hides the way to L2: so many loads at a time
         for (int64_t first = tid; first * kScanNeurons < intermediate; first += kAhead * blockDim.x) {
             Values<T, kScanNeurons> loaded[kAhead][kTokens];
@@ -229,118 +123,201 @@ __device__ __forceinline__ int find_active(const ActivatedMlpParams &p, uint8_t 
     const uint32_t begin = uint64_t(total) * blockIdx.x / gridDim.x,
                    end = uint64_t(total) * (blockIdx.x + 1) / gridDim.x;
     uint32_t rank = up_to - count;
-    if (rank < end && up_to > begin) {
+    if (rank < end && up_to > begin)
         for (int64_t at = tid; at * kScanNeurons < intermediate; at += blockDim.x)
-            for (uint32_t bits = scan[at]; bits; bits &= bits - 1, rank++) {
-                if (rank < begin || rank >= end) continue;
-                const int64_t neuron = at * kScanNeurons + __ffs(bits) - 1;
-                ActiveNeuron<kTokens> &entry = list[rank - begin];
-                entry.neuron = uint32_t(neuron);
-#pragma unroll
-                for (int m = 0; m < kTokens; m++) {
-                    float value = 0.f;
-                    if (m < p.tokens) value = to_float((kCutoff ? gates : v)[m * intermediate + neuron]);
-                    if constexpr (kCutoff)
-                        value = m >= p.tokens || value <= cutoffs[m] ? 0.f : activate_above<T>(p, value, cutoffs[m]);
-                    entry.values[m] = value;
-                }
-            }
-    }
+            for (uint32_t bits = scan[at]; bits; bits &= bits - 1, rank++)
+                if (rank >= begin && rank < end) list[rank - begin] = uint32_t(at * kScanNeurons) + __ffs(bits) - 1;
     __syncthreads();
     return int(end - begin);
 }
 
-template <typename T, int kTokens, int kChunks, bool kCutoff>
-__global__ void __launch_bounds__(kActivatedThreads, 1)
+// With a cutoff: the neurons of this CTA's groups that are above it in some token. One warp finds them, whose lanes
+// have a group each: the gates of 132 CTAs and 33,792 neurons are asked for at once, together with the sums.
+template <typename T, int kTokens>
+__device__ __forceinline__ int find_above(const ActivatedMlpParams &p, uint32_t *list, float (&cutoffs)[kTokens]) {
+    using Gates = Values<T, kScanNeurons>;
+    __shared__ int active;
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x, ctas = gridDim.x, groups = int(p.intermediate_size / kScanNeurons);
+        Gates gates[kTokens];
+        const auto load = [&](int group) {
+#pragma unroll
+            for (int m = 0; m < kTokens; m++) {
+                gates[m] = {};
+                if (group < groups && m < p.tokens)
+                    gates[m] = Gates::load(static_cast<const T *>(p.v) + m * p.intermediate_size +
+                                           int64_t(group) * kScanNeurons);
+            }
+        };
+        load(blockIdx.x + lane * ctas);
+        float found[kTokens];
+#pragma unroll
+        for (int m = 0; m < kTokens; m++) {
+            found[m] = m < p.tokens ? find_cutoff<T>(p, m) : 0.f;
+            if (lane == 0) cutoffs[m] = found[m];
+        }
+        int count = 0;
+        for (int first = blockIdx.x; first < groups; first += 32 * ctas) {
+            const int group = first + lane * ctas;
+            uint32_t bits = 0;
+#pragma unroll
+            for (int m = 0; m < kTokens; m++) {
+                float g[kScanNeurons];
+                gates[m].decode(g);
+#pragma unroll
+                for (int e = 0; e < kScanNeurons; e++) bits |= uint32_t(m < p.tokens && !(g[e] <= found[m])) << e;
+            }
+            load(group + 32 * ctas);
+            if (group >= groups) bits = 0;
+            int before = 0, all = 0; // active neurons of the lanes before this one, and of all
+#pragma unroll
+            for (int b = 0; b < 4; b++) { // a lane has at most 8
+                const uint32_t lanes = __ballot_sync(0xffffffffu, __popc(bits) >> b & 1);
+                before += __popc(lanes & ((1u << lane) - 1)) << b, all += __popc(lanes) << b;
+            }
+            uint32_t *to = list + count + before;
+#pragma unroll
+            for (int e = 0; e < kScanNeurons; e++)
+                if (bits >> e & 1) *to++ = uint32_t(group * kScanNeurons + e);
+            count += all;
+        }
+        if (lane == 0) active = count;
+    }
+    __syncthreads();
+    return active;
+}
+
+// In a neuron's row, what first_row points to in row 0. In assembly: otherwise the compiler takes more instructions for
+// the address, and most of them again for every row.
+__device__ __forceinline__ const uint8_t *in_row(const uint8_t *first_row, uint32_t neuron, uint32_t stride) {
+    uint64_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;"
+        : "=l"(address)
+        : "r"(neuron), "r"(stride), "l"(__cvta_generic_to_global(first_row)));
+    return static_cast<const uint8_t *>(__cvta_global_to_generic(address));
+}
+
+template <typename T, int kTokens, int kChunks, int kThreads, bool kCutoff>
+__global__ void __launch_bounds__(kThreads, 1)
     activated_mlp_kernel(const __grid_constant__ ActivatedMlpParams p, const Workspace workspace) {
     using Row = DenseRow<T>;
-    constexpr int kPerChunk = Row::kPerChunk, kRows = activated_rows(kTokens, kChunks);
-    constexpr int kMaxWarps = kActivatedThreads / 32, kLanesPerDot = 32 / kRows;
+    using Columns = Values<T, Row::kPerChunk>; // of x
+    constexpr int kPerChunk = Row::kPerChunk, kRows = activated_rows(kTokens, kChunks, kThreads);
+    constexpr int kMaxWarps = kThreads / 32, kDots = kRows * kTokens;
+    constexpr int kLanesPerDot = 32 / kDots; // lane l has row and token l / kLanesPerDot
     // The warps' parts of the up rows' dot products, in turns: no warp is two batches ahead of another.
-    __shared__ float partials[2][kTokens][kRows][kMaxWarps];
+    __shared__ float partials[2][kMaxWarps][kDots];
     extern __shared__ __align__(16) uint8_t smem[];
-    uint8_t *after_scan = smem + scan_bytes(p.intermediate_size, blockDim.x);
-    auto *list = reinterpret_cast<ActiveNeuron<kTokens> *>(after_scan);
-    T *gates = reinterpret_cast<T *>(after_scan + list_bytes<kTokens>(p.intermediate_size, gridDim.x));
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
+    const int my_dot = lane / kLanesPerDot, my_row = my_dot / kTokens, my_token = my_dot % kTokens;
+    auto *list = reinterpret_cast<uint32_t *>(smem + (kCutoff ? 0 : scan_bytes(p.intermediate_size, blockDim.x)));
     const int hidden = int(p.hidden_size), row_chunks = hidden / kPerChunk;
+    const uint32_t up_stride = uint32_t(p.w_up_stride * sizeof(T)),
+                   down_stride = uint32_t(p.w_down_t_stride * sizeof(T));
+    const auto *w_up = static_cast<const uint8_t *>(p.w_up), *w_down_t = static_cast<const uint8_t *>(p.w_down_t);
+    struct alignas(kRows < 4 ? 4 * kRows : 16) Batch { // of the list; loaded 16 bytes at a time
+        uint32_t neurons[kRows];
+    };
+    static_assert(kRows <= 16);
     const auto chunk = [&](int c) { return c * int(blockDim.x) + tid; };
-    const auto row = [](const void *base, int64_t stride, uint32_t neuron) {
-        return static_cast<const uint8_t *>(base) + neuron * stride * int64_t(sizeof(T));
-    };
-    const auto load = [&](const uint8_t *from, int c) {
-        return Row::load(from + int64_t(chunk(c) - lane) * kChunkBytes, lane);
-    };
+    const auto loaded_chunk = [&](int c) { return min(chunk(c), row_chunks - 1); }; // surplus threads load the last
     const auto prefetch = [&](int i) { // row i / 2 of the list: up, or down where i is odd
-        const uint32_t neuron = list[i / 2].neuron;
-        if (i % 2) prefetch_l2(row(p.w_down_t, p.w_down_t_stride, neuron), uint32_t(hidden * sizeof(T)));
-        else if (p.w_up) prefetch_l2(row(p.w_up, p.w_up_stride, neuron), uint32_t(hidden * sizeof(T)));
+        const uint64_t neuron = list[i / 2];
+        if (i % 2) prefetch_l2(w_down_t + neuron * down_stride, uint32_t(hidden * sizeof(T)));
+        else if (w_up) prefetch_l2(w_up + neuron * up_stride, uint32_t(hidden * sizeof(T)));
     };
 
     launch_dependents();
     wait_for_previous_kernel();
-    const int active = find_active<T, kTokens, kCutoff>(p, smem, list, gates);
+    const auto load_x = [&](int m, int c) {
+        if (!w_up || m >= p.tokens || chunk(c) >= row_chunks) return Columns{};
+        return Columns::load(static_cast<const T *>(p.x) + int64_t(m) * hidden + chunk(c) * kPerChunk);
+    };
+    constexpr bool kHoldsX = kTokens == 1 && kChunks <= 2; // otherwise it is loaded again for each batch
+    Columns x[kChunks];
+    if constexpr (kHoldsX)
+#pragma unroll
+        for (int c = 0; c < kChunks; c++) x[c] = load_x(0, c);
+    __shared__ float cutoffs[kTokens];
+    int active;
+    if constexpr (kCutoff) active = find_above<T, kTokens>(p, list, cutoffs);
+    else active = find_active<T, kTokens, kThreads>(p, smem, list);
 
     float acc[kTokens][kChunks][kPerChunk] = {};
     int turn = 0;
     for (int first = 0; first < active; first += kRows, turn ^= 1) {
         const int count = min(kRows, active - first);
+        const Batch batch = *reinterpret_cast<const Batch *>(list + first);
+        // This lane's row and token, or others: v, and the bias of u. Asked for now, without a branch, and used below.
+        const uint32_t neuron = list[first + min(my_row, count - 1)];
+        const int token = min(my_token, int(p.tokens) - 1);
+        const T v = static_cast<const T *>(p.v)[token * p.intermediate_size + neuron];
+        const T bias = static_cast<const T *>(p.up_bias ? p.up_bias : p.v)[neuron];
+        typename Row::Packed up[kRows][kChunks], down[kRows][kChunks];
+        const auto request = [&](auto &rows, const uint8_t *matrix, uint32_t stride, int present) {
+#pragma unroll
+            for (int few = 0; few < kRows; few += 4) { // most batches are not full
+                if (few >= present) break;
+#pragma unroll
+                for (int r = few; r < few + 4 && r < kRows; r++)
+#pragma unroll
+                    for (int c = 0; c < kChunks; c++)
+                        if (r < present)
+                            rows[r][c] =
+                                Row::load(in_row(matrix + loaded_chunk(c) * kChunkBytes, batch.neurons[r], stride), 0);
+            }
+        };
+        request(up, w_up, up_stride, w_up ? count : 0);
+        request(down, w_down_t, down_stride, count);
         // A batch is computed when all of it has arrived: the next one is brought into L2 meanwhile.
         if (const int i = 2 * (first + kRows) + tid; tid < 2 * kRows && i < 2 * active) prefetch(i);
-        typename Row::Packed up[kRows][kChunks], down[kRows][kChunks];
+        float h = to_float(v); // later times u
+        if constexpr (kCutoff) h = exact_activation<T>(above_cutoff<T>(h, cutoffs[token]), p.activation, p.squared);
+        if (my_row >= count || my_token >= p.tokens) h = 0.f;
+        const uint32_t kept_lanes = __ballot_sync(0xffffffffu, !(h == 0.f)); // no 0 * inf
+        const auto kept = [&](int r, int m) { return kept_lanes >> (r * kTokens + m) * kLanesPerDot & 1; };
+        if (w_up) {
+            float dots[kDots] = {};
 #pragma unroll
-        for (int r = 0; r < kRows; r++)
-#pragma unroll
-            for (int c = 0; c < kChunks; c++) {
-                up[r][c] = down[r][c] = {};
-                if (r >= count || chunk(c) >= row_chunks) continue;
-                const uint32_t neuron = list[first + r].neuron;
-                if (p.w_up) up[r][c] = load(row(p.w_up, p.w_up_stride, neuron), c);
-                down[r][c] = load(row(p.w_down_t, p.w_down_t_stride, neuron), c);
-            }
-        const auto value = [&](int r, int m) { return r < count ? list[first + r].values[m] : 0.f; }; // v
-        if (p.w_up) {
-#pragma unroll 1
-            for (int m = 0; m < kTokens; m++) {
-                if (m >= p.tokens) break;
-                float dots[kRows] = {};
+            for (int m = 0; m < kTokens; m++)
 #pragma unroll
                 for (int c = 0; c < kChunks; c++) {
                     if (chunk(c) >= row_chunks) continue;
-                    float x[kPerChunk];
-                    Values<T, kPerChunk>::load(static_cast<const T *>(p.x) + int64_t(m) * hidden + chunk(c) * kPerChunk)
-                        .decode(x);
+                    float columns[kPerChunk];
+                    (kHoldsX ? x[c] : load_x(m, c)).decode(columns);
 #pragma unroll
                     for (int r = 0; r < kRows; r++) {
-                        if (value(r, m) == 0.f) continue; // the same for all threads
+                        if (!kept(r, m)) continue;
                         float w[kPerChunk];
                         Row::decode(up[r][c], w);
 #pragma unroll
-                        for (int e = 0; e < kPerChunk; e++) dots[r] = fmaf(w[e], x[e], dots[r]);
+                        for (int e = 0; e < kPerChunk; e++)
+                            dots[r * kTokens + m] = fmaf(w[e], columns[e], dots[r * kTokens + m]);
                     }
                 }
-                const float sum = warp_sum(dots);
-                if (lane % kLanesPerDot == 0) partials[turn][m][lane / kLanesPerDot][warp] = sum;
-            }
+            const float of_warp = warp_sum(dots);
+            if (lane % kLanesPerDot == 0) partials[turn][warp][my_dot] = of_warp;
             __syncthreads();
+            float sum = 0.f; // every warp sums all of them, each group of lanes one
+#pragma unroll
+            for (int w = 0; w < kMaxWarps; w += kLanesPerDot)
+                if (const int other = w + lane % kLanesPerDot; other < warps) sum += partials[turn][other][my_dot];
+#pragma unroll
+            for (int o = kLanesPerDot / 2; o; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+            h *= p.up_bias ? sum + to_float(bias) : sum;
         }
 #pragma unroll
         for (int r = 0; r < kRows; r++)
 #pragma unroll
             for (int m = 0; m < kTokens; m++) {
-                float h = value(r, m);
-                if (h == 0.f) continue; // no 0 * inf
-                if (p.w_up) {
-                    float u = p.up_bias ? to_float(static_cast<const T *>(p.up_bias)[list[first + r].neuron]) : 0.f;
-                    for (int w = 0; w < warps; w++) u += partials[turn][m][r][w];
-                    h *= u;
-                }
+                if (!kept(r, m)) continue;
+                const float of_row = __shfl_sync(0xffffffffu, h, (r * kTokens + m) * kLanesPerDot);
 #pragma unroll
                 for (int c = 0; c < kChunks; c++) {
                     float w[kPerChunk];
                     Row::decode(down[r][c], w);
 #pragma unroll
-                    for (int e = 0; e < kPerChunk; e++) acc[m][c][e] = fmaf(w[e], h, acc[m][c][e]);
+                    for (int e = 0; e < kPerChunk; e++) acc[m][c][e] = fmaf(w[e], of_row, acc[m][c][e]);
                 }
             }
     }
@@ -371,24 +348,16 @@ __global__ void __launch_bounds__(kGenericThreads)
         for (int m = 0; m < p.tokens; m++)
             for (int c = threadIdx.x; c < hidden; c += kGenericThreads) part[m * hidden + c] = 0.f;
     __shared__ float cutoffs[kMaxTokensPerLaunch];
-    if (p.cutoff)
-        for (int m = 0; m < p.tokens; m++) {
-            const T *gates = static_cast<const T *>(p.v) + m * p.intermediate_size;
-            float sum = 0.f, squares = 0.f;
-            for (int64_t j = threadIdx.x; j < p.intermediate_size; j += kGenericThreads) sum += to_float(gates[j]);
-            const float mean = block_sum(sum) / float(p.intermediate_size);
-            for (int64_t j = threadIdx.x; j < p.intermediate_size; j += kGenericThreads) {
-                const float g = to_float(gates[j]);
-                squares = fmaf(g - mean, g - mean, squares);
-            }
-            squares = block_sum(squares);
-            if (threadIdx.x == 0) cutoffs[m] = cutoff_of<T>(p, mean, squares);
-        }
+    static_assert(kMaxTokensPerLaunch <= kGenericThreads / 32);
+    if (const int m = threadIdx.x / 32; p.cutoff && m < p.tokens) {
+        const float cutoff = find_cutoff<T>(p, m);
+        if (threadIdx.x % 32 == 0) cutoffs[m] = cutoff;
+    }
     __syncthreads();
     for (int64_t j = blockIdx.x; j < p.intermediate_size; j += gridDim.x)
         for (int m = 0; m < p.tokens; m++) {
             float v = to_float(static_cast<const T *>(p.v)[m * p.intermediate_size + j]);
-            if (p.cutoff) v = v <= cutoffs[m] ? 0.f : activate_above<T>(p, v, cutoffs[m]);
+            if (p.cutoff) v = exact_activation<T>(above_cutoff<T>(v, cutoffs[m]), p.activation, p.squared);
             if (v == 0.f) continue;
             float h = v;
             if (p.w_up) {

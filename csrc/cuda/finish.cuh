@@ -6,6 +6,7 @@
 // decoding y_sum is the result, done_ctas is null, and nothing is left at zero.
 #pragma once
 
+#include "../sparse_mlp.h"
 #include "mbarrier.cuh"
 #include "values.cuh"
 
@@ -16,6 +17,8 @@ struct Workspace {
     unsigned *next_batch; // how many gate batches have been drawn
     unsigned *done_ctas;  // or null
     float *partial_sums;  // deterministic: [CTAs][size of y_sum], each CTA's part of y; otherwise null
+    GateSums *gate_sums;  // where only gates are computed: [tokens][gate_places]; otherwise null
+    int gate_places;      // no fewer than CTAs
 };
 
 __device__ __forceinline__ void add_to_global(float *to, float4 v) {

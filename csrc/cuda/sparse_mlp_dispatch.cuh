@@ -97,8 +97,12 @@ cudaError_t add_partial_sums(const Choice &choice, const SparseMlpParams &params
 template <class Row, typename T>
 cudaError_t launch_generic(const Choice &choice, const SparseMlpParams &params, const Workspace &workspace,
                            LaunchTarget target) {
-    target.overlap = false; // the kernel does not wait for the previous one
-    return launch_kernel<sparse_mlp_generic_kernel<Row, T>>(launch_size(choice), target, params, workspace);
+    target.overlap = false; // the kernels do not wait for the previous one
+    const cudaError_t error =
+        launch_kernel<sparse_mlp_generic_kernel<Row, T>>(launch_size(choice), target, params, workspace);
+    if (error != cudaSuccess || !params.gates) return error;
+    const LaunchSize size{dim3(unsigned(workspace.gate_places), unsigned(params.tokens)), kGenericThreads};
+    return launch_kernel<sum_gates_kernel<T>>(size, target, params, workspace);
 }
 
 template <class Row, typename T>

@@ -3,18 +3,18 @@
 #pragma once
 
 #include "activation.cuh"
-#include "finish.cuh"
+#include "gate_sums.cuh"
 #include "rows/row.cuh"
 
 namespace cats {
 
-__device__ __forceinline__ float block_sum(float v) {
-    __shared__ float warp_sums[kGenericThreads / 32];
+template <typename V> __device__ __forceinline__ V block_sum(V v) {
+    __shared__ V warp_sums[kGenericThreads / 32];
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
     __syncthreads(); // every thread has read the last sum
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = v;
     __syncthreads();
-    float sum = 0.f;
+    V sum = 0;
     for (int w = 0; w < kGenericThreads / 32; w++) sum += warp_sums[w];
     return sum;
 }
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kGenericThreads)
     sparse_mlp_generic_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
     unsigned long long evaluated = 0, kept = 0, kept_down = 0;
     const int hidden = int(p.hidden_size);
-    const OutputOrder<0> order{p.gates ? 0 : int(p.tokens), hidden};
+    const OutputOrder<0> order{int(p.tokens), hidden};
     // Only thread c touches columns c, c + kGenericThreads, ... of its CTA's part.
     float *part = workspace.partial_sums ? workspace.partial_sums + blockIdx.x * int64_t(order.size()) : nullptr;
     if (part)
@@ -72,7 +72,21 @@ __global__ void __launch_bounds__(kGenericThreads)
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         atomicAdd(counts, evaluated), atomicAdd(counts + 1, kept), atomicAdd(counts + 2, kept_down);
     }
-    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+    if (!p.gates) finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+}
+
+// After the generic kernel, which has more CTAs than there are places for: the sums of its gates. CTA (i, m) has place
+// i of token m.
+template <typename T>
+__global__ void __launch_bounds__(kGenericThreads)
+    sum_gates_kernel(const __grid_constant__ SparseMlpParams p, const Workspace workspace) {
+    const T *gates = static_cast<const T *>(p.gates) + blockIdx.y * p.intermediate_size;
+    GateSums sums{};
+    for (int64_t j = blockIdx.x * kGenericThreads + threadIdx.x; j < p.intermediate_size;
+         j += int64_t(gridDim.x) * kGenericThreads)
+        add_gate(sums, to_float(gates[j]));
+    sums = {block_sum(sums.sum), block_sum(sums.squares)};
+    if (threadIdx.x == 0) leave_gate_sums(workspace, blockIdx.y, sums);
 }
 
 } // namespace cats

@@ -17,10 +17,11 @@
 // of decoding asks for its first rows before the wait: its caller guarantees that no kernel writes them.
 //
 // exact_mlp's form has no thresholds: what is exactly zero is skipped. Without an up matrix gate rows lead to down rows
-// at once. Where only gates are asked for, there are neither, and no y.
+// at once. Where only gates are asked for, there are neither, and no y but the gates' sums.
 #pragma once
 
 #include "activation.cuh"
+#include "gate_sums.cuh"
 #include "team.cuh"
 
 namespace cats {
@@ -66,7 +67,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
 
     // Gate batches. A team starts with batches team, team + teams, ..., as many as are prefetched; from then on it
     // draws the next from a counter in global memory. How many rows a batch leads to depends on the input: with fixed
-    // batches the CTAs would end up to a tenth of the whole time apart.
+    // batches the CTAs would end up to a tenth of the whole time apart. Gates alone lead to none: their batches are
+    // fixed, and so are their sums.
     const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
     const uint32_t first_batch = blockIdx.x * kTeams + team;
     const auto teams = [&] { return gridDim.x * kTeams; }; // computed again, to save a register
@@ -84,10 +86,10 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
     uint32_t drawn = 0, next_batch = first_batch;
-    bool next_known = true;                                                            // by every warp of the team
-    const auto deterministic = [&] { return args.workspace.partial_sums != nullptr; }; // then nothing is drawn
+    bool next_known = true;                                                                // by every warp of the team
+    const auto fixed = [&] { return args.workspace.partial_sums || (kExact && p.gates); }; // then nothing is drawn
     const auto draw = [&] {
-        if (leader && !deterministic()) draw_ticket(drawn, args.workspace.next_batch);
+        if (leader && !fixed()) draw_ticket(drawn, args.workspace.next_batch);
     };
     const auto after_first = [&](uint32_t ticket) { return teams() * ring.first_batches + ticket; };
     if constexpr (!kStep) draw();
@@ -128,7 +130,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 }
             } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
                 request_gates(next_batch);
-                if (deterministic() || next_batch < after_first(0) - teams()) next_batch += teams();
+                if (fixed() || next_batch < after_first(0) - teams()) next_batch += teams();
                 else next_known = false;
             } else {
                 break;
@@ -165,6 +167,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     }
 
     uint32_t kept = 0, kept_down = 0; // token-neuron pairs
+    GateSums gate_sums{};             // of the gates that this lane has written
     int turn = 0;
     // Sums over the team, and each lane gets its dot product. Also tells the warps the next batch if it is unknown.
     const auto sum_over_team = [&](float (&dots)[kDots]) {
@@ -298,8 +301,10 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 if constexpr (kExact) {
                     const T gate = round_to<T>(result);
                     if (p.gates) {
-                        if (mine && writes_result && team_warp == 0)
+                        if (mine && writes_result && team_warp == 0) {
                             static_cast<T *>(p.gates)[my_token * p.intermediate_size + j] = gate;
+                            add_gate(gate_sums, to_float(gate));
+                        }
                         kept_here = false;
                     } else {
                         result = exact_activation<T>(to_float(gate), p.activation, p.squared);
@@ -365,16 +370,30 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         refill();
     }
 
-    if (p.counts && leader) {
+    if (!kExact && p.counts && leader) { // exact_mlp counts nothing
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         if (first_batch == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
         atomicAdd(counts + 1, (unsigned long long)kept);
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
+    if constexpr (kExact)
+        if (p.gates) { // every sum in a fixed order: of a lane, of the lanes of a token, of the teams
+            __shared__ GateSums of_teams[kTeams][kTokens];
+#pragma unroll
+            for (int o = kTokens * kLanesPerDot; o < 32; o *= 2) add_gates_of_lane(gate_sums, o);
+            if (team_warp == 0 && my_row == 0 && writes_result) of_teams[team][my_token] = gate_sums;
+            __syncthreads();
+            if (tid >= p.tokens) return;
+            GateSums sums{};
+            for (int t = 0; t < kTeams; t++) add_gates(sums, of_teams[t][tid]);
+            leave_gate_sums(args.workspace, tid, sums);
+            return;
+        }
+
     // Sum the teams in the rings' space, which is free now, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
-    const OutputOrder<0> order{kExact && p.gates ? 0 : int(p.tokens), hidden};
+    const OutputOrder<0> order{int(p.tokens), hidden};
 #pragma unroll
     for (int m = 0; m < kTokens; m++) {
         if (m >= order.tokens) break;

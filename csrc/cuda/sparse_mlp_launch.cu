@@ -113,6 +113,8 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
     parts.done_ctas = parts.next_batch + 1;
     parts.y_sum = static_cast<float *>(workspace) + kCounters;
     parts.partial_sums = static_cast<float *>(options.partial_sums);
+    parts.gate_places = int(max_ctas(params.intermediate_size, limits));
+    if (!params.gates != !options.gate_sums) return cudaErrorInvalidValue;
     if (step) { // the sum and the counter are the launch's own
         if (params.tokens != 1 || params.counts || params.down_bias || parts.partial_sums) return cudaErrorInvalidValue;
         parts.y_sum = params.y_sum, parts.done_ctas = nullptr;
@@ -138,9 +140,11 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
         part.tokens = choice.tokens;
         part.x = static_cast<const uint8_t *>(params.x) + first * x_row_bytes;
         part.y = static_cast<uint8_t *>(params.y) + first * x_row_bytes;
-        if (params.gates)
+        if (params.gates) {
             part.gates = static_cast<uint8_t *>(params.gates) +
                          first * params.intermediate_size * (params.dtype == DType::kFloat32 ? 4 : 2);
+            parts.gate_sums = options.gate_sums + first * parts.gate_places;
+        }
         if (const cudaError_t error = launch_format(choice, part, parts, target)) return error;
         first += choice.tokens;
     }

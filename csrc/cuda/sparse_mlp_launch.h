@@ -14,6 +14,7 @@ namespace cats {
 struct SparseMlpLaunchOptions : PlanOverrides {
     bool programmatic_launch = true; // overlap with the end of the previous kernel (9.0 and up)
     void *partial_sums = nullptr;    // of sparse_mlp_partial_sums_bytes: the same bits in every run, but slower
+    GateSums *gate_sums = nullptr;   // [tokens, max_ctas], with SparseMlpParams::gates
 };
 
 // Bytes of workspace for one launch of sparse_mlp_cuda with these parameters. It must be zero before the first use, is
@@ -29,8 +30,8 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
                             const SparseMlpLaunchOptions &options = {});
 
 // exact_mlp, with the workspace and the options of sparse_mlp. gates: exact_mlp_gates_bytes of memory of any contents,
-// a multiple of 256, for one launch at a time.
-size_t exact_mlp_gates_bytes(const SparseMlpParams &params);
+// a multiple of 256, for one launch at a time on the current device; 0 without a cutoff.
+cudaError_t exact_mlp_gates_bytes(const SparseMlpParams &params, size_t *bytes);
 cudaError_t exact_mlp_cuda(const SparseMlpParams &params, void *workspace, void *gates, cudaStream_t stream,
                            const SparseMlpLaunchOptions &options = {});
 

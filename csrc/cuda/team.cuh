@@ -74,7 +74,8 @@ template <int kValues> __device__ __forceinline__ float warp_sum(float (&values)
 #pragma unroll
     for (int n = kValues, o = 16; n > 1; n /= 2, o /= 2)
 #pragma unroll
-        for (int i = 0; i < n / 2; i++) {
+        for (int i = 0; i < kValues / 2; i++) { // with n / 2 here, 16 values go to local memory
+            if (i >= n / 2) break;
             const bool upper = lane & o;
             const float sent = upper ? values[i] : values[i + n / 2], kept = upper ? values[i + n / 2] : values[i];
             values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, o);

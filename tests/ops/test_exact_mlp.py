@@ -19,6 +19,8 @@ INF, NAN = float("inf"), float("nan")
 SHAPES = [(1, 1, 1), (1, 64, 176), (2, 40, 17), (3, 8, 5), (4, 576, 1536), (5, 123, 170), (8, 256, 1032), (9, 64, 33)]
 BIG_SHAPES = [(1, 2048, 8192), (2, 2048, 4096), (1, 4096, 3000), (2, 4096, 1032), (7, 2048, 1031), (2, 8192, 104)]
 BIG_SHAPES += [(1, 768, 3072), (3, 5120, 264), (1, 16384, 64), (2, 16392, 24)]
+CUTOFF_SHAPES = [(1, 64, 8), (1, 64, 1048), (4, 64, 1064), (1, 64, 40_000), (3, 64, 40_008), (1, 2048, 4096)]
+CUTOFF_SHAPES += [(2, 2048, 1544), (1, 2056, 1600), (1, 4096, 1600), (1, 4104, 1600), (2, 4104, 520), (1, 8200, 520)]
 CASES = {"cpu": 100, "cuda": int(os.environ.get("CATS_RANDOM_CASES", 400))}
 SEED = int(os.environ.get("CATS_RANDOM_SEED", 0))
 
@@ -55,6 +57,26 @@ def test_none_some_and_all_zero(form, cut, device):
         assert_close(call(), call.expected(), rtol=2**-8, atol=1e-3)
         if cut == -100:
             assert torch.equal(call().cpu(), torch.ones(tokens, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("deviations", [-4.0, 1.640625, 60.0], ids=["all kept", "some kept", "none kept"])
+@pytest.mark.parametrize("shape", CUTOFF_SHAPES, ids=str)
+def test_cutoff_of_any_number_of_neurons(shape, deviations, device):
+    """On CUDA, of groups of 8: fewer than CTAs, one more for some CTAs, and more for a CTA than a warp has lanes."""
+    call = make("cutoff", *shape, torch.bfloat16, device)
+    call.named["deviations"] = deviations
+    y = call()
+    call.assert_close(y)
+    assert y.any() == (deviations < 60)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cutoff_of_gates_far_from_zero(dtype, device):
+    """Their squares are large, and hardly differ."""
+    call = make("cutoff", 3, 64, 1504, dtype, device, cut=64.0)
+    y = call()
+    assert 0 < (call.hidden() != 0).sum() < 3 * 1504 // 4
+    call.assert_close(y)
 
 
 def test_all_gates_are_equal(device):
