@@ -23,7 +23,7 @@ from cats_ext.thresholds.allocation import allocate
 
 _CHUNK = 4096  # positions of which logits exist at a time
 _SCOPES = ("all", "mlp", "attention", "gate")
-_ALONE = ("lambada", "arithmetic", "next_line")  # tasks beside the mean of eight
+ALONE = ("lambada", "arithmetic", "next_line")  # tasks beside the mean of eight
 
 
 class Comparison:
@@ -276,11 +276,11 @@ class Comparison:
                 task: paired_accuracy(task, self.dense_answers[task][start::2], right[start::2])
                 for task, right in found.items()
             }
-            eight = mean_accuracy({task: one for task, one in tasks.items() if task not in _ALONE})
+            eight = mean_accuracy({task: one for task, one in tasks.items() if task not in ALONE})
             for one in (eight, *tasks.values()):
                 table.add({"model": self.args.name, "variant": name, "half": half} | one.to_dict())
             alone = {
-                task: f"{tasks[task].sparse:.3f} ({tasks[task].difference:+.3f})" for task in _ALONE if task in tasks
+                task: f"{tasks[task].sparse:.3f} ({tasks[task].difference:+.3f})" for task in ALONE if task in tasks
             }
             print(
                 f"  {half}: {eight.sparse:.4f} ({eight.difference:+.4f} ± {eight.difference_se:.4f}) {alone}",

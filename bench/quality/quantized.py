@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 import cats_ext
 from bench.lib import machine
@@ -73,6 +74,23 @@ def round_as(model: nn.Module, name: str, group_size: int | None) -> tuple[str, 
     return " ".join(sorted(sizes)), bytes_of_all
 
 
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], count: int, length: int) -> Tensor:
+    """``[count, length]`` token ids: WikiText-2's validation part, and as much of the end of the C4 sample."""
+    half = count // 2
+    parts = {"wikitext_valid": half, "c4_end": count - half}
+    return torch.cat([token_ids(tokenizer, texts[name], n * length).view(-1, length) for name, n in parts.items()])
+
+
+def quantize_as(model: nn.Module, name: str, group_size: int | None, calibration: Tensor) -> str:
+    """Quantise the MLPs as a variant says, which may use the calibration text. Returns the formats."""
+    if VARIANTS[name] is not None:
+        arguments = dict(VARIANTS[name])
+        data = calibration if arguments.pop("data", False) else None
+        run = {"sequence_length": calibration.shape[1], "progress": False}
+        cats_ext.quantize(model, group_size=group_size, data=data, **arguments, **run)
+    return " ".join(sorted({linear.row_format.name for linear in quantized_linears(model).values()}))
+
+
 @torch.inference_mode()
 def log_probabilities(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
     for ids in windows:
@@ -108,15 +126,8 @@ def main() -> None:
     texts = load_texts(args.data)
     results = ResultFile(args.output, machine.facts(device, args.commit), append=True, digits=6)
 
-    def windows(text: str, count: int) -> Tensor:
-        return token_ids(tokenizer, texts[text], count * args.window).view(-1, args.window)
-
-    half = args.calibration // 2
-    calibration = torch.cat([windows("wikitext_valid", half), windows("c4_end", args.calibration - half)])
-    run = {"sequence_length": args.window, "progress": False}
-
-    c4 = windows("c4", args.windows)
-
+    calibration = calibration_windows(tokenizer, texts, args.calibration, args.window)
+    c4 = token_ids(tokenizer, texts["c4"], args.windows * args.window).view(-1, args.window)
     reference = list(log_probabilities(original, c4))
     for name in args.variants:
         started = time.perf_counter()
@@ -124,11 +135,7 @@ def main() -> None:
         if name in PEERS:
             formats, size = round_as(model, name, args.group_size)
         else:
-            if VARIANTS[name] is not None:
-                arguments = dict(VARIANTS[name])
-                data = calibration if arguments.pop("data", False) else None
-                cats_ext.quantize(model, group_size=args.group_size, data=data, **arguments, **run)
-            formats = " ".join(sorted({linear.row_format.name for linear in quantized_linears(model).values()}))
+            formats = quantize_as(model, name, args.group_size, calibration)
             size = mlp_bytes(model)
         seconds = time.perf_counter() - started
         ppl, kl = measure(model, c4, reference)
@@ -140,6 +147,7 @@ def main() -> None:
         }
         row |= {"tokens": c4.numel(), "ppl": ppl, "kl": kl, "sparsity": args.sparsity, "cats_ppl": "", "cats_kl": ""}
         if name not in PEERS and not args.dense:
+            run = {"sequence_length": args.window, "progress": False}
             config = cats_ext.calibrate(model, calibration, sparsity=args.sparsity, rule="plain", **run)
             cats_ext.apply_cats(model, config)
             row["cats_ppl"], row["cats_kl"] = measure(model, c4, reference)

@@ -137,7 +137,8 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
 }
 
 // Whether two tokens go to the tensor cores, too. On an H200, 4096x14336, they take 88 / 76 / 60 us at 50 / 70 / 90 %
-// sparsity, and on the CUDA cores 104 / 89 / 69 (bench/results/h200/launch_ends.log).
+// sparsity, and on the CUDA cores 104 / 89 / 69 (bench/results/h200/launch_ends.log). Shorter rows have not been
+// measured.
 bool batches_two_tokens(const Shape &shape, int64_t tokens, bool bulk_copy) {
     return tokens == 2 && bulk_copy && !shape.exact && shape.hidden_size >= 3072;
 }

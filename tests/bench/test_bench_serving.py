@@ -1,15 +1,17 @@
-"""The arithmetic of the serving benchmarks: balance and partial sums of ranks, and what more ranks should give."""
+"""The arithmetic of the serving benchmarks: times, balance and partial sums of ranks, what more ranks should give."""
 
 from __future__ import annotations
 
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.models import tiny_model
 from support.patched import config_for
 
-from bench.serving import partial_sums, scaling
+from bench.serving import engine, partial_sums, scaling
 from bench.serving.balance import balanced_order, busiest_to_mean, parts
 from bench.serving.scaling import Layer, predictions
 from cats_ext.patching.apply import find_dense_mlps
@@ -72,3 +74,28 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scaling", "--measured", str(tmp_path / "none.csv")])
     with pytest.raises(SystemExit, match=r"--measured .*none.csv is not there"):
         scaling.main()
+
+
+def test_the_least_of_each_time_counts_and_the_first_call_does_not():
+    called = []
+
+    def make(name: str, times: list[list[float]]) -> SimpleNamespace:
+        answers = iter([[0.1, 0.1], *times])  # the first call warms up
+
+        def decode(sequences: int) -> list[float]:
+            called.append(name)
+            return next(answers)
+
+        return SimpleNamespace(decode=decode, warm=set())
+
+    engines = {"dense": make("dense", [[3, 9], [2, 10]]), "sparse": make("sparse", [[4, 5], [5, 4]])}
+    assert engine.least_times(engines, "decode", 4, 2) == {"dense": [2, 9], "sparse": [4, 4]}
+    assert called == ["dense", "sparse"] * 3  # in turns
+
+
+def test_the_awq_checkpoint_is_the_dense_one_in_int4(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    made = engine.describe_awq(tmp_path, tmp_path / "awq")
+    config = json.loads((made / "config.json").read_text())
+    assert config["hidden_size"] == 64 and config["quantization_config"]["quant_method"] == "awq"
+    assert not list(made.glob("*.safetensors"))  # so vLLM makes the weights

@@ -8,7 +8,7 @@
 //
 //     Storage        the unit of the weights' strides: the element of a dense row, uint8_t of a packed one
 //     MmaOperand     the 16-bit type that the tensor cores can read the stored bytes as, one element a column, without
-//                    scales; void: none, and plan() has no batched kernel for 3 to 8 tokens
+//                    scales; void: none, and plan() has no batched kernel for several tokens
 //     kPerChunk      columns of a chunk, a multiple of 4; their values of x are a multiple of 16 bytes
 //     kScaleBytes    of a tile, a multiple of 16, up to 512
 //     Packed         what a lane holds of its chunk until it is decoded; Packed{} decodes to zeros
