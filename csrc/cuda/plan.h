@@ -73,10 +73,11 @@ struct RingSizes {
     int rows;           // packed: of a batch, 8 or 16
 };
 
-// The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp.
-enum class Form : int32_t { kOrdinary, kStep, kExact };
+// The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp, and of exact_mlp's first launch with a
+// cutoff.
+enum class Form : int32_t { kOrdinary, kStep, kExact, kGates };
 
-// Rows of 16-bit elements have an instance of the exact form.
+// Rows of 16-bit elements have instances of the last two.
 constexpr bool has_exact_instance(const RowLayout &row) { return row.mma_operand; }
 
 // Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.

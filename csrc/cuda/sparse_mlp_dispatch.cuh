@@ -44,8 +44,10 @@ cudaError_t launch_pipelined(const Choice &choice, const RingArguments &args, co
                 launch_size(choice), target, args);
         };
         const auto launch_form = [&](auto rows) {
-            if constexpr (has_exact_instance(layout_of<Row>()))
+            if constexpr (has_exact_instance(layout_of<Row>())) {
+                if (args.mlp.gates) return launch(rows, std::integral_constant<Form, Form::kGates>{});
                 if (args.mlp.exact) return launch(rows, std::integral_constant<Form, Form::kExact>{});
+            }
             if constexpr (kTokens == 1)
                 if (args.mlp.y_sum) return launch(rows, std::integral_constant<Form, Form::kStep>{});
             return launch(rows, std::integral_constant<Form, Form::kOrdinary>{});

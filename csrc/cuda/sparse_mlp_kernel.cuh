@@ -17,7 +17,7 @@
 // of decoding asks for its first rows before the wait: its caller guarantees that no kernel writes them.
 //
 // exact_mlp's form has no thresholds: what is exactly zero is skipped. Without an up matrix gate rows lead to down rows
-// at once. Where only gates are asked for, there are neither, and no y but the gates' sums.
+// at once. The form for gates alone writes them, and in place of y their sums.
 #pragma once
 
 #include "activation.cuh"
@@ -29,7 +29,8 @@ namespace cats {
 template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
           Form kForm>
 __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
-    constexpr bool kStep = kForm == Form::kStep, kExact = kForm == Form::kExact;
+    constexpr bool kStep = kForm == Form::kStep, kGates = kForm == Form::kGates;
+    constexpr bool kExact = kForm == Form::kExact || kGates;
     using Columns = Values<T, Row::kPerChunk>; // of x
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
     constexpr int kLanesPerDot = 32 / kDots; // lane l has dot product l / kLanesPerDot
@@ -86,8 +87,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
     uint32_t drawn = 0, next_batch = first_batch;
-    bool next_known = true;                                                                // by every warp of the team
-    const auto fixed = [&] { return args.workspace.partial_sums || (kExact && p.gates); }; // then nothing is drawn
+    bool next_known = true;                                                   // by every warp of the team
+    const auto fixed = [&] { return kGates || args.workspace.partial_sums; }; // then nothing is drawn
     const auto draw = [&] {
         if (leader && !fixed()) draw_ticket(drawn, args.workspace.next_batch);
     };
@@ -115,11 +116,11 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     const auto refill = [&] {
         while (in_flight < ring.slots) {
             const bool last = next_known && next_batch >= batches; // no more gates: a batch need not be full
-            if (downs >= kRows || (last && downs)) {
+            if (!kGates && (downs >= kRows || (last && downs))) {
                 const uint32_t count = min(downs, uint32_t(kRows));
                 request(RowKind::kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
                 down_head += count, downs -= count;
-            } else if (ups >= kRows || (last && ups)) {
+            } else if (!kGates && (ups >= kRows || (last && ups))) {
                 const uint32_t count = min(ups, uint32_t(kRows)), row = state.up_queue[(up_head + lane) % kMaxValues];
                 request(RowKind::kUp, row, count);
                 up_head += count, ups -= count;
@@ -220,7 +221,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             refill();
             continue;
         }
-        const RowKind kind = RowKind(slot_kinds >> 2 * head & 3);
+        const RowKind kind = kGates ? RowKind::kGate : RowKind(slot_kinds >> 2 * head & 3);
         const uint32_t row = state.slot_rows[head][my_row], j = row & (kMaxNeurons - 1), v = row >> 24 & 31;
         const bool mine = row != kNoRow && my_token < p.tokens; // this lane's dot product exists
         float bias = 0.f, threshold = 0.f;                      // asked for now, needed after the dot product
@@ -297,24 +298,21 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             float result = sum_over_team(dots) + bias; // meaningless for a slot's absent rows, which are not `mine`
             if (kind == RowKind::kGate) {
                 gates_in_flight--;
-                bool kept_here = mine;
-                if constexpr (kExact) {
+                bool kept_here = false;
+                if constexpr (kGates) {
                     const T gate = round_to<T>(result);
-                    if (p.gates) {
-                        if (mine && writes_result && team_warp == 0) {
-                            static_cast<T *>(p.gates)[my_token * p.intermediate_size + j] = gate;
-                            add_gate(gate_sums, to_float(gate));
-                        }
-                        kept_here = false;
-                    } else {
-                        result = exact_activation<T>(to_float(gate), p.activation, p.squared);
-                        kept_here = mine && !(result == 0.f); // NaN is kept
+                    if (mine && writes_result && team_warp == 0) {
+                        static_cast<T *>(p.gates)[my_token * p.intermediate_size + j] = gate;
+                        add_gate(gate_sums, to_float(gate));
                     }
+                } else if constexpr (kExact) {
+                    result = exact_activation<T>(to_float(round_to<T>(result)), p.activation, p.squared);
+                    kept_here = mine && !(result == 0.f); // NaN is kept
                 } else {
                     result = activate(result, p.activation);
                     kept_here = mine && keep(result, threshold);
                 }
-                const uint32_t keeps = __ballot_sync(kAll, kept_here);
+                const uint32_t keeps = kGates ? 0 : __ballot_sync(kAll, kept_here);
                 const bool to_down = kExact && !p.w_up;
 #pragma unroll
                 for (int r = 0; r < kRows; r++) {
@@ -377,19 +375,18 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
-    if constexpr (kExact)
-        if (p.gates) { // every sum in a fixed order: of a lane, of the lanes of a token, of the teams
-            __shared__ GateSums of_teams[kTeams][kTokens];
+    if constexpr (kGates) { // every sum in a fixed order: of a lane, of the lanes of a token, of the teams
+        __shared__ GateSums of_teams[kTeams][kTokens];
 #pragma unroll
-            for (int o = kTokens * kLanesPerDot; o < 32; o *= 2) add_gates_of_lane(gate_sums, o);
-            if (team_warp == 0 && my_row == 0 && writes_result) of_teams[team][my_token] = gate_sums;
-            __syncthreads();
-            if (tid >= p.tokens) return;
-            GateSums sums{};
-            for (int t = 0; t < kTeams; t++) add_gates(sums, of_teams[t][tid]);
-            leave_gate_sums(args.workspace, tid, sums);
-            return;
-        }
+        for (int o = kTokens * kLanesPerDot; o < 32; o *= 2) add_gates_of_lane(gate_sums, o);
+        if (team_warp == 0 && my_row == 0 && writes_result) of_teams[team][my_token] = gate_sums;
+        __syncthreads();
+        if (tid >= p.tokens) return;
+        GateSums sums{};
+        for (int t = 0; t < kTeams; t++) add_gates(sums, of_teams[t][tid]);
+        leave_gate_sums(args.workspace, tid, sums);
+        return;
+    }
 
     // Sum the teams in the rings' space, which is free now, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
