@@ -368,7 +368,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         refill();
     }
 
-    if (!kExact && p.counts && leader) { // exact_mlp counts nothing
+    if (p.counts && leader) {
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         if (first_batch == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
         atomicAdd(counts + 1, (unsigned long long)kept);
