@@ -1,6 +1,6 @@
 """Tasks of a model whose MLPs are in packed rows, dense and with CATS, beside those of the model as it is.
 
-    python bench quality.compare_inputs --tokenizer DIR --data ../shared/data --output inputs.json.gz
+    python bench quality.compare_inputs --model MODEL --data ../shared/data --output inputs.json.gz
     python bench quality.quantized_tasks --model MODEL --data ../shared/data --inputs inputs.json.gz \\
         --output bench/results/quality/quantized_tasks.csv
 

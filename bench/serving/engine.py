@@ -6,8 +6,10 @@ Three engines run at a time, each in a process with its own weights: the dense c
 latter with the sparse kernel for up to --kernel-tokens tokens, which measures MAX_SERVED_TOKENS of
 cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups of 128 with random weights and vLLM's
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
-running engine. A step's time is the difference of two lengths of output, each the least of --repetitions: the host
-delays some, and hastens none. Tokens are sampled at temperature 1, since a random model's greedy text repeats itself.
+running engine. A step's time is the median over --repetitions of an output's, which is the median over its windows of
+16 steps: neither the prompts' step nor one that the host delays counts, nor do the quick ones that follow such a delay.
+To the first token it is the median over --repetitions. Tokens are sampled at temperature 1, since a random model's
+greedy text repeats itself.
 Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
 weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
 random tokens with the paper's rule.
@@ -20,11 +22,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +38,10 @@ from bench.lib.results import ResultFile
 from bench.serving.worker import LIMIT
 from cats_ext.ops.dispatch import MAX_SERVED_TOKENS
 
-SHORT, LONG = 8, 72  # tokens of output
+if TYPE_CHECKING:
+    from vllm import LLM
+
+OUTPUT, WINDOW = 80, 16  # tokens, which are steps
 PROMPT = 32
 FIRST_TOKEN_PROMPT = 1024
 
@@ -76,11 +82,11 @@ def describe_awq(dense: Path, directory: Path) -> Path:
 def serve(
     pipe: Connection, directory: Path, sizes: list[int], kernel_tokens: int | None, ranks: int, cache: Path
 ) -> None:
-    """One engine, which does what it is sent: ``("set", sparsity)`` or ``("time", sequences, prompt, lengths)``."""
+    """One engine, which does what it is sent: ``("set", sparsity)``, ``("decode" or "first_token", sequences)``."""
     os.environ |= {"VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if kernel_tokens is not None:
         os.environ[LIMIT] = str(kernel_tokens)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm import __version__ as version
 
     from cats_ext.integrations.vllm import set_sparsity
@@ -108,15 +114,32 @@ def serve(
         if order[0] == "set":
             pipe.send(set_sparsity(llm, order[1]))
             continue
-        _, sequences, length, outputs = order
+        phase, sequences = order
+        length = PROMPT if phase == "decode" else FIRST_TOKEN_PROMPT
         ids = torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist()
-        seconds = []
-        for count in outputs:
-            sampling = SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False)
-            before = time.perf_counter()
-            llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
-            seconds.append(time.perf_counter() - before)
-        pipe.send(seconds)
+        times = step_times(llm, ids, OUTPUT if phase == "decode" else 1)
+        pipe.send(window_median(times) if phase == "decode" else times[-1])
+
+
+def step_times(llm: LLM, prompts: list[list[int]], tokens: int) -> list[float]:
+    """Seconds from the first request to the end of each step of the engine, until all prompts have their tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.FINAL_ONLY  # what LLM.generate asks for
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=kind)
+    engine, times, began = llm.llm_engine, [], time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"{began}-{number}", {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        engine.step()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def window_median(times: list[float]) -> float:
+    """Seconds a step, from when each of them ended."""
+    return statistics.median(b - a for a, b in zip(times, times[WINDOW:], strict=False)) / WINDOW
 
 
 class Engine:
@@ -138,12 +161,12 @@ class Engine:
             self.ask("set", sparsity)
             self.sparsity = sparsity
 
-    def decode(self, sequences: int) -> list[float]:
-        """Seconds of a short and of a long output."""
-        return self.ask("time", sequences, PROMPT, (SHORT, LONG))
-
-    def first_token(self, sequences: int) -> list[float]:
-        return self.ask("time", sequences, FIRST_TOKEN_PROMPT, (1,))
+    def time(self, phase: str, sequences: int) -> float:
+        """Seconds of a step ("decode") or to the first token ("first_token"). A first call of its kind comes before."""
+        if (phase, sequences) not in self.warm:
+            self.ask(phase, sequences)
+            self.warm.add((phase, sequences))
+        return self.ask(phase, sequences)
 
     def end(self) -> None:
         try:
@@ -154,17 +177,10 @@ class Engine:
         self.process.kill()
 
 
-def least_times(engines: dict[str, Engine], phase: str, sequences: int, repetitions: int) -> dict[str, list[float]]:
-    """The least of each time that the method ``phase`` of an engine gives, of all engines in turns."""
-    times: dict[str, list[list[float]]] = {name: [] for name in engines}
-    for engine in engines.values():
-        if (phase, sequences) not in engine.warm:
-            getattr(engine, phase)(sequences)
-            engine.warm.add((phase, sequences))
-    for _ in range(repetitions):
-        for name, engine in engines.items():
-            times[name].append(getattr(engine, phase)(sequences))
-    return {name: [min(of_one) for of_one in zip(*found, strict=True)] for name, found in times.items()}
+def median_times(engines: dict[str, Engine], phase: str, sequences: int, repetitions: int) -> dict[str, float]:
+    """The median of each engine's times, taken in turns."""
+    turns = [{name: engine.time(phase, sequences) for name, engine in engines.items()} for _ in range(repetitions)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in engines}
 
 
 def main() -> None:
@@ -252,11 +268,9 @@ def measure(
             return
         few = sequences <= arguments.kernel_tokens
         timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
-        found = least_times(timed, "decode", sequences, arguments.repetitions)
-        add("decode", sequences, {name: (long - short) / (LONG - SHORT) for name, (short, long) in found.items()})
+        add("decode", sequences, median_times(timed, "decode", sequences, arguments.repetitions))
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
-    found = least_times(timed, "first_token", 1, arguments.repetitions)
-    add("first_token", 1, {name: seconds for name, (seconds,) in found.items()})
+    add("first_token", 1, median_times(timed, "first_token", 1, arguments.repetitions))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,21 +75,33 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
         scaling.main()
 
 
-def test_the_least_of_each_time_counts_and_the_first_call_does_not():
-    called = []
+def test_the_median_counts_and_the_first_call_does_not(monkeypatch):
+    asked = []
 
-    def make(name: str, times: list[list[float]]) -> SimpleNamespace:
-        answers = iter([[0.1, 0.1], *times])  # the first call warms up
+    def make(name: str, times: list[float]) -> engine.Engine:
+        made = object.__new__(engine.Engine)  # without a process
+        answers = iter([0.1, *times])  # the first call warms up
 
-        def decode(sequences: int) -> list[float]:
-            called.append(name)
+        def ask(*order: object) -> float:
+            asked.append((name, *order))
             return next(answers)
 
-        return SimpleNamespace(decode=decode, warm=set())
+        made.ask, made.warm = ask, set()
+        return made
 
-    engines = {"dense": make("dense", [[3, 9], [2, 10]]), "sparse": make("sparse", [[4, 5], [5, 4]])}
-    assert engine.least_times(engines, "decode", 4, 2) == {"dense": [2, 9], "sparse": [4, 4]}
-    assert called == ["dense", "sparse"] * 3  # in turns
+    engines = {"dense": make("dense", [9, 2, 3]), "sparse": make("sparse", [4, 5, 6])}
+    assert engine.median_times(engines, "decode", 4, 3) == {"dense": 3, "sparse": 5}
+    turns = [(name, "decode", 4) for name in ("dense", "sparse")]
+    assert asked == [turns[0], *turns[:1], turns[1], *turns[1:], *turns, *turns]
+
+
+def test_a_steps_time_is_that_of_most_windows():
+    ends, now = [], 0.0
+    for step in range(80):
+        # The prompts' step, then 10 ms each; one comes 200 ms late, and the next 20 have waited for it.
+        now += {0: 0.5, 30: 0.21}.get(step, 0.0 if 30 < step <= 50 else 0.01)
+        ends.append(now)
+    assert engine.window_median(ends) == pytest.approx(0.01, rel=0.02)
 
 
 def test_the_awq_checkpoint_is_the_dense_one_in_int4(tmp_path):
