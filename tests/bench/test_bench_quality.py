@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.lib.results import read_rows
-from bench.quality import compare_rules, merge
+from bench.quality import calibration_time, compare_rules, merge
 from bench.quality.compare_peers import Peer, PeerData, linears
 from bench.quality.compare_rules import Layer
 from bench.quality.sweep_variants import GATE_WEIGHTS, Sample, Variant
@@ -125,3 +125,15 @@ def layer_of(mlp: nn.Module) -> nn.Module:
     block = nn.Module()
     block.mlp = mlp
     return block
+
+
+def test_a_calibration_is_timed_cold_and_warm(tmp_path, monkeypatch):
+    arguments = f"--model tiny --windows 2 --window 64 --commit abc --output {tmp_path}/calibration.csv"
+    monkeypatch.setattr(sys, "argv", ["calibration_time.py", *arguments.split()])
+    calibration_time.main()
+    rows = read_rows(tmp_path / "calibration.csv")
+    assert [(row["run"], row["allocation"]) for row in rows] == [
+        ("first", "uniform"), ("again", "uniform"), ("again", "search"),
+    ]  # fmt: skip
+    assert all(float(row["seconds"]) > 0 and row["tokens"] == "128" and row["commit"] == "abc" for row in rows)
+    assert float(rows[0]["weights_gb"]) == pytest.approx(158016 * 4 / 1e9, rel=1e-3)
