@@ -10,6 +10,8 @@ import torch
 from support.models import tiny_model
 from support.patched import config_for
 
+from bench.kernels import packed_tokens
+from bench.lib.results import read_rows
 from bench.serving import engine, partial_sums, scaling
 from bench.serving.balance import balanced_order, busiest_to_mean, parts
 from bench.serving.scaling import Layer, predictions
@@ -110,3 +112,15 @@ def test_the_awq_checkpoint_is_the_dense_one_in_int4(tmp_path):
     config = json.loads((made / "config.json").read_text())
     assert config["hidden_size"] == 64 and config["quantization_config"]["quant_method"] == "awq"
     assert not list(made.glob("*.safetensors"))  # so vLLM makes the weights
+
+
+def test_packed_rows_are_timed_beside_unpacked_and_dense(tmp_path, monkeypatch):
+    sizes = "--shape 64 96 --format int4_g32 int8_g64 --tokens 1 5 --kernel-tokens 4 --layers 1 --repetitions 1"
+    output = tmp_path / "packed.csv"
+    monkeypatch.setattr(sys, "argv", ["packed_tokens", *sizes.split(), "--commit", "abc", "--output", str(output)])
+    monkeypatch.setattr(packed_tokens.machine, "default_device", lambda: torch.device("cpu"))
+    packed_tokens.main()
+    paths = {(row["format"], row["tokens"], row["path"]): float(row["us"]) for row in read_rows(output)}
+    kernel = {("int4_g32", "1", "kernel"), ("int8_g64", "1", "kernel")}
+    rest = {(f, n, path) for f in ("int4_g32", "int8_g64") for n in "15" for path in ("dense", "unpacked")}
+    assert set(paths) == kernel | rest and min(paths.values()) > 0
