@@ -105,6 +105,7 @@ cudaError_t launch_all(const ActivatedMlpParams &params, const Workspace &worksp
         ActivatedMlpParams part = params;
         part.tokens = std::min<int64_t>(params.tokens - first, kMaxTokensPerLaunch);
         part.v = rows_on(params.v, first, params.intermediate_size);
+        if (params.cutoff) part.gate_sums = params.gate_sums + first * params.gate_places;
         part.x = rows_on(params.x, first, params.hidden_size);
         part.y = static_cast<T *>(params.y) + first * params.hidden_size;
         if (const cudaError_t error = launch<T>(part, workspace, target)) return error;
