@@ -30,15 +30,21 @@ from bench.lib.results import ResultFile
 from bench.lib.timing import in_turns
 
 _SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+# The released models have embeddings of 262,400 tokens, of each layer only of 262,144: the others stand for images and
+# sound, and a random model would write them.
+_VOCABULARY = dict(vocab_size=262144, vocab_size_per_layer_input=262144)
 _PATTERN = ["sliding_attention"] * 4 + ["full_attention"]
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "gemma-3n-e4b": Gemma3nTextConfig,
-    "gemma-3n-e2b": lambda: Gemma3nTextConfig(num_hidden_layers=30, intermediate_size=8192, num_kv_shared_layers=10),
+    "gemma-3n-e4b": lambda: Gemma3nTextConfig(**_VOCABULARY),
+    "gemma-3n-e2b": lambda: Gemma3nTextConfig(
+        num_hidden_layers=30, intermediate_size=8192, num_kv_shared_layers=10, **_VOCABULARY
+    ),
     "gemma-3n-e4b-7": lambda: Gemma3nTextConfig(
         num_hidden_layers=7,
         layer_types=[*_PATTERN, *_PATTERN[-2:]],
         activation_sparsity_pattern=[0.95] * 2 + [0.0] * 5,
         num_kv_shared_layers=0,
+        **_VOCABULARY,
     ),
     "llama-2-7b-relu": lambda: LlamaConfig(intermediate_size=11008, hidden_act="relu"),
     "tiny": lambda: LlamaConfig(vocab_size=512, hidden_act="relu", **_SMALL),
