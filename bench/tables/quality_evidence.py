@@ -8,6 +8,8 @@ from __future__ import annotations
 from bench.tables.pages import Page, link, read, source, table
 from bench.tables.quality_models import compensation, peers
 
+LARGE = "h200/calibration.csv"
+
 
 def made(*names: str) -> str:
     """Where the numbers come from: the first file, and the torch, commits and dates of all."""
@@ -249,7 +251,15 @@ def calibration() -> str:
         name = NAMES[row["name"]].replace("**", "")
         rows.append([name, f"{int(row['tokens']):,}", *times, row["threads"], row["commit"]])
     header = ["", "tokens", "seconds", "CPU seconds", "threads", "commit"]
-    return f"{link('quality/calibration.csv')}\n\n{table(header, rows)}"
+    parts = [link("quality/calibration.csv"), table(header, rows)]
+    first, again = (row for row in read(LARGE) if row["allocation"] == "uniform")
+    parts.append(
+        f"Of Mistral-7B's shape, {int(first['tokens']):,} tokens, on one {first['device']}: "
+        f"{float(first['seconds']):.0f} s the first time in a process, {float(again['seconds']):.0f} s after that, "
+        f"with {float(again['beside_weights_gb']):.1f} GB beside the weights' {float(again['weights_gb']):.1f} GB "
+        f"({source(LARGE, first)})."
+    )
+    return "\n\n".join(parts)
 
 
 def telemetry() -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from bench.tables.pages import Page, ratio, read, source, table
 
-FILE, LAYERS, DECODE = "quality/quantized.csv", "h100/packed.csv", "h200/decode_packed.csv"
+FILE, LAYERS = "quality/quantized.csv", "h100/packed.csv"
+DECODE, TOKENS = "h200/decode_packed.csv", "h200/packed_tokens.csv"
+MODELS = {"mistral-7b": "Mistral-7B", "llama-3-8b": "Llama-3-8B"}
 PEERS = ("bf16", "int8", "int4pack")
 WEIGHTS = {"int4_g128": "int4", "int4_g128+int8_g128": "int4, down int8", "int8_g128": "int8", "fp8_e4m3": "fp8"}
 
@@ -53,20 +55,50 @@ def decode() -> str:
     data = read(DECODE)
     (peer,) = (f"{float(row['tokens_per_s']):.0f}" for row in data if row["mode"] == "gpt-fast")
     rows = []
-    for row in sorted(data, key=lambda row: (row["weights"], row["mode"] == "captured", float(row["reached"] or 0))):
+    names = list(MODELS)
+    for row in sorted(
+        data,
+        key=lambda row: (
+            names.index(row["model"]), row["weights"], row["mode"] == "captured", float(row["reached"] or 0)
+        ),
+    ):  # fmt: skip
         speed, reached = f"{float(row['tokens_per_s']):.0f}", float(row["reached"] or 0)
         if abs(reached - float(row["sparsity"])) > 0.07:
             continue  # random weights: the text drifts from what was calibrated on, and the count from what was timed
         title = "gpt-fast" if row["mode"] == "gpt-fast" else "`DecodeEngine`"
         skipped = f"{reached:.0%}" if reached else "dense"
-        rows.append([f"{title}, {row['weights'].partition('_')[0]}", skipped, speed, ratio(speed, peer)])
-    header = ["Mistral-7B's shape, one sequence", "neurons skipped", "tokens/s", "of gpt-fast int4"]
+        if not reached:
+            dense = speed  # of the rows that follow
+        compared = ratio(speed, peer) if row["model"] == names[0] else ""
+        own = ratio(speed, dense) if reached else ""
+        title = f"{MODELS[row['model']]}, {title}, {row['weights'].partition('_')[0]}"
+        rows.append([title, skipped, speed, own, compared])
+    header = ["shape, one sequence", "neurons skipped", "tokens/s", "of dense", "of gpt-fast int4"]
     other = next(row["commit"] for row in data if row["weights"] == "bf16")
     about = f"{data[0]['device']}: {source(DECODE, data[0])}; bf16 in another run, commit {other}."
     return f"{about}\n\n{table(header, rows)}"
 
 
-PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode})
+def prompts() -> str:
+    data = read(TOKENS)
+    times = {(row["format"], row["path"], int(row["tokens"])): f"{float(row['us']):.0f}" for row in data}
+    formats = list(dict.fromkeys(row["format"] for row in data))
+    rows = []
+    for tokens in dict.fromkeys(int(row["tokens"]) for row in data):
+        cells = [f"{times[formats[0], 'dense', tokens]} us"]
+        for name in formats:
+            for path in ("kernel", "unpacked"):
+                us = times.get((name, path, tokens))
+                cells.append(f"{us} us, {ratio(times[name, 'dense', tokens], us)}" if us else "")
+        rows.append([f"{tokens:,}", *cells])
+    first = data[0]
+    header = ["tokens", "dense, bf16"]
+    header += [f"{name.partition('_')[0]}, {path}" for name in formats for path in ("the kernel at 50%", "unpacked")]
+    about = f"{first['device']}, one MLP, {first['hidden_size']}x{first['intermediate_size']}"
+    return f"{about}: {source(TOKENS, first)}. Ratios are to dense.\n\n{table(header, rows)}"
+
+
+PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode, "prompts": prompts})
 
 if __name__ == "__main__":
     PAGE.write()

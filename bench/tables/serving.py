@@ -8,12 +8,13 @@ from __future__ import annotations
 from bench.serving.scaling import layer_of, predictions
 from bench.tables.pages import Page, ratio, read, source, table
 
-VLLM, TOKENS, PARALLEL = "h200/serving.csv", "h200/serving_tokens.csv", "h200/tensor_parallel.csv"
+VLLM, VLLM_AWQ, TOKENS = "h200/serving.csv", "h200/serving_awq.csv", "h200/serving_tokens.csv"
+PARALLEL = "h200/tensor_parallel.csv"
 FILE, SUMS_FILE = "cpu/balance.csv", "cpu/partial_sums.csv"
 
 
 def vllm() -> str:
-    """A step of the dense model, with CATS and in AWQ's int4, and the first token of 1,024."""
+    """A step of the dense model and with CATS, and the first token of 1,024."""
     data = read(VLLM)
     sparsities = list(dict.fromkeys(row["sparsity"] for row in data))
 
@@ -29,8 +30,6 @@ def vllm() -> str:
             row = of_size.get(sparsity)
             line += [f"{float(row['dense_ms']):.2f} ms"] if row else [""]
             line += [cell(row["sparse_ms"], f"{float(row['dense_ms']):.2f}")] if row else [""]
-        first = of_size[sparsities[0]]
-        line.append(cell(first["awq_ms"], f"{float(first['dense_ms']):.2f}") if first["awq_ms"] else "")
         rows.append([sequences if phase == "decode" else "first token of 1,024", *line])
     head = ["sequences"]
     for sparsity in sparsities:
@@ -38,7 +37,19 @@ def vllm() -> str:
     first = data[0]
     return (
         f"{first['device']}, vLLM {first['vllm']}, {first['model']}, bf16: {source(VLLM, first)}.\n\n"
-        f"{table([*head, 'AWQ int4, dense'], rows)}"
+        f"{table(head, rows)}"
+    )
+
+
+def awq() -> str:
+    """The ratios of AWQ's int4 to dense."""
+    data = [row for row in read(VLLM_AWQ) if row["phase"] == "decode" and row["awq_ms"]]
+    found = {int(row["sequences"]): ratio(row["dense_ms"], row["awq_ms"]) for row in data}
+    small = [found[count] for count in sorted(found) if count <= 32]
+    large = [found[count] for count in sorted(found) if count > 32]
+    return (
+        f"vLLM's own int4 (AWQ, without sparsity) makes {min(small)} to {max(small)} of the dense model's steps "
+        f"a second for 1 to 32 sequences, {min(large)} to {max(large)} for 64 to 256: {source(VLLM_AWQ, data[0])}."
     )
 
 
@@ -159,6 +170,7 @@ PAGE = Page(
     "docs/serving.md",
     {
         "vllm": vllm,
+        "awq": awq,
         "tokens": tokens,
         "transformers": transformers,
         "partial-sums": partial_sums,

@@ -43,19 +43,22 @@ MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. On two cores of a Zen 3, 1024x3584,
 # fp32, int4 at 50 % sparsity, the kernel takes 120 ms for 128 tokens and 248 for 256; to unpack and multiply takes 250.
-# On CUDA 16 is the most that has been tested.
+# On an H200, 4096x14336, bf16, int4 takes 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 takes
+# 279, 568 and 256 (bench/results/h200/packed_tokens.csv).
 MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
-# takes 0.72 to 0.85 of the time of the fastest dense path for 2 tokens, and 0.98 to 1.04 for 4
+# takes 0.67 to 0.81 of the time of the fastest dense path for 2 tokens, and 0.98 to 1.04 for 4
 # (bench/results/h200/exact.csv).
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
-# As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it. On an
-# H200 it takes 0.60 to 0.68 of the time of the fastest dense path for one token; for 2 tokens activated_mlp, compiled,
-# takes 0.75 to 0.84 and this 0.90 to 1.03 (bench/results/h200/exact.csv).
+# As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it: without
+# and with a cutoff. On an H200 it takes 0.45 to 0.63 of the time of the fastest dense path for one token. For 2 tokens
+# it takes 0.59 to 0.71 with a cutoff, where activated_mlp, compiled, takes 0.70 to 0.75; without one it takes 0.68 to
+# 0.94, activated_mlp 0.67 to 0.81 (bench/results/h200/exact.csv).
 MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 1}
+MAX_CUTOFF_TOKENS = {"cpu": 16, "cuda": 2}
 
 # As MAX_KERNEL_TOKENS, of experts. On an H100, in a graph, a block of Mixtral's experts takes 769 us for 4 tokens with
 # transformers' grouped products and 648 at 50 % sparsity, and for 8 tokens 1071 and 1253; of Qwen3-30B-A3B's, 196 and
@@ -241,10 +244,11 @@ def activated_fits(rows: Tensor, width: int, hidden_size: int) -> bool:
     )
 
 
-def exact_fits(x: Tensor, hidden_size: int) -> bool:
+def exact_fits(x: Tensor, hidden_size: int, cutoff: bool) -> bool:
     """Whether ``exact_mlp`` serves ``x`` ``[..., H]``, for which :func:`activated_fits` holds."""
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-    return x.numel() <= MAX_EXACT_TOKENS.get(device, 0) * hidden_size and (
+    tokens = (MAX_CUTOFF_TOKENS if cutoff else MAX_EXACT_TOKENS).get(device, 0)
+    return x.numel() <= tokens * hidden_size and (
         device != "cuda" or x.dtype != torch.float32  # which has a slow kernel only
     )
 

@@ -89,7 +89,8 @@ class ExactMLP(_ExactModule):
                 self._count(v * relu(up) if cats.relu_up else v, None if up is None else v)
             return cats.original_class.forward(self, x)
         (w_gate, w_up, w_down_t), (gate_bias, up_bias, down_bias) = operands
-        if settings.activation is not None and not settings.tracking and exact_fits(x, settings.hidden_size):
+        known = settings.activation is not None and not settings.tracking
+        if known and exact_fits(x, settings.hidden_size, bool(cats.multipliers)):
             module = children.get(settings.own_activation)
             if module is None or not (module._forward_hooks or module._forward_pre_hooks):
                 return exact_mlp(

@@ -174,13 +174,25 @@ def test_a_known_formula_is_one_call(mlp, activation, exact_calls):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_where_a_known_formula_is_one_call(device, exact_calls):
-    """One constant says how many tokens are; on CUDA fewer than on CPUs."""
+    """One constant says for how many tokens; on CUDA fewer than on CPUs."""
     from cats_ext.ops.dispatch import MAX_EXACT_TOKENS
 
+    most = MAX_EXACT_TOKENS[device]
     mlp = apply_exact(copy.deepcopy(Plain(nn.ReLU())).to(device, torch.bfloat16))
     with torch.no_grad():
-        mlp(torch.randn(1, 64, device=device, dtype=torch.bfloat16))
-    assert len(exact_calls) == (MAX_EXACT_TOKENS[device] > 0)
+        for tokens in (1, most, most + 1):
+            mlp(torch.randn(tokens, 64, device=device, dtype=torch.bfloat16))
+    assert len(exact_calls) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cutoff_is_one_call_for_more_tokens(device):
+    from cats_ext.ops.dispatch import MAX_CUTOFF_TOKENS, MAX_EXACT_TOKENS, exact_fits
+
+    most = MAX_CUTOFF_TOKENS[device]
+    rows = [torch.zeros(tokens, 64, device=device, dtype=torch.bfloat16) for tokens in (most, most + 1)]
+    assert [exact_fits(x, 64, cutoff=True) for x in rows] == [True, False]
+    assert exact_fits(rows[0], 64, cutoff=False) == (most <= MAX_EXACT_TOKENS[device])
 
 
 @torch.no_grad()
