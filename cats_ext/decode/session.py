@@ -6,10 +6,11 @@ Everything a graph reads or writes stays at its address as long as the session l
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,18 @@ _MAX_GRAPHS = 4  # graphs kept at a time, one for each way of choosing tokens; t
 # attention kernel have keys.
 _COMPARED_AFTER = (4, 200)
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1  # of the relative difference of the logits, in float32 and in half precision
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Graphs, events and pinned memory of other captures that are collected in one end the process if it has failed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Session:
@@ -227,6 +240,7 @@ class Session:
     def _help(self) -> AbstractContextManager:
         return HostNumbers(self.model.device) if self._helps and not self._compiles else nullcontext()
 
+    @_no_garbage_collection()
     def _graph(self, selection: Selection) -> torch.cuda.CUDAGraph:
         key = selection.graph_key
         if len(self._graphs) >= _MAX_GRAPHS:
