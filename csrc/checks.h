@@ -49,9 +49,9 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.w_up = weight(a.w_up, "up_format", a.up_format, &p.up_format, &p.w_up_stride);
     p.w_down_t = weight(a.w_down_t, "down_format", a.down_format, &p.down_format, &p.w_down_t_stride);
     if (packed) {
-        p.gate_bytes = p.gate_format.row_bytes(hidden_size);
-        p.up_bytes = p.up_format.row_bytes(hidden_size);
-        p.down_bytes = p.down_format.row_bytes(hidden_size);
+        p.gate_bytes = int32_t(p.gate_format.row_bytes(hidden_size));
+        p.up_bytes = int32_t(p.up_format.row_bytes(hidden_size));
+        p.down_bytes = int32_t(p.down_format.row_bytes(hidden_size));
     }
     check_present(op, a.threshold);
     p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
@@ -262,19 +262,21 @@ inline UnpackRowsParams check_unpack_rows(const TensorArgument &rows, std::strin
     CATS_REQUIRE(parse_row_format(row_format, &p.format), op, ": row_format must be one of ", kRowFormatNames,
                  ", got '", row_format, "'");
     const int64_t multiple = p.format.group_size ? p.format.group_size : 1;
-    CATS_REQUIRE(columns > 0 && columns % multiple == 0, op, ": columns must be a positive multiple of ", multiple,
-                 " for ", row_format, ", got ", columns);
+    CATS_REQUIRE(columns > 0 && columns <= INT32_MAX && columns % multiple == 0, op,
+                 ": columns must be a positive multiple of ", multiple, " below 2^31 for ", row_format, ", got ",
+                 columns);
     p.dtype = check_dtype(op, "dtype", out_dtype, /*allow_double=*/false);
     check_present(op, rows);
     const int64_t bytes = p.format.row_bytes(columns);
     CATS_REQUIRE(rows.dtype == kUInt8 && rows.dim == 2 && rows.sizes[1] == bytes, op,
                  ": rows must be torch.uint8 of shape [I, ", bytes, "], the bytes of rows of ", columns, " columns in ",
                  row_format, ", got ", dtype(rows), " of shape ", shape(rows));
-    const bool aligned = rows.strides[0] % 16 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+    const auto past = reinterpret_cast<uintptr_t>(rows.data) % 16;
+    const bool aligned = rows.strides[0] % 16 == 0 && past == 0;
     CATS_REQUIRE(
         rows.strides[1] == 1 && (aligned || rows.device_type == kCpu), op,
         ": rows must start at multiples of 16 bytes and have unit stride in their last dimension, got strides ",
-        strides(rows));
+        strides(rows), ", the first ", past, " bytes past a multiple");
     p.count = rows.sizes[0];
     p.columns = columns;
     p.rows = static_cast<const uint8_t *>(rows.data);

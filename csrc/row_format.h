@@ -7,7 +7,8 @@
 //     int4   32 columns a chunk; column c of a tile in byte c / 2, an even one in the low 4 bits. w = (q - z) * scale
 //            for q of 0 to 15, and z = 8 without zero points
 //     int8   16 columns a chunk, two's complement. w = q * scale
-//     fp8    16 columns a chunk, e4m3 (float8_e4m3fn). w = q * scale
+//     fp8    16 columns a chunk, e4m3 (float8_e4m3fn). w = q * scale. Products may take its NaN codes for numbers:
+//            packing refuses NaN
 //
 // int4 and int8 have a scale in fp16 for each group of 32, 64 or 128 columns, in order. With zero points a group has
 // its scale and then z, in fp16. fp8 has one fp32 scale a row, before each of its tiles.
@@ -55,8 +56,10 @@ struct RowFormat {
     constexpr bool operator==(const RowFormat &other) const {
         return type == other.type && group_size == other.group_size && zero_points == other.zero_points;
     }
-    constexpr int32_t row_bytes(int64_t columns) const {
-        return cats::row_bytes(round_up(columns, kPackedColumns) / columns_per_chunk(type), scale_bytes);
+    constexpr int64_t row_bytes(int64_t columns) const {
+        const int64_t chunks =
+            (columns + kPackedColumns - 1) / kPackedColumns * (kPackedColumns / columns_per_chunk(type));
+        return chunks * kChunkBytes + (chunks + kTileChunks - 1) / kTileChunks * scale_bytes;
     }
 };
 

@@ -4,8 +4,9 @@
 
 An MLP of packed rows as a patched model computes it for few tokens ("kernel") and for many ("unpacked": each matrix is
 unpacked into the dtype of x and multiplied, with the mask in between), beside the dense MLP of the same shape in the
-dtype of x ("dense"). On a GPU each is a CUDA graph over layers of distinct weights; they take turns, and medians are
-reported. Thresholds are exact quantiles for the x in use; tokens are independent.
+dtype of x ("dense": eager, so SiLU and product are two kernels). On a GPU each is a CUDA graph over layers of distinct
+weights; they take turns, and medians are reported. Thresholds are exact quantiles for the x in use; tokens are
+independent.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ MAX_SERVED_TOKENS = 2
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
 # to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv). So it is
-# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 101 us for 4 tokens at 50 %
-# sparsity, and dense 92 (bench/results/h200/serving_tokens.csv).
+# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 100 us for 4 tokens at 50 %
+# sparsity, and dense 96 (bench/results/h200/serving_tokens.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 

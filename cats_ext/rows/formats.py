@@ -136,8 +136,13 @@ class RowFormat:
         return Fields(data.view(STORED[self.type]), scales, zeros)
 
     def unpack(self, packed: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights ``[I, columns]``, computed in float32 and rounded to ``dtype``. Raises as :meth:`fields`."""
+        """The weights ``[I, columns]``, computed in float32 and rounded to ``dtype``.
+
+        Raises as :meth:`fields`, and on CUDA ``RuntimeError`` unless rows start at multiples of 16 bytes.
+        """
         self._check_packed(packed, columns)
+        if packed.stride(1) != 1:
+            packed = packed.contiguous()
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return self.unpack(packed, columns).to(dtype)
         return torch.ops.cats.unpack_rows(packed, self.name, columns, dtype)

@@ -1,6 +1,8 @@
 // Packed rows as dense ones.
 #pragma once
 
+#include <limits>
+
 #include "../unpack_rows.h"
 #include "parallel.inl.h"
 #include "vec.inl.h"
@@ -18,6 +20,8 @@ static void unpack_group(WeightType type, const uint8_t *data, int64_t n, float 
         break;
     case WeightType::kFloat8: // the row's padding lets whole vectors be read
         for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_e4m3(data + i) * kE4m3Factor, n - i);
+        for (int64_t i = 0; i < n; i++)
+            if ((data[i] & 0x7f) == 0x7f) out[i] = std::numeric_limits<float>::quiet_NaN();
         break;
     case WeightType::kDense: break;
     }

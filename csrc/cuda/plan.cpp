@@ -150,7 +150,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     if (device.compute_capability < 90 || shape.row.storage_bytes != 2 || shape.hidden_size % 8 ||
         gate.type != up.type || fp8 != (down.type == WeightType::kFloat8))
         return {};
-    int32_t row_bytes = 0;
+    int64_t row_bytes = 0;
     for (const RowFormat &format : shape.formats) {
         if (format.group_size == 32) return {};
         row_bytes = std::max(row_bytes, format.row_bytes(shape.hidden_size));

@@ -33,6 +33,16 @@ def test_equals_the_formula(name, dtype, device):
         assert torch.equal(out.cpu(), unpack_rows_ref(rows.cpu(), name, columns, dtype)), columns
 
 
+def test_codes_of_fp8_that_are_no_numbers(device):
+    """Of damaged rows: packing refuses them."""
+    rows = FORMATS["fp8_e4m3"].pack(torch.ones(3, 256).to(torch.float8_e4m3fn), torch.full((3, 1), 0.5)).to(device)
+    rows[1, 16 + 7], rows[2, 16 + 255] = 0x7F, 0xFF
+    out = ops.unpack_rows(rows, "fp8_e4m3", 256, torch.float16)
+    expected = torch.full((3, 256), 0.5, dtype=torch.float16)
+    expected[1, 7] = expected[2, 255] = torch.nan
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["int4_g32_zp", "int8_g64", "fp8_e4m3"])
 def test_parts_of_larger_tensors(name, device):
     form = FORMATS[name]
@@ -80,8 +90,9 @@ def test_a_compiled_layer_unpacks_inside_the_graph(input_rows, device):
 
 WRONG = [
     ({"row_format": "int3"}, r"row_format must be one of int4_g32, .*, got 'int3'"),
-    ({"columns": 0}, r"columns must be a positive multiple of 64 for int4_g64, got 0"),
-    ({"columns": 96}, r"columns must be a positive multiple of 64 for int4_g64, got 96"),
+    ({"columns": 0}, r"columns must be a positive multiple of 64 below 2\^31 for int4_g64, got 0"),
+    ({"columns": 96}, r"columns must be a positive multiple of 64 below 2\^31 for int4_g64, got 96"),
+    ({"columns": 2**32 + 576}, r"columns must be a positive multiple of 64 below 2\^31 for int4_g64, got 4294967872"),
     ({"columns": 704}, r"rows must be torch\.uint8 of shape \[I, 416\], .* rows of 704 .*, got torch\.uint8 of"),
     ({"dtype": torch.float64}, r"dtype must be float32, float16 or bfloat16, got torch\.float64"),
     ({"rows": torch.zeros(2, 336, dtype=torch.int8)}, r"rows must be torch\.uint8 .*, got torch\.int8 of shape"),

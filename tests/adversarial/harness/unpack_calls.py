@@ -36,7 +36,7 @@ def spoil(r: random.Random, arguments: dict[str, Any]) -> str:
             rows.to_sparse(), torch.stack([rows, rows], -1)[..., 0], 1, "x", [rows],
         ],
         "row_format": ["", "int3", "int4", "INT4_G128", "int4_g128 ", "int4_g\x00128", "x" * 200, None, 4],
-        "columns": [0, -1, -128, columns + 128, 2**40, 1.5, "x", None],
+        "columns": [0, -1, -128, columns + 128, 2**32 + columns, 2**40, 1.5, "x", None],
         "dtype": [torch.float64, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, "float32", None],
     }  # fmt: skip
     name = r.choice(list(wrong))

@@ -186,13 +186,19 @@ def test_where_a_known_formula_is_one_call(device, exact_calls):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_cutoff_is_one_call_for_more_tokens(device):
-    from cats_ext.ops.dispatch import MAX_CUTOFF_TOKENS, MAX_EXACT_TOKENS, exact_fits
+@pytest.mark.parametrize("cutoff", [True, False])
+def test_a_cutoff_has_a_constant_of_its_own(cutoff, device, exact_calls, monkeypatch):
+    from cats_ext.ops import dispatch
 
-    most = MAX_CUTOFF_TOKENS[device]
-    rows = [torch.zeros(tokens, 64, device=device, dtype=torch.bfloat16) for tokens in (most, most + 1)]
-    assert [exact_fits(x, 64, cutoff=True) for x in rows] == [True, False]
-    assert exact_fits(rows[0], 64, cutoff=False) == (most <= MAX_EXACT_TOKENS[device])
+    for name, most in (("MAX_CUTOFF_TOKENS", 2), ("MAX_EXACT_TOKENS", 1)):
+        monkeypatch.setattr(dispatch, name, {device: most})
+    mlp = apply_exact(copy.deepcopy(Plain(nn.ReLU())).to(device, torch.bfloat16))
+    if cutoff:
+        mlp.cats.multipliers[torch.bfloat16] = 1.0
+    with torch.no_grad():
+        for tokens in (1, 2, 3):
+            mlp(torch.randn(tokens, 64, device=device, dtype=torch.bfloat16))
+    assert len(exact_calls) == (2 if cutoff else 1)
 
 
 @torch.no_grad()
