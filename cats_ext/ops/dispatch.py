@@ -41,11 +41,11 @@ MAX_SERVED_TOKENS = 2
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 
-# As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. On two cores of a Zen 3, 1024x3584,
-# fp32, int4 at 50 % sparsity, the kernel takes 120 ms for 128 tokens and 248 for 256; to unpack and multiply takes 250.
-# On an H200, 4096x14336, bf16, int4 takes 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 takes
-# 279, 568 and 256 (bench/results/h200/packed_tokens.csv).
-MAX_PACKED_TOKENS = {"cpu": 128, "cuda": 16}
+# As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. At 50 % sparsity, on two cores with
+# AVX-512, 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0;
+# int8 9.3 and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes
+# 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 279, 568 and 256 (h200/packed_tokens.csv).
+MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
 # takes 0.67 to 0.81 of the time of the fastest dense path for 2 tokens, and 0.98 to 1.04 for 4
