@@ -48,8 +48,8 @@ def awq() -> str:
     small = [found[count] for count in sorted(found) if count <= 32]
     large = [found[count] for count in sorted(found) if count > 32]
     return (
-        f"vLLM's own int4 (AWQ, without sparsity) makes {min(small)} to {max(small)} of the dense model's steps "
-        f"a second for 1 to 32 sequences, {min(large)} to {max(large)} for 64 to 256: {source(VLLM_AWQ, data[0])}."
+        f"vLLM's own int4 (AWQ, without sparsity) is {min(small)} to {max(small)} as fast as the dense model for 1 to "
+        f"32 sequences, and {min(large)} to {max(large)} for 64 to 256: {source(VLLM_AWQ, data[0])}."
     )
 
 

@@ -36,7 +36,7 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1  # of the relative difference of the log
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Graphs, events and pinned memory of other captures that are collected in one end the process if it has failed."""
+    """For a capture: once it has failed, to free graphs, events or pinned memory of others may end the process."""
     enabled = gc.isenabled()
     gc.disable()
     try:
