@@ -6,7 +6,6 @@ Everything a graph reads or writes stays at its address as long as the session l
 
 from __future__ import annotations
 
-import gc
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -35,15 +34,18 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1  # of the relative difference of the log
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For a capture: once it has failed, to free graphs, events or pinned memory of others may end the process."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+def _capture(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """What runs inside is captured in ``graph``. Other threads may allocate meanwhile.
+
+    A process's first graph allocates two numbers for torch's random generator. A graph that does not get them ends the
+    process when it is freed (torch 2.10 to 2.13: its destructor raises), so their memory is asked for before.
+    """
+    with torch.cuda.stream(stream):
+        torch.empty(1024, dtype=torch.uint8, device=stream.device)
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Session:
@@ -240,7 +242,6 @@ class Session:
     def _help(self) -> AbstractContextManager:
         return HostNumbers(self.model.device) if self._helps and not self._compiles else nullcontext()
 
-    @_no_garbage_collection()
     def _graph(self, selection: Selection) -> torch.cuda.CUDAGraph:
         key = selection.graph_key
         if len(self._graphs) >= _MAX_GRAPHS:
@@ -249,6 +250,7 @@ class Session:
         random_state = torch.cuda.get_rng_state(device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
+        warm = False
         try:
             with uncounted(self.model), self._help():
                 with torch.cuda.stream(stream):
@@ -256,14 +258,15 @@ class Session:
                         self.position.fill_(self.length - SPARE)
                         self._advance(selection, key is not None)
                 torch.cuda.current_stream(device).wait_stream(stream)
+                warm = True
                 graph = torch.cuda.CUDAGraph()
                 pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-                # Other threads may allocate meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with _capture(graph, stream, pool):
                     self._advance(selection, key is not None)
         except BaseException:
-            with suppress(Exception):  # the first error says more
-                _leave_capture_mode(device)
+            if warm:
+                with suppress(Exception):  # the first error says more
+                    _leave_capture_mode(self.position)
             raise
         finally:
             torch.cuda.set_rng_state(random_state, device)
@@ -342,8 +345,10 @@ class HostNumbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _leave_capture_mode(device: torch.device) -> None:
-    """After a failed capture: torch's random generator refuses to draw until the next capture has ended well."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-        torch.zeros(1, device=device)
+def _leave_capture_mode(buffer: Tensor) -> None:
+    """After a failed capture: torch's random generator refuses to draw until the next capture has ended well.
+
+    ``buffer`` is on the capture's device, and nothing in it changes.
+    """
+    with _capture(torch.cuda.CUDAGraph(), torch.cuda.Stream(buffer.device)):
+        buffer.zero_()
