@@ -264,7 +264,7 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
         for (int i = 0; i < 8; i++) v[i] += to_float(round_to<T>(delta[i]));
     }
 
-    // The input into shared memory, and from there what B needs of it into registers, in fp16 times a power of two.
+    // The input into shared memory, first as it is, then as operands. From there every lane takes what it needs of B.
     __device__ __forceinline__ void prepare_x() {
         __shared__ float squares[kMaxTeams * kTeamWarps], mosts[kMaxTeams * kTeamWarps];
         float sum = 0.f, most = 0.f;
@@ -301,11 +301,13 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
         const uint32_t exponent = min(127u + 14u + 127u - (__float_as_uint(most) >> 23), 253u);
         const float factor = __uint_as_float(exponent << 23);
         unscale_ = __uint_as_float((254u - exponent) << 23);
+        for (int c = threadIdx.x * 8; c < padded_; c += blockDim.x * 8) make_operands(c, rms, factor);
+        __syncthreads();
 #pragma unroll
         for (int s = 0; s < kSets; s++) {
             float x_sum = 0.f;
 #pragma unroll
-            for (int load = 0; load < kLoads; load++) keep_x(s, load, rms, factor, x_sum);
+            for (int load = 0; load < kLoads; load++) keep_x(s, load, x_sum);
             x_sum += __shfl_xor_sync(kAll, x_sum, 1);
             x_sum += __shfl_xor_sync(kAll, x_sum, 2);
 #pragma unroll
@@ -313,31 +315,44 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
         }
     }
 
-    // What a load of set s meets in this lane's column of B, row_. The last two lines are the order of Unpack.
-    __device__ __forceinline__ void keep_x(int s, int load, float rms, float factor, float &sum) {
+    // Columns c to c + 7, which this thread wrote, in fp16 times a power of two. The order is that of Unpack.
+    __device__ __forceinline__ void make_operands(int c, float rms, float factor) const {
+        float x[8];
+        decode(*reinterpret_cast<const uint4 *>(x_row_ + c), x, T{});
+        if (p_.norm_weight) {
+            float weight[8];
+            decode(*reinterpret_cast<const uint4 *>(norm_row_ + c), weight, T{});
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = to_float(round_to<T>(to_float(round_to<T>(x[i] * rms)) * weight[i]));
+        }
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int low = kInt4 ? i : i / 2 * 4 + i % 2, high = low + (kInt4 ? 4 : 2);
+            const __half2 pair = __floats2half2_rn(x[low] * factor / shrink(i), x[high] * factor / shrink(i));
+            words[i] = reinterpret_cast<const uint32_t &>(pair);
+        }
+        *reinterpret_cast<uint4 *>(x_row_ + c) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+
+    // What operand i of a word is multiplied by too often: Unpack leaves odd ones of int4 where they are in it.
+    static __device__ __forceinline__ float shrink(int i) { return kInt4 && i % 2 ? 16.f : 1.f; }
+
+    // What a load of set s meets in this lane's column of B, row_.
+    __device__ __forceinline__ void keep_x(int s, int load, float &sum) {
         const int group = s * 8 + row_, block = group / kGroups, column = (load * 4 + quad_) * kRun;
         const bool there = block < count_ && column / kGroup == group % kGroups;
-        const int c = (first_ + block) * kPackedColumns + column;
+        const T *from = x_row_ + (first_ + block) * kPackedColumns + column;
 #pragma unroll
         for (int first = 0; first < kRun; first += 8) {
-            float x[8] = {};
-            if (there) {
-                decode(*reinterpret_cast<const uint4 *>(x_row_ + c + first), x, T{});
-                if (p_.norm_weight) {
-                    float weight[8];
-                    decode(*reinterpret_cast<const uint4 *>(norm_row_ + c + first), weight, T{});
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        x[i] = to_float(round_to<T>(to_float(round_to<T>(x[i] * rms)) * weight[i]));
-                }
-            }
+            uint4 found{};
+            if (there) found = *reinterpret_cast<const uint4 *>(from + first);
+            const uint32_t words[4] = {found.x, found.y, found.z, found.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float shrink = kInt4 && i % 2 ? 16.f : 1.f; // of the operand
-                const int low = kInt4 ? i : i / 2 * 4 + i % 2, high = low + (kInt4 ? 4 : 2);
-                const __half2 pair = __floats2half2_rn(x[low] * factor / shrink, x[high] * factor / shrink);
-                x_[s][(load * kRun + first) / 2 + i] = reinterpret_cast<const uint32_t &>(pair);
-                sum += (__low2float(pair) + __high2float(pair)) * shrink;
+                const __half2 pair = reinterpret_cast<const __half2 &>(words[i]);
+                x_[s][(load * kRun + first) / 2 + i] = words[i];
+                sum += (__low2float(pair) + __high2float(pair)) * shrink(i);
             }
         }
     }
