@@ -97,10 +97,11 @@ __device__ __forceinline__ void prefetch_l2(const void *from, uint32_t bytes) {
 #endif
 }
 
-// The next ticket of a counter in global memory. In assembly, because with atomicAdd() the compiler makes the warp wait
-// for the result at once, long before it is needed.
+// The next ticket of a counter in global memory, which arrives long before it is needed. It is no addition, not even as
+// assembly: of those ptxas makes one for the warp and broadcasts its result at once, so that the warp waits for it, a
+// trip to L2 a batch. An increment is left alone, unless it wraps around at 2^32 - 1, which makes it an addition.
 __device__ __forceinline__ void draw_ticket(uint32_t &ticket, uint32_t *counter) {
-    asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+    asm volatile("atom.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(ticket) : "l"(counter) : "memory");
 }
 
 // Programmatic dependent launch. After launch_dependents() the next kernel may start, as far as it has room. After
