@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.tables.pages import Page, ratio, read, source, table
+from bench.tables.pages import Page, ratio, read, source, source_by_tokens, table
 
 LAYERS, MODELS = "h200/exact.csv", "h200/decode_exact.csv"
 TITLES = {
@@ -49,13 +49,7 @@ def layers() -> str:
                 cells = (f"{us} us, {ratio(dense[count], us)}" if us else "" for count, us in times.items())
                 rows.append(["", title, *cells])
     header = ["one MLP, bf16", "", *(f"{count} token{'s' if count > 1 else ''}" for count in tokens)]
-    about = f"{data[0]['device']}: {source(LAYERS, data[0])}"
-    for count in tokens[1:]:
-        commit = next(row["commit"] for row in data if int(row["tokens"]) == count)
-        if commit != data[0]["commit"]:
-            about += f"; with {count} tokens and more commit {commit}"
-            break
-    return f"{about}.\n\n{table(header, rows)}"
+    return f"{data[0]['device']}: {source_by_tokens(LAYERS, data)}.\n\n{table(header, rows)}"
 
 
 def models() -> str:
@@ -70,7 +64,8 @@ def models() -> str:
         )
         rows.append([f"{TITLES[name]}, {MODES[mode]}", dense, f"{exact}, {ratio(exact, dense)}"])
     header = ["tokens a second, bf16, one sequence, random weights", "dense", "`apply_exact`"]
-    return f"{data[0]['device']}: {source(MODELS, data[0])}.\n\n{table(header, rows)}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in data))
+    return f"{data[0]['device']}: {source(MODELS, data[0] | {'commit': commits})}.\n\n{table(header, rows)}"
 
 
 PAGE = Page("docs/exact.md", {"layers": layers, "models": models})

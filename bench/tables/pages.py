@@ -34,6 +34,15 @@ def source(name: str, row: dict[str, str]) -> str:
     return f"{link(name)}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
 
 
+def source_by_tokens(name: str, rows: list[dict[str, str]]) -> str:
+    """As :func:`source`, of a file whose rows of more tokens may be from an earlier commit."""
+    about = source(name, rows[0])
+    for row in rows:
+        if row["commit"] != rows[0]["commit"]:
+            return f"{about}; with {row['tokens']} tokens and more commit {row['commit']}"
+    return about
+
+
 class Page:
     """A document, ``path`` from the repository's root, and what makes each of its tables."""
 

@@ -5,9 +5,9 @@ python bench tables.quantization
 
 from __future__ import annotations
 
-from bench.tables.pages import Page, ratio, read, source, table
+from bench.tables.pages import Page, ratio, read, source, source_by_tokens, table
 
-FILE, LAYERS = "quality/quantized.csv", "h100/packed.csv"
+FILE, LAYERS = "quality/quantized.csv", ("h200/packed.csv", "h100/packed.csv")
 DECODE, TOKENS = "h200/decode_packed.csv", "h200/packed_tokens.csv"
 MODELS = {"mistral-7b": "Mistral-7B", "llama-3-8b": "Llama-3-8B"}
 PEERS = ("bf16", "int8", "int4pack")
@@ -41,14 +41,19 @@ def _quality_row(row: dict[str, str], dense: dict[str, str]) -> list[str]:
 
 
 def layers() -> str:
-    data = [row for row in read(LAYERS) if row["tokens"] == "1"]
+    return "\n\n".join(map(_layers, LAYERS))
+
+
+def _layers(file: str) -> str:
+    data = [row for row in read(file) if row["tokens"] == "1"]
     peers = [next(row for row in data if row["path"] == path and not float(row["sparsity"])) for path in PEERS]
     rows = [[row["variant"], f"{float(row['us']):.1f} us", "", "", ""] for row in peers]
     for name, title in WEIGHTS.items():
         cells = [f"{float(row['us']):.1f} us" for row in data if row["path"] == name]
-        rows.append([f"`sparse_mlp_packed`, {title}", *cells])
+        if cells:
+            rows.append([f"`sparse_mlp_packed`, {title}", *cells])
     header = ["one MLP, 4096x14336, one token", "dense or 0 %", "50 %", "70 %", "90 %"]
-    return f"{data[0]['device']}: {source(LAYERS, data[0])}.\n\n{table(header, rows)}"
+    return f"{data[0]['device']}: {source(file, data[0])}.\n\n{table(header, rows)}"
 
 
 def decode() -> str:
@@ -98,7 +103,7 @@ def prompts() -> str:
     header = ["tokens", "dense, bf16, eager"]
     header += [f"{name.partition('_')[0]}, {path}" for name in formats for path in ("the kernel at 50%", "unpacked")]
     about = f"{first['device']}, one MLP, {first['hidden_size']}x{first['intermediate_size']}"
-    return f"{about}: {source(TOKENS, first)}. Ratios are to dense.\n\n{table(header, rows)}"
+    return f"{about}: {source_by_tokens(TOKENS, data)}. Ratios are to dense.\n\n{table(header, rows)}"
 
 
 PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode, "prompts": prompts})

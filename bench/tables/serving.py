@@ -9,7 +9,7 @@ from bench.serving.scaling import layer_of, predictions
 from bench.tables.pages import Page, ratio, read, source, table
 
 VLLM, VLLM_AWQ, TOKENS = "h200/serving.csv", "h200/serving_awq.csv", "h200/serving_tokens.csv"
-PARALLEL = "h200/tensor_parallel.csv"
+PARALLEL, VLLM_PARALLEL = "h200/tensor_parallel.csv", "h200/serving_two_gpus.csv"
 FILE, SUMS_FILE = "cpu/balance.csv", "cpu/partial_sums.csv"
 
 
@@ -35,9 +35,28 @@ def vllm() -> str:
     for sparsity in sparsities:
         head += ["dense", f"CATS, {float(sparsity):.0%}"]
     first = data[0]
+    others = {row["commit"] for row in data if row["phase"] == "first_token"} - {first["commit"]}
+    first_token = f"; the first token commit {', '.join(sorted(others))}" if others else ""
     return (
-        f"{first['device']}, vLLM {first['vllm']}, {first['model']}, bf16: {source(VLLM, first)}.\n\n"
+        f"{first['device']}, vLLM {first['vllm']}, {first['model']}, bf16: {source(VLLM, first)}{first_token}.\n\n"
         f"{table(head, rows)}"
+    )
+
+
+def two_gpus() -> str:
+    """The steps of an engine over two GPUs, which are too short for its processes."""
+    data = [row for row in read(VLLM_PARALLEL) if row["phase"] == "decode"]
+    first, sizes = data[0], sorted({int(row["sequences"]) for row in data})
+
+    def span(key: str) -> str:
+        times = [float(row[key]) for row in data]
+        return f"{min(times):.2f} to {max(times):.2f} ms"
+
+    return (
+        f"Over two GPUs {first['layers']} layers of Llama-3-70B's shape take {span('dense_ms')} a step dense and "
+        f"{span('sparse_ms')} at 50 and 70 % sparsity, for {sizes[0]} to {sizes[-1]} sequences: a step of so few "
+        f"layers is not bound by reading weights. {first['device']}, vLLM {first['vllm']}: "
+        f"{source(VLLM_PARALLEL, first)}."
     )
 
 
@@ -172,6 +191,7 @@ PAGE = Page(
         "vllm": vllm,
         "awq": awq,
         "tokens": tokens,
+        "two-gpus": two_gpus,
         "transformers": transformers,
         "partial-sums": partial_sums,
         "balance": balance,

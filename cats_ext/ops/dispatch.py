@@ -28,7 +28,7 @@ DENSE = "dense"  # without a mask: prompts of a config with sparse_prefill=False
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 # As MAX_KERNEL_TOKENS, under vLLM, whose graphs take the choice for each captured size. On an H200 a step of Mistral-7B
-# with 2 sequences takes 1.01 times as long as the dense one at 50 % sparsity and 0.92 times at 70 %; with 4 the kernel
+# with 2 sequences takes 0.98 times as long as the dense one at 50 % sparsity and 0.89 times at 70 %; with 4 the kernel
 # is slower at 50 % (bench/results/h200: serving.csv, serving_tokens.csv).
 MAX_SERVED_TOKENS = 2
 
@@ -48,15 +48,15 @@ MOST_BATCHED_GB_PER_S = 4000
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
-# takes 0.67 to 0.81 of the time of the fastest dense path for 2 tokens, and 0.98 to 1.04 for 4
-# (bench/results/h200/exact.csv).
+# takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens, and 0.84 to 0.93 for 4, which was 0.98 to 1.04
+# at an earlier commit (bench/results/h200/exact.csv).
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
 # As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it: without
-# and with a cutoff. On an H200 it takes 0.45 to 0.63 of the time of the fastest dense path for one token. For 2 tokens
-# it takes 0.59 to 0.71 with a cutoff, where activated_mlp, compiled, takes 0.70 to 0.75; without one it takes 0.68 to
-# 0.94, activated_mlp 0.67 to 0.81 (bench/results/h200/exact.csv).
+# and with a cutoff. On an H200 it takes 0.45 to 0.62 of the time of the fastest dense path for one token. For 2 tokens
+# it takes 0.60 to 0.69 with a cutoff, where activated_mlp, compiled, takes 0.70 to 0.73; without one it takes 0.69 to
+# 0.94, activated_mlp 0.68 to 0.80 (bench/results/h200/exact.csv).
 MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 1}
 MAX_CUTOFF_TOKENS = {"cpu": 16, "cuda": 2}
 

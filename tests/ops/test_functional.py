@@ -142,8 +142,8 @@ def test_compile_fullgraph(tokens):
 def test_counts_of_the_masked_path_follow_a_captured_graph():
     x, weights, _ = operands(64)
     x, weights = x.cuda(), [w.cuda() for w in weights]
-    counts = torch.zeros(3, dtype=torch.int64, device="cuda")
-    call = lambda: sparse_mlp(x, *weights, torch.tensor(0.2, device="cuda"), counts=counts)  # noqa: E731
+    counts, threshold = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.tensor(0.2, device="cuda")
+    call = lambda: sparse_mlp(x, *weights, threshold, counts=counts)  # noqa: E731
     with torch.no_grad():
         call()
         expected = counts.tolist()
