@@ -5,10 +5,12 @@ python bench tables.serving
 
 from __future__ import annotations
 
+from bench.lib.models import CONFIGS
 from bench.serving.scaling import layer_of, predictions
-from bench.tables.pages import Page, ratio, read, source, table
+from bench.tables.pages import Page, link, ratio, read, source, table
 
 VLLM, VLLM_AWQ, TOKENS = "h200/serving.csv", "h200/serving_awq.csv", "h200/serving_tokens.csv"
+READ_LIMIT = "h200/exact.csv"
 PARALLEL, VLLM_PARALLEL = "h200/tensor_parallel.csv", "h200/serving_two_gpus.csv"
 FILE, SUMS_FILE = "cpu/balance.csv", "cpu/partial_sums.csv"
 
@@ -39,7 +41,22 @@ def vllm() -> str:
     first_token = f"; the first token commit {', '.join(sorted(others))}" if others else ""
     return (
         f"{first['device']}, vLLM {first['vllm']}, {first['model']}, bf16: {source(VLLM, first)}{first_token}.\n\n"
-        f"{table(head, rows)}"
+        f"{table(head, rows)}\n\n{_saved_bytes(data)}"
+    )
+
+
+def _saved_bytes(data: list[dict[str, str]]) -> str:
+    """What one sequence would gain from the bytes alone."""
+    gb_per_s, config = float(read(READ_LIMIT)[0]["read_limit_gb_per_s"]), CONFIGS[data[0]["model"]]()
+    up_and_down = 2 * config.hidden_size * config.intermediate_size * config.num_hidden_layers * 2 / 1e6  # MB
+    gains = []
+    for row in data:
+        if row["phase"] == "decode" and row["sequences"] == "1":
+            dense = float(row["dense_ms"])
+            gains.append(f"{dense / (dense - float(row['sparsity']) * up_and_down / gb_per_s):.2f}x")
+    return (
+        f"If MLPs saved just the time of the bytes that they skip, at the {gb_per_s:,.0f} GB/s that such a device "
+        f"reads ({link(READ_LIMIT)}), one sequence would gain {', '.join(gains)}."
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 
 import pytest
 import torch
+from support.models import tiny_model, tokens
 from torch import nn
 
 from bench.lib.results import read_rows
-from bench.quality import calibration_time, compare_rules, merge
+from bench.quality import calibration_time, compare_rules, merge, quantized_tasks
 from bench.quality.compare_peers import Peer, PeerData, linears
 from bench.quality.compare_rules import Layer
 from bench.quality.sweep_variants import GATE_WEIGHTS, Sample, Variant
@@ -137,3 +140,29 @@ def test_a_calibration_is_timed_cold_and_warm(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(float(row["seconds"]) > 0 and row["tokens"] == "128" and row["commit"] == "abc" for row in rows)
     assert float(rows[0]["weights_gb"]) == pytest.approx(158016 * 4 / 1e9, rel=1e-3)
+
+
+def test_tasks_of_packed_models_are_compared_with_the_model_as_it_is(tmp_path, monkeypatch):
+    ids = tokens(400).tolist()
+    choices = [{"requests": [[ids[i : i + 9], [2]], [ids[i : i + 9], [3, 4]]], "answer": i % 2} for i in range(12)]
+    exact = [{"requests": [[ids[i : i + 5], ids[i + 5 : i + 6]]], "answer": None} for i in range(8)]
+    inputs = tmp_path / "inputs.json.gz"
+    inputs.write_bytes(gzip.compress(json.dumps({"tasks": {"piqa": choices, "lambada": exact}}).encode()))
+    monkeypatch.setattr(quantized_tasks, "load_model", lambda *_, **__: (tiny_model(), None))
+    monkeypatch.setattr(quantized_tasks, "load_texts", lambda _: {})
+    monkeypatch.setattr(quantized_tasks, "calibration_windows", lambda *_: tokens(256).view(4, 64))
+    arguments = (
+        f"--model tiny.gguf --data {tmp_path} --inputs {inputs} --items 5 --window 64 --variants int8 --commit abc"
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["quantized_tasks.py", *arguments.split(), "--output", str(tmp_path / "tasks.csv")]
+    )
+    quantized_tasks.main()
+    rows = read_rows(tmp_path / "tasks.csv")
+    cases = [(name, sparsity) for name in ("as it is", "int8") for sparsity in ("0", "0.5")]
+    assert [(row["name"], row["sparsity"]) for row in rows[::3]] == cases
+    assert [row["task"] for row in rows] == ["mean", "piqa", "lambada"] * len(cases)
+    assert {row["items"] for row in rows if row["task"] != "mean"} == {"4", "5"}  # every second one, at most five
+    assert {row["model"] for row in rows} == {"tiny"}
+    assert all(float(row["difference"]) == 0 for row in rows[:3])
+    assert {row["formats"] for row in rows} == {"", "int8_g64"}
