@@ -93,17 +93,20 @@ def prompts() -> str:
     formats = list(dict.fromkeys(row["format"] for row in data))
     rows = []
     for tokens in dict.fromkeys(int(row["tokens"]) for row in data):
-        cells = [f"{times[formats[0], 'dense', tokens]} us"]
+        cells = []
         for name in formats:
+            cells.append(f"{times[name, 'dense', tokens]} us")
             for path in ("kernel", "unpacked"):
                 us = times.get((name, path, tokens))
                 cells.append(f"{us} us, {ratio(times[name, 'dense', tokens], us)}" if us else "")
         rows.append([f"{tokens:,}", *cells])
     first = data[0]
-    header = ["tokens", "dense, bf16, eager"]
-    header += [f"{name.partition('_')[0]}, {path}" for name in formats for path in ("the kernel at 50%", "unpacked")]
+    header = ["tokens"]
+    for kind in (name.partition("_")[0] for name in formats):
+        header += ["dense, bf16, eager", f"{kind}, the kernel at 50%", f"{kind}, unpacked"]
     about = f"{first['device']}, one MLP, {first['hidden_size']}x{first['intermediate_size']}"
-    return f"{about}: {source_by_tokens(TOKENS, data)}. Ratios are to dense.\n\n{table(header, rows)}"
+    about += f": {source_by_tokens(TOKENS, data)}. Ratios are to the dense MLP before them, of the same run."
+    return f"{about}\n\n{table(header, rows)}"
 
 
 PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode, "prompts": prompts})

@@ -61,19 +61,22 @@ def _saved_bytes(data: list[dict[str, str]]) -> str:
 
 
 def two_gpus() -> str:
-    """The steps of an engine over two GPUs, which are too short for its processes."""
+    """The steps of an engine over two GPUs."""
     data = [row for row in read(VLLM_PARALLEL) if row["phase"] == "decode"]
-    first, sizes = data[0], sorted({int(row["sequences"]) for row in data})
-
-    def span(key: str) -> str:
-        times = [float(row[key]) for row in data]
-        return f"{min(times):.2f} to {max(times):.2f} ms"
-
+    first, dense = data[0], [float(row["dense_ms"]) for row in data]
+    gains = {}
+    for row in data:
+        gained = ratio(f"{float(row['dense_ms']):.2f}", f"{float(row['sparse_ms']):.2f}")
+        gains.setdefault(row["sparsity"], []).append((row["sequences"], gained))
+    found = "; ".join(
+        f"at {float(sparsity):.0%} {', '.join(gained for _, gained in of_sparsity)} for "
+        f"{', '.join(sequences for sequences, _ in of_sparsity)} sequences"
+        for sparsity, of_sparsity in gains.items()
+    )
     return (
-        f"Over two GPUs {first['layers']} layers of Llama-3-70B's shape take {span('dense_ms')} a step dense and "
-        f"{span('sparse_ms')} at 50 and 70 % sparsity, for {sizes[0]} to {sizes[-1]} sequences: a step of so few "
-        f"layers is not bound by reading weights. {first['device']}, vLLM {first['vllm']}: "
-        f"{source(VLLM_PARALLEL, first)}."
+        f"Over two GPUs {first['layers']} layers of Llama-3-70B's shape take {min(dense):.2f} to {max(dense):.2f} ms a "
+        f"step dense, and CATS gains nothing ({found}): so few layers are supposed to be waiting for vLLM's processes, "
+        f"and more have not been timed. {first['device']}, vLLM {first['vllm']}: {source(VLLM_PARALLEL, first)}."
     )
 
 

@@ -40,12 +40,12 @@ def _capture(
     """What runs inside is captured in ``graph``. Other threads may allocate meanwhile.
 
     A process's first graph allocates two numbers for torch's random generator. A graph that does not get them ends the
-    process when it is freed (torch 2.10 to 2.13: its destructor raises), so their memory is asked for before.
+    process when it is freed (torch 2.10 to 2.13: its destructor raises), so without memory for them it is not begun.
     """
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # torch.cuda.graph stays on the stream if the end of the capture fails
         torch.empty(1024, dtype=torch.uint8, device=stream.device)
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        yield
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
 
 
 class Session:

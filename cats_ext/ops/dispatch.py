@@ -36,20 +36,21 @@ MAX_SERVED_TOKENS = 2
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
 # to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv). So it is
-# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 100 us for 4 tokens at 50 %
-# sparsity, and dense 96 (bench/results/h200/serving_tokens.csv).
+# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 99 us for 4 tokens at 50 %
+# sparsity, and dense 90 (bench/results/h200/serving_tokens.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. At 50 % sparsity, on two cores with
 # AVX-512, 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0;
 # int8 9.3 and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes
-# 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 279, 568 and 256 (h200/packed_tokens.csv).
+# 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 279, 568 and 256 (h200/packed_tokens.csv), all
+# before unpack_rows read four rows at once.
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
-# takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens, and 0.84 to 0.93 for 4, which was 0.98 to 1.04
-# at an earlier commit (bench/results/h200/exact.csv).
+# takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens (bench/results/h200/exact.csv). For 4 it takes
+# 0.84 to 0.93 there, and took 0.98 to 1.04 in another run: dense products serve them until patched models are timed.
 MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 

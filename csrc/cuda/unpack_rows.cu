@@ -14,8 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWidth = 8; // columns of a thread: 4 or 8 bytes of the row, 16 of a 2-byte output
-constexpr int kRows =
-    4; // read at once by a thread: one row's 4 bytes are too few on their way to fill the memory's time
+constexpr int kRows = 4;  // that a thread reads at once: 4 bytes of one are too few under way
 
 __device__ __forceinline__ float half_at(const uint8_t *from) {
     return __half2float(*reinterpret_cast<const __half *>(from));

@@ -45,18 +45,20 @@ def test_engines_of_two_models_prepare_one_after_the_other(monkeypatch):
 
 
 def test_the_error_of_a_capture_is_not_replaced_by_that_of_its_end(monkeypatch):
+    left = []
+
     def fail(*_) -> None:
+        left.append(True)
         raise RuntimeError("CUDA error: out of memory")
 
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(session, "_leave_capture_mode", fail)
-    monkeypatch.setattr(Session, "_advance", interrupt)
+    monkeypatch.setattr(Session, "_advance", lambda *_: None)
     engine_session = Session(tiny_model(), 1, 32, False, (), False, False)
     on_cuda = ("get_rng_state", "set_rng_state", "Stream", "stream", "current_stream")
-    with patch.multiple(torch.cuda, **dict.fromkeys(on_cuda, DEFAULT)), pytest.raises(KeyboardInterrupt):
+    interrupted = patch.object(torch.cuda, "CUDAGraph", side_effect=KeyboardInterrupt)  # where the capture begins
+    with patch.multiple(torch.cuda, **dict.fromkeys(on_cuda, DEFAULT)), interrupted, pytest.raises(KeyboardInterrupt):
         engine_session.capture(Selection([], False))
+    assert left
 
 
 class _NoHostReads(TorchDispatchMode):
@@ -134,6 +136,7 @@ def test_a_failed_capture_leaves_torch_as_it_was():
     with pytest.warns(UserWarning, match="the decode step cannot be captured"):
         found = DecodeEngine(model).generate(ids, max_new_tokens=8)
     assert torch.equal(torch.randn(4, device="cuda"), expected)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     handle.remove()
     engine = DecodeEngine(model)
     assert torch.equal(engine.generate(ids, max_new_tokens=8), found)

@@ -150,6 +150,18 @@ def test_every_half_is_read_and_rounded_exactly(dtype, device):
         torch.testing.assert_close(h, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_silu_of_every_half(dtype, device):
+    """Accurate to rounding, as far as the result is not below 1e-30 or subnormal."""
+    gate = all_halves(dtype).to(device)
+    h = ops.gated_threshold(gate, torch.ones_like(gate), torch.zeros((), device=device), None, "silu")
+    g = gate.cpu().double()
+    exact = torch.where(g == -INF, NAN, g * torch.sigmoid(g))
+    numbers = torch.finfo(dtype)
+    tolerance = {"rtol": numbers.eps, "atol": max(1e-30, numbers.tiny * numbers.eps)}
+    torch.testing.assert_close(h.cpu().double(), exact.to(dtype).double(), **tolerance, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_fp32_activations_are_accurate_to_rounding(activation, device):
     """Relative to the value down to -8, where 1 + erf and 1 + tanh would have no digit left on the CPU."""

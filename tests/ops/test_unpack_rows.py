@@ -46,7 +46,7 @@ def test_codes_of_fp8_that_are_no_numbers(device):
 @pytest.mark.parametrize("name", ["int4_g32_zp", "int8_g64", "fp8_e4m3"])
 def test_parts_of_larger_tensors(name, device):
     form = FORMATS[name]
-    rows = rows_of(form, 1088, device, count=70_000 if device == "cuda" else 70)  # more than a grid's 65,535
+    rows = rows_of(form, 1088, device, count=262_150 if device == "cuda" else 70)  # more than a grid's 65,535 times 4
     whole = ops.unpack_rows(rows, name, 1088, torch.bfloat16)
     assert torch.equal(whole[-9:].cpu(), unpack_rows_ref(rows[-9:].cpu(), name, 1088, torch.bfloat16))
     assert torch.equal(ops.unpack_rows(rows[3:9:2], name, 1088, torch.bfloat16), whole[3:9:2])
