@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_thresholds(const float *from, int64_t strid
     for (int e = 0; e < kWidth; e++) out[e] = from ? C(from[(first + e) * stride]) : C(0);
 }
 
-// silu to some 5e-6, which rounding to 16 bits hides. Exact division and exp() would take longer than the memory does.
+// silu to some 5e-6, which rounding to 16 bits hides. Division and exp() to the last bit take many more instructions.
 __device__ __forceinline__ float quick_silu(float g) { return __fdividef(g, 1.f + __expf(-g)); }
 
 // Each thread keeps the thresholds of kWidth neurons in registers and computes every gridDim.y-th row. The next row is

@@ -97,9 +97,9 @@ __device__ __forceinline__ void prefetch_l2(const void *from, uint32_t bytes) {
 #endif
 }
 
-// The next ticket of a counter in global memory, which arrives long before it is needed. It is no addition, not even as
-// assembly: of those ptxas makes one for the warp and broadcasts its result at once, so that the warp waits for it, a
-// trip to L2 a batch. An increment is left alone, unless it wraps around at 2^32 - 1, which makes it an addition.
+// The next ticket of a counter in global memory, asked for long before it is needed. Not by an addition: ptxas turns
+// those of a warp into one and broadcasts the result at once, also of assembly, so that the warp waits for L2. It does
+// not do so with an increment, unless that wraps around at 2^32 - 1, where it is an addition.
 __device__ __forceinline__ void draw_ticket(uint32_t &ticket, uint32_t *counter) {
     asm volatile("atom.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(ticket) : "l"(counter) : "memory");
 }

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWidth = 8; // columns of a thread: 4 or 8 bytes of the row, 16 of a 2-byte output
-constexpr int kRows = 4;  // that a thread reads at once: 4 bytes of one are too few under way
+constexpr int kRows = 4;  // of a thread, read before the first is written, so that more reads are under way
 
 __device__ __forceinline__ float half_at(const uint8_t *from) {
     return __half2float(*reinterpret_cast<const __half *>(from));
