@@ -61,10 +61,14 @@ def find_cuda() -> tuple[Path, str] | tuple[None, str]:
 
 
 def cuda_arch_list(nvcc_version: str) -> str:
-    """TORCH_CUDA_ARCH_LIST without architectures before 8.0, which the kernels do not support; or the release list."""
+    """TORCH_CUDA_ARCH_LIST without architectures before 8.0, which the kernels do not support, and 9.0 as 9.0a.
+
+    Or the release list.
+    """
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         archs = re.split(r"[; ]+", asked)
         kept = [arch for arch in archs if not re.match(r"[1-7]\.", arch)]
+        kept = ["9.0a" if arch == "9.0" else arch for arch in kept]  # the same devices, with all their instructions
         if not kept:
             raise SystemExit(f"cats_ext: TORCH_CUDA_ARCH_LIST must name an architecture of 8.0 or newer, got '{asked}'")
         return ";".join(kept)
@@ -93,6 +97,7 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
     os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(nvcc_version)
     # torch hides the conversions of the 16-bit types; the kernels compile the same with and without torch.
     undo_torch = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+    archs = f'-DCATS_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")}"'
     return CppExtension(
         "cats_ext._C_cuda",
         sources("csrc/ops_cuda.cu", "csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
@@ -105,7 +110,7 @@ def cuda_extension(home: Path, nvcc_version: str) -> CppExtension:
         py_limited_api=True,
         extra_compile_args={
             "cxx": [*FLAGS, *HOST_FLAGS],
-            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in HOST_FLAGS), "-DUSE_CUDA", *undo_torch],
+            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in HOST_FLAGS), "-DUSE_CUDA", *undo_torch, archs],
         },
     )
 

@@ -21,11 +21,11 @@ template <size_t n> int32_t number_of(std::string_view name, const char *const (
 } // namespace
 
 // formats: of gate, up and down, or of rows; null where the weights are dense. deviations: null where there are none.
-// columns and out_dtype: of unpack_rows.
+// columns: of unpack_rows and packed_matmul; out_dtype: of unpack_rows. flag: relu_up or input_rows.
 // The sentence of the check that fails, valid until the thread's next call, or null.
 extern "C" __attribute__((visibility("default"))) const char *
 cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const char *activation_name,
-           int64_t activation_size, const char *const *formats, const double *deviations, bool relu_up, int64_t columns,
+           int64_t activation_size, const char *const *formats, const double *deviations, bool flag, int64_t columns,
            const char *out_dtype) {
     const std::string_view op(op_name), activation(activation_name, activation_size);
     const auto argument = [&](const char *name) {
@@ -55,7 +55,7 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
             if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
         } else if (op == "exact_mlp") {
             check_exact_mlp({argument("x"), argument("w_gate"), argument("w_up"), argument("w_down_t"), activation,
-                             deviations ? std::optional<double>(*deviations) : std::nullopt, relu_up,
+                             deviations ? std::optional<double>(*deviations) : std::nullopt, flag,
                              argument("gate_bias"), argument("up_bias"), argument("down_bias")});
         } else if (op == "activated_mlp") {
             check_activated_mlp({argument("v"), argument("w_down_t"), argument("down_bias"), argument("x"),
@@ -63,6 +63,9 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
         } else if (op == "unpack_rows") {
             check_unpack_rows(argument("rows"), named(formats[0]).value_or(""), columns,
                               number_of(out_dtype, kDtypeNames));
+        } else if (op == "packed_matmul") {
+            check_packed_matmul(argument("x"), argument("rows"), named(formats[0]).value_or(""), columns, flag,
+                                argument("bias"));
         } else if (op == "packed_linear_step") {
             std::vector<TensorArgument> weights, biases;
             for (const char *name : kPartWeights)

@@ -8,6 +8,7 @@
 
 #include "argument.h"
 #include "packed_linear.h"
+#include "packed_matmul.h"
 #include "unpack_rows.h"
 
 namespace cats {
@@ -251,6 +252,35 @@ inline GatedThresholdParams check_gated_threshold(const TensorArgument &grad_h, 
     check_counts(op, counts, gate);
     if (grad_h.present()) check_same_shape(op, grad_h, gate);
     p.grad_h = grad_h.data;
+    return p;
+}
+
+// All parameters that are read. x must be made contiguous, and the caller sets y.
+inline PackedMatmulParams check_packed_matmul(const TensorArgument &x, const TensorArgument &rows,
+                                              std::string_view row_format, int64_t columns, bool input_rows,
+                                              const TensorArgument &bias) {
+    constexpr const char *op = "packed_matmul";
+    PackedMatmulParams p{};
+    p.dtype = check_dtype(op, x, /*allow_double=*/false);
+    CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    check_present(op, rows);
+    CATS_REQUIRE(rows.dim == 2 && rows.sizes[0] > 0, op, ": rows must have shape [N, bytes] with N > 0, got ",
+                 shape(rows));
+    const int64_t count = rows.sizes[0];
+    CATS_REQUIRE(columns > 0 && columns <= INT32_MAX, op, ": columns must be positive and below 2^31, got ", columns);
+    p.input_rows = input_rows;
+    p.inputs = input_rows ? count : columns;
+    p.outputs = input_rows ? columns : count;
+    CATS_REQUIRE(x.last_size() == p.inputs, op, ": x must have last dimension ", p.inputs, ", ",
+                 input_rows ? "as many as rows" : "columns", ", got shape ", shape(x));
+    p.tokens = x.numel() / p.inputs;
+    p.x = x.data;
+    p.rows = static_cast<const uint8_t *>(
+        check_packed_weight(op, rows, x, count, columns, "row_format", row_format, &p.format, &p.stride));
+    CATS_REQUIRE(rows.device_type == kCpu || (p.stride % 16 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0),
+                 op, ": rows must start at multiples of 16 bytes, got strides ", strides(rows), ", the first ",
+                 reinterpret_cast<uintptr_t>(rows.data) % 16, " bytes past a multiple");
+    p.bias = check_vector(op, bias, x, p.outputs);
     return p;
 }
 

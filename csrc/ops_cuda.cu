@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/packed_linear_launch.h"
+#include "cuda/packed_matmul_launch.h"
 #include "cuda/sparse_mlp_launch.h"
 #include "cuda/workspace.h"
 #include "ops.h"
@@ -157,6 +158,32 @@ void packed_linear_step(const Tensor &x, const OptionalTensor &delta, const Opti
     check_cuda("packed_linear_step", packed_linear_cuda(params, current_stream(y.get_device_index())));
 }
 
+Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &row_format, int64_t columns,
+                     bool input_rows, const OptionalTensor &bias) {
+    PackedMatmulParams params = check_packed_matmul(argument("x", x), argument("rows", rows), row_format.value, columns,
+                                                    input_rows, argument("bias", bias));
+    return allocating("packed_matmul", "x", x, [&] {
+        const int32_t device_index = x.get_device_index();
+        const CudaBackend::OnDevice on_device(device_index);
+        const auto x_sizes = x.sizes();
+        std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());
+        sizes.back() = params.outputs;
+        Tensor y = CudaBackend::empty_contiguous(x, sizes);
+        if (params.tokens == 0) return y;
+        Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+        if (reinterpret_cast<uintptr_t>(x_rows.const_data_ptr()) % 16) x_rows = torch::stable::clone(x_rows);
+        params.x = x_rows.const_data_ptr();
+        params.y = y.mutable_data_ptr();
+        const cudaError_t error = packed_matmul_cuda(params, current_stream(device_index));
+        CATS_REQUIRE(error != cudaErrorNotSupported, "packed_matmul",
+                     ": the kernel needs compute capability 9.0, a build for 9.0a, x in float16 or bfloat16, and "
+                     "multiples of 8 inputs and outputs; got ",
+                     dtype(argument("x", x)), ", ", params.inputs, " and ", params.outputs);
+        check_cuda("packed_matmul", error);
+        return y;
+    });
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
@@ -164,15 +191,19 @@ STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
     m.impl("sparse_mlp_packed_step", TORCH_BOX(&sparse_mlp_packed_step));
     m.impl("packed_linear_step", TORCH_BOX(&packed_linear_step));
+    m.impl("packed_matmul", TORCH_BOX(&packed_matmul));
 }
 
 } // namespace cats
 
 #define CATS_STRINGIFY_LIST(...) #__VA_ARGS__
 #define CATS_STRINGIFY(...) CATS_STRINGIFY_LIST(__VA_ARGS__)
+#ifndef CATS_ARCHITECTURES // setup.py has TORCH_CUDA_ARCH_LIST here
+#define CATS_ARCHITECTURES CATS_STRINGIFY(__CUDA_ARCH_LIST__)
+#endif
 
 // What `cats env` shows: the toolkit and the architectures this library was compiled for.
 extern "C" __attribute__((visibility("default"))) const char *cats_build_info() {
-    return "CUDA " CATS_STRINGIFY(__CUDACC_VER_MAJOR__) "." CATS_STRINGIFY(__CUDACC_VER_MINOR__) ", architectures " //
-        CATS_STRINGIFY(__CUDA_ARCH_LIST__);
+    return "CUDA " CATS_STRINGIFY(__CUDACC_VER_MAJOR__) "." CATS_STRINGIFY(
+        __CUDACC_VER_MINOR__) ", architectures " CATS_ARCHITECTURES;
 }

@@ -1,9 +1,11 @@
-"""For how many tokens the kernel of packed rows pays, and what prompts take; MAX_PACKED_TOKENS comes from it.
+"""Which way an MLP of packed rows is quickest at how many tokens, and what prompts take.
 
     python bench kernels.packed_tokens --output bench/results/h200/packed_tokens.csv
 
-An MLP of packed rows as a patched model computes it for few tokens ("kernel") and for many ("unpacked": each matrix is
-unpacked into the dtype of x and multiplied, with the mask in between), beside the dense MLP of the same shape in the
+MAX_PACKED_TOKENS, MAX_PACKED_BEFORE_PRODUCT and MAX_PRODUCT_TOKENS come from it. An MLP of packed rows as a patched
+model computes it for few tokens ("kernel"), for more ("product": packed_matmul with the rows as they are, where there
+is one) and for many ("unpacked": each matrix is unpacked into the dtype of x and multiplied), with the mask between the
+products, beside the dense MLP of the same shape in the
 dtype of x ("dense": eager, so SiLU and product are two kernels). On a GPU each is a CUDA graph over layers of distinct
 weights; they take turns, and medians are reported. Thresholds are exact quantiles for the x in use; tokens are
 independent.
@@ -27,6 +29,7 @@ from bench.lib.results import ResultFile
 from bench.lib.timing import host_seconds, in_turns, replay_seconds
 from cats_ext import ops
 from cats_ext.rows import RowFormat
+from cats_ext.rows.product import has_product
 
 
 @torch.inference_mode()
@@ -43,6 +46,11 @@ def bench(arguments: argparse.Namespace, form: RowFormat, tokens: int, device: s
     def kernel(layer: list[Tensor], threshold: Tensor) -> Tensor:
         return ops.sparse_mlp_packed(x, *layer, *[form.name] * 3, threshold)
 
+    def product(layer: list[Tensor], threshold: Tensor) -> Tensor:
+        gate, up = (ops.packed_matmul(x, rows, form.name, hidden) for rows in layer[:2])
+        h = torch.ops.cats.gated_threshold(gate, up, threshold, None, "silu")
+        return ops.packed_matmul(h, layer[2], form.name, hidden, True)
+
     def unpacked(layer: list[Tensor], threshold: Tensor) -> Tensor:
         gate, up = (F.linear(x, form.unpack(rows, hidden, dtype)) for rows in layer[:2])
         h = torch.ops.cats.gated_threshold(gate, up, threshold, None, "silu")
@@ -56,11 +64,16 @@ def bench(arguments: argparse.Namespace, form: RowFormat, tokens: int, device: s
         "dense": lambda: [dense(layer) for layer in plain],
         "unpacked": lambda: [unpacked(*pair) for pair in pairs],
     }
+    if has_product(x):
+        runs["product"] = lambda: [product(*pair) for pair in pairs]
     if tokens <= arguments.kernel_tokens:
         runs["kernel"] = lambda: [kernel(*pair) for pair in pairs]
-        y, expected = (path(*pairs[0]).float() for path in (kernel, unpacked))
-        if not (error := float((y - expected).norm() / expected.norm())) < 0.2:  # neurons at the threshold differ
-            raise RuntimeError(f"{form.name}, {tokens} tokens: kernel and unpacked products differ by {error:.2g}")
+    expected = unpacked(*pairs[0]).float()
+    for path in (product, kernel):
+        if path.__name__ in runs:
+            error = float((path(*pairs[0]).float() - expected).norm() / expected.norm())
+            if not error < 0.2:  # neurons at the threshold differ
+                raise RuntimeError(f"{form.name}, {tokens} tokens: {path.__name__} and unpacked differ by {error:.2g}")
     if device == "cuda":
         times = replay_seconds([Captured(run) for run in runs.values()], arguments.repetitions)
     else:
@@ -80,7 +93,7 @@ def main() -> None:
     parser = command(__spec__, __doc__, "CSV file of the results")
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 14336], metavar=("H", "I"))
     parser.add_argument("--format", nargs="+", default=["int4_g128", "int8_g128"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 512, 1024, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--kernel-tokens", type=int, default=32, help="the most the kernel is timed for")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=4)

@@ -8,7 +8,7 @@ from cats_ext.ops import dispatch
 
 LIMIT = "BENCH_MAX_SERVED_TOKENS"
 if LIMIT in os.environ:
-    dispatch.MAX_SERVED_TOKENS = int(os.environ[LIMIT])
+    dispatch.MAX_SERVED_TOKENS, dispatch.MAX_SERVED_ROW = int(os.environ[LIMIT]), 1 << 30
 
 
 class Extension:

@@ -8,7 +8,12 @@ from __future__ import annotations
 from bench.tables.pages import Page, ratio, read, source, source_by_tokens, table
 
 FILE, LAYERS = "quality/quantized.csv", ("h200/packed.csv", "h100/packed.csv")
+TASKS, ALONE = (
+    "quality/quantized_tasks.csv",
+    {"lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"},
+)
 DECODE, TOKENS = "h200/decode_packed.csv", "h200/packed_tokens.csv"
+PATHS = {"kernel": "the kernel at 50%", "product": "products with the rows", "unpacked": "unpacked"}
 MODELS = {"mistral-7b": "Mistral-7B", "llama-3-8b": "Llama-3-8B"}
 PEERS = ("bf16", "int8", "int4pack")
 WEIGHTS = {"int4_g128": "int4", "int4_g128+int8_g128": "int4, down int8", "int8_g128": "int8", "fp8_e4m3": "fp8"}
@@ -38,6 +43,36 @@ def _quality_row(row: dict[str, str], dense: dict[str, str]) -> list[str]:
         kl = float(row[f"{kind}kl"])
         cells += [f"{float(row[f'{kind}ppl']):.2f}{ratio}", f"{kl:.4f}" if kl else ""]
     return cells
+
+
+def tasks() -> str:
+    data = read(TASKS)
+    dense = {
+        (row["model"], row["task"]): row for row in data if row["name"] == "as it is" and not float(row["sparsity"])
+    }
+    parts = [
+        source(TASKS, data[0]) + ", the reported half of the items. Differences in points, with their standard errors, "
+        "are to the model as it is, dense."
+    ]
+    for model in dict.fromkeys(row["model"] for row in data):
+        runs: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+        for row in data:
+            if row["model"] == model:
+                runs.setdefault((row["name"], f"{float(row['sparsity']):.0%}"), {})[row["task"]] = row
+        rows = []
+        for (name, sparsity), found in runs.items():
+            cells = [name, sparsity if float(sparsity.rstrip("%")) else "dense"]
+            for task in ("mean", *ALONE):
+                row = found[task]
+                of_dense = row is dense[model, task]
+                change, error = (
+                    f"{100 * float(row[key]):{sign}.1f}" for key, sign in (("difference", "+"), ("difference_se", ""))
+                )
+                cells.append(f"{100 * float(row['sparse']):.1f}" + ("" if of_dense else f" ({change} ± {error})"))
+            rows.append(cells)
+        parts.append(f"{model}:")
+        parts.append(table(["MLP weights", "neurons skipped", "eight tasks, mean", *ALONE.values()], rows))
+    return "\n\n".join(parts)
 
 
 def layers() -> str:
@@ -96,20 +131,22 @@ def prompts() -> str:
         cells = []
         for name in formats:
             cells.append(f"{times[name, 'dense', tokens]} us")
-            for path in ("kernel", "unpacked"):
+            for path in PATHS:
                 us = times.get((name, path, tokens))
                 cells.append(f"{us} us, {ratio(times[name, 'dense', tokens], us)}" if us else "")
         rows.append([f"{tokens:,}", *cells])
     first = data[0]
     header = ["tokens"]
     for kind in (name.partition("_")[0] for name in formats):
-        header += ["dense, bf16, eager", f"{kind}, the kernel at 50%", f"{kind}, unpacked"]
+        header += ["dense, bf16, eager", *(f"{kind}, {title}" for title in PATHS.values())]
     about = f"{first['device']}, one MLP, {first['hidden_size']}x{first['intermediate_size']}"
     about += f": {source_by_tokens(TOKENS, data)}. Ratios are to the dense MLP before them, of the same run."
     return f"{about}\n\n{table(header, rows)}"
 
 
-PAGE = Page("docs/quantization.md", {"quality": quality, "layers": layers, "decode": decode, "prompts": prompts})
+PAGE = Page(
+    "docs/quantization.md", {"quality": quality, "tasks": tasks, "layers": layers, "decode": decode, "prompts": prompts}
+)
 
 if __name__ == "__main__":
     PAGE.write()

@@ -82,6 +82,7 @@ def check(op: str, arguments: dict[str, Any]) -> None:
     number = None if deviations is None else ctypes.byref(ctypes.c_double(deviations))
     call = op.encode(), array, len(tensors), activation, len(activation), formats, number
     columns, dtype = arguments.get("columns", 0), str(arguments.get("dtype", "")).removeprefix("torch.")
-    sentence = _cats_check()(*call, arguments.get("relu_up", False), *_numbers([columns]), dtype.encode())
+    flag = arguments.get("relu_up", arguments.get("input_rows", False))
+    sentence = _cats_check()(*call, flag, *_numbers([columns]), dtype.encode())
     if sentence is not None:
         raise RuntimeError(sentence.decode())

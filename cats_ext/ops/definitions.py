@@ -62,6 +62,10 @@ SCHEMAS = {
     "Tensor(b!)? x_new) -> ()",
     # Packed rows [I, bytes] as dense ones [I, columns], for products with many tokens.
     "unpack_rows": "(Tensor rows, str row_format, int columns, ScalarType dtype) -> Tensor",
+    # x W^T for packed rows of W [N, columns], or with input_rows x W for those of W [N, columns] in x [..., N]; plus
+    # bias. On CUDA raises cudaErrorNotSupported for what rows.product.product_fits refuses.
+    "packed_matmul": "(Tensor x, Tensor rows, str row_format, int columns, bool input_rows=False, Tensor? bias=None) "
+    "-> Tensor",
     "gated_threshold": f"(Tensor gate, Tensor up, {_THRESHOLDS}) -> Tensor",
     "gated_threshold_counted": f"(Tensor gate, Tensor up, Tensor(a!) counts, {_THRESHOLDS}) -> Tensor",
     # The same kernel below autograd, whose registration costs the host time at each call: see masked_product.
@@ -81,6 +85,7 @@ activated_mlp = torch.ops.cats.activated_mlp
 exact_mlp = torch.ops.cats.exact_mlp
 packed_linear_step = torch.ops.cats.packed_linear_step
 unpack_rows = torch.ops.cats.unpack_rows
+packed_matmul = torch.ops.cats.packed_matmul
 gated_threshold = torch.ops.cats.gated_threshold
 gated_threshold_counted = torch.ops.cats.gated_threshold_counted
 gated_threshold_forward = torch.ops.cats.gated_threshold_forward
@@ -132,6 +137,11 @@ def _unpacked_output(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     return (rows.new_empty(rows.shape[0], arguments["columns"], dtype=arguments["dtype"]),)
 
 
+def _matmul_output(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    x, rows = arguments["x"], arguments["rows"]
+    return (x.new_empty(*x.shape[:-1], arguments["columns"] if arguments["input_rows"] else rows.shape[0]),)
+
+
 # Empty outputs, from the arguments of a call by name; and the reference.
 _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]] = {
     "sparse_mlp": (_like("x"), _sparse_mlp_ref),
@@ -144,6 +154,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "exact_mlp": (_like("x"), _exact_mlp_ref),
     "packed_linear_step": (_like(), reference.packed_linear_step_ref),
     "unpack_rows": (_unpacked_output, reference.unpack_rows_ref),
+    "packed_matmul": (_matmul_output, reference.packed_matmul_ref),
     "gated_threshold": (_like("gate"), reference.gated_threshold_ref),
     "gated_threshold_counted": (_like("gate"), reference.gated_threshold_counted_ref),
     "gated_threshold_forward": (_like("gate"), reference.gated_threshold_ref),
@@ -204,10 +215,10 @@ def _register() -> None:
     uncompiled = [d for d, lib in (("cpu", "_C"), ("cuda", "_C_cuda")) if not LIBRARIES[lib].loaded]
     for op in _OPS:
         torch.library.register_fake(f"cats::{op}", _fake(op))
-        # The step has no CPU kernel, because decoding on a CPU gains nothing by it.
-        step = op.endswith("_step")
-        for device in {*uncompiled, "cpu"} if step else uncompiled:
-            torch.library.register_kernel(f"cats::{op}", device, _formula(op) if step else _fallback(op, device))
+        # Without a CPU kernel: a step, because decoding on a CPU gains nothing by it, and products of many tokens.
+        no_kernel = op.endswith("_step") or op == "packed_matmul"
+        for device in {*uncompiled, "cpu"} if no_kernel else uncompiled:
+            torch.library.register_kernel(f"cats::{op}", device, _formula(op) if no_kernel else _fallback(op, device))
         # Inside torch.func's transforms the formula runs, which has all derivatives and batching rules.
         counted = op.endswith("_counted")
         _library.impl(op, _refuse_counting if counted else _formula(op), "FuncTorchDynamicLayerFrontMode")

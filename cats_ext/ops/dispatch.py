@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.experts import triton_installed
+from cats_ext.rows.product import has_product
 
 # What choose() answers.
 KERNEL = "kernel"  # the sparse kernel, which reads the rows of kept neurons only
@@ -29,8 +30,10 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 # As MAX_KERNEL_TOKENS, under vLLM, whose graphs take the choice for each captured size. On an H200 a step of Mistral-7B
 # with 2 sequences takes 0.98 times as long as the dense one at 50 % sparsity and 0.89 times at 70 %; with 4 the kernel
-# is slower at 50 % (bench/results/h200: serving.csv, serving_tokens.csv).
-MAX_SERVED_TOKENS = 2
+# is slower at 50 % (bench/results/h200: serving.csv, serving_tokens.csv). Longer rows than the tensor cores take are
+# served to one sequence: of Llama-3-70B's shape over two GPUs, 2 sequences take 1.06 times as long as dense at 50 %
+# (serving_two_gpus.csv).
+MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
@@ -45,8 +48,10 @@ MOST_BATCHED_GB_PER_S = 4000
 # AVX-512, 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0;
 # int8 9.3 and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes
 # 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 279, 568 and 256 (h200/packed_tokens.csv), all
-# before unpack_rows read four rows at once.
+# before unpack_rows read four rows at once. packed_matmul, where there is one, takes as long for 8 to 32 tokens as the
+# kernel does for 8 (kernel 116, packed_matmul: the same file).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
+MAX_PACKED_BEFORE_PRODUCT = 7
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
 # takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens (bench/results/h200/exact.csv). For 4 it takes
@@ -97,8 +102,12 @@ class Projections:
     subclass with operands, a kernel and a limit of its own.
     """
 
-    max_tokens = MAX_KERNEL_TOKENS  # for which the kernel is taken, per device type
     down_name = "down_proj"  # of the child
+
+    @staticmethod
+    def kernel_fits(x: Tensor, hidden_size: int) -> bool:
+        """Whether ``x`` ``[..., H]`` has few enough tokens for the kernel and a dtype that it takes."""
+        return kernel_fits(x, hidden_size)
 
     @staticmethod
     def operands(source: Any) -> Operands | None:
@@ -152,7 +161,7 @@ def choose(
     """
     if dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
         return DENSE, None
-    if kernel_fits(x, hidden_size, projections.max_tokens):
+    if projections.kernel_fits(x, hidden_size):
         operands = projections.operands(source)
         if (
             operands is not None
@@ -217,6 +226,18 @@ def kernel_fits(x: Tensor, hidden_size: int, max_tokens: dict[str, int] = MAX_KE
         (tokens_fit or (device == "cpu" and x.dtype in _SCALAR_ON_CPU))
         and x.dtype in ops.SPARSE_DTYPES
         and not _autocast_is_enabled(device)
+    )
+
+
+def served_tokens(hidden_size: int) -> int:
+    """For how many tokens the kernel is taken under vLLM on CUDA."""
+    return MAX_SERVED_TOKENS if hidden_size <= MAX_SERVED_ROW else min(MAX_SERVED_TOKENS, 1)
+
+
+def packed_kernel_fits(x: Tensor, hidden_size: int) -> bool:
+    """As :func:`kernel_fits`, of packed rows."""
+    return kernel_fits(x, hidden_size, MAX_PACKED_TOKENS) and not (
+        x.numel() > MAX_PACKED_BEFORE_PRODUCT * hidden_size and has_product(x)
     )
 
 

@@ -210,6 +210,19 @@ def unpack_rows_ref(rows: Tensor, row_format: str, columns: int, dtype: torch.dt
     return form.decode(q.unflatten(1, (scales.shape[1], -1)), scales, zeros).flatten(1).to(dtype)
 
 
+def packed_matmul_ref(
+    x: Tensor, rows: Tensor, row_format: str, columns: int, input_rows: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """``x W^T + bias`` for packed rows of ``W`` ``[N, columns]``; with ``input_rows`` ``x W + bias``.
+
+    Weights are rounded to the dtype of ``x``, and products are added in at least float32.
+    """
+    weight = unpack_rows_ref(rows, row_format, columns, x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ (weight if input_rows else weight.t()).to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
 def sparse_mlp_packed_ref(
     x: Tensor,
     w_gate: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops import definitions as ops
-from cats_ext.ops.dispatch import MAX_PACKED_TOKENS, Mask, Operands, Projections, deterministic, needs_grad
+from cats_ext.ops.dispatch import Mask, Operands, Projections, deterministic, needs_grad, packed_kernel_fits
 from cats_ext.parallel.sharding import is_sharded, local
 from cats_ext.patching.wrappers import (
     BACKWARD_HOOKS,
@@ -111,7 +111,7 @@ class PackedOperands(NamedTuple):
 class PackedProjections(SeparateProjections):
     """As :class:`SeparateProjections`, of children that hold packed rows."""
 
-    max_tokens = MAX_PACKED_TOKENS
+    kernel_fits = staticmethod(packed_kernel_fits)
 
     @staticmethod
     def operands(source: dict[str, nn.Module]) -> PackedOperands | None:
@@ -132,7 +132,7 @@ class PackedProjections(SeparateProjections):
 class PackedMergedProjections(MergedProjections):
     """As :class:`MergedProjections`, of children that hold packed rows."""
 
-    max_tokens = MAX_PACKED_TOKENS
+    kernel_fits = staticmethod(packed_kernel_fits)
 
     @staticmethod
     def operands(source: dict[str, nn.Module]) -> PackedOperands | None:

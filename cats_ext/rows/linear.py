@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from cats_ext.rows.compensation import compensated_rows
 from cats_ext.rows.formats import RowFormat
+from cats_ext.rows.product import packed_product
 from cats_ext.rows.rounding import quantize_rows
 
 
@@ -15,7 +15,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer with its weight in packed rows: one an output, or with ``input_rows`` one an input.
 
     The down projection of an MLP has a row for each input, so that a neuron's row is read or skipped as a whole. The
-    forward unpacks the weight into the input's dtype and multiplies; kernels read ``weight`` as it is.
+    forward multiplies with the weight as it is (:func:`~cats_ext.rows.product.packed_product`), or unpacks it into the
+    input's dtype first.
 
     Attributes:
         weight: uint8 ``[rows, bytes]``, a parameter without gradient.
@@ -98,7 +99,9 @@ class QuantizedLinear(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} columns, got {list(x.shape)}")
-        return linear(x, self.unpacked(x.dtype), self.bias)
+        return packed_product(
+            x, self.weight, self.row_format, self.row_width, input_rows=self.input_rows, bias=self.bias
+        )
 
     def extra_repr(self) -> str:
         rows = "inputs" if self.input_rows else "outputs"

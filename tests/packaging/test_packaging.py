@@ -100,6 +100,7 @@ def test_missing_and_old_nvcc_are_named(build_script, monkeypatch, tmp_path):
         (None, "13.0", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"),
         (None, "12.6", "8.0;8.6;8.9+PTX;9.0a"),  # 10.0 and 12.0 came with nvcc 12.8
         ("9.0a", "13.0", "9.0a"),
+        ("8.0;9.0", "13.0", "8.0;9.0a"),
         ("7.0 7.5 8.0 9.0+PTX", "13.0", "8.0;9.0+PTX"),
         ("10.0;12.0", "13.0", "10.0;12.0"),
     ],

@@ -71,3 +71,25 @@ def make_packed_case(
     case = PackedCase(x, weights, biases, activation, rows=rows, formats=formats)
     set_thresholds(case, rule, sparsity, seed)
     return case
+
+
+def matmul_difference(
+    x: Tensor, rows: Tensor, row_format: str, columns: int, input_rows: bool, bias: Tensor | None, y: Tensor
+) -> str:
+    """What is wrong with ``y``, the result of packed_matmul, against float64; empty if nothing is.
+
+    Weights are rounded to the dtype of ``x``; with zero points the kernel rounds some to the number next to that. Sums
+    are rounded to float32 and once to the dtype.
+    """
+    weight = FORMATS[row_format].unpack(rows.cpu(), columns, x.dtype).double()
+    weight = weight if input_rows else weight.t()
+    wide = x.cpu().double()
+    expected = wide @ weight + (0 if bias is None else bias.cpu().double())
+    if y.shape != expected.shape or y.dtype != x.dtype:
+        return f"{y.dtype} of shape {list(y.shape)}, expected {x.dtype} of shape {list(expected.shape)}"
+    step = 2.0 ** (-8 if x.dtype == torch.bfloat16 else -11)
+    norms = wide.norm(dim=-1, keepdim=True) * weight.norm(dim=0)  # of what is summed up
+    allowed = 1.05 * step * expected.abs() + (2e-6 + (step / 8 if "zp" in row_format else 0.0)) * norms + 1e-7
+    off = (y.cpu().double() - expected).abs() - allowed
+    wrong = (off > 0) | (y.cpu().isnan() != expected.isnan())
+    return f"off by {float(off.max()):.3g} more than allowed, {int(wrong.sum())} values" if wrong.any() else ""

@@ -23,6 +23,7 @@ from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
 from cats_ext.patching.projections import PackedOperands, PackedProjections
 from cats_ext.rows import RowFormat
+from cats_ext.rows.product import packed_product
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import check_weights
@@ -260,25 +261,25 @@ def _mlp(
             operands = PackedOperands((*_halves(gate_up, 0), w_down), all_biases, tuple(formats))
             return PackedProjections.kernel(x, operands, mask, counts)
         return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), all_biases), mask, counts)
+    forms = [RowFormat.parse(name) for name in formats]
+
+    def product(i: int, w: Tensor) -> Tensor:
+        bias = biases[i] if biases else None
+        return packed_product(x, w, forms[i], x.shape[-1], bias=bias) if formats else F.linear(x, w, bias)
+
+    gate, up = _halves([product(i, w) for i, w in enumerate(gate_up)])
+    h = masked_product(gate, up, *mask, None if kernel_only else counts)
     if formats:
-        gate_up = [_unpacked(w, form, x) for w, form in zip(gate_up, formats, strict=False)]
-        w_down = _unpacked(w_down, formats[-1], x).t()
-    products = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(gate_up)]
-    gate, up = _halves(products)
-    return F.linear(masked_product(gate, up, *mask, None if kernel_only else counts), w_down, down_bias)
+        return packed_product(h, w_down, forms[-1], x.shape[-1], input_rows=True, bias=down_bias)
+    return F.linear(h, w_down, down_bias)
 
 
 def _takes_kernel(x: Tensor, packed: bool) -> bool:
     if packed:
-        return dispatch.kernel_fits(x, x.shape[-1], dispatch.MAX_PACKED_TOKENS)
+        return dispatch.packed_kernel_fits(x, x.shape[-1])
     if x.is_cuda:
-        return x.numel() <= dispatch.MAX_SERVED_TOKENS * x.shape[-1]
+        return x.numel() <= dispatch.served_tokens(x.shape[-1]) * x.shape[-1]
     return dispatch.kernel_fits(x, x.shape[-1])
-
-
-def _unpacked(rows: Tensor, row_format: str, x: Tensor) -> Tensor:
-    """``[I, H]`` in the dtype of ``x`` ``[..., H]``."""
-    return RowFormat.parse(row_format).unpack(rows, x.shape[-1], x.dtype)
 
 
 for _op in ("mlp", "mlp_counted"):

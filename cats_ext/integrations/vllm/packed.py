@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import RowParallelLinear, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
@@ -17,6 +16,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 from cats_ext.integrations.vllm.linear import Adoption, DenseLinearMethod, MLPLinearMethod
 from cats_ext.quantization.layout import Rows, pattern_of
 from cats_ext.rows import RowFormat
+from cats_ext.rows.product import packed_product
 
 
 def entry_of(rows: Rows, prefix: str, fused: dict[str, list[str]]) -> dict[str, Any] | None:
@@ -77,8 +77,7 @@ class PackedMLPLinearMethod(MLPLinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         columns = layer.output_size_per_partition if self.input_rows else layer.input_size_per_partition
-        weight = self.row_format.unpack(layer.weight, columns, x.dtype)
-        return F.linear(x, weight.t() if self.input_rows else weight, bias)
+        return packed_product(x, layer.weight, self.row_format, columns, input_rows=self.input_rows, bias=bias)
 
 
 @register_weight_loader_v2_supported_method

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from adversarial.harness import exact_calls, packed_linear_calls, right_calls, unpack_calls
+from adversarial.harness import exact_calls, matmul_calls, packed_linear_calls, right_calls, unpack_calls
 from adversarial.harness.record import is_clear
 from adversarial.harness.right_calls import Call
 from adversarial.harness.wrong_calls import spoil
@@ -39,6 +39,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
         call = Call(op, exact_calls.arguments(r))
     elif op == "unpack_rows":
         call = Call(op, unpack_calls.make(r, g))
+    elif op == "packed_matmul":
+        call = Call(op, matmul_calls.make(r, g))
     else:
         others = {"gated": right_calls.elementwise, "activated": right_calls.activated}
         make = others.get(op.partition("_")[0], right_calls.mlp)
@@ -96,6 +98,12 @@ def _difference(call: Call, before: dict[str, Tensor]) -> str:
             if name not in ("y", "x_new") and not torch.equal(_bits(call.arguments[name]), _bits(value)):
                 return f"{name} was written to"
         return packed_linear_calls.difference(call.arguments, call.arguments["y"])
+    if call.op == "packed_matmul":
+        y = call.run()
+        for name, value in before.items():
+            if not torch.equal(_bits(call.arguments[name]), _bits(value)):
+                return f"{name} was written to"
+        return matmul_calls.difference(call.arguments, y)
     tolerance = None
     if call.op == "exact_mlp":
         y, tolerance = exact_calls.expected(call.arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
-from adversarial.harness import exact_calls, packed_linear_calls, unpack_calls
+from adversarial.harness import exact_calls, matmul_calls, packed_linear_calls, unpack_calls
 from adversarial.harness.right_calls import Call
 from support.op_cases import DTYPES
 from torch import Tensor
@@ -44,8 +44,9 @@ def spoil(r: random.Random, call: Call) -> bool:
     if linear and r.random() < 0.3:
         call.spoilt = packed_linear_calls.spoil(r, call.arguments)
         return True
-    if call.op == "unpack_rows":
-        call.spoilt = unpack_calls.spoil(r, call.arguments)
+    if call.op in ("unpack_rows", "packed_matmul"):
+        calls = unpack_calls if call.op == "unpack_rows" else matmul_calls
+        call.spoilt = calls.spoil(r, call.arguments)
         return True
     name, t = r.choice(sorted(tensors.items(), key=lambda item: item[0]))
     kinds = [
