@@ -81,15 +81,15 @@ def matmul_difference(
     Weights are rounded to the dtype of ``x``; with zero points the kernel rounds some to the number next to that. Sums
     are rounded to float32 and once to the dtype.
     """
-    weight = FORMATS[row_format].unpack(rows.cpu(), columns, x.dtype).double()
+    weight = FORMATS[row_format].unpack(rows, columns, x.dtype).double()
     weight = weight if input_rows else weight.t()
-    wide = x.cpu().double()
-    expected = wide @ weight + (0 if bias is None else bias.cpu().double())
+    wide = x.double()
+    expected = wide @ weight + (0 if bias is None else bias.double())
     if y.shape != expected.shape or y.dtype != x.dtype:
         return f"{y.dtype} of shape {list(y.shape)}, expected {x.dtype} of shape {list(expected.shape)}"
     step = 2.0 ** (-8 if x.dtype == torch.bfloat16 else -11)
     norms = wide.norm(dim=-1, keepdim=True) * weight.norm(dim=0)  # of what is summed up
     allowed = 1.05 * step * expected.abs() + (2e-6 + (step / 8 if "zp" in row_format else 0.0)) * norms + 1e-7
-    off = (y.cpu().double() - expected).abs() - allowed
-    wrong = (off > 0) | (y.cpu().isnan() != expected.isnan())
+    off = (y.double() - expected).abs() - allowed
+    wrong = (off > 0) | (y.isnan() != expected.isnan())
     return f"off by {float(off.max()):.3g} more than allowed, {int(wrong.sum())} values" if wrong.any() else ""
