@@ -10,10 +10,9 @@ from torch.nn.functional import linear
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.rows.formats import RowFormat
 
-# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 1.2 times as long
-# as the dense one for 512 tokens, and 1.4 times where the rows are unpacked first; for 2,048 tokens unpacking is not
-# slower (bench/results/h200/packed_tokens.csv).
-PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 1024
+# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 337 us for 512
+# tokens, and 392 where the rows are unpacked first; for 1,024 tokens 734 and 640 (h200/packed_tokens.csv).
+PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 512
 
 
 def packed_product(

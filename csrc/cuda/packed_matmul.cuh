@@ -295,13 +295,13 @@ __device__ __forceinline__ void packed_matmul_body(const MatmulArguments &args) 
     float *const sums = reinterpret_cast<float *>(ring); // [kTokens][kSumStride], when all is multiplied
     if (threadIdx.x >= kConsumerGroups * kWarpGroup) {
         produce<kType, T, kInputRows, kTokens>(args, ring, barriers, first, last);
-        __syncthreads();
     } else {
         float d[kTokens / 2];
 #pragma unroll
         for (float &sum : d) sum = 0.f;
         consume<kType, T, kInputRows, kTokens>(ring, barriers, last - first, d);
-        __syncthreads();
+        // Both groups have read all stages before sums take their place.
+        asm volatile("bar.sync 1, %0;" ::"n"(kConsumerGroups * kWarpGroup) : "memory");
         const int output = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kTokens / 2; i++)
