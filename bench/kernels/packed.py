@@ -5,7 +5,8 @@
 Every path is captured in a CUDA graph over layers of distinct weights, several times the L2 in all; paths take turns,
 medians are reported. Thresholds are exact quantiles of |act(gate)| for the x in use; with several tokens a neuron's row
 is read if one of them keeps it. "int4pack" is torch's tinygemm kernel, groups of 128, compiled with its activation;
-"int8" is a product with weights that torch.compile converts as it reads them, one scale a row.
+"int8" is a product with weights that torch.compile converts as it reads them, one scale a row. From 4 tokens on
+"product" is packed_matmul, which reads all packed rows, with the mask of the first sparsity between its products.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.lib.shapes import SHAPES, parse_shape
 from bench.lib.timing import replay_seconds
 from cats_ext import ops
 from cats_ext.rows import RowFormat
+from cats_ext.rows.product import has_product
 
 FORMATS = ["int4_g128", "int4_g128_zp", "int4_g64", "int8_g128", "fp8_e4m3", "int4_g128+int8_g128"]
 
@@ -68,6 +70,18 @@ def packed_variants(name: str, x: Tensor, intermediate: int, sparsities: list[fl
 
         read = intermediate * gate + rows * (up + down)
         yield Variant(name, f"{name} {sparsity:.0%}", sparsity, read, count, Captured(run))
+    if not has_product(x) or len(x) < 4:
+        return
+    thresholds = [kth_threshold(v, sparsities[0]) for v in values]
+
+    def mlp(w: list[Tensor], threshold: Tensor) -> Tensor:
+        g, u = (ops.packed_matmul(x, rows, form, hidden) for rows, form in zip(w[:2], names, strict=False))
+        h = ops.gated_threshold(g, u, threshold)
+        return ops.packed_matmul(h, w[2], names[2], hidden, True)
+
+    replay = Captured(lambda: [mlp(w, t) for w, t in zip(layers, thresholds, strict=True)])
+    read = intermediate * (gate + up + down)
+    yield Variant(f"{name} product", f"{name}, packed_matmul", sparsities[0], read, count, replay)
 
 
 def int4pack_layer(intermediate: int, hidden: int) -> list[tuple[Tensor, Tensor]]:
