@@ -277,9 +277,6 @@ inline PackedMatmulParams check_packed_matmul(const TensorArgument &x, const Ten
     p.x = x.data;
     p.rows = static_cast<const uint8_t *>(
         check_packed_weight(op, rows, x, count, columns, "row_format", row_format, &p.format, &p.stride));
-    CATS_REQUIRE(rows.device_type == kCpu || (p.stride % 16 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0),
-                 op, ": rows must start at multiples of 16 bytes, got strides ", strides(rows), ", the first ",
-                 reinterpret_cast<uintptr_t>(rows.data) % 16, " bytes past a multiple");
     p.bias = check_vector(op, bias, x, p.outputs);
     return p;
 }

@@ -44,12 +44,11 @@ MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 
-# As MAX_KERNEL_TOKENS, of packed rows, which any other path has to unpack first. At 50 % sparsity, on two cores with
-# AVX-512, 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0;
-# int8 9.3 and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes
-# 229 us for 16 tokens, 455 for 32, and to unpack and multiply 264; int8 279, 568 and 256 (h200/packed_tokens.csv), all
-# before unpack_rows read four rows at once. packed_matmul, where there is one, takes as long for 8 to 32 tokens as the
-# kernel does for 8 (kernel 116, packed_matmul: the same file).
+# As MAX_KERNEL_TOKENS, of packed rows, which other paths unpack first. At 50 % sparsity, on two cores with AVX-512,
+# 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0; int8 9.3
+# and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 229 us for
+# 16 tokens and to unpack and multiply 228; int8 281 and 249. packed_matmul, where there is one, takes 110 and 115 for 8
+# tokens, and the kernel 115 and 145 (h200/packed_tokens.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 7
 

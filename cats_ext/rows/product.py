@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from cats_ext.ops.library import LIBRARIES
 from cats_ext.rows.formats import RowFormat
 
-# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 337 us for 512
-# tokens, and 392 where the rows are unpacked first; for 1,024 tokens 734 and 640 (h200/packed_tokens.csv).
+# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 319 us for 512
+# tokens, and 379 where the rows are unpacked first; for 1,024 tokens 694 and 606 (h200/packed_tokens.csv).
 PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 512
 
 

@@ -147,7 +147,7 @@ def test_errors_on_a_gpu():
     with pytest.raises(RuntimeError, match=r"packed_matmul: the kernel needs .* multiples of 8 .* got .*, 576 and 12"):
         ops.packed_matmul(x, rows[:12], name, columns)
     moved = torch.cat([rows.new_zeros(3), rows.flatten()])[3:].view(rows.shape)
-    with pytest.raises(RuntimeError, match="packed_matmul: rows must start at multiples of 16 bytes"):
+    with pytest.raises(RuntimeError, match="packed_matmul: rows must have rows that start at multiples of 16 bytes"):
         ops.packed_matmul(x, moved, name, columns)
     with pytest.raises(RuntimeError, match=r"packed_matmul: rows must be .*cuda"):
         ops.packed_matmul(x, rows.cpu(), name, columns)
