@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cats_ext._version import __version__
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 _PACKAGES = ("transformers", "safetensors", "accelerate", "peft", "gguf")
 _VARIABLES = ("CATS_CACHE", "CATS_REQUIRE_EXT", "CATS_DEBUG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 # The tests import bench/ from the source tree. The root comes last, so that an installed cats_ext wins over ./cats_ext.
 sys.path.append(str(Path(__file__).parents[1]))

@@ -31,7 +31,7 @@ from bench.lib.results import ResultFile
 from bench.lib.shapes import DTYPES
 from bench.lib.timing import host_seconds
 from cats_ext import ops
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.rows import FORMATS, quantize_rows
 
 RunLayer = Callable[[int], Tensor]  # runs layer number i

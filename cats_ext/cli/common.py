@@ -31,7 +31,7 @@ from cats_ext._outputs import cannot_be_written, check_writable
 from cats_ext.cli import models, torchrun
 from cats_ext.cli.options import Precision, torch_dtype
 from cats_ext.cli.streams import StandardOutputError
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.patching.apply import current_config, sparse_mlps
 from cats_ext.thresholds.files import write_together
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.native.library import LIBRARIES
 from cats_ext.ops import definitions as ops
-from cats_ext.ops.library import LIBRARIES
 from cats_ext.thresholds.rules import check_sparsity
 
 # (hidden_size H, intermediate_size I) by name

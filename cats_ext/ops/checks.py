@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 
 class _NamedTensor(ctypes.Structure):  # NamedTensor of csrc/checks.cpp

@@ -19,9 +19,9 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from cats_ext.native.library import LIBRARIES
 from cats_ext.ops import reference
 from cats_ext.ops.checks import check
-from cats_ext.ops.library import LIBRARIES
 
 _WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
 _FORMATS = "str gate_format, str up_format, str down_format"

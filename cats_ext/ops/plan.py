@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 KERNELS = ("none", "pipelined", "small", "batched", "generic", "packed")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # DType in csrc/sparse_mlp.h

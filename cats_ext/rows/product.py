@@ -7,7 +7,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.rows.formats import RowFormat
 
 # What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 319 us for 512

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import cats_ext
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 HERE = Path(__file__).parent
 ALL = ["portable", "avx2", "avx512", "avx512bf16"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cats_ext.ops import library
-from cats_ext.ops.library import LibraryStatus
+from cats_ext.native import library
+from cats_ext.native.library import LibraryStatus
 
 LOADED, BROKEN, ABSENT = ("there", True), ("there", False), (None, False)
 

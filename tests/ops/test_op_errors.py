@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cats_ext.native.library import LIBRARIES
 from cats_ext.ops import definitions
-from cats_ext.ops.library import LIBRARIES
 
 pytestmark = pytest.mark.skipif(not LIBRARIES["_C"].loaded, reason="the checks are in the compiled library")
 

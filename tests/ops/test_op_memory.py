@@ -10,7 +10,7 @@ import torch
 from support.op_cases import DEVICES, make_case
 
 from cats_ext import ops
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 CALLS = 40_000
 # A string of its own is 32 bytes or more a call, 1.3 MB; what a process takes and gives besides is less than this.

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.ops.plan import DeviceLimits, device_limits, plan
 
 pytestmark = pytest.mark.skipif(not LIBRARIES["_C"].loaded, reason="needs the compiled library _C")

@@ -15,7 +15,7 @@ import torch
 
 import cats_ext
 from cats_ext import env
-from cats_ext.ops.library import LibraryStatus
+from cats_ext.native.library import LibraryStatus
 
 
 def test_report_is_json_and_names_the_versions():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import cats_ext
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 
 # Here, before any test runs: after an import of the standard library's distutils, setuptools refuses to load.
 pytest.importorskip("setuptools", minversion="77")

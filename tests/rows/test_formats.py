@@ -8,7 +8,7 @@ from support.op_cases import DEVICES
 from torch import Tensor
 
 from cats_ext import ops
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.rows import FORMATS, RowFormat
 
 INF, NAN = float("inf"), float("nan")

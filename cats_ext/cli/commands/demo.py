@@ -26,7 +26,7 @@ from cats_ext.cli.common import escape, load, notes, output, patched, print_json
 from cats_ext.cli.text import CALIBRATION_MODULES, HELD_OUT_MODULES, docstrings, read_texts, tokenize
 from cats_ext.evaluation.comparison import perplexity
 from cats_ext.evaluation.plots import ActivationPanel, plot_activations
-from cats_ext.ops.library import LIBRARIES
+from cats_ext.native.library import LIBRARIES
 from cats_ext.patching.detection import find_gated_mlps
 from cats_ext.thresholds.rules import sparsity_split
 

@@ -1,0 +1,1 @@
+"""The compiled libraries of cats_ext."""
