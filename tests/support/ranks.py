@@ -39,7 +39,8 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, fail
         fail: errors are returned, as :class:`RankError`; otherwise the first is raised.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "transformers.models.llama.modeling_llama", "cats_ext"])
+    # Not cats_ext: the server would look for it in the working directory first, in a clone for the sources.
+    context.set_forkserver_preload(["transformers", "transformers.models.llama.modeling_llama"])
     with tempfile.TemporaryDirectory() as scratch:
         ends, processes = [], []
         for rank in range(ranks):
