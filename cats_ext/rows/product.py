@@ -35,21 +35,24 @@ def packed_product(
         ValueError: ``rows`` are not those of so many columns.
         RuntimeError: sizes, dtypes or devices do not fit each other.
     """
-    if product_fits(x, rows.shape[0], columns):
+    if product_fits(x, rows.shape[0], columns, bias):
         return torch.ops.cats.packed_matmul(x, rows, row_format.name, columns, input_rows, bias)
     weight = row_format.unpack(rows, columns, x.dtype)
     return linear(x, weight.t() if input_rows else weight, bias)
 
 
-def product_fits(x: Tensor, rows: int, columns: int) -> bool:
-    """Whether ``packed_matmul`` serves ``x`` and a matrix of so many rows and columns, and is the quicker way."""
+def product_fits(x: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> bool:
+    """Whether ``packed_matmul`` serves ``x`` and a matrix of so many rows and columns, and is the quicker way.
+
+    Not where ``x`` or ``bias`` needs a gradient: the op has none.
+    """
     return (
         has_product(x)
         and rows % 8 == 0
         and columns % 8 == 0
         and x.numel() <= MAX_PRODUCT_TOKENS * x.shape[-1]
         and not torch.is_autocast_enabled("cuda")
-        and not (is_grad_enabled() and x.requires_grad)
+        and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and forward_ad._current_level < 0
     )
 

@@ -181,6 +181,18 @@ def test_a_layer_multiplies_with_its_rows(input_rows, monkeypatch):
     torch.testing.assert_close(learnt.grad, layer.unpacked(x.dtype).sum(0).expand_as(x), rtol=2**-5, atol=2**-5)
 
 
+def test_where_a_gradient_is_needed_the_op_is_not_taken(monkeypatch):
+    monkeypatch.setattr(rows_product, "has_product", lambda x: True)
+    x, bias = torch.randn(3, 64), torch.randn(8)
+    assert product_fits(x, 8, 64) and product_fits(x, 8, 64, bias)
+    learnt = bias.clone().requires_grad_()
+    assert not product_fits(x, 8, 64, learnt) and not product_fits(x.clone().requires_grad_(), 8, 64, bias)
+    with torch.no_grad():
+        assert product_fits(x, 8, 64, learnt)
+    assert not product_fits(x, 12, 64, bias) and not product_fits(x, 8, 60, bias)
+    assert not product_fits(torch.randn(MAX_PRODUCT_TOKENS + 1, 64), 8, 64, bias)
+
+
 def test_without_a_kernel_the_rows_are_unpacked():
     x, rows, name, columns, input_rows, bias = case("int4_g64", 5, 24, 192, False, torch.float32, "cpu")
     assert not has_product(x) and not product_fits(x, 24, columns)
