@@ -174,7 +174,16 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
         if (reinterpret_cast<uintptr_t>(x_rows.const_data_ptr()) % 16) x_rows = torch::stable::clone(x_rows);
         params.x = x_rows.const_data_ptr();
         params.y = y.mutable_data_ptr();
-        const cudaError_t error = packed_matmul_cuda(params, current_stream(device_index));
+        MatmulChoice choice;
+        cudaError_t error = plan_packed_matmul(params, &choice);
+        // From the allocator: a workspace would be one more for each graph, where graphs of a memory pool share this.
+        std::optional<Tensor> scratch;
+        if (error == cudaSuccess && choice.scratch_bytes()) {
+            const std::vector<int64_t> halves{int64_t(choice.scratch_bytes() / 2)};
+            scratch = CudaBackend::empty_contiguous(x, halves);
+            params.scratch = scratch->mutable_data_ptr();
+        }
+        if (error == cudaSuccess) error = packed_matmul_cuda(params, choice, current_stream(device_index));
         CATS_REQUIRE(error != cudaErrorNotSupported, "packed_matmul",
                      ": the kernel needs compute capability 9.0, a build for 9.0a, x in float16 or bfloat16, and "
                      "multiples of 8 inputs and outputs; got ",

@@ -322,6 +322,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
     }
 
+    constexpr int kCopies = kCutoff && kTokens == 1 ? kOutputCopies : 1;
     const OutputOrder<0> order{int(p.tokens), hidden};
     if (active || workspace.partial_sums)
 #pragma unroll
@@ -331,10 +332,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                 if (m >= p.tokens || chunk(c) >= row_chunks) continue;
 #pragma unroll
                 for (int e = 0; e < kPerChunk; e += 4)
-                    add_to_output(workspace, order.size(), m * hidden + chunk(c) * kPerChunk + e,
-                                  make_float4(acc[m][c][e], acc[m][c][e + 1], acc[m][c][e + 2], acc[m][c][e + 3]));
+                    add_to_output<kCopies>(
+                        workspace, order.size(), m * hidden + chunk(c) * kPerChunk + e,
+                        make_float4(acc[m][c][e], acc[m][c][e + 1], acc[m][c][e + 2], acc[m][c][e + 3]));
             }
-    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+    finish_output<kCopies>(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
 // For rows of any alignment and length. Column by column, one CTA a neuron: simple, not fast.

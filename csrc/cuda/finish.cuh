@@ -12,6 +12,8 @@
 
 namespace cats {
 
+constexpr int kOutputCopies = 4; // see add_to_output: for one token, where y_sum has room for kMaxTokensPerLaunch
+
 struct Workspace {
     float *y_sum;         // fp32 y, in the order of OutputOrder
     unsigned *next_batch; // how many gate batches have been drawn
@@ -46,11 +48,12 @@ __device__ __forceinline__ unsigned count_up(unsigned *counter) {
     return before;
 }
 
-// Adds v to y_sum[i] and the values after it. size: of y_sum.
-template <typename Vector>
+// Adds v to y_sum[i] and the values after it. size: of y_sum. kCopies: additions to one address take turns, so the CTAs
+// add to so many sums in turns, each of this size, for which y_sum has room where there are few tokens.
+template <int kCopies = 1, typename Vector>
 __device__ __forceinline__ void add_to_output(const Workspace &workspace, int64_t size, int64_t i, Vector v) {
     if (workspace.partial_sums) *reinterpret_cast<Vector *>(workspace.partial_sums + blockIdx.x * size + i) = v;
-    else add_to_global(workspace.y_sum + i, v);
+    else add_to_global(workspace.y_sum + (kCopies == 1 ? 0 : blockIdx.x % kCopies * size) + i, v);
 }
 
 // The order of y_sum. kTokenPadding 0: as y, [tokens, hidden_size]. 4 or 8: columns first, [hidden_size,
@@ -72,7 +75,7 @@ __device__ __forceinline__ void round_to_output(const T *down_bias, T *y, Order 
 }
 
 // Called by all threads of all CTAs, after their last add_to_output.
-template <typename T, class Order>
+template <int kCopies = 1, typename T, class Order>
 __device__ __forceinline__ void finish_output(const Workspace &workspace, const T *down_bias, T *y, Order order) {
     if (workspace.partial_sums) return;
     __shared__ bool last_cta;
@@ -82,16 +85,19 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
     if (!last_cta) return;
     const int size = order.size();
     if (size % 4 == 0) { // nothing hides a round trip at the end of a launch, so several loads are under way at a time
-        constexpr int kQuads = Order::kVector / 4, kBatch = 4;
+        constexpr int kQuads = Order::kVector / 4, kBatch = kCopies == 1 ? 4 : 2;
         float4 *sums = reinterpret_cast<float4 *>(workspace.y_sum);
         const int vectors = size / Order::kVector;
         for (int first = threadIdx.x; first < vectors; first += kBatch * blockDim.x) {
-            float4 sum[kBatch][kQuads];
+            float4 sum[kBatch][kQuads][kCopies];
 #pragma unroll
             for (int b = 0; b < kBatch; b++)
 #pragma unroll
                 for (int q = 0; q < kQuads; q++)
-                    if (const int v = first + b * blockDim.x; v < vectors) sum[b][q] = __ldcg(sums + v * kQuads + q);
+#pragma unroll
+                    for (int c = 0; c < kCopies; c++)
+                        if (const int v = first + b * blockDim.x; v < vectors)
+                            sum[b][q][c] = __ldcg(sums + c * (size / 4) + v * kQuads + q);
 #pragma unroll
             for (int b = 0; b < kBatch; b++) {
                 const int v = first + b * blockDim.x;
@@ -99,18 +105,28 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
 #pragma unroll
                 for (int q = 0; q < kQuads; q++) {
                     const int i = (v * kQuads + q) * 4;
-                    sums[i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
-                    round_to_output(down_bias, y, order, i, sum[b][q].x);
-                    round_to_output(down_bias, y, order, i + 1, sum[b][q].y);
-                    round_to_output(down_bias, y, order, i + 2, sum[b][q].z);
-                    round_to_output(down_bias, y, order, i + 3, sum[b][q].w);
+                    float4 all = sum[b][q][0];
+#pragma unroll
+                    for (int c = 0; c < kCopies; c++) {
+                        sums[c * (size / 4) + i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
+                        if (!c) continue;
+                        all.x += sum[b][q][c].x, all.y += sum[b][q][c].y;
+                        all.z += sum[b][q][c].z, all.w += sum[b][q][c].w;
+                    }
+                    round_to_output(down_bias, y, order, i, all.x);
+                    round_to_output(down_bias, y, order, i + 1, all.y);
+                    round_to_output(down_bias, y, order, i + 2, all.z);
+                    round_to_output(down_bias, y, order, i + 3, all.w);
                 }
             }
         }
     } else {
         for (int i = threadIdx.x; i < size; i += blockDim.x) {
-            const float sum = __ldcg(workspace.y_sum + i);
-            workspace.y_sum[i] = 0.f;
+            float sum = 0.f;
+            for (int c = 0; c < kCopies; c++) {
+                sum += __ldcg(workspace.y_sum + c * size + i);
+                workspace.y_sum[c * size + i] = 0.f;
+            }
             round_to_output(down_bias, y, order, i, sum);
         }
     }

@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "packed_linear_launch.h"
+#include "sparse_mlp_launch.h"
 
 namespace cats {
 
@@ -55,16 +56,12 @@ bool is_aligned(const PackedLinearParams &p) {
 cudaError_t packed_linear_cuda(const PackedLinearParams &params, cudaStream_t stream) {
     if (params.inputs > kMaxPackedInputs || params.inputs % 8 || params.head_dim % 8 || !is_aligned(params))
         return cudaErrorNotSupported;
-    int device, capability, multiprocessors;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device))
-        return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
-        return error;
-    const LaunchTarget target{stream, device, capability >= 9};
-    if (params.dtype == DType::kFloat16) return launch_format<__half>(params, target, multiprocessors);
-    if (params.dtype == DType::kBFloat16) return launch_format<__nv_bfloat16>(params, target, multiprocessors);
+    int device;
+    DeviceLimits limits;
+    if (const cudaError_t error = device_limits(&device, &limits)) return error;
+    const LaunchTarget target{stream, device, limits.compute_capability >= 90};
+    if (params.dtype == DType::kFloat16) return launch_format<__half>(params, target, limits.multiprocessors);
+    if (params.dtype == DType::kBFloat16) return launch_format<__nv_bfloat16>(params, target, limits.multiprocessors);
     return cudaErrorNotSupported;
 }
 
