@@ -12,7 +12,7 @@ from cats_ext.rows.formats import RowFormat
 
 # What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 319 us for 512
 # tokens, and 379 where the rows are unpacked first; for 1,024 tokens 694 and 606 (h200/packed_tokens.csv).
-PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 512
+PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 1024
 
 
 def packed_product(
