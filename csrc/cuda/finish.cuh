@@ -12,7 +12,7 @@
 
 namespace cats {
 
-constexpr int kOutputCopies = 4; // see add_to_output: for one token, where y_sum has room for kMaxTokensPerLaunch
+constexpr int kOutputCopies = 4; // see add_to_output; y_sum has room for so many tokens
 
 struct Workspace {
     float *y_sum;         // fp32 y, in the order of OutputOrder
@@ -48,23 +48,24 @@ __device__ __forceinline__ unsigned count_up(unsigned *counter) {
     return before;
 }
 
-// Adds v to y_sum[i] and the values after it. size: of y_sum. kCopies: additions to one address take turns, so the CTAs
-// add to so many sums in turns, each of this size, for which y_sum has room where there are few tokens.
+// Adds v to y_sum[i] and the values after it. size: of y_sum. kCopies: additions to one address wait for each other, so
+// CTAs that all end at the same time are spread over so many sums of this size. It pays for one token where neurons are
+// not drawn (bench/NOTES.md).
 template <int kCopies = 1, typename Vector>
 __device__ __forceinline__ void add_to_output(const Workspace &workspace, int64_t size, int64_t i, Vector v) {
     if (workspace.partial_sums) *reinterpret_cast<Vector *>(workspace.partial_sums + blockIdx.x * size + i) = v;
     else add_to_global(workspace.y_sum + (kCopies == 1 ? 0 : blockIdx.x % kCopies * size) + i, v);
 }
 
-// The order of y_sum. kTokenPadding 0: as y, [tokens, hidden_size]. 4 or 8: columns first, [hidden_size,
-// kTokenPadding], with the tokens padded. One vector of y_sum is then a column, and neighbouring threads have
-// neighbouring columns of y.
+// The order of y_sum. kTokenPadding 0: as y, [tokens, hidden_size]. 2, 4 or 8: columns first, [hidden_size,
+// kTokenPadding], with the tokens padded. One vector of y_sum is then a column, or two of 2 tokens, and neighbouring
+// threads have neighbouring columns of y.
 template <int kTokenPadding> struct OutputOrder {
-    static constexpr int kVector = kTokenPadding ? kTokenPadding : 4;
+    static constexpr int kPadded = kTokenPadding ? kTokenPadding : 1, kVector = kPadded < 4 ? 4 : kPadded;
     int tokens, hidden_size;
     __host__ __device__ int size() const { return (kTokenPadding ? kTokenPadding : tokens) * hidden_size; }
-    __device__ bool exists(int i) const { return !kTokenPadding || i % kVector < tokens; }
-    __device__ int place(int i) const { return kTokenPadding ? i % kVector * hidden_size + i / kVector : i; }
+    __device__ bool exists(int i) const { return !kTokenPadding || i % kPadded < tokens; }
+    __device__ int place(int i) const { return kTokenPadding ? i % kPadded * hidden_size + i / kPadded : i; }
 };
 
 template <typename T, class Order>
@@ -105,13 +106,12 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
 #pragma unroll
                 for (int q = 0; q < kQuads; q++) {
                     const int i = (v * kQuads + q) * 4;
-                    float4 all = sum[b][q][0];
+                    float4 all{};
 #pragma unroll
                     for (int c = 0; c < kCopies; c++) {
+                        const float4 &copy = sum[b][q][c];
+                        all.x += copy.x, all.y += copy.y, all.z += copy.z, all.w += copy.w;
                         sums[c * (size / 4) + i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
-                        if (!c) continue;
-                        all.x += sum[b][q][c].x, all.y += sum[b][q][c].y;
-                        all.z += sum[b][q][c].z, all.w += sum[b][q][c].w;
                     }
                     round_to_output(down_bias, y, order, i, all.x);
                     round_to_output(down_bias, y, order, i + 1, all.y);

@@ -120,7 +120,7 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
     if (!choice.column_groups) return {};
     choice.bulk_copy = bulk_copy;
     choice.rows_per_batch = sizes.rows;
-    choice.token_padding = tokens <= 4 ? 4 : 8;
+    choice.token_padding = tokens <= 2 ? 2 : (tokens <= 4 ? 4 : 8);
     choice.threads = (sizes.workers + 1) * 32;
     choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, sizes.rows));
     RingSizes &ring = choice.ring;
@@ -140,7 +140,7 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
 // sparsity, and on the CUDA cores 104 / 89 / 69 (bench/results/h200/launch_ends.log). Shorter rows have not been
 // measured.
 bool batches_two_tokens(const Shape &shape, int64_t tokens, bool bulk_copy) {
-    return tokens == 2 && bulk_copy && !shape.exact && shape.hidden_size >= 3072;
+    return tokens == 2 && bulk_copy && !shape.exact && shape.hidden_size >= kTwoTokenColumns;
 }
 
 // Packed rows, of which the tensor cores take groups of 64 and 128 columns; otherwise kNone.

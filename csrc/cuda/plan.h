@@ -96,7 +96,7 @@ struct Choice {
     TeamShape team;     // pipelined; small: chunks only
     int rows_per_batch; // pipelined, batched, packed; small: rows a warp
     int column_groups;  // batched: groups of 32 columns a warp; packed: blocks of 128
-    int token_padding;  // of y_sum: 0, or 4 or 8 for the batched kernel
+    int token_padding;  // of y_sum: 0, or 2, 4 or 8 for the batched kernel
     RingSizes ring;
 };
 
@@ -208,6 +208,8 @@ CATS_HOST_DEVICE constexpr int ring_bytes(int slots, int slot_bytes, BatchSizes 
 constexpr BatchSizes kDenseBatches{8, 8, 11, 64};
 constexpr int kGroupColumns = 32;
 constexpr int kColumnGroups[] = {3, 6, 9, 12}; // groups of columns a worker warp, one instance each
+
+constexpr int kTwoTokenColumns = 3072; // of rows that two tokens come here for, at least
 
 // The longest rows do not fit where shared memory is small.
 CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
 }
 
 // Every architecture gets the code of the instances that plan() picks on it; the others would trap. kBulk: for sm_90.
-// kTokenPadding: 4 or 8 tokens in y_sum.
+// kTokenPadding: 2, 4 or 8 tokens in y_sum.
 template <class Row, typename T, bool kBulk, int kGroups, int kTokenPadding>
 __global__ void __launch_bounds__((kDenseBatches.workers + 1) * 32, 1)
     sparse_mlp_batched_kernel(const __grid_constant__ RingArguments args) {

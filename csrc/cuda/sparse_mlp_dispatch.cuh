@@ -78,8 +78,11 @@ cudaError_t launch_batched(const Choice &choice, const RingArguments &args, cons
         [&](int i) { return kColumnGroups[i] == choice.column_groups; },
         [&](auto index) {
             constexpr int kGroups = kColumnGroups[decltype(index)::value];
-            return launch_kernel<sparse_mlp_batched_kernel<Row, T, kBulk, kGroups, kTokenPadding>>(launch_size(choice),
-                                                                                                   target, args);
+            constexpr int kMostColumns = kDenseBatches.workers * kGroups * kGroupColumns;
+            if constexpr (kTokenPadding > 2 || kMostColumns >= kTwoTokenColumns)
+                return launch_kernel<sparse_mlp_batched_kernel<Row, T, kBulk, kGroups, kTokenPadding>>(
+                    launch_size(choice), target, args);
+            return cudaErrorNotSupported;
         });
 }
 
@@ -126,7 +129,8 @@ cudaError_t launch_choice(const Choice &choice, const SparseMlpParams &params, c
     case Kernel::kSmall: error = launch_small<Row, T>(choice, params, workspace, target); break;
     case Kernel::kBatched:
         if constexpr (layout_of<Row>().mma_operand) {
-            if (choice.token_padding == 4)
+            if (choice.token_padding == 2) error = launch_batched<Row, T, true, 2>(choice, args, target);
+            else if (choice.token_padding == 4)
                 error = bulk ? launch_batched<Row, T, true, 4>(choice, args, target)
                              : launch_batched<Row, T, false, 4>(choice, args, target);
             else
@@ -139,6 +143,7 @@ cudaError_t launch_choice(const Choice &choice, const SparseMlpParams &params, c
     }
     if (error != cudaSuccess || !workspace.partial_sums) return error;
     if constexpr (layout_of<Row>().mma_operand) {
+        if (choice.token_padding == 2) return add_partial_sums<T, 2>(choice, params, workspace, target);
         if (choice.token_padding == 4) return add_partial_sums<T, 4>(choice, params, workspace, target);
         if (choice.token_padding == 8) return add_partial_sums<T, 8>(choice, params, workspace, target);
     }

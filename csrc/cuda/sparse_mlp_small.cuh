@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2)
             const float4 other = *reinterpret_cast<const float4 *>(warp_sums + w * hidden + c);
             total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
         }
-        add_to_output(workspace, order.size(), c, total);
+        add_to_output<kOutputCopies>(workspace, order.size(), c, total);
     }
-    finish_output(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
+    finish_output<kOutputCopies>(workspace, static_cast<const T *>(p.down_bias), static_cast<T *>(p.y), order);
 }
 
 } // namespace cats
