@@ -104,23 +104,34 @@ size_t MatmulChoice::scratch_bytes() const {
     return tiles % ctas == 0 ? 0 : size_t(ctas) * tokens * kOutputs * sizeof(float);
 }
 
-// Fitted to what int4_g128 takes on an H200, 4096x14336 and 14336x4096, 16 to 2,048 tokens.
+// Fitted to what int4_g128 and int8_g128 take on an H200, 32 to 1,024 tokens, 1,024 to 14,336 inputs and outputs
+// (bench/results/h200/packed_matmul.log). Each tile's stages are divided by the same number of CTAs where possible: a
+// CTA that begins and ends within tiles has two ends. With few tokens that costs less than CTAs left over, which find
+// room beside others on a few of the multiprocessors.
 MatmulChoice choose_matmul(int64_t tokens, int64_t inputs, int64_t outputs, int multiprocessors) {
     struct {
         int tokens;
-        float stage, ends; // microseconds of a stage, and of a CTA beside its stages
-    } constexpr shapes[] = {{32, 0.62f, 8.f}, {64, 0.75f, 8.f}, {128, 1.f, 7.f}, {256, 1.45f, 7.f}};
-    constexpr float kLeave = 3.f; // to leave sums and add them
+        float stage, ends;   // microseconds of a stage, and of a CTA beside its stages
+        float within, other; // where tiles are divided, and for each other CTA of a tile
+        float uneven;        // where CTAs begin and end anywhere
+    } constexpr shapes[] = {{32, 0.6f, 8.f, 0.f, 0.f, 0.f},
+                            {64, 0.75f, 8.f, 0.f, 0.f, 0.f},
+                            {128, 0.75f, 5.6f, 1.f, 0.7f, 8.f},
+                            {256, 1.25f, 6.f, 2.f, 1.2f, 9.f}};
     MatmulChoice best{};
     float least = 0.f;
+    const int64_t most = multiprocessors;
     for (const auto &shape : shapes) {
         const int64_t tiles = int64_t(ceil_div(tokens, shape.tokens)) * ceil_div(outputs, kOutputs);
-        const int64_t stages = tiles * ceil_div(inputs, kDepth), most = multiprocessors;
-        for (const int64_t ctas : {std::min(tiles, most), std::min(stages, most)}) {
-            const bool whole = tiles % ctas == 0;
-            const float time = shape.stage * float(ceil_div(stages, ctas)) + shape.ends + (whole ? 0.f : kLeave);
+        const int64_t of_tile = ceil_div(inputs, kDepth), stages = tiles * of_tile;
+        const auto consider = [&](int64_t ctas, float beside) {
+            const float time = shape.stage * float(ceil_div(stages, ctas)) + shape.ends + beside;
             if (!best.tokens || time < least) best = {shape.tokens, int(ctas), tiles}, least = time;
-        }
+        };
+        if (shape.uneven != 0.f)
+            for (int64_t each = 1; each <= std::min(most / tiles, of_tile); each++)
+                consider(tiles * each, each > 1 ? shape.within + shape.other * float(each - 1) : 0.f);
+        consider(std::min(stages, most), shape.uneven + shape.other * float(most / tiles));
     }
     return best;
 }

@@ -5,9 +5,9 @@
 // x. Two warp groups unpack, each half of the outputs, rounded as unpack_rows rounds them, into registers, from which
 // wgmma takes them. While it multiplies they unpack the next.
 //
-// Tiles seldom divide by the CTAs of a device, so each CTA has the same number of stages, which begin and end within
-// tiles. The sums of a tile's first stages are left in memory for the CTA that has its last ones, which adds them in
-// the same order in every run.
+// Tiles seldom divide by the CTAs of a device, so each CTA has the same number of stages, which may begin and end
+// within tiles. The sums of a tile's first stages are left in memory for the CTA that has its last ones, which adds
+// them in the same order in every run.
 #pragma once
 
 #include <cuda.h>
@@ -182,10 +182,6 @@ template <WeightType kType, bool kZeroPoints, typename T, bool kInputRows, int k
                     load(stage, output, packed.slot, half * 2 + u, unit);
                     fragment.unpack(unit, operand[u]);
                 }
-                if (half == 1) {
-                    __syncwarp();
-                    if (threadIdx.x % 32 == 0) arrive(barriers.packed_empty + packed.slot);
-                }
                 wait(barriers.x_full + x.slot, x.parity);
                 const uint64_t b = matrix_descriptor(smem_address(ring + x.slot * Shape::kXBytes));
                 wgmma_fence();
@@ -193,6 +189,12 @@ template <WeightType kType, bool kZeroPoints, typename T, bool kInputRows, int k
                 for (int step = 0; step < 4; step++) // 16 inputs are 32 bytes of a line
                     wgmma<T>(d, operand[step / 2][step % 2], b + step * 2);
                 wgmma_commit();
+                if (half == 1) {
+                    // Not sooner: it may overtake reads of shared memory whose values have not been used, and then the
+                    // next copy comes before them.
+                    __syncwarp();
+                    if (threadIdx.x % 32 == 0) arrive(barriers.packed_empty + packed.slot);
+                }
                 wgmma_wait<1>();
                 if (before >= 0 && threadIdx.x % 32 == 0) arrive(barriers.x_empty + before);
                 before = x.slot;
@@ -230,7 +232,7 @@ template <WeightType kType, bool kZeroPoints, typename T, bool kInputRows, int k
             *left = 0;
         }
         synchronise_consumers();
-#pragma unroll(kTokens <= 64 ? 4 : 1)
+#pragma unroll(kTokens <= 64 ? 4 : (kTokens == 128 ? 2 : 1)) // as many registers as there are
         for (int cta = first; cta < own; cta++) {
             const float4 *const from = left_sums(cta);
 #pragma unroll
