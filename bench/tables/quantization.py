@@ -12,7 +12,7 @@ TASKS, ALONE = (
     "quality/quantized_tasks.csv",
     {"lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"},
 )
-DECODE, TOKENS = "h200/decode_packed.csv", "h200/packed_tokens.csv"
+DECODE, TOKENS, PROMPTS = "h200/decode_packed.csv", "h200/packed_tokens.csv", "h200/prompts.csv"
 PATHS = {"kernel": "the kernel at 50%", "product": "products with the rows", "unpacked": "unpacked"}
 MODELS = {"mistral-7b": "Mistral-7B", "llama-3-8b": "Llama-3-8B"}
 PEERS = ("bf16", "int8", "int4pack")
@@ -144,9 +144,28 @@ def prompts() -> str:
     return f"{about}\n\n{table(header, rows)}"
 
 
-PAGE = Page(
-    "docs/quantization.md", {"quality": quality, "tasks": tasks, "layers": layers, "decode": decode, "prompts": prompts}
-)
+def models_prompts() -> str:
+    data = read(PROMPTS)
+    times = {(row["prompt"], row["weights"]): f"{float(row['ms']):.2f}" for row in data}
+    weights = [name for name in dict.fromkeys(row["weights"] for row in data) if name != "dense"]
+    rows = []
+    for prompt in dict.fromkeys(row["prompt"] for row in data):
+        dense = times[prompt, "dense"]
+        cells = [f"{times[prompt, name]} ms, {ratio(times[prompt, name], dense)}" for name in weights]
+        rows.append([f"{int(prompt):,}", f"{dense} ms", *cells])
+    header = ["tokens of the prompt", "bf16", *(name.partition("_")[0] for name in weights)]
+    about = f"{data[0]['device']}, {data[0]['layers']} layers of {MODELS[data[0]['model']]}'s shape, all linear layers"
+    return f"{about}: {source(PROMPTS, data[0])}. Of 1.00x is the time with bf16.\n\n{table(header, rows)}"
 
-if __name__ == "__main__":
-    PAGE.write()
+
+PAGE = Page(
+    "docs/quantization.md",
+    {
+        "quality": quality,
+        "tasks": tasks,
+        "layers": layers,
+        "decode": decode,
+        "models-prompts": models_prompts,
+        "prompts": prompts,
+    },
+)

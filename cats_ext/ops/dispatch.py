@@ -50,7 +50,7 @@ MOST_BATCHED_GB_PER_S = 4000
 # 16 tokens and to unpack and multiply 228; int8 281 and 249. packed_matmul, where there is one, takes 110 and 115 for 8
 # tokens, and the kernel 115 and 145 (h200/packed_tokens.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
-MAX_PACKED_BEFORE_PRODUCT = 7
+MAX_PACKED_BEFORE_PRODUCT = 4
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
 # takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens (bench/results/h200/exact.csv). For 4 it takes
