@@ -169,3 +169,6 @@ PAGE = Page(
         "prompts": prompts,
     },
 )
+
+if __name__ == "__main__":
+    PAGE.write()

@@ -40,15 +40,16 @@ MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
 # to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv). So it is
 # where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 99 us for 4 tokens at 50 %
-# sparsity, and dense 90 (bench/results/h200/serving_tokens.csv).
+# sparsity, and dense 95 (bench/results/h200/serving_tokens.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which other paths unpack first. At 50 % sparsity, on two cores with AVX-512,
 # 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0; int8 9.3
-# and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 229 us for
-# 16 tokens and to unpack and multiply 228; int8 281 and 249. packed_matmul, where there is one, takes 110 and 115 for 8
-# tokens, and the kernel 115 and 145 (h200/packed_tokens.csv).
+# and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 226 us for
+# 16 tokens and to unpack and multiply 228; int8 281 and 248. packed_matmul, where there is one, takes 83 and 90 for 4
+# tokens and as long for 8; the kernel takes 58 and 72 for 4 and, as two launches, more than the sum of 4 and 1 for 5
+# (h200/packed_tokens.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
 

@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 from cats_ext.native.library import LIBRARIES
 from cats_ext.rows.formats import RowFormat
 
-# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 319 us for 512
-# tokens, and 379 where the rows are unpacked first; for 1,024 tokens 694 and 606 (h200/packed_tokens.csv).
+# What packed_matmul takes, and where it pays: on an H200, 4096x14336, bf16, an MLP of int4 rows takes 638 us for 1,024
+# tokens, and 684 where the rows are unpacked first; for 2,048 tokens 1,233 and 1,246, of int8 rows 1,337 and 1,300
+# (h200/packed_tokens.csv).
 PRODUCT_CAPABILITY, MAX_PRODUCT_TOKENS = 9, 1024
 
 
