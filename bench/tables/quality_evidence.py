@@ -6,7 +6,7 @@ python bench tables.quality_evidence
 from __future__ import annotations
 
 from bench.tables.pages import Page, link, read, source, table
-from bench.tables.quality_models import compensation, peers
+from bench.tables.quality_models import columns, compensation, peers
 
 LARGE = "h200/calibration.csv"
 
@@ -276,6 +276,7 @@ PAGE = Page(
     "docs/quality-evidence.md",
     {
         "peers": peers,
+        "columns": columns,
         "compensation": compensation,
         "rules": rules,
         "budgets": budgets,

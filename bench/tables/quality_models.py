@@ -1,37 +1,60 @@
-"""Tables of the comparison at equal bytes, of two models, for both pages about quality: from compare_*.csv.
+"""Tables of the comparison at equal bytes, of two models, for both pages about quality.
+
+From compare_*.csv, and of columns skipped inside the MLPs from columns_*.csv.
 
 Rows of tasks are those of the reported half; the other half was looked at when rules were chosen.
 """
 
 from __future__ import annotations
 
+from bench.lib.machine import ROOT
 from bench.tables.pages import link, read, table
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 TASKS = {"mean": "eight tasks", "lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"}
-NAMES = {"default, alike": "default", "means, map r32": "means and a map of rank 32"}
+NAMES = {
+    "default, alike": "default",
+    "means, map r32": "means and a map of rank 32",
+    "H none": "gate by columns",
+    "H gradient": "gate by columns, weighted",
+    "T gradient": "gate and up by columns, weighted",
+}
 PEERS = ("plain 0.667", "default, alike 0.667", "WINA 0.667", "TEAL 0.667")
 COMPENSATION = tuple(
     f"{name} {budget}"
     for budget in (0.667, 0.55)
     for name in ("default, alike", "means", "means, map r32", "means, full weights in the last layer")
 )
+COLUMNS = tuple(
+    f"{name} {budget}" for budget in (0.667, 0.55) for name in ("default", "H none", "H gradient", "T gradient")
+)
 DEFAULT = ("default, alike 0.667", "default, alike 0.55")
 
 Row = dict[str, str]
 
 
-def text_rows(model: str) -> dict[str, Row]:
-    return {row["variant"]: row for row in read(f"quality/compare_{model}_text.csv")}
+def text_rows(kind: str, model: str) -> dict[str, Row]:
+    return {row["variant"]: row for row in read(f"quality/{kind}_{model}_text.csv")}
 
 
-def task_rows(model: str) -> dict[tuple[str, str], Row]:
-    rows = read(f"quality/compare_{model}_tasks.csv")
+def task_rows(kind: str, model: str) -> dict[tuple[str, str], Row]:
+    rows = read(f"quality/{kind}_{model}_tasks.csv")
     return {(row["variant"], row["task"]): row for row in rows if row["half"] == "reported"}
 
 
-def made() -> str:
-    names = [f"quality/compare_{model}_{part}.csv" for model in MODELS for part in ("text", "tasks")]
+def models(kind: str) -> dict[str, str]:
+    """Those that were measured."""
+    return {
+        model: name
+        for model, name in MODELS.items()
+        if (ROOT / f"bench/results/quality/{kind}_{model}_text.csv").exists()
+    }
+
+
+def made(kind: str = "compare") -> str:
+    names = [f"quality/{kind}_{model}_{part}.csv" for model in models(kind) for part in ("text", "tasks")]
+    if not names:
+        raise FileNotFoundError(f"quality/{kind}_*.csv")
     row = read(names[0])[0]
     where = f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
     return f"{', '.join(map(link, names))}, {where}."
@@ -56,11 +79,11 @@ def perplexity(row: Row, dense: Row) -> str:
     return f"{value:.2f}" if row is dense else f"{value:.2f} ({ratio:.3f}x)"
 
 
-def rows_of(variants: tuple[str, ...], share: str) -> str:
+def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str:
     """One table: for each model the dense one and ``variants``, as far as they were measured."""
     rows = []
-    for model, name in MODELS.items():
-        text, tasks = text_rows(model), task_rows(model)
+    for model, name in models(kind).items():
+        text, tasks = text_rows(kind, model), task_rows(kind, model)
         for variant in ("dense", *(v for v in variants if v in text)):
             row = text[variant]
             cells = [f"{float(row[f'{share}_share']):.1%}", f"{float(row['c4_kl']):.3f}"]
@@ -81,3 +104,7 @@ def peers() -> str:
 
 def compensation() -> str:
     return rows_of(COMPENSATION, "mlp")
+
+
+def columns() -> str:
+    return f"{made('columns')}\n\n{rows_of(COLUMNS, 'mlp', 'columns')}"

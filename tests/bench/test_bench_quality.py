@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.models import tiny_model, tokens
 from torch import nn
 
 from bench.lib.results import read_rows
-from bench.quality import calibration_time, compare_rules, merge, quantized_tasks
+from bench.quality import calibration_time, compare_columns, compare_rules, merge, quantized_tasks
+from bench.quality.compare_columns import Columns, rule_of, shares
 from bench.quality.compare_peers import Peer, PeerData, linears
 from bench.quality.compare_rules import Layer
 from bench.quality.sweep_variants import GATE_WEIGHTS, Sample, Variant
@@ -122,6 +125,55 @@ def test_the_wanted_share_of_inputs_is_skipped(layer):
         for name, rule in rules.items():
             rule(data.x[name][0])
             assert 1 - float(rule.seen[1]) / rule.seen[0] == pytest.approx(0.3, abs=0.01), (criterion, name)
+
+
+COLUMNS = (
+    Columns("default", 1.0, 0.6, 0.4),
+    Columns("H", 0.7, 0.8, 0.5),
+    Columns("H", 0.7, 0.8, 0.5, score="gradient"),
+    Columns("T", 0.7, 0.8, 0.5, up_by="columns", score="gradient"),
+)
+
+
+@pytest.mark.parametrize("variant", COLUMNS, ids=lambda variant: f"{variant.name} {variant.score}")
+def test_skipped_columns_are_not_read_and_shares_count_what_is(layer, variant):
+    rule, mlp, x = rule_of(layer, variant), layer.mlp, layer.x[0]
+    gate, up, down = (getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
+
+    def kept(test: compare_columns.Threshold, values: torch.Tensor) -> torch.Tensor:
+        return (values.abs() * test.weight >= test.value).nonzero()[:, 0]
+
+    columns, up_columns = kept(rule.gate, x), kept(rule.up, x)
+    v = F.silu(gate[:, columns] @ x[columns])
+    rows = kept(rule.rows, v)
+    h = v[rows] * (up[rows][:, up_columns] @ x[up_columns])
+    h = torch.zeros(40).index_copy(0, rows, h)
+    contributions = [i for i in kept(rule.down, h).tolist() if i in rows.tolist()]
+    torch.testing.assert_close(rule(mlp, layer.x[:1])[0], down[:, contributions] @ h[contributions])
+    read = (len(columns) / 16, len(rows) * len(up_columns) / 640, len(contributions) / 40)
+    assert shares([rule]) == pytest.approx(
+        {"gate": read[0], "up": read[1], "down": read[2], "mlp_share": sum(read) / 3}
+    )
+
+    rule = rule_of(layer, variant)
+    for part in layer.x.split(500):
+        rule(mlp, part.view(5, 100, 16))
+    wanted = (variant.gate, variant.up, variant.down)
+    assert list(shares([rule]).values()) == pytest.approx([*wanted, sum(wanted) / 3], abs=0.002)
+
+
+def test_the_default_beside_columns_is_that_of_the_comparison(layer):
+    rule, same = rule_of(layer, Columns("default", 1.0, 0.625, 0.375)), compare_rules.Variant("default")
+    other = layer.fit(same, same.split(16, 40))
+    torch.testing.assert_close(rule(layer.mlp, layer.x), other(layer.mlp, layer.x))
+
+
+def test_columns_are_compared_at_the_budgets_of_their_names():
+    for fields in json.loads(Path(compare_columns.__file__).with_suffix(".json").read_text()):
+        variant = Columns(**fields)
+        assert (variant.gate + variant.up + variant.down) / 3 == pytest.approx(
+            float(variant.name.split()[-1]), abs=0.001
+        )
 
 
 def layer_of(mlp: nn.Module) -> nn.Module:
