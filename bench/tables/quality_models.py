@@ -42,17 +42,13 @@ def task_rows(kind: str, model: str) -> dict[tuple[str, str], Row]:
     return {(row["variant"], row["task"]): row for row in rows if row["half"] == "reported"}
 
 
-def models(kind: str) -> dict[str, str]:
-    """Those that were measured."""
-    return {
-        model: name
-        for model, name in MODELS.items()
-        if (ROOT / f"bench/results/quality/{kind}_{model}_text.csv").exists()
-    }
+def measured(kind: str, model: str, part: str) -> bool:
+    return (ROOT / f"bench/results/quality/{kind}_{model}_{part}.csv").exists()
 
 
 def made(kind: str = "compare") -> str:
-    names = [f"quality/{kind}_{model}_{part}.csv" for model in models(kind) for part in ("text", "tasks")]
+    parts = [(model, part) for model in MODELS for part in ("text", "tasks") if measured(kind, model, part)]
+    names = [f"quality/{kind}_{model}_{part}.csv" for model, part in parts]
     if not names:
         raise FileNotFoundError(f"quality/{kind}_*.csv")
     row = read(names[0])[0]
@@ -82,8 +78,10 @@ def perplexity(row: Row, dense: Row) -> str:
 def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str:
     """One table: for each model the dense one and ``variants``, as far as they were measured."""
     rows = []
-    for model, name in models(kind).items():
-        text, tasks = text_rows(kind, model), task_rows(kind, model)
+    for model, name in MODELS.items():
+        if not measured(kind, model, "text"):
+            continue
+        text, tasks = text_rows(kind, model), task_rows(kind, model) if measured(kind, model, "tasks") else {}
         for variant in ("dense", *(v for v in variants if v in text)):
             row = text[variant]
             cells = [f"{float(row[f'{share}_share']):.1%}", f"{float(row['c4_kl']):.3f}"]
