@@ -18,7 +18,6 @@ struct LaunchSize {
     dim3 grid;
     unsigned threads;
     int shared_bytes = 0; // dynamic
-    int cluster = 1;      // CTAs of a cluster, all those of one grid.x and grid.y
 };
 
 struct LaunchTarget {
@@ -76,42 +75,28 @@ cudaError_t launch_kernel(const LaunchSize &size, const LaunchTarget &target, co
     const auto launch = driver_launcher();
     const CUfunction function = driver_function<kernel>();
     if (launched_before && launch && function) {
-        CUlaunchAttribute attributes[2]{};
-        unsigned count = 0;
-        if (target.overlap) {
-            attributes[count].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            attributes[count++].value.programmaticStreamSerializationAllowed = 1;
-        }
-        if (size.cluster > 1) {
-            attributes[count].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            attributes[count++].value.clusterDim = {1, 1, unsigned(size.cluster)};
-        }
+        CUlaunchAttribute overlap{};
+        overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
         CUlaunchConfig config{};
         config.gridDimX = size.grid.x, config.gridDimY = size.grid.y, config.gridDimZ = size.grid.z;
         config.blockDimX = size.threads, config.blockDimY = config.blockDimZ = 1;
         config.sharedMemBytes = unsigned(size.shared_bytes);
         config.hStream = target.stream;
-        config.attrs = attributes, config.numAttrs = count;
+        config.attrs = &overlap, config.numAttrs = target.overlap ? 1 : 0;
         if (launch(&config, function, pointers, nullptr) == CUDA_SUCCESS) return cudaSuccess;
     }
 #endif
     launched_before = true;
-    cudaLaunchAttribute attributes[2]{};
-    unsigned count = 0;
-    if (target.overlap) {
-        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (size.cluster > 1) {
-        attributes[count].id = cudaLaunchAttributeClusterDimension;
-        attributes[count++].val.clusterDim = {1, 1, unsigned(size.cluster)};
-    }
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = size.grid;
     config.blockDim = size.threads;
     config.dynamicSmemBytes = size_t(size.shared_bytes);
     config.stream = target.stream;
-    config.attrs = attributes, config.numAttrs = count;
+    config.attrs = &overlap, config.numAttrs = target.overlap ? 1 : 0;
     const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), pointers);
     if (error != cudaSuccess) cudaGetLastError(); // returned here, not to be found again later
     return error;
