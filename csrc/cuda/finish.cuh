@@ -106,9 +106,10 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
 #pragma unroll
                 for (int q = 0; q < kQuads; q++) {
                     const int i = (v * kQuads + q) * 4;
-                    float4 all{};
+                    float4 all = sum[b][q][0];
+                    sums[i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-                    for (int c = 0; c < kCopies; c++) {
+                    for (int c = 1; c < kCopies; c++) {
                         const float4 &copy = sum[b][q][c];
                         all.x += copy.x, all.y += copy.y, all.z += copy.z, all.w += copy.w;
                         sums[c * (size / 4) + i / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -122,8 +123,9 @@ __device__ __forceinline__ void finish_output(const Workspace &workspace, const 
         }
     } else {
         for (int i = threadIdx.x; i < size; i += blockDim.x) {
-            float sum = 0.f;
-            for (int c = 0; c < kCopies; c++) {
+            float sum = __ldcg(workspace.y_sum + i);
+            workspace.y_sum[i] = 0.f;
+            for (int c = 1; c < kCopies; c++) {
                 sum += __ldcg(workspace.y_sum + c * size + i);
                 workspace.y_sum[c * size + i] = 0.f;
             }
