@@ -176,7 +176,7 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
         params.y = y.mutable_data_ptr();
         MatmulChoice choice;
         cudaError_t error = plan_packed_matmul(params, &choice);
-        // From the allocator: a workspace would be one more for each graph, where graphs of a memory pool share this.
+        // From torch's allocator, so that graphs of one memory pool share it: each graph has a workspace of its own.
         std::optional<Tensor> scratch;
         if (error == cudaSuccess && choice.scratch_bytes()) {
             const std::vector<int64_t> halves{int64_t(choice.scratch_bytes() / 2)};

@@ -16,7 +16,7 @@ struct PackedMatmulParams {
     const void *bias; // [outputs] or null
     void *y;          // [tokens, outputs], contiguous
     DType dtype;      // of x, bias and y: fp16 or bf16
-    void *scratch;    // as many bytes as the kernel wants, at a multiple of 16
+    void *scratch;    // MatmulChoice::scratch_bytes() at a multiple of 16; may be null where that is 0
 };
 
 } // namespace cats

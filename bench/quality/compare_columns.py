@@ -7,9 +7,9 @@
 The gate, and up with it or not, skip the columns whose input is small; else up skips the rows of neurons with a small
 gate as the package does. Down skips by the contribution as the package does. Attention is read whole. As in
 quality.compare, thresholds are exact quantiles and masks plain PyTorch, in float32 with TF32 products.
-``columns_NAME_text.csv`` has the shares read of each matrix and of the MLPs, and the divergence on the windows that are
-reported (c4), there with its change from the first variant and the standard error of that, paired by windows, and on
-those for development (dev). ``columns_NAME_tasks.csv`` has the tasks, items of even index reported.
+``columns_NAME_text.csv`` has the shares read of each matrix and of the MLPs, and the divergence on the windows for
+development (dev) and on those that are reported (c4). Of the latter it has the change from the first variant, too, with
+its standard error, paired by windows. ``columns_NAME_tasks.csv`` has the tasks, items of even index reported.
 """
 
 from __future__ import annotations

@@ -35,11 +35,15 @@ def source(name: str, row: dict[str, str]) -> str:
 
 
 def source_by_tokens(name: str, rows: list[dict[str, str]]) -> str:
-    """As :func:`source`, of a file whose rows of more tokens may be from an earlier commit."""
-    about = source(name, rows[0])
+    """As :func:`source`, of a file whose rows of more tokens may be from other commits."""
+    commits: dict[int, str] = {}  # the last row of so many tokens decides
     for row in rows:
-        if row["commit"] != rows[0]["commit"]:
-            return f"{about}; with {row['tokens']} tokens and more commit {row['commit']}"
+        commits[int(row["tokens"])] = row["commit"]
+    about, before = source(name, rows[0]), rows[0]["commit"]
+    for tokens in sorted(commits):
+        if commits[tokens] != before:
+            about += f"; from {tokens} tokens on commit {commits[tokens]}"
+            before = commits[tokens]
     return about
 
 

@@ -77,6 +77,7 @@ def perplexity(row: Row, dense: Row) -> str:
 
 def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str:
     """One table: for each model the dense one and ``variants``, as far as they were measured."""
+    titles = TASKS if any(measured(kind, model, "tasks") for model in MODELS) else {}
     rows = []
     for model, name in MODELS.items():
         if not measured(kind, model, "text"):
@@ -86,10 +87,10 @@ def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str
             row = text[variant]
             cells = [f"{float(row[f'{share}_share']):.1%}", f"{float(row['c4_kl']):.3f}"]
             cells.append(perplexity(row, text["dense"]))
-            cells += [accuracy(tasks.get((variant, task))) for task in TASKS]
+            cells += [accuracy(tasks.get((variant, task))) for task in titles]
             rows.append([f"{name}, dense" if variant == "dense" else words(variant), *cells])
     read_of = {"mlp": "MLP weights read", "model": "all weights read"}[share]
-    return table(["", read_of, "C4 KL, nats", "C4 perplexity", *TASKS.values()], rows)
+    return table(["", read_of, "C4 KL, nats", "C4 perplexity", *titles.values()], rows)
 
 
 def costs() -> str:

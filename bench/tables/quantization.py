@@ -151,11 +151,11 @@ def models_prompts() -> str:
     rows = []
     for prompt in dict.fromkeys(row["prompt"] for row in data):
         dense = times[prompt, "dense"]
-        cells = [f"{times[prompt, name]} ms, {ratio(times[prompt, name], dense)}" for name in weights]
+        cells = [f"{times[prompt, name]} ms, {ratio(dense, times[prompt, name])}" for name in weights]
         rows.append([f"{int(prompt):,}", f"{dense} ms", *cells])
     header = ["tokens of the prompt", "bf16", *(name.partition("_")[0] for name in weights)]
     about = f"{data[0]['device']}, {data[0]['layers']} layers of {MODELS[data[0]['model']]}'s shape, all linear layers"
-    return f"{about}: {source(PROMPTS, data[0])}. Of 1.00x is the time with bf16.\n\n{table(header, rows)}"
+    return f"{about}: {source(PROMPTS, data[0])}. Ratios are to bf16.\n\n{table(header, rows)}"
 
 
 PAGE = Page(

@@ -48,7 +48,7 @@ MOST_BATCHED_GB_PER_S = 4000
 # 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0; int8 9.3
 # and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 226 us for
 # 16 tokens and to unpack and multiply 228; int8 281 and 248. packed_matmul, where there is one, takes 83 and 90 for 4
-# tokens and as long for 8; the kernel takes 58 and 72 for 4 and, as two launches, more than the sum of 4 and 1 for 5
+# tokens and as long for 8; the kernel takes 58 and 72 for 4, and 5 tokens are two launches, of 4 and of 1
 # (h200/packed_tokens.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
@@ -60,8 +60,8 @@ MAX_ACTIVATED_TOKENS = {"cpu": 16, "cuda": 2}
 MOST_ACTIVATED_BYTES = 32768  # of a row on CUDA
 
 # As MAX_KERNEL_TOKENS, of exact_mlp, which takes the place of activated_mlp and of what is computed before it: without
-# and with a cutoff. On an H200 it takes 0.45 to 0.62 of the time of the fastest dense path for one token. For 2 tokens
-# it takes 0.60 to 0.69 with a cutoff, where activated_mlp, compiled, takes 0.70 to 0.73; without one it takes 0.69 to
+# and with a cutoff. On an H200 it takes 0.41 to 0.60 of the time of the fastest dense path for one token. For 2 tokens
+# it takes 0.59 to 0.68 with a cutoff, where activated_mlp, compiled, takes 0.70 to 0.75; without one it takes 0.69 to
 # 0.94, activated_mlp 0.68 to 0.80 (bench/results/h200/exact.csv).
 MAX_EXACT_TOKENS = {"cpu": 16, "cuda": 1}
 MAX_CUTOFF_TOKENS = {"cpu": 16, "cuda": 2}

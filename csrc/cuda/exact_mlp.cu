@@ -27,7 +27,7 @@ cudaError_t launch_both(const SparseMlpParams &params, void *workspace, void *ga
     first.w_up = first.w_down_t = nullptr, first.w_up_stride = first.w_down_t_stride = 0;
     SparseMlpLaunchOptions first_options = options;
     first_options.partial_sums = nullptr; // every gate is summed by one team, in the same order
-    // More rows brought into L2 before the kernel before has ended hold up those that it still reads (bench/NOTES.md).
+    // To bring more gate rows into L2 while the previous kernel runs delays what that kernel reads (bench/NOTES.md).
     if (!first_options.first_batches) first_options.first_batches = 1;
     first_options.gate_sums = reinterpret_cast<GateSums *>(static_cast<uint8_t *>(gates) + gates_bytes(params));
     if (const cudaError_t error = sparse_mlp_cuda(first, workspace, stream, first_options)) return error;

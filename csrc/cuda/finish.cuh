@@ -12,7 +12,7 @@
 
 namespace cats {
 
-constexpr int kOutputCopies = 4; // see add_to_output; y_sum has room for so many tokens
+constexpr int kOutputCopies = 4; // of y_sum; see add_to_output
 
 struct Workspace {
     float *y_sum;         // fp32 y, in the order of OutputOrder

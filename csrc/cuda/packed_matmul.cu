@@ -106,14 +106,14 @@ size_t MatmulChoice::scratch_bytes() const {
 
 // Fitted to what int4_g128 and int8_g128 take on an H200, 32 to 1,024 tokens, 1,024 to 14,336 inputs and outputs
 // (bench/results/h200/packed_matmul.log). Each tile's stages are divided by the same number of CTAs where possible: a
-// CTA that begins and ends within tiles has two ends. With few tokens that costs less than CTAs left over, which find
-// room beside others on a few of the multiprocessors.
+// CTA that begins and ends within tiles has two ends. Not with tiles of up to 64 tokens, of which a multiprocessor has
+// room for two CTAs: fewer CTAs than multiprocessors meet on some of them, which costs more.
 MatmulChoice choose_matmul(int64_t tokens, int64_t inputs, int64_t outputs, int multiprocessors) {
     struct {
         int tokens;
         float stage, ends;   // microseconds of a stage, and of a CTA beside its stages
         float within, other; // where tiles are divided, and for each other CTA of a tile
-        float uneven;        // where CTAs begin and end anywhere
+        float uneven;        // where CTAs begin and end anywhere; 0: always
     } constexpr shapes[] = {{32, 0.6f, 8.f, 0.f, 0.f, 0.f},
                             {64, 0.75f, 8.f, 0.f, 0.f, 0.f},
                             {128, 0.75f, 5.6f, 1.f, 0.7f, 8.f},
@@ -138,8 +138,11 @@ MatmulChoice choose_matmul(int64_t tokens, int64_t inputs, int64_t outputs, int 
 
 cudaError_t plan_packed_matmul(const PackedMatmulParams &params, MatmulChoice *choice) {
     const auto aligned = [](const void *at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+    const int64_t columns = params.input_rows ? params.outputs : params.inputs;
+    if (params.tokens < 1 || params.inputs < 1 || params.outputs < 1) return cudaErrorInvalidValue;
     if (params.inputs % 8 || params.outputs % 8 || params.stride % 16 || !aligned(params.x) || !aligned(params.y) ||
-        !aligned(params.rows) || params.tokens > INT32_MAX || params.inputs > INT32_MAX)
+        !aligned(params.rows) || params.tokens > INT32_MAX || params.inputs > INT32_MAX || params.outputs > INT32_MAX ||
+        params.format.row_bytes(columns) > INT32_MAX) // places in a row, and coordinates of copies, are 32 bits
         return cudaErrorNotSupported;
     int device;
     DeviceLimits limits;
@@ -151,6 +154,7 @@ cudaError_t plan_packed_matmul(const PackedMatmulParams &params, MatmulChoice *c
 
 cudaError_t packed_matmul_cuda(const PackedMatmulParams &params, const MatmulChoice &choice, cudaStream_t stream) {
     int device;
+    if (choice.scratch_bytes() && !params.scratch) return cudaErrorInvalidValue;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     const LaunchTarget target{stream, device, true};
     if (params.dtype == DType::kFloat16) return launch_format<__half>(params, target, choice);

@@ -2,8 +2,9 @@
 // then, writes and reads it once more: of a layer of 4096x14336 that is 0.13 ms, more than the products of 100 tokens.
 //
 // A tile is 128 outputs of kTokens tokens, a stage of it 128 inputs. One warp asks the copy engine for packed rows and
-// x. Two warp groups unpack, each half of the outputs, rounded as unpack_rows rounds them, into registers, from which
-// wgmma takes them. While it multiplies they unpack the next.
+// x. Two warp groups unpack, each half of the outputs, into registers, from which wgmma takes them. While it
+// multiplies they unpack the next. Values are rounded as unpack_rows rounds them, but for zero points
+// (rows/packed_fragment.cuh).
 //
 // Tiles seldom divide by the CTAs of a device, so each CTA has the same number of stages, which may begin and end
 // within tiles. The sums of a tile's first stages are left in memory for the CTA that has its last ones, which adds

@@ -15,7 +15,7 @@ struct MatmulChoice {
     size_t scratch_bytes() const; // of PackedMatmulParams::scratch
 };
 
-// The quickest by the time that stages take.
+// The choice with the least estimated time.
 MatmulChoice choose_matmul(int64_t tokens, int64_t inputs, int64_t outputs, int multiprocessors);
 
 // The choice for the current device. cudaErrorNotSupported for devices other than those of compute capability 9.0, for

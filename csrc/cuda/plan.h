@@ -209,7 +209,7 @@ constexpr BatchSizes kDenseBatches{8, 8, 11, 64};
 constexpr int kGroupColumns = 32;
 constexpr int kColumnGroups[] = {3, 6, 9, 12}; // groups of columns a worker warp, one instance each
 
-constexpr int kTwoTokenColumns = 3072; // of rows that two tokens come here for, at least
+constexpr int kTwoTokenColumns = 3072; // the shortest rows for which two tokens take this kernel
 
 // The longest rows do not fit where shared memory is small.
 CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch) {

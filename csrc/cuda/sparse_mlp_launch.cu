@@ -63,6 +63,8 @@ cudaError_t launch_format(const Choice &choice, const SparseMlpParams &params, c
     return cudaErrorInvalidValue;
 }
 
+static_assert(kOutputCopies <= kMaxTokensPerLaunch, "y_sum has room for the copies of one token's sums");
+
 // Values of y_sum: the batched kernel pads the tokens.
 int64_t y_sum_size(const SparseMlpParams &params) { return int64_t(kMaxTokensPerLaunch) * params.hidden_size; }
 

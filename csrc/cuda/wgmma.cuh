@@ -28,7 +28,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared_address) {
     return kSwizzle128 | kEightLines | kUnused | (shared_address & 0x3ffff) >> 4;
 }
 
-// Orders what the warp group wrote to registers and shared memory before its next wgmma.
+// Orders what the warp group wrote to registers before its next wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kOpen> __device__ __forceinline__ void wgmma_wait() {

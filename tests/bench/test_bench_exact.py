@@ -13,7 +13,7 @@ from bench.decode import exact as models
 from bench.kernels import exact as layers
 from bench.lib.results import read_rows
 from bench.tables import exact as tables
-from bench.tables.pages import Page, read
+from bench.tables.pages import Page, read, source_by_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,3 +71,14 @@ def test_pages_have_what_is_measured(tmp_path):
     (tmp_path / "page.md").write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in "ab"))
     page = Page(str(tmp_path / "page.md"), {"a": lambda: str(read("no such file.csv")), "b": lambda: "a table"})
     assert "begin -->\nNot measured yet.\n" in page.render() and "begin -->\na table\n" in page.render()
+
+
+def test_the_source_of_rows_of_several_commits():
+    row = {"torch": "2", "date": "2026-01-01"}
+    rows = [
+        row | {"tokens": str(tokens), "commit": commit} for tokens, commit in [(1, "a"), (2, "a"), (4, "b"), (8, "c")]
+    ]
+    assert source_by_tokens("x.csv", rows).endswith(
+        "commit a, 2026-01-01; from 4 tokens on commit b; from 8 tokens on commit c"
+    )
+    assert source_by_tokens("x.csv", rows[:2]).endswith("commit a, 2026-01-01")
