@@ -135,12 +135,13 @@ inline void check_same_shape(const char *op, const TensorArgument &t, const Tens
 }
 
 // What the counted ops add to, beside their first argument.
-inline void check_counts(const char *op, const TensorArgument &counts, const TensorArgument &like) {
+inline void check_counts(const char *op, const TensorArgument &counts, const TensorArgument &like,
+                         int size = kNumCounts) {
     if (!counts.present()) return;
     check_present(op, counts);
-    CATS_REQUIRE(counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == kNumCounts && counts.strides[0] == 1 &&
+    CATS_REQUIRE(counts.dtype == kInt64 && counts.dim == 1 && counts.sizes[0] == size && counts.strides[0] == 1 &&
                      counts.on_same_device(like),
-                 op, ": counts must be contiguous int64 of shape [", kNumCounts, "] on ", device(like), ", got ",
+                 op, ": counts must be contiguous int64 of shape [", size, "] on ", device(like), ", got ",
                  dtype(counts), " of shape ", shape(counts), " on ", device(counts));
 }
 
@@ -217,8 +218,10 @@ inline const float *check_threshold(const char *op, const TensorArgument &t, con
     CATS_REQUIRE(t.dtype == kFloat, op, ": ", t.name, " must be float32, got ", dtype(t));
     CATS_REQUIRE(t.on_same_device(like), op, ": ", t.name, " must be on the device ", device(like),
                  " of the other arguments, got ", device(t));
-    CATS_REQUIRE(t.dim == 0 || (t.dim == 1 && t.sizes[0] == intermediate_size), op, ": ", t.name,
-                 " must have shape [] or [", intermediate_size, "], got ", shape(t));
+    const bool one_each = intermediate_size && t.dim == 1 && t.sizes[0] == intermediate_size;
+    CATS_REQUIRE(t.dim == 0 || one_each, op, ": ", t.name, " must have shape []",
+                 intermediate_size ? " or [" + std::to_string(intermediate_size) + "]" : std::string(), ", got ",
+                 shape(t));
     *stride = t.dim == 0 ? 0 : t.strides[0];
     return static_cast<const float *>(t.data);
 }

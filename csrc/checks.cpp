@@ -44,15 +44,19 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
     try {
         const TensorArgument threshold = argument("threshold"), down_threshold = argument("down_threshold");
         if (op.substr(0, 10) == "sparse_mlp") {
-            const SparseMlpArguments arguments{
-                argument("x"),         argument("w_gate"),  argument("w_up"),      argument("w_down_t"),
-                argument("counts"),    threshold,           down_threshold,        activation,
-                argument("gate_bias"), argument("up_bias"), argument("down_bias"), named(formats[0]),
-                named(formats[1]),     named(formats[2])};
+            const bool by_columns = op.substr(10, 8) == "_columns";
+            SparseMlpArguments arguments{argument("x"),         argument(by_columns ? "w_gate_t" : "w_gate"),
+                                         argument("w_up"),      argument("w_down_t"),
+                                         argument("counts"),    threshold,
+                                         down_threshold,        activation,
+                                         argument("gate_bias"), argument("up_bias"),
+                                         argument("down_bias"), named(formats[0]),
+                                         named(formats[1]),     named(formats[2])};
+            if (by_columns) arguments.input_threshold = argument("input_threshold");
             if (op.substr(op.size() - 5) == "_step")
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
-            if (op == "sparse_mlp_counted") check_present("sparse_mlp", arguments.counts);
+            if (op.substr(op.size() - 8) == "_counted") check_present("sparse_mlp", arguments.counts);
         } else if (op == "exact_mlp") {
             check_exact_mlp({argument("x"), argument("w_gate"), argument("w_up"), argument("w_down_t"), activation,
                              deviations ? std::optional<double>(*deviations) : std::nullopt, flag,

@@ -18,22 +18,24 @@ struct SparseMlpArguments {
     std::string_view activation;
     TensorArgument gate_bias, up_bias, down_bias;
     std::optional<std::string_view> gate_format = {}, up_format = {}, down_format = {}; // none of dense weights
+    std::optional<TensorArgument> input_threshold = {};                                 // with it w_gate is [H, I]
 };
 
 // All parameters that are read. x must be made contiguous, and the caller sets what is written (y, counts).
 inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
-    const bool packed = a.gate_format.has_value();
-    const char *op = packed ? "sparse_mlp_packed" : "sparse_mlp";
+    const bool packed = a.gate_format.has_value(), by_columns = a.input_threshold.has_value();
+    const char *op = packed ? "sparse_mlp_packed" : (by_columns ? "sparse_mlp_columns" : "sparse_mlp");
     const TensorArgument &x = a.x, &w_gate = a.w_gate, &counts = a.counts;
     SparseMlpParams p{};
     p.dtype = check_dtype(op, x, /*allow_double=*/false);
     CATS_REQUIRE(x.dim >= 1, op, ": x must have at least one dimension, got shape []");
     check_present(op, w_gate);
-    CATS_REQUIRE(w_gate.dim == 2, op, ": w_gate must have shape [I, ", packed ? "bytes" : "H", "], got ",
-                 shape(w_gate));
-    const int64_t intermediate_size = w_gate.sizes[0], hidden_size = packed ? x.last_size() : w_gate.sizes[1];
+    CATS_REQUIRE(w_gate.dim == 2, op, ": ", w_gate.name, " must have shape ",
+                 by_columns ? "[H, I]" : (packed ? "[I, bytes]" : "[I, H]"), ", got ", shape(w_gate));
+    const int64_t intermediate_size = w_gate.sizes[by_columns],
+                  hidden_size = packed ? x.last_size() : w_gate.sizes[!by_columns];
     CATS_REQUIRE(hidden_size > 0 || !packed, op, ": x must have last dimension H > 0, got shape ", shape(x));
-    CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": w_gate must have I > 0 and H > 0, got ",
+    CATS_REQUIRE(intermediate_size > 0 && hidden_size > 0, op, ": ", w_gate.name, " must have I > 0 and H > 0, got ",
                  shape(w_gate));
     CATS_REQUIRE(x.last_size() == hidden_size, op, ": x must have last dimension H = ", hidden_size, ", got shape ",
                  shape(x));
@@ -46,13 +48,19 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
         if (!packed) return check_weight(op, w, x, intermediate_size, hidden_size, stride);
         return check_packed_weight(op, w, x, intermediate_size, hidden_size, format_name, *name, format, stride);
     };
-    p.w_gate = weight(w_gate, "gate_format", a.gate_format, &p.gate_format, &p.w_gate_stride);
+    if (by_columns) p.w_gate = check_weight(op, w_gate, x, hidden_size, intermediate_size, &p.w_gate_stride);
+    else p.w_gate = weight(w_gate, "gate_format", a.gate_format, &p.gate_format, &p.w_gate_stride);
     p.w_up = weight(a.w_up, "up_format", a.up_format, &p.up_format, &p.w_up_stride);
     p.w_down_t = weight(a.w_down_t, "down_format", a.down_format, &p.down_format, &p.w_down_t_stride);
     if (packed) {
         p.gate_bytes = int32_t(p.gate_format.row_bytes(hidden_size));
         p.up_bytes = int32_t(p.up_format.row_bytes(hidden_size));
         p.down_bytes = int32_t(p.down_format.row_bytes(hidden_size));
+    }
+    if (by_columns) {
+        int64_t stride;
+        check_present(op, *a.input_threshold);
+        p.input_threshold = check_threshold(op, *a.input_threshold, x, /*intermediate_size=*/0, &stride);
     }
     check_present(op, a.threshold);
     p.threshold = check_threshold(op, a.threshold, x, intermediate_size, &p.threshold_stride);
@@ -61,7 +69,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
     p.gate_bias = check_vector(op, a.gate_bias, x, intermediate_size);
     p.up_bias = check_vector(op, a.up_bias, x, intermediate_size);
     p.down_bias = check_vector(op, a.down_bias, x, hidden_size);
-    check_counts(op, counts, x);
+    check_counts(op, counts, x, by_columns ? kNumColumnsCounts : kNumCounts);
     return p;
 }
 

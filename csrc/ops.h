@@ -115,6 +115,29 @@ Tensor sparse_mlp_packed(const Tensor &x, const Tensor &w_gate, const Tensor &w_
     return run_sparse_mlp<Backend>("sparse_mlp_packed", params, x, counts, deterministic);
 }
 
+// --- sparse_mlp_columns ----------------------------------------------------------------------------------------------
+
+template <class Backend>
+Tensor sparse_mlp_columns(const Tensor &x, const Tensor &w_gate_t, const Tensor &w_up, const Tensor &w_down_t,
+                          const OptionalTensor &counts, const Tensor &input_threshold, const Tensor &threshold,
+                          const OptionalTensor &down_threshold, const StringArgument &activation,
+                          const OptionalTensor &gate_bias, const OptionalTensor &up_bias,
+                          const OptionalTensor &down_bias, bool deterministic) {
+    SparseMlpArguments arguments{argument("x", x),
+                                 argument("w_gate_t", w_gate_t),
+                                 argument("w_up", w_up),
+                                 argument("w_down_t", w_down_t),
+                                 argument("counts", counts),
+                                 argument("threshold", threshold),
+                                 argument("down_threshold", down_threshold),
+                                 activation.value,
+                                 argument("gate_bias", gate_bias),
+                                 argument("up_bias", up_bias),
+                                 argument("down_bias", down_bias)};
+    arguments.input_threshold = argument("input_threshold", input_threshold);
+    return run_sparse_mlp<Backend>("sparse_mlp_columns", check_sparse_mlp(arguments), x, counts, deterministic);
+}
+
 // --- exact_mlp -------------------------------------------------------------------------------------------------------
 
 template <class Backend>
@@ -263,6 +286,8 @@ template <class Backend, class Library> void implement_ops(Library &m) {
     m.impl("sparse_mlp_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp<Backend>>::counted));
     m.impl("sparse_mlp_packed", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::plain));
     m.impl("sparse_mlp_packed_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_packed<Backend>>::counted));
+    m.impl("sparse_mlp_columns", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_columns<Backend>>::plain));
+    m.impl("sparse_mlp_columns_counted", TORCH_BOX(&WithAndWithoutCounts<&sparse_mlp_columns<Backend>>::counted));
     m.impl("exact_mlp", TORCH_BOX(&exact_mlp<Backend>));
     m.impl("activated_mlp", TORCH_BOX(&activated_mlp<Backend>));
     m.impl("unpack_rows", TORCH_BOX(&unpack_rows<Backend>));

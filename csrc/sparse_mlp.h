@@ -19,8 +19,15 @@ enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
-// Number of entries of `counts`: token-neuron pairs evaluated, kept by `threshold`, kept by `down_threshold` too.
-constexpr int kNumCounts = 3;
+// Number of entries of `counts`: token-neuron pairs evaluated, kept by `threshold`, kept by `down_threshold` too; with
+// columns token-input pairs kept by `input_threshold`.
+constexpr int kNumCounts = 3, kNumColumnsCounts = 4;
+
+// A neuron that one token keeps, and v of it.
+struct alignas(8) KeptNeuron {
+    uint32_t neuron;
+    float value;
+};
 
 struct SparseMlpParams {
     int64_t tokens;            // M
@@ -65,6 +72,14 @@ struct SparseMlpParams {
     bool exact, squared, relu_up, cutoff;
     float deviations;
     void *gates; // CUDA: [M, I] of dtype, or null. With it only g is computed, and written here, and its GateSums.
+
+    // The form with columns of the gate: w_gate is its transpose, [H, I], whose row i is what all neurons multiply
+    // input i with. Inputs under the threshold count as zero for the gate, and their rows are not read.
+    //
+    //     g = sum over i of x_i Wg_i + bg        keep input i if not (|x_i| < input_threshold)
+    //
+    // On CUDA one launch computes v and lists what passes the first test, a second one takes the list (`given`).
+    const float *input_threshold; // one value, or null
 
     Activation activation;
     DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16

@@ -24,6 +24,7 @@ from cats_ext.ops import reference
 from cats_ext.ops.checks import check
 
 _WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
+_COLUMNS = "Tensor x, Tensor w_gate_t, Tensor w_up, Tensor w_down_t"
 _FORMATS = "str gate_format, str up_format, str down_format"
 _THRESHOLDS = "Tensor threshold, Tensor? down_threshold=None, str activation='silu'"
 _REST = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, bool deterministic=False"
@@ -37,6 +38,12 @@ SCHEMAS = {
     # they have: rows are padded to a multiple of 128, so an x of another width up to that is not refused.
     "sparse_mlp_packed": f"({_WEIGHTS}, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
     "sparse_mlp_packed_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_FORMATS}, {_THRESHOLDS}, {_REST}) -> Tensor",
+    # As sparse_mlp, with the transpose of the gate, [H, I]: the gate sees zero of inputs below input_threshold (float32
+    # []), whose rows are not read. Up takes x as it is. counts is int64 [4]: token-input pairs kept come last. On CUDA
+    # rows must be multiples of 16 bytes; an error otherwise. Each token takes two launches.
+    "sparse_mlp_columns": f"({_COLUMNS}, Tensor input_threshold, {_THRESHOLDS}, {_REST}) -> Tensor",
+    "sparse_mlp_columns_counted": f"({_COLUMNS}, Tensor(a!) counts, Tensor input_threshold, {_THRESHOLDS}, {_REST}) "
+    "-> Tensor",
     # For a step of decoding: one token, whose row x is first normalised (RMS). Adds y, in float32, to y_sum [H + 1],
     # which is zero before; elements from H on are scratch. The kernel before it on the stream must not write weights.
     # On CUDA raises cudaErrorNotSupported for shapes without a step kernel: plan.step_supported says which.
@@ -79,6 +86,8 @@ sparse_mlp = torch.ops.cats.sparse_mlp
 sparse_mlp_counted = torch.ops.cats.sparse_mlp_counted
 sparse_mlp_packed = torch.ops.cats.sparse_mlp_packed
 sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
+sparse_mlp_columns = torch.ops.cats.sparse_mlp_columns
+sparse_mlp_columns_counted = torch.ops.cats.sparse_mlp_columns_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
 sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 activated_mlp = torch.ops.cats.activated_mlp
@@ -112,6 +121,10 @@ def _exact_mlp_ref(*, deterministic: bool, **arguments) -> Tensor:
 
 def _sparse_mlp_packed_ref(*, deterministic: bool, **arguments) -> Tensor:
     return reference.sparse_mlp_packed_ref(**arguments)
+
+
+def _sparse_mlp_columns_ref(*, deterministic: bool, **arguments) -> Tensor:
+    return reference.sparse_mlp_columns_ref(**arguments)
 
 
 def _step_ref(sparse_mlp_ref: Callable[..., Tensor]) -> Callable[..., None]:
@@ -148,6 +161,8 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "sparse_mlp_counted": (_like("x"), _sparse_mlp_ref),
     "sparse_mlp_packed": (_like("x"), _sparse_mlp_packed_ref),
     "sparse_mlp_packed_counted": (_like("x"), _sparse_mlp_packed_ref),
+    "sparse_mlp_columns": (_like("x"), _sparse_mlp_columns_ref),
+    "sparse_mlp_columns_counted": (_like("x"), _sparse_mlp_columns_ref),
     "sparse_mlp_step": (_like(), _step_ref(reference.sparse_mlp_ref)),
     "sparse_mlp_packed_step": (_like(), _step_ref(reference.sparse_mlp_packed_ref)),
     "activated_mlp": (_activated_mlp_output, _activated_mlp_ref),

@@ -98,18 +98,45 @@ def sparse_mlp_ref(
     down_bias: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
     counts: Tensor | None = None,
+    for_gate: Tensor | None = None,
 ) -> Tensor:
-    """The whole gated MLP with its mask; arguments as in :func:`cats_ext.functional.sparse_mlp`."""
+    """The whole gated MLP with its mask; arguments as in :func:`cats_ext.functional.sparse_mlp`.
+
+    Args:
+        for_gate: what the gate takes instead of ``x``.
+    """
 
     def linear(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(a.to(compute_dtype), w.to(compute_dtype), None if b is None else b.to(compute_dtype))
 
-    g = linear(x, w_gate, gate_bias)
+    g = linear(x if for_gate is None else for_gate, w_gate, gate_bias)
     u = linear(x, w_up, up_bias)
     if counts is not None:
         counts += gated_threshold_counts_ref(g, u, threshold, down_threshold, activation)
     h = gated_threshold_ref(g, u, threshold, down_threshold, activation, compute_dtype)
     return linear(h, w_down_t.t(), down_bias).to(x.dtype)
+
+
+def kept_inputs(x: Tensor, input_threshold: Tensor) -> Tensor:
+    """Which elements of ``x`` the gate sees under an ``input_threshold`` ``[]``, as a bool tensor."""
+    return keep(x.float(), input_threshold)
+
+
+def sparse_mlp_columns_ref(
+    x: Tensor, w_gate_t: Tensor, *, input_threshold: Tensor, counts: Tensor | None = None, **rest: Any
+) -> Tensor:
+    """As :func:`sparse_mlp_ref`, with the gate transposed, which does not see inputs below ``input_threshold`` ``[]``.
+
+    Args:
+        w_gate_t: ``[H, I]``.
+        counts: int64 ``[4]``; token-input pairs kept come last.
+        rest: as there, by name.
+    """
+    kept = kept_inputs(x, input_threshold)
+    if counts is not None:
+        counts[3] += kept.sum()
+        rest["counts"] = counts[:3]
+    return sparse_mlp_ref(x, w_gate_t.t(), for_gate=torch.where(kept, x, 0), **rest)
 
 
 def activated_mlp_ref(
