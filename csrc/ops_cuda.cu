@@ -60,17 +60,24 @@ struct CudaBackend {
 
     static void run(const char *op, const SparseMlpParams &params, int32_t device_index, bool deterministic) {
         const cudaStream_t stream = current_stream(device_index);
-        void *workspace, *gates = nullptr;
+        void *workspace, *between = nullptr; // what the first of two launches leaves to the second
         check_cuda(op, get_workspace(stream, sparse_mlp_workspace_bytes(params), Contents::kZero, &workspace));
         SparseMlpLaunchOptions options;
-        size_t gates_bytes, bytes = 0;
-        check_cuda(op, exact_mlp_gates_bytes(params, &gates_bytes));
+        size_t between_bytes, bytes = 0;
+        check_cuda(op, (params.exact ? exact_mlp_gates_bytes : sparse_mlp_kept_bytes)(params, &between_bytes));
         if (deterministic) check_cuda(op, sparse_mlp_partial_sums_bytes(params, &bytes));
-        if (gates_bytes + bytes)
-            check_cuda(op, get_workspace(stream, gates_bytes + bytes, Contents::kAnything, &gates));
-        if (deterministic) options.partial_sums = static_cast<uint8_t *>(gates) + gates_bytes;
-        check_cuda(op, (params.exact ? exact_mlp_cuda(params, workspace, gates, stream, options)
-                                     : sparse_mlp_cuda(params, workspace, stream, options)));
+        if (between_bytes + bytes)
+            check_cuda(op, get_workspace(stream, between_bytes + bytes, Contents::kAnything, &between));
+        if (deterministic) options.partial_sums = static_cast<uint8_t *>(between) + between_bytes;
+        if (params.exact) return check_cuda(op, exact_mlp_cuda(params, workspace, between, stream, options));
+        if (!params.input_threshold) return check_cuda(op, sparse_mlp_cuda(params, workspace, stream, options));
+        const cudaError_t error = sparse_mlp_columns_cuda(params, workspace, between, stream, options);
+        CATS_REQUIRE(error != cudaErrorNotSupported, op,
+                     ": on CUDA every row must start at a multiple of 16 bytes and have a multiple of 16 bytes, and H "
+                     "is limited by the shared memory; got H = ",
+                     params.hidden_size, ", I = ", params.intermediate_size, ", and strides of ", params.w_gate_stride,
+                     ", ", params.w_up_stride, " and ", params.w_down_t_stride);
+        check_cuda(op, error);
     }
 
     static void run(const ActivatedMlpParams &params, int32_t device_index, bool deterministic) {

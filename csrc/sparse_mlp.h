@@ -29,6 +29,15 @@ struct alignas(8) KeptNeuron {
     float value;
 };
 
+// On CUDA: what a launch has found of one token. Segment s has `counts[s]` neurons, of the neurons from s * size on, at
+// neurons[s * size]; they are filled up to a multiple of kKeptMultiple with neurons UINT32_MAX.
+constexpr int kKeptMultiple = 4;
+struct KeptNeurons {
+    KeptNeuron *neurons; // [segments, size], or null
+    uint32_t *counts;    // [segments]
+    int32_t size, segments;
+};
+
 struct SparseMlpParams {
     int64_t tokens;            // M
     int64_t hidden_size;       // H
@@ -78,8 +87,10 @@ struct SparseMlpParams {
     //
     //     g = sum over i of x_i Wg_i + bg        keep input i if not (|x_i| < input_threshold)
     //
-    // On CUDA one launch computes v and lists what passes the first test, a second one takes the list (`given`).
+    // On CUDA one launch of one token computes v and lists in `kept` what passes the first test. A second one, without
+    // w_gate, starts from the list.
     const float *input_threshold; // one value, or null
+    KeptNeurons kept;
 
     Activation activation;
     DType dtype; // of x, the biases, norm_weight, y and dense weights: fp32, fp16 or bf16

@@ -66,7 +66,7 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
     // 82.2 / 81.4 us (same file), 6 / 8 / 10 / 12 take 80.3 / 80.3 / 80.4 / 81.8 at 50 % sparsity and 51.4 / 51.1
     // / 51.0 / 52.0 at 90 % (kernel_experiments.csv). A team's first batches are fixed, not drawn. A step was tuned
     // with 6.
-    ring.first_batches = overrides.first_batches ? overrides.first_batches : (shape.step ? 6 : 8);
+    ring.first_batches = overrides.first_batches ? overrides.first_batches : (shape.kept ? 4 : (shape.step ? 6 : 8));
     ring.first_batches = std::clamp(ring.first_batches, 1, 32 / choice.rows_per_batch);
     const auto shared_bytes = [&] {
         const int rows = choice.rows_per_batch, barrier_bytes = bulk_copy ? int(sizeof(uint64_t)) : 0;
@@ -228,13 +228,15 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
         reason =
             "the kernel for packed rows needs compute capability 9.0, x of 16 bits, and groups of 64 or 128 columns";
     }
-    if (shape.step && reason) return none(reason);
+    if ((shape.step || shape.kept) && reason) return none(reason);
     if (shape.step && small_chunks(shape, device))
         return none("the kernel for small layers is faster, and has no step");
     for (int64_t most = kMaxTokensPerLaunch; !reason && most; most /= 2) {
         const int tokens = int(std::min(most, shape.tokens));
         if (shape.exact && (tokens > 2 || !has_exact_instance(shape.row))) continue;
-        const int chunks = tokens == 1 && !shape.step && !shape.exact ? small_chunks(shape, device) : 0;
+        if (shape.kept && tokens > 1) continue;
+        const bool may_be_small = tokens == 1 && !shape.step && !shape.exact && !shape.kept;
+        const int chunks = may_be_small ? small_chunks(shape, device) : 0;
         Choice choice{};
         if (chunks) choice = small(shape, device, chunks);
         else if (tokens > 2 || batches_two_tokens(shape, tokens, bulk_copy))
@@ -248,7 +250,7 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
         reason = shape.exact && !has_exact_instance(shape.row)
                      ? "exact_mlp has its kernel for 16-bit rows only"
                      : "the row is too long for the registers or the shared memory";
-    return shape.step ? none(reason) : generic(shape, device, reason);
+    return shape.step || shape.kept ? none(reason) : generic(shape, device, reason);
 }
 
 // For Python (cats_ext/ops/plan.py). formats: names of packed ones, of gate, up and down, or null. False: no such name.

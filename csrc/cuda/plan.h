@@ -49,6 +49,7 @@ struct Shape {
     bool deterministic;        // the same bits in every run
     RowFormat formats[3] = {}; // of gate, up and down: dense, which `row` describes, or packed
     bool exact = false;        // the form of exact_mlp, see SparseMlpParams::exact
+    bool kept = false;         // the form that starts from a list of kept neurons, see SparseMlpParams::kept
 };
 
 // For benchmarks and tests: kAuto and 0 leave the choice to plan().
@@ -73,11 +74,11 @@ struct RingSizes {
     int rows;           // packed: of a batch, 8 or 16
 };
 
-// The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp, and of exact_mlp's first launch with a
-// cutoff.
-enum class Form : int32_t { kOrdinary, kStep, kExact, kGates };
+// The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp, of exact_mlp's first launch with a cutoff,
+// and of sparse_mlp_columns' second launch.
+enum class Form : int32_t { kOrdinary, kStep, kExact, kGates, kKept };
 
-// Rows of 16-bit elements have instances of the last two.
+// Rows of 16-bit elements have instances of kExact and kGates.
 constexpr bool has_exact_instance(const RowLayout &row) { return row.mma_operand; }
 
 // Warps of a CTA of the pipelined kernel. A warp has up to `chunks` chunks of a row a lane.
@@ -113,6 +114,7 @@ constexpr int64_t max_ctas(int64_t intermediate_size, const DeviceLimits &device
 constexpr int kMaxSlots = 16;
 constexpr uint32_t kMaxNeurons = 1 << 24; // neuron numbers have 24 bits
 constexpr int kMaxValues = 32;            // neurons of a team between their gate row and their down row
+constexpr int kMaxSegments = 512;         // of SparseMlpParams::kept
 
 // A batch of rows is up to 4 KiB a warp: what a batch costs beside its columns, some 1,000 cycles of latency, is then
 // hidden by the other teams. Where a CTA has less shared memory, single rows.
@@ -226,6 +228,31 @@ struct PackedInstance {
 constexpr PackedInstance kPackedInstances[] = {{1, 8, 4}, {1, 8, 8}, {2, 8, 4}, {4, 8, 4}};
 // Gate and up rows with two scales for 128 columns take more registers.
 constexpr bool has_small_groups(PackedInstance instance) { return instance.tokens * instance.blocks <= 8; }
+
+// ---- The gate by columns (gate_columns.cuh) ----
+
+constexpr int kColumnsThreads = 512;
+
+// An input that a token keeps, in shared memory.
+struct alignas(8) KeptInput {
+    uint32_t input;
+    float value;
+};
+
+// Segments of KeptNeurons, one for each CTA: whole pieces of 64 bytes of a row, which is what DRAM gives at a time, as
+// few of them as the multiprocessors allow, and no more neurons than threads.
+CATS_HOST_DEVICE constexpr int segment_size(int64_t intermediate_size, int storage_bytes, int multiprocessors) {
+    const int piece = 64 / storage_bytes;
+    const int size = ceil_div(ceil_div(intermediate_size, piece), multiprocessors) * piece;
+    return size < kColumnsThreads ? size : kColumnsThreads;
+}
+
+// The list of inputs, and later the threads' sums, of a chunk each.
+CATS_HOST_DEVICE constexpr int64_t columns_shared_bytes(int64_t hidden_size, int columns_per_chunk) {
+    const int64_t list = hidden_size * int64_t(sizeof(KeptInput));
+    const int64_t sums = int64_t(kColumnsThreads) * columns_per_chunk * int64_t(sizeof(float));
+    return list > sums ? list : sums;
+}
 
 // ---- The generic kernel (sparse_mlp_generic.cuh) ----
 

@@ -48,8 +48,10 @@ cudaError_t launch_pipelined(const Choice &choice, const RingArguments &args, co
                 if (args.mlp.gates) return launch(rows, std::integral_constant<Form, Form::kGates>{});
                 if (args.mlp.exact) return launch(rows, std::integral_constant<Form, Form::kExact>{});
             }
-            if constexpr (kTokens == 1)
+            if constexpr (kTokens == 1) {
+                if (args.mlp.kept.neurons) return launch(rows, std::integral_constant<Form, Form::kKept>{});
                 if (args.mlp.y_sum) return launch(rows, std::integral_constant<Form, Form::kStep>{});
+            }
             return launch(rows, std::integral_constant<Form, Form::kOrdinary>{});
         };
         constexpr int kMostRows = rows_per_batch(kTokens, shape.chunks, true);

@@ -17,7 +17,8 @@
 // of decoding asks for its first rows before the wait: its caller guarantees that no kernel writes them.
 //
 // exact_mlp's form has no thresholds: what is exactly zero is skipped. Without an up matrix gate rows lead to down rows
-// at once. The form for gates alone writes them, and in place of y their sums.
+// at once. The form for gates alone writes them, and in place of y their sums. The form for kept neurons has no gate
+// rows: their list was written by the previous kernel (gate_columns.cuh), and its batches are of up rows.
 #pragma once
 
 #include "activation.cuh"
@@ -29,7 +30,7 @@ namespace cats {
 template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
           Form kForm>
 __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
-    constexpr bool kStep = kForm == Form::kStep, kGates = kForm == Form::kGates;
+    constexpr bool kStep = kForm == Form::kStep, kGates = kForm == Form::kGates, kKept = kForm == Form::kKept;
     constexpr bool kExact = kForm == Form::kExact || kGates;
     using Columns = Values<T, Row::kPerChunk>; // of x
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
@@ -70,12 +71,13 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     // draws the next from a counter in global memory. How many rows a batch leads to depends on the input: with fixed
     // batches the CTAs would end up to a tenth of the whole time apart. Gates alone lead to none: their batches are
     // fixed, and so are their sums.
-    const uint32_t intermediate = uint32_t(p.intermediate_size), batches = (intermediate + kRows - 1) / kRows;
+    const uint32_t intermediate = uint32_t(p.intermediate_size);
+    uint32_t batches = (intermediate + kRows - 1) / kRows;
     const uint32_t first_batch = blockIdx.x * kTeams + team;
     const auto teams = [&] { return gridDim.x * kTeams; }; // computed again, to save a register
 
     launch_dependents();
-    if (lane < ring.first_batches * kRows) {
+    if (!kKept && lane < ring.first_batches * kRows) {
         const uint32_t j = (first_batch + lane / kRows * teams()) * kRows + lane % kRows; // one row a lane
         if (j < intermediate) prefetch_l2(address(RowKind::kGate, j), bytes);
     }
@@ -83,6 +85,26 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
               reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * ring.slots, ring.slots, segment_bytes,
               bytes);
     if constexpr (!kStep) wait_for_previous_kernel();
+    __shared__ uint32_t segment_ends[kKept ? kMaxSegments : 1]; // batches of the segments up to and with each
+    if constexpr (kKept) {
+        if (warp == 0) {
+            const int each = (p.kept.segments + 31) / 32, first = lane * each, end = min(first + each, p.kept.segments);
+            const auto batches_in = [&](int s) { return (__ldg(p.kept.counts + s) + kRows - 1) / kRows; };
+            uint32_t mine = 0;
+#pragma unroll 4
+            for (int s = first; s < end; s++) mine += batches_in(s);
+            uint32_t up_to = mine;
+#pragma unroll
+            for (int o = 1; o < 32; o *= 2) {
+                const uint32_t other = __shfl_up_sync(kAll, up_to, o);
+                if (lane >= o) up_to += other;
+            }
+            up_to -= mine;
+            for (int s = first; s < end; s++) segment_ends[s] = up_to += batches_in(s);
+        }
+        __syncthreads();
+        batches = segment_ends[p.kept.segments - 1];
+    }
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
@@ -95,6 +117,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     const auto after_first = [&](uint32_t ticket) { return teams() * ring.first_batches + ticket; };
     if constexpr (!kStep) draw();
 
+    uint32_t kept = 0, kept_down = 0; // token-neuron pairs
     // The queues. Slots are filled and emptied in ring order.
     uint32_t up_head = 0, ups = 0, down_head = 0, downs = 0; // rows still to be requested
     uint32_t values_used = 0;                                // bit mask
@@ -113,6 +136,38 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         request(RowKind::kGate, first + lane, min(intermediate - first, uint32_t(kRows)));
         gates_in_flight++;
     };
+    // kKept: lane r has row r of the next batch, asked for when its number is known.
+    KeptNeuron next{};
+    const auto look_up = [&] {
+        if (!kKept || next_batch >= batches) return;
+        uint32_t before = 0;
+        for (int s = lane; s < p.kept.segments; s += 32) before += segment_ends[s] <= next_batch;
+        const uint32_t segment = __reduce_add_sync(kAll, before);
+        const uint32_t batch = next_batch - (segment ? segment_ends[segment - 1] : 0);
+        if (lane < kRows) next = p.kept.neurons[segment * p.kept.size + batch * kRows + lane];
+    };
+    const auto follow_with_down = [&](uint32_t row, uint32_t count) { // the down rows follow their up rows
+        if (decides_down()) return;
+        if (lane < count) state.down_queue[(down_head + downs + lane) % kMaxValues] = row;
+        downs += count;
+        __syncwarp();
+    };
+    const auto request_kept = [&] {
+        const uint32_t count = __popc(__ballot_sync(kAll, lane < kRows && next.neuron != kNoRow));
+        uint32_t row = kNoRow;
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+            if (r >= count) break;
+            const int free = __ffs(~values_used) - 1;
+            values_used |= 1u << free;
+            if (lane != r) continue;
+            state.values[free][0] = next.value, state.value_tokens[free] = 1;
+            row = next.neuron | free << 24;
+        }
+        kept += count;
+        request(RowKind::kUp, row, count);
+        follow_with_down(row, count);
+    };
     const auto refill = [&] {
         while (in_flight < ring.slots) {
             const bool last = next_known && next_batch >= batches; // no more gates: a batch need not be full
@@ -120,24 +175,22 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 const uint32_t count = min(downs, uint32_t(kRows));
                 request(RowKind::kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
                 down_head += count, downs -= count;
-            } else if (!kGates && (ups >= kRows || (last && ups))) {
+            } else if (!kGates && !kKept && (ups >= kRows || (last && ups))) {
                 const uint32_t count = min(ups, uint32_t(kRows)), row = state.up_queue[(up_head + lane) % kMaxValues];
                 request(RowKind::kUp, row, count);
                 up_head += count, ups -= count;
-                if (!decides_down()) { // the down rows follow their up rows
-                    if (lane < count) state.down_queue[(down_head + downs + lane) % kMaxValues] = row;
-                    downs += count;
-                    __syncwarp();
-                }
+                follow_with_down(row, count);
             } else if (next_known && !last && __popc(values_used) + (gates_in_flight + 1) * kRows <= kMaxValues) {
-                request_gates(next_batch);
-                if (fixed() || next_batch < after_first(0) - teams()) next_batch += teams();
+                if constexpr (kKept) request_kept();
+                else request_gates(next_batch);
+                if (fixed() || next_batch < after_first(0) - teams()) next_batch += teams(), look_up();
                 else next_known = false;
             } else {
                 break;
             }
         }
     };
+    look_up();
     refill();
     Columns norm[kChunks];
     if constexpr (kStep) {
@@ -167,8 +220,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         }
     }
 
-    uint32_t kept = 0, kept_down = 0; // token-neuron pairs
-    GateSums gate_sums{};             // of the gates that this lane has written
+    GateSums gate_sums{}; // of the gates that this lane has written
     int turn = 0;
     // Sums over the team, and each lane gets its dot product. Also tells the warps the next batch if it is unknown.
     const auto sum_over_team = [&](float (&dots)[kDots]) {
@@ -187,7 +239,10 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             for (int w = 1; w < kTeamWarps; w++) sum += partial[w];
             if (!next_known) next_batch = exchange.next_batch;
         }
-        if (!next_known && next_batch < batches) draw();
+        if (!next_known) {
+            if (next_batch < batches) draw();
+            look_up();
+        }
         next_known = true;
         return sum;
     };
@@ -225,7 +280,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         const uint32_t row = state.slot_rows[head][my_row], j = row & (kMaxNeurons - 1), v = row >> 24 & 31;
         const bool mine = row != kNoRow && my_token < p.tokens; // this lane's dot product exists
         float bias = 0.f, threshold = 0.f;                      // asked for now, needed after the dot product
-        if (kind == RowKind::kGate && mine) {
+        if (!kKept && kind == RowKind::kGate && mine) {
             if constexpr (!kExact) threshold = p.threshold[j * p.threshold_stride];
             if (p.gate_bias) bias = to_float(static_cast<const T *>(p.gate_bias)[j]);
         } else if (kind == RowKind::kUp && mine) {
@@ -296,7 +351,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 }
             });
             float result = sum_over_team(dots) + bias; // meaningless for a slot's absent rows, which are not `mine`
-            if (kind == RowKind::kGate) {
+            if (!kKept && kind == RowKind::kGate) {
                 gates_in_flight--;
                 bool kept_here = false;
                 if constexpr (kGates) {

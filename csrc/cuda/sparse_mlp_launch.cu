@@ -132,7 +132,8 @@ cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cuda
                 step,
                 parts.partial_sums != nullptr,
                 {params.gate_format, params.up_format, params.down_format},
-                params.exact};
+                params.exact,
+                params.kept.neurons != nullptr};
     const int64_t x_row_bytes = params.hidden_size * (params.dtype == DType::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < params.tokens;) {
         shape.tokens = params.tokens - first;
