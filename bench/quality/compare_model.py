@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.lib import machine
 from bench.lib.results import ResultFile
@@ -82,10 +82,7 @@ class Comparison:
 
     def states(self, windows: Tensor) -> Tensor:
         """What the output layer takes, ``[windows * window, H]``."""
-        parts = windows.split(self.args.batch)
-        return torch.cat([self.model.model(input_ids=ids, use_cache=False).last_hidden_state for ids in parts]).flatten(
-            0, 1
-        )
+        return last_states(self.model, windows, self.args.batch)
 
     def sampled_loss(self, ids: Tensor, generator: torch.Generator) -> Tensor:
         """Sum of log p(y) with y drawn from the model: its gradients have the Fisher information as second moment."""
@@ -249,16 +246,7 @@ class Comparison:
 
     @torch.no_grad()
     def divergence(self, windows: Tensor, dense: Tensor) -> tuple[float, float, float]:
-        """KL from the dense model, mean negative log-likelihood, and share of equal first choices."""
-        sums, states = torch.zeros(3, dtype=torch.float64, device=self.device), self.states(windows)
-        next_ids = windows.roll(-1, 1).flatten()
-        inside = (torch.arange(windows.numel(), device=self.device) + 1) % windows.shape[1] != 0
-        for at in torch.arange(len(states), device=self.device).split(_CHUNK):
-            p, q = (self.model.lm_head(some[at]).log_softmax(-1) for some in (dense, states))
-            nll = -q.gather(1, next_ids[at, None])[:, 0] * inside[at]
-            sums += torch.stack([kl(p, q).sum(), nll.sum(), (p.argmax(-1) == q.argmax(-1)).sum()]).double()
-        divergence, nll, same = sums.tolist()
-        return divergence / len(states), nll / int(inside.sum()), same / len(states)
+        return divergence_of(self.model, windows, dense, self.states(windows))
 
     def text(self, names: Sequence[str]) -> dict[str, float]:
         row = {}
@@ -271,21 +259,7 @@ class Comparison:
     def measure_tasks(self, name: str, table: ResultFile) -> None:
         found = answers(self.model, self.tasks, self.args.batch_tokens)
         self.dense_answers = self.dense_answers or found
-        for half, start in (("dev", 1), ("reported", 0)):
-            tasks = {
-                task: paired_accuracy(task, self.dense_answers[task][start::2], right[start::2])
-                for task, right in found.items()
-            }
-            eight = mean_accuracy({task: one for task, one in tasks.items() if task not in ALONE})
-            for one in (eight, *tasks.values()):
-                table.add({"model": self.args.name, "variant": name, "half": half} | one.to_dict())
-            alone = {
-                task: f"{tasks[task].sparse:.3f} ({tasks[task].difference:+.3f})" for task in ALONE if task in tasks
-            }
-            print(
-                f"  {half}: {eight.sparse:.4f} ({eight.difference:+.4f} ± {eight.difference_se:.4f}) {alone}",
-                flush=True,
-            )
+        add_tasks(table, {"model": self.args.name, "variant": name}, self.dense_answers, found)
 
     @torch.no_grad()
     def greedy(self) -> list[tuple[list[int], list[int]]]:
@@ -306,6 +280,38 @@ class Comparison:
                 agreed.scatter_reduce_(0, items[at][wrong], places[at][wrong], "amin")
         agreed = agreed.double()
         return {"agreed_mean": float(agreed.mean()), "agreed_median": float(agreed.median())}
+
+
+def last_states(model: nn.Module, windows: Tensor, batch: int) -> Tensor:
+    """What the output layer takes, ``[windows * window, H]``."""
+    parts = windows.split(batch)
+    return torch.cat([model.model(input_ids=ids, use_cache=False).last_hidden_state for ids in parts]).flatten(0, 1)
+
+
+def divergence_of(model: nn.Module, windows: Tensor, dense: Tensor, states: Tensor) -> tuple[float, float, float]:
+    """KL from the dense model, mean negative log-likelihood, and share of equal first choices."""
+    sums = torch.zeros(3, dtype=torch.float64, device=windows.device)
+    next_ids = windows.roll(-1, 1).flatten()
+    inside = (torch.arange(windows.numel(), device=windows.device) + 1) % windows.shape[1] != 0
+    for at in torch.arange(len(states), device=windows.device).split(_CHUNK):
+        p, q = (model.lm_head(some[at]).log_softmax(-1) for some in (dense, states))
+        nll = -q.gather(1, next_ids[at, None])[:, 0] * inside[at]
+        sums += torch.stack([kl(p, q).sum(), nll.sum(), (p.argmax(-1) == q.argmax(-1)).sum()]).double()
+    divergence, nll, same = sums.tolist()
+    return divergence / len(states), nll / int(inside.sum()), same / len(states)
+
+
+def add_tasks(
+    table: ResultFile, labels: dict[str, str], dense: dict[str, list[bool]], found: dict[str, list[bool]]
+) -> None:
+    """Rows of each task and of the mean of eight, apart for items of odd (dev) and of even index (reported)."""
+    for half, start in (("dev", 1), ("reported", 0)):
+        tasks = {task: paired_accuracy(task, dense[task][start::2], right[start::2]) for task, right in found.items()}
+        eight = mean_accuracy({task: one for task, one in tasks.items() if task not in ALONE})
+        for one in (eight, *tasks.values()):
+            table.add(labels | {"half": half} | one.to_dict())
+        alone = {task: f"{tasks[task].sparse:.3f} ({tasks[task].difference:+.3f})" for task in ALONE if task in tasks}
+        print(f"  {half}: {eight.sparse:.4f} ({eight.difference:+.4f} ± {eight.difference_se:.4f}) {alone}", flush=True)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tables of the comparison at equal bytes, of two models, for both pages about quality.
 
-From compare_*.csv, and of columns skipped inside the MLPs from columns_*.csv.
+Of the package's own thresholds from package_*.csv, of other rules and methods from compare_*.csv, and of columns that
+are skipped inside the MLPs from columns_*.csv.
 
 Rows of tasks are those of the reported half; the other half was looked at when rules were chosen.
 """
@@ -15,9 +16,9 @@ TASKS = {"mean": "eight tasks", "lambada": "LAMBADA", "arithmetic": "arithmetic"
 NAMES = {
     "default, alike": "default",
     "means, map r32": "means and a map of rank 32",
-    "H none": "gate by columns",
-    "H gradient": "gate by columns, weighted",
-    "T gradient": "gate and up by columns, weighted",
+    "two_threshold": "default",
+    "three_threshold": '`rule="three_threshold"`',
+    "columns": "gate by columns",
 }
 PEERS = ("plain 0.667", "default, alike 0.667", "WINA 0.667", "TEAL 0.667")
 COMPENSATION = tuple(
@@ -26,9 +27,14 @@ COMPENSATION = tuple(
     for name in ("default, alike", "means", "means, map r32", "means, full weights in the last layer")
 )
 COLUMNS = tuple(
-    f"{name} {budget}" for budget in (0.667, 0.55) for name in ("default", "H none", "H gradient", "T gradient")
+    f"{name} {budget}"
+    for budget in (0.667, 0.55)
+    for name in (
+        *("default", "columns", "columns, less of down", "columns, more of the gate", "columns, less of the gate"),
+        *("columns, weighted", "gate and up by columns"),
+    )
 )
-DEFAULT = ("default, alike 0.667", "default, alike 0.55")
+PACKAGE = tuple(f"{rule} {budget}" for budget in (0.667, 0.55) for rule in ("two_threshold", "three_threshold"))
 
 Row = dict[str, str]
 
@@ -58,7 +64,7 @@ def made(kind: str = "compare") -> str:
 
 def words(variant: str) -> str:
     name, budget = variant.rsplit(" ", 1)
-    return f"{NAMES.get(name, name)}, {float(budget):.0%}"
+    return f"{NAMES.get(name, name.replace('columns,', 'gate by columns,'))}, {float(budget):.0%}"
 
 
 def accuracy(row: Row | None) -> str:
@@ -94,7 +100,7 @@ def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str
 
 
 def costs() -> str:
-    return f"{made()}\n\n{rows_of(DEFAULT, 'mlp')}"
+    return f"{made('package')}\n\n{rows_of(PACKAGE, 'mlp', 'package')}"
 
 
 def peers() -> str:
