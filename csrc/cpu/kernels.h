@@ -57,7 +57,7 @@ std::string cpu_kernels_info();
 void gated_threshold_double(const GatedThresholdParams &, const Parallel &);
 
 // Scratch memory of the calling thread, aligned to 64 bytes and kept for its next call; one buffer for each slot.
-constexpr int kWorkspaceSlots = 7;
+constexpr int kWorkspaceSlots = 8;
 void *cpu_workspace(int slot, size_t bytes);
 
 } // namespace cats

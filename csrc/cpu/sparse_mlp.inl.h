@@ -1,6 +1,7 @@
 // The sparse gated MLP for few tokens. It reads the three weights row by row and is bound by memory bandwidth.
 //
-// 1. gate: the neurons are split evenly over the threads; each computes act(x . gate_row) and lists the kept ones.
+// 1. gate: the neurons are split evenly over the threads; each computes act(x . gate_row) and lists the kept ones. With
+//    an input_threshold each adds up its columns of the transpose's rows instead, of the inputs that are kept.
 // 2. up and down: the list of kept neurons is split evenly, so no thread has more rows to read than another. Each reads
 //    its up rows, applies the second threshold, and adds the surviving down rows into its own fp32 y.
 // 3. The threads' y are added in the order of their parts and rounded once.
@@ -25,6 +26,10 @@ namespace cats::CATS_ISA {
 
 constexpr int kRows = 8;       // rows read side by side
 constexpr int kMaxTokens = 16; // tokens in a block: each block reads the rows once
+
+// With an input_threshold: sums of gates, of a block of tokens, in the size of an L1 cache; and the number of inputs
+// whose rows all tokens of a block add before the next ones, so that they are read from memory once.
+constexpr int kGateSums = 1 << 13, kGateInputs = 64;
 
 static constexpr float kSmallest = 0x1p-149f; // as a threshold, it drops zeros and nothing else
 
@@ -94,6 +99,15 @@ template <int Rows, class Row> static void add_rows(Row *rows, const float *h, i
     }
 }
 
+// The same for up to kRows rows.
+template <class Row> static void add_rows(Row *rows, int num, const float *h, int64_t columns, float *y) {
+    int r = 0;
+    if (num & 8) add_rows<8>(rows, h, columns, y), r += 8;
+    if (num & 4) add_rows<4>(rows + r, h + r, columns, y), r += 4;
+    if (num & 2) add_rows<2>(rows + r, h + r, columns, y), r += 2;
+    if (num & 1) add_rows<1>(rows + r, h + r, columns, y);
+}
+
 template <class T> CATS_INLINE float scalar(const void *data, int64_t i) {
     return load(static_cast<const T *>(data) + i, 1)[0];
 }
@@ -140,6 +154,11 @@ template <class T> struct SparseMlp {
         int64_t kept_pairs, kept_down_pairs; // token-neuron pairs that passed the first test, both tests
     };
 
+    struct KeptInput {
+        int64_t input;
+        float value;
+    };
+
     const SparseMlpParams &p;
     const Parallel &parallel;
     const int64_t first_token, tokens;
@@ -153,6 +172,8 @@ template <class T> struct SparseMlp {
     void *x_gate, *x_up;  // [tokens, padded]: x as the dot products of gate and of up take it
     const T *const given; // [M, I]: act(g) where it is given and there is no w_gate, otherwise null
     float cutoffs[kMaxTokens];
+    KeptInput *const inputs; // [tokens, H]: with an input_threshold, inputs that a token keeps, in order
+    int64_t num_inputs[kMaxTokens];
 
     SparseMlp(const SparseMlpParams &p, const Parallel &parallel, int64_t first_token, const void *given = nullptr)
         : p(p), parallel(parallel), first_token(first_token), tokens(min(kMaxTokens, p.tokens - first_token)),
@@ -161,7 +182,8 @@ template <class T> struct SparseMlp {
           v(workspace<float>(0, tokens * p.intermediate_size)),
           alive(workspace<uint8_t>(1, tokens * p.intermediate_size)), kept(workspace<int32_t>(2, p.intermediate_size)),
           partial(workspace<float>(3, parts * tokens * padded)), part(workspace<Part>(4, parts)),
-          given(static_cast<const T *>(given)) {}
+          given(static_cast<const T *>(given)),
+          inputs(p.input_threshold ? workspace<KeptInput>(7, tokens * p.hidden_size) : nullptr) {}
 
     template <class Element> static Element *workspace(int slot, int64_t size) {
         return static_cast<Element *>(cpu_workspace(slot, size * sizeof(Element)));
@@ -180,6 +202,8 @@ template <class T> struct SparseMlp {
             if (p.up_format == p.gate_format) x_up = x_gate;
             else with_rows<T>(p.up_format, [this](auto row) { x_up = pack_x<typename decltype(row)::type>(6); });
         }
+        if (p.input_threshold)
+            for (int64_t t = 0; t < tokens; t++) num_inputs[t] = list_kept_inputs(t);
         if (p.cutoff) {
             for_each(parallel, parts, [this](int64_t i) { compute_gates(part_begin(i), part_begin(i + 1)); });
             for (int64_t t = 0; t < tokens; t++) cutoffs[t] = cutoff_of(v + t * p.intermediate_size);
@@ -241,14 +265,19 @@ template <class T> struct SparseMlp {
             }
     }
 
-    int64_t part_begin(int64_t i) const { return p.intermediate_size * i / parts; }
+    // Of whole groups where the rows of the gate are split, too, so that groups stay aligned if rows are.
+    int64_t part_begin(int64_t i) const {
+        const int64_t unit = p.input_threshold ? kGroup : 1;
+        return min((p.intermediate_size + unit - 1) / unit * i / parts * unit, p.intermediate_size);
+    }
 
     void gate(int64_t i) {
         const int64_t begin = part_begin(i), end = part_begin(i + 1);
         if (given) {
             read_activations(begin, end);
         } else {
-            if (!p.cutoff) compute_gates(begin, end);
+            if (p.input_threshold) add_gates(begin, end);
+            else if (!p.cutoff) compute_gates(begin, end);
             with_activation(p.activation,
                             [&](auto activation) { apply_activation<decltype(activation)::value>(begin, end); });
         }
@@ -290,6 +319,69 @@ template <class T> struct SparseMlp {
             }
     }
 
+    int64_t list_kept_inputs(int64_t t) {
+        const T *x = static_cast<const T *>(p.x) + (first_token + t) * p.hidden_size;
+        KeptInput *list = inputs + t * p.hidden_size;
+        int64_t num = 0;
+        for (int64_t c = 0; c < p.hidden_size; c += kLanes) {
+            float values[kLanes];
+            store(values, load(x + c, p.hidden_size - c));
+            for (int i = 0; i < min(kLanes, p.hidden_size - c); i++) {
+                list[num] = {c + i, values[i]}; // without a branch, which half of the inputs would mispredict
+                num += !is_below(values[i], p.input_threshold, 0, 0);
+            }
+        }
+        return num;
+    }
+
+    // The gates of neurons [begin, end), as sums of columns of the rows of w_gate. Each is summed in the order of
+    // inputs, so the result does not depend on how neurons and tokens are split. Rows that no token keeps are not read,
+    // and a token that drops a row leaves it out, as in down().
+    void add_gates(int64_t begin, int64_t end) const {
+        typedef DenseRow<T> Row; // there are no packed rows of the transpose
+        float sums[kGateSums];   // [tokens, width], in the column order of rows
+        const int64_t width = kGateSums / tokens / kGroup * kGroup;
+        for (int64_t j = begin; j < end; j += width) {
+            const int64_t columns = min(width, end - j);
+            int64_t next[kMaxTokens] = {};
+            std::memset(sums, 0, tokens * width * sizeof(*sums));
+            for (int64_t i = kGateInputs; i < p.hidden_size + kGateInputs; i += kGateInputs)
+                for (int64_t t = 0; t < tokens; t++)
+                    next[t] = add_inputs_before<Row>(i, t, next[t], j, columns, sums + t * width);
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t c = 0; c < columns; c += kGroup) {
+                    const float *from = sums + t * width + c;
+                    Group g = {load(from), load(from + kLanes)};
+                    if (p.gate_bias) {
+                        const Group bias =
+                            load_group<Row::kOrder>(static_cast<const T *>(p.gate_bias) + j + c, columns - c);
+                        g = {g.a + bias.a, g.b + bias.b};
+                    }
+                    store_group<Row::kOrder>(v + t * p.intermediate_size + j + c, g, columns - c);
+                }
+        }
+    }
+
+    // Adds the rows of the inputs below `limit` that token t keeps, from the k-th one on, kRows at a time. Returns how
+    // far it came: where more inputs follow, up to kRows - 1 are left to be added with them.
+    template <class Row>
+    int64_t add_inputs_before(int64_t limit, int64_t t, int64_t k, int64_t j, int64_t columns, float *sums) const {
+        const KeptInput *list = inputs + t * p.hidden_size;
+        for (int num; k < num_inputs[t]; k += num) {
+            num = int(min(kRows, num_inputs[t] - k));
+            if (list[k + num - 1].input >= limit) break;
+            Row rows[kRows];
+            float h[kRows];
+            for (int r = 0; r < num; r++) {
+                const auto *row = static_cast<const T *>(p.w_gate) + list[k + r].input * p.w_gate_stride + j;
+                rows[r] = {row, row};
+                h[r] = list[k + r].value;
+            }
+            add_rows(rows, num, h, columns, sums);
+        }
+        return k;
+    }
+
     template <Activation A> void apply_activation(int64_t begin, int64_t end) const {
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t j = begin; j < end; j += kLanes) {
@@ -321,7 +413,7 @@ template <class T> struct SparseMlp {
     int64_t concatenate_kept() {
         int64_t total = 0;
         for (int64_t i = 0; i < parts; i++) {
-            const int64_t begin = p.intermediate_size * i / parts;
+            const int64_t begin = part_begin(i);
             std::memmove(kept + total, kept + begin, part[i].kept * sizeof(*kept));
             total += part[i].kept;
         }
@@ -371,11 +463,7 @@ template <class T> struct SparseMlp {
             rows[num] = row_of<Row>(p.w_down_t, p.w_down_t_stride, j, neurons[min(k + kRows, left - 1)]);
             h[num++] = v[at];
         }
-        int r = 0;
-        if (num & 8) add_rows<8>(rows, h, columns<Row>(), y), r += 8;
-        if (num & 4) add_rows<4>(rows + r, h + r, columns<Row>(), y), r += 4;
-        if (num & 2) add_rows<2>(rows + r, h + r, columns<Row>(), y), r += 2;
-        if (num & 1) add_rows<1>(rows + r, h + r, columns<Row>(), y);
+        add_rows(rows, num, h, columns<Row>(), y);
     }
 
     template <ColumnOrder order> void finish(int64_t i, int64_t num) const {
@@ -400,6 +488,7 @@ template <class T> struct SparseMlp {
             p.counts[1] += part[i].kept_pairs;
             p.counts[2] += part[i].kept_down_pairs;
         }
+        for (int64_t t = 0; p.input_threshold && t < tokens; t++) p.counts[3] += num_inputs[t];
     }
 };
 
