@@ -73,6 +73,7 @@ template <class Body> auto allocating(const char *op, const char *name, const Te
 template <class Backend>
 Tensor run_sparse_mlp(const char *op, SparseMlpParams params, const Tensor &x, const OptionalTensor &counts,
                       bool deterministic) {
+    if (counts.has_value()) check_present(op, argument("counts", *counts));
     return allocating(op, "x", x, [&] {
         const int32_t device_index = x.get_device_index();
         const typename Backend::OnDevice on_device(device_index);
@@ -191,7 +192,6 @@ struct WithAndWithoutCounts<function> {
     }
     static Tensor counted(const Tensor &x, const Tensor &w_gate, const Tensor &w_up, const Tensor &w_down_t,
                           const Tensor &counts, Rest... rest) {
-        check_present("sparse_mlp", argument("counts", counts));
         return function(x, w_gate, w_up, w_down_t, counts, rest...);
     }
 };

@@ -81,7 +81,8 @@ def called(monkeypatch):
         monkeypatch.setattr(module, name, lambda *arguments: (names.append(op), real(*arguments))[1])
 
     sparse = ("sparse_mlp", "sparse_mlp_counted", "sparse_mlp_packed", "sparse_mlp_packed_counted")
-    for name in (*sparse, "gated_threshold", "gated_threshold_forward"):
+    columns = ("sparse_mlp_columns", "sparse_mlp_columns_counted")
+    for name in (*sparse, *columns, "gated_threshold", "gated_threshold_forward"):
         spy(ops, name)
     spy(expert_ops, "sparse_experts")
     return names

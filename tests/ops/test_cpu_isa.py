@@ -47,7 +47,7 @@ def test_op_tests_pass_on(isa):
     if isa not in SUPPORTED.split(", "):
         pytest.skip(f"this processor runs {SUPPORTED} only")
     selected = ["-m", "not gpu and not slow", "-k", "not gradcheck and not python_threads"]
-    files = ["test_sparse_mlp.py", "test_sparse_mlp_packed.py", "test_gated_threshold.py"]
+    files = ["test_sparse_mlp.py", "test_sparse_mlp_packed.py", "test_sparse_mlp_columns.py", "test_gated_threshold.py"]
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, *files)
     assert done.returncode == 0, done.stdout[-4000:]
 

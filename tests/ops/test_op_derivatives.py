@@ -46,6 +46,26 @@ def test_sparse_mlp(function, name, tokens):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_sparse_mlp_columns(name, tokens):
+    """Inputs below the threshold have no part in the gate's derivative."""
+    x, w_gate_t = normal(tokens, H), normal(H, I, seed=1) / 3
+    weights = normal(I, H, seed=2) / 3, normal(I, H, seed=3) / 6
+
+    def formula(x):
+        seen = torch.where(x.abs() >= 0.6, x, 0)
+        v = torch.nn.functional.silu(seen @ w_gate_t)
+        v = torch.where(v.abs() >= MASK[0], v, 0)
+        h = v * (x @ weights[0].t())
+        return torch.where(h.abs() >= MASK[1], h, 0) @ weights[1]
+
+    def op(x):
+        return ops.sparse_mlp_columns(x, w_gate_t, *weights, torch.tensor(0.6), *MASK)
+
+    got, want = (TRANSFORMS[name](f, x) for f in (op, formula))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_linearize(tokens):
     x = normal(tokens, H)
     got, want = (torch.func.linearize(mlp(f), x)[1](x.cos()) for f in (sparse_mlp, sparse_mlp_ref))

@@ -43,6 +43,14 @@ def packed_arguments(device: str) -> dict:
     return sparse_arguments(device) | weights | {f"{name}_format": "int8_g32" for name in ("gate", "up", "down")}
 
 
+def columns_arguments(device: str) -> dict:
+    return without(sparse_arguments(device), "w_gate") | dict(
+        w_gate_t=torch.ones(H, I, device=device),
+        input_threshold=torch.zeros((), device=device),
+        counts=torch.zeros(4, dtype=torch.int64, device=device),
+    )
+
+
 def gated_arguments(device: str) -> dict:
     return dict(
         grad_h=torch.ones(M, I, device=device),
@@ -141,6 +149,22 @@ PACKED = [
     ),
     ("up_format", lambda _: "int4_g32", r"w_up must have shape \[4, 128\], .* in int4_g32, got \[4, 160\]"),
 ]
+COLUMNS = [
+    *(row for row in SPARSE if row[0] not in ("w_gate", "counts")),
+    ("w_gate_t", lambda t: t[0], r"w_gate_t must have shape \[H, I\], got \[4\]"),
+    ("w_gate_t", lambda t: t[:, :0], r"w_gate_t must have I > 0 and H > 0, got \[6, 0\]"),
+    ("w_gate_t", lambda t: t[:0], r"w_gate_t must have I > 0 and H > 0, got \[0, 4\]"),
+    ("w_gate_t", lambda t: t.t().contiguous(), r"x must have last dimension H = 4, got shape \[2, 6\]"),
+    ("w_gate_t", lambda t: t[:, 1:], r"w_up must have shape \[3, 6\], got \[4, 6\]"),
+    ("w_gate_t", lambda t: t.half(), rf"w_gate_t must have x's dtype {FLOAT}, got {HALF}"),
+    ("w_gate_t", lambda t: t.t().contiguous().t(), r"w_gate_t must have unit stride .*, got strides \[1, 6\]"),
+    ("input_threshold", double, rf"input_threshold must be float32, got {DOUBLE}"),
+    ("input_threshold", lambda t: t.expand(4), r"input_threshold must have shape \[\], got \[4\]"),
+    ("input_threshold", lambda t: t.expand(6), r"input_threshold must have shape \[\], got \[6\]"),
+    ("input_threshold", lambda t: t[None], r"input_threshold must have shape \[\], got \[1\]"),
+    ("counts", lambda t: t.int(), r"counts must be contiguous int64 of shape \[4\] on .*, got torch\.int32"),
+    ("counts", lambda t: t[:3], r"counts must be contiguous int64 of shape \[4\] on .*, got .* of shape \[3\]"),
+]
 GATED = [
     ("gate", lambda t: t.int(), r"gate must be float32, float16, bfloat16 or float64, got torch\.int32"),
     ("gate", lambda t: t[0, 0], r"gate must have at least one dimension, got shape \[\]"),
@@ -199,6 +223,17 @@ def test_sparse_mlp_packed(name, change, message, where):
         fails("sparse_mlp_packed", arguments, "sparse_mlp_packed: " + message, where)
 
 
+@pytest.mark.parametrize(("name", "change", "message"), COLUMNS, ids=ids(COLUMNS))
+@pytest.mark.parametrize("where", WHERE)
+def test_sparse_mlp_columns(name, change, message, where):
+    arguments = columns_arguments(device_of(where))
+    arguments[name] = change(arguments[name])
+    fails("sparse_mlp_columns_counted", arguments, "sparse_mlp_columns: " + message, where)
+    if name != "counts":
+        del arguments["counts"]
+        fails("sparse_mlp_columns", arguments, "sparse_mlp_columns: " + message, where)
+
+
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_packed_rows_must_be_aligned(name, where):
@@ -250,6 +285,7 @@ def test_biases_must_be_contiguous(name, stride, where):
 
 REQUIRED = {
     "sparse_mlp_counted": (sparse_arguments, ("x", "w_gate", "w_up", "w_down_t", "counts", "threshold")),
+    "sparse_mlp_columns_counted": (columns_arguments, ("x", "w_gate_t", "counts", "input_threshold", "threshold")),
     "gated_threshold": (gated_arguments, ("gate", "up", "threshold")),
     "gated_threshold_counted": (gated_arguments, ("gate", "up", "counts", "threshold")),
     "gated_threshold_forward": (gated_arguments, ("gate", "up", "threshold")),
@@ -279,6 +315,7 @@ def test_memory_that_was_freed(where):
     """As FSDP does between uses. An optional argument without memory must not count as absent."""
     for op, make, absent in (
         ("sparse_mlp_counted", sparse_arguments, ""),
+        ("sparse_mlp_columns_counted", columns_arguments, ""),
         ("gated_threshold_counted", gated_arguments, "grad_h"),
         ("gated_threshold_backward", gated_arguments, "counts"),
     ):
@@ -303,10 +340,11 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("op", ["sparse_mlp", "gated_threshold", "gated_threshold_forward"])
+@pytest.mark.parametrize("op", ["sparse_mlp", "sparse_mlp_columns", "gated_threshold", "gated_threshold_forward"])
 def test_other_kinds_of_tensors(op, kind):
     change, name = KINDS[kind]
-    arguments = without((sparse_arguments if op == "sparse_mlp" else gated_arguments)("cpu"), "grad_h", "counts")
+    make = {"sparse_mlp": sparse_arguments, "sparse_mlp_columns": columns_arguments}.get(op, gated_arguments)
+    arguments = without(make("cpu"), "grad_h", "counts")
     first, second = list(arguments)[:2]
     for argument in (first, second):
         fails(
@@ -342,6 +380,15 @@ def test_sparse_mlp_on_mixed_devices(name, where, other):
     arguments = sparse_arguments(where)
     arguments[name] = torch.ones_like(arguments[name], device=other)
     fails("sparse_mlp_counted", arguments, rf"sparse_mlp: {name} must be .*on .*{where}.*, got .*{other}")
+
+
+@pytest.mark.parametrize(("where", "other"), OTHER)
+@pytest.mark.parametrize("name", ["w_gate_t", "w_down_t", "counts", "input_threshold", "threshold", "gate_bias"])
+def test_sparse_mlp_columns_on_mixed_devices(name, where, other):
+    arguments = columns_arguments(where)
+    arguments[name] = torch.ones_like(arguments[name], device=other)
+    message = rf"sparse_mlp_columns: {name} must be .*on .*{where}.*, got .*{other}"
+    fails("sparse_mlp_columns_counted", arguments, message)
 
 
 @pytest.mark.parametrize(("where", "other"), OTHER)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.columns_cases import make_columns_case
 from support.op_cases import DEVICES, make_case
 
 from cats_ext import ops
@@ -30,6 +31,8 @@ def resident_bytes() -> int:
     [
         "sparse_mlp",
         "sparse_mlp_counted",
+        "sparse_mlp_columns",
+        "sparse_mlp_columns_counted",
         "activated_mlp",
         "exact_mlp",
         "gated_threshold_forward",
@@ -45,9 +48,12 @@ def test_calls_keep_no_memory(op, device):
     args = case.args()
     gate = torch.ones(1, 16, device=device)
     rule = *args[4:6], "silu"
+    columns = make_columns_case(1, 8, 16, device=device, bias=True)
     args = {
         "sparse_mlp": args,
         "sparse_mlp_counted": case.counted_args(torch.zeros(3, dtype=torch.int64, device=device)),
+        "sparse_mlp_columns": columns.args(),
+        "sparse_mlp_columns_counted": columns.counted_args(torch.zeros(4, dtype=torch.int64, device=device)),
         "activated_mlp": (gate, args[3], args[9], args[0], args[2], args[8]),
         "exact_mlp": (*args[:4], "relu2", 1.5),
         "gated_threshold_forward": (gate, gate, *rule),

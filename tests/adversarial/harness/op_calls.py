@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from adversarial.harness import exact_calls, matmul_calls, packed_linear_calls, right_calls, unpack_calls
+from adversarial.harness import columns_calls, exact_calls, matmul_calls, packed_linear_calls, right_calls, unpack_calls
 from adversarial.harness.record import is_clear
 from adversarial.harness.right_calls import Call
 from adversarial.harness.wrong_calls import spoil
@@ -23,7 +23,7 @@ from cats_ext.ops.definitions import SCHEMAS
 from cats_ext.rows import FORMATS
 
 OPS = sorted(SCHEMAS)
-LARGEST = 1 << 20  # bytes of an argument
+LARGEST = 1 << 23  # bytes of an argument
 RIGHT, REFUSED = "right", "refused clearly"
 Place = Callable[[Tensor, bool], Tensor]
 
@@ -37,6 +37,8 @@ def make_call(number: int, seed: int, place: Place) -> Call:
         call = Call(op, packed_linear_calls.make(r, g))
     elif op == "exact_mlp":
         call = Call(op, exact_calls.arguments(r))
+    elif op.startswith("sparse_mlp_columns"):
+        call = Call(op, columns_calls.arguments(r, op))
     elif op == "unpack_rows":
         call = Call(op, unpack_calls.make(r, g))
     elif op == "packed_matmul":
@@ -81,8 +83,9 @@ def _expected(call: Call) -> list[Tensor]:
     if y_sum is not None:
         eps, weight = exact.pop("norm_eps"), exact.pop("norm_weight")
         exact["x"] = reference.rms_norm_ref(cpu["x"], weight.to(cpu["x"].dtype), eps).double()
-    counted = None if counts is None else torch.zeros(3, dtype=torch.int64)
-    y = reference.sparse_mlp_ref(**exact, compute_dtype=torch.float64, counts=counted)
+    counted = None if counts is None else torch.zeros_like(counts)
+    formula = reference.sparse_mlp_columns_ref if "w_gate_t" in exact else reference.sparse_mlp_ref
+    y = formula(**exact, compute_dtype=torch.float64, counts=counted)
     return [y if y_sum is None else y.flatten(), *([] if counts is None else [counts + counted])]
 
 
