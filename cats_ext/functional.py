@@ -5,22 +5,37 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_ext.ops import definitions as ops
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import (
     KERNEL,
     MAX_EXPERT_TOKENS,
     MAX_KERNEL_TOKENS,
+    Mask,
     Operands,
     Projections,
     choose,
+    column_rows_fit,
+    columns_kernel_fits,
+    deterministic,
     kernel_fits,
     needs_grad,
 )
+from cats_ext.ops.reference import kept_inputs
 
-__all__ = ["MAX_EXPERT_TOKENS", "MAX_KERNEL_TOKENS", "kernel_fits", "masked_product", "needs_grad", "sparse_mlp"]
+__all__ = [
+    "MAX_EXPERT_TOKENS",
+    "MAX_KERNEL_TOKENS",
+    "kernel_fits",
+    "masked_product",
+    "needs_grad",
+    "sparse_mlp",
+    "sparse_mlp_columns",
+]
 
 
 def sparse_mlp(
@@ -71,6 +86,67 @@ def sparse_mlp(
     return _Tensors.down(tensors, masked_product(gate, up, threshold, down_threshold, activation, counts))
 
 
+def sparse_mlp_columns(
+    x: Tensor,
+    w_gate_t: Tensor,
+    w_up: Tensor,
+    w_down_t: Tensor,
+    input_threshold: Tensor,
+    threshold: Tensor,
+    down_threshold: Tensor | None = None,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """As :func:`sparse_mlp`, with a gate that sees only the larger inputs: ``g = sum of x_i Wg_i over |x_i| >= t``.
+
+    Inputs below ``input_threshold`` count as zero for the gate; ``u = x Wu`` takes them all. For few tokens, without
+    gradients, the sparse kernel does not read the rows of ``w_gate_t`` of inputs that no token keeps; otherwise the
+    dense masked path runs, which multiplies them with zero: an infinite or NaN weight there makes its output NaN. It
+    runs on CUDA, too, where a row of a weight is no multiple of 16 bytes, or H is large.
+
+    Args:
+        x: ``[..., H]``, float32, float16 or bfloat16 (float64 takes the dense path).
+        w_gate_t: ``[H, I]``, with one contiguous row an input: ``gate_proj.weight.t()`` of a weight stored that way.
+            Any other layout takes the dense path.
+        w_up: ``[I, H]``, as in ``nn.Linear``; the row stride may exceed H.
+        w_down_t: ``[I, H]``, as in :func:`sparse_mlp`.
+        input_threshold: float32, ``[]``, on x's device. 0 keeps every input, and NaN inputs are always kept.
+        threshold, down_threshold: float32, ``[]`` or ``[I]``, on x's device.
+        activation: silu, gelu, gelu_tanh or relu.
+        gate_bias, up_bias, down_bias: ``[I]``, ``[I]``, ``[H]``.
+        counts: int64 ``[4]``, added to: token-neuron pairs evaluated, kept by ``threshold``, kept by both, and
+            token-input pairs kept by ``input_threshold``.
+
+    Returns:
+        ``[..., H]`` in x's dtype.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    tensors = (w_gate_t, w_up, w_down_t), (gate_bias, up_bias, down_bias)
+    implementation, operands = choose(x, w_down_t.shape[-1], _Columns, tensors)
+    if implementation == KERNEL:
+        return _Columns.kernel(x, operands, (input_threshold, threshold, down_threshold, activation), counts)
+    for name, t, dtype, shape in (
+        ("input_threshold", input_threshold, torch.float32, []),
+        ("counts", counts, torch.int64, [4]),
+    ):
+        if t is not None and (t.dtype != dtype or list(t.shape) != shape):
+            got = f"{t.dtype} of shape {list(t.shape)}"
+            raise RuntimeError(f"sparse_mlp_columns: {name} must be {dtype} of shape {shape}, got {got}")
+    kept = kept_inputs(x, input_threshold)
+    gate = F.linear(torch.where(kept, x, 0), w_gate_t.t(), gate_bias)
+    up = F.linear(x, w_up, up_bias)
+    h = masked_product(gate, up, threshold, down_threshold, activation, None if counts is None else counts[:3])
+    if counts is not None:
+        counts[3] += kept.sum()
+    return _Columns.down(tensors, h)
+
+
 class _Tensors(Projections):
     """Weights and biases that are passed as arguments; the source is the operands themselves."""
 
@@ -86,3 +162,19 @@ class _Tensors(Projections):
     @staticmethod
     def down(source: Operands, h: Tensor) -> Tensor:
         return F.linear(h, source[0][2].t(), source[1][2])
+
+
+class _Columns(_Tensors):
+    kernel_fits = staticmethod(columns_kernel_fits)
+
+    @staticmethod
+    def operands(source: Operands) -> Operands | None:
+        w_gate_t, _, w_down_t = source[0]
+        return source if w_gate_t.stride(-1) == w_down_t.stride(-1) == 1 and column_rows_fit(source[0]) else None
+
+    @staticmethod
+    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
+        weights, biases = operands
+        if counts is not None:
+            return ops.sparse_mlp_columns_counted(x, *weights, counts, *mask, *biases, deterministic())
+        return ops.sparse_mlp_columns(x, *weights, *mask, *biases, deterministic())

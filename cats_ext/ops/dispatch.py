@@ -53,6 +53,11 @@ MOST_BATCHED_GB_PER_S = 4000
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
 
+# As MAX_KERNEL_TOKENS, of sparse_mlp_columns; and its longest rows on CUDA: the inputs that are kept, and batches of
+# rows, then have room in the shared memory of every card (csrc/cuda/plan.h).
+MAX_COLUMN_TOKENS = {"cpu": 16, "cuda": 1}
+MOST_COLUMN_INPUTS, MOST_COLUMN_BYTES = 12288, 32768
+
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
 # takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens (bench/results/h200/exact.csv). For 4 it takes
 # 0.84 to 0.93 there, and took 0.98 to 1.04 in another run: dense products serve them until patched models are timed.
@@ -205,16 +210,25 @@ def choose_experts(
     return MASKED
 
 
-def kernel_fits(x: Tensor, hidden_size: int, max_tokens: dict[str, int] = MAX_KERNEL_TOKENS) -> bool:
+def kernel_fits(
+    x: Tensor,
+    hidden_size: int,
+    max_tokens: dict[str, int] = MAX_KERNEL_TOKENS,
+    max_batched_tokens: int = MAX_BATCHED_TOKENS,
+) -> bool:
     """Whether ``x`` ``[..., H]`` has few enough tokens for the sparse kernel and a dtype that it takes.
 
     Not under autocast: the operands would have to be cast first, which the dense path's ``linear`` does.
+
+    Args:
+        max_tokens: per device type.
+        max_batched_tokens: where there is a tensor-core kernel.
     """
     # Once a layer and token: is_cuda and is_cpu cost a fifth of device.type.
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     size = x.numel()
     tokens_fit = size <= max_tokens.get(device, 0) * hidden_size
-    if not tokens_fit and device == "cuda" and size <= MAX_BATCHED_TOKENS * hidden_size:
+    if not tokens_fit and device == "cuda" and size <= max_batched_tokens * hidden_size:
         card = torch.cuda.get_device_properties(x.device)
         tokens_fit = (
             x.dtype != torch.float32
@@ -238,6 +252,23 @@ def packed_kernel_fits(x: Tensor, hidden_size: int) -> bool:
     """As :func:`kernel_fits`, of packed rows."""
     return kernel_fits(x, hidden_size, MAX_PACKED_TOKENS) and not (
         x.numel() > MAX_PACKED_BEFORE_PRODUCT * hidden_size and has_product(x)
+    )
+
+
+def columns_kernel_fits(x: Tensor, hidden_size: int) -> bool:
+    """As :func:`kernel_fits`, of a gate that is read by columns: no tensor-core kernel does."""
+    return kernel_fits(x, hidden_size, MAX_COLUMN_TOKENS, 0)
+
+
+def column_rows_fit(weights: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether ``sparse_mlp_columns`` takes these weights: on CUDA, rows in pieces of 16 bytes that are not too long."""
+    _, w_up, _ = weights
+    if not w_up.is_cuda:
+        return True
+    inputs, size = w_up.shape[1], w_up.element_size()
+    places = (n for w in weights for n in (w.storage_offset(), w.stride(0), w.shape[1]))
+    return (
+        inputs <= MOST_COLUMN_INPUTS and inputs * size <= MOST_COLUMN_BYTES and all(n * size % 16 == 0 for n in places)
     )
 
 
