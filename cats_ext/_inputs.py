@@ -56,6 +56,7 @@ def hooked(register: Callable[..., Any], hooks: dict[nn.Module, Callable[..., An
                 for key in [key for key, found in registered.items() if found is hook]:
                     del registered[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_with_kwargs.pop(key, None)
 
     try:
         try:

@@ -35,9 +35,10 @@ class LayerAccumulator:
         mlp: of a dense model.
         gate_power: exponent of the gate's weights in this layer.
         importance: "norm" or "gradient".
+        inputs: whether the MLP's inputs are counted too.
     """
 
-    def __init__(self, mlp: GatedMLP, gate_power: float, importance: str) -> None:
+    def __init__(self, mlp: GatedMLP, gate_power: float, importance: str, inputs: bool = False) -> None:
         self.mlp, self.gate_power = mlp, gate_power
         self.act = ACTIVATIONS[mlp.activation]
         weight = mlp.dense_down_weight().detach()
@@ -52,10 +53,11 @@ class LayerAccumulator:
         self.row_squares = torch.zeros_like(self.up_squares) if importance == "gradient" else None
         self.gate = Histogram(device=weight.device)
         self.joint: JointHistogram | None = None
+        self.inputs = Histogram(device=weight.device) if inputs else None
         self.losses: Tensor | None = None  # float64 [P], sums over the tokens of loss_tokens
         self.loss_tokens = torch.zeros((), dtype=torch.int64)
 
-    # --- observers, one for each pass: gate and up are [rows, I], gradient is [rows, H] -------------------------------
+    # --- observers, one for each pass: gate and up are [rows, I], gradient and x, the input, are [rows, H] ------------
 
     def add_up(self, gate: Tensor, up: Tensor) -> None:
         self.tokens += len(up)
@@ -75,6 +77,11 @@ class LayerAccumulator:
             self.gate.add(score)
             if self.joint is not None:
                 self.joint.add(score, v * up_part.float() * self.down_weight)
+
+    def add_inputs_and_activations(self, gate: Tensor, up: Tensor, x: Tensor) -> None:
+        for (part,) in _pieces(x):
+            self.inputs.add(part)
+        self.add_activations(gate, up)
 
     def add_losses(self, gate: Tensor, up: Tensor, gradient: Tensor, cuts: list[tuple[float, float]]) -> None:
         """Add the loss of every option: half the square of ``g`` times the part of the output that is dropped.
@@ -145,6 +152,8 @@ class LayerAccumulator:
             self.joint.counts = self._summed(self.joint.counts)
         if self.gate.total == 0:
             raise ValueError(_UNREACHED.format(self.mlp.name))
+        if self.inputs is not None and self.inputs.zeros == self.inputs.total:
+            raise ValueError(f"all inputs of {self.mlp.name} are zero: no threshold can be set")
         if self.gate.zeros == self.gate.total:
             raise ValueError(f"all gate activations of {self.mlp.name} are zero: no threshold can be set")
 
@@ -152,13 +161,12 @@ class LayerAccumulator:
         return self.losses.cpu() / int(self.loss_tokens)
 
     def statistics(self) -> LayerStatistics:
-        gate = Histogram(self.gate.mantissa_bits)
-        gate.counts = self.gate.counts.cpu()
+        gate, inputs = self.gate.cpu(), None if self.inputs is None else self.inputs.cpu()
         weights = None if self.gate_weight is None else self._whole(self.gate_weight).cpu()
         if self.joint is None:
             return LayerStatistics(gate, None, weights)
         down_weight = None if self.mlp.experts else self._whole(self.down_weight).cpu()
-        return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight)
+        return LayerStatistics(gate, self.joint.trimmed(), weights, down_weight, inputs)
 
     def _whole(self, values: Tensor) -> Tensor:
         return values if self.mlp.shard is None else self.mlp.shard.whole(values)
@@ -169,6 +177,8 @@ class LayerAccumulator:
         tensors = {key: getattr(self, key) for key in _KEPT} | {"gate_counts": self.gate.counts}
         if self.joint is not None:
             tensors |= {"joint_edges": self.joint.edges, "joint_counts": self.joint.counts}
+        if self.inputs is not None:
+            tensors["input_counts"] = self.inputs.counts
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -179,6 +189,8 @@ class LayerAccumulator:
         self.gate.counts = moved["gate_counts"]
         if "joint_edges" in moved:
             self.joint = JointHistogram(moved["joint_edges"], moved["joint_counts"])
+        if self.inputs is not None:
+            self.inputs.counts = moved["input_counts"]
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

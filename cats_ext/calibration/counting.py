@@ -20,6 +20,7 @@ from cats_ext.data.windows import sample_windows
 from cats_ext.patching.detection import GatedMLP
 from cats_ext.thresholds.allocation import search_options
 from cats_ext.thresholds.histogram import Histogram
+from cats_ext.thresholds.rules import has_down_threshold, has_input_threshold
 
 _GRADIENT_TOKENS = 16384  # of the passes with gradients, in whole windows from all parts of the data
 _SAMPLE_TOKENS = 2048  # likewise, on which the bins of the joint histogram are chosen
@@ -35,6 +36,7 @@ class _Pass:
     batches: list[Tensor]
     finish: Callable[[LayerAccumulator], None] = lambda layer: None  # of every layer, after the pass
     gradient: bool = False
+    inputs: bool = False  # are observed too
 
 
 def count_activations(
@@ -71,7 +73,7 @@ def count_activations(
         this = passes[number]
         title = f"calibration, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibration"
         start = checkpoint.batch if number == checkpoint.step else 0
-        run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else run_pass
+        run = partial(run_gradient_pass, seed=settings.seed) if this.gradient else partial(run_pass, inputs=this.inputs)
         after = partial(checkpoint.save, number)
         run(model, mlps, this.batches, this.observe, title=title, progress=progress, start=start, after=after)
         for layer in layers.values():
@@ -103,9 +105,12 @@ def _passes(layers: dict[str, LayerAccumulator], windows: list[Tensor], settings
     elif settings.gate_power or settings.last_gate_power:
         passes.append(_Pass(each(LayerAccumulator.add_up), batches, LayerAccumulator.finish_weights))
     count = each(LayerAccumulator.add_activations)
-    if settings.rule == "two_threshold":
+    if has_down_threshold(settings.rule):
         passes.append(_Pass(count, sample, LayerAccumulator.finish_sample))
-    passes.append(_Pass(count, batches, LayerAccumulator.finish_activations))
+    inputs = has_input_threshold(settings.rule)
+    if inputs:
+        count = each(LayerAccumulator.add_inputs_and_activations)
+    passes.append(_Pass(count, batches, LayerAccumulator.finish_activations, inputs=inputs))
     if settings.allocation == "search":
         cuts: dict[str, list[tuple[float, float]]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,27 @@ from cats_ext.patching.detection import MERGED, SEPARATE, GatedMLP
 
 _CHUNK = 1 << 20  # probabilities that are summed at a time
 
-Observer = Callable[[GatedMLP, Tensor, Tensor], None]
-"""Gets an MLP and its gate and up projections of a batch, each ``[T, I]``."""
+Observer = Callable[..., None]
+"""Gets an MLP and its gate and up projections of a batch, each ``[T, I]``; if wanted also its input ``[T, H]``."""
 GradientObserver = Callable[[GatedMLP, Tensor, Tensor, Tensor], None]
 """As an Observer, and the gradient at the MLP's output, ``[T, H]``."""
 
 
-def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], observe: Observer, **options: Any) -> None:
+def run_pass(
+    model: nn.Module,
+    mlps: list[GatedMLP],
+    batches: list[Tensor],
+    observe: Observer,
+    *,
+    inputs: bool = False,
+    **options: Any,
+) -> None:
     """Run batches of token ids, ``[B, T]`` each, without gradients.
 
     Args:
         model: dense.
         mlps: those of its MLPs that are observed.
+        inputs: give their inputs to ``observe`` too; not of experts.
         options: ``title`` of a progress bar, and whether it is shown (``progress``); number of the batch to ``start``
             at; a function that is called ``after`` every batch with the number of batches done.
 
@@ -41,7 +51,8 @@ def run_pass(model: nn.Module, mlps: list[GatedMLP], batches: list[Tensor], obse
     # The decoder alone, where there is one: the logits of a window can be larger than all activations.
     backbone = model.base_model if _is_transformers(model) else model
     failure = Failure(group_of(model))
-    hooks = [(_experts_caught if mlp.experts else _projections_caught)(mlp, observe, failure) for mlp in mlps]
+    caught = partial(_projections_caught, inputs=inputs)
+    hooks = [(_experts_caught if mlp.experts else caught)(mlp, observe, failure) for mlp in mlps]
     _run_batches(model, batches, hooks, lambda number, ids: backbone(**ids), failure, **options)
 
 
@@ -158,21 +169,27 @@ def _observing(mlp: GatedMLP, failure: Failure, part: str = "") -> Iterator[None
 
 
 @contextmanager
-def _projections_caught(mlp: GatedMLP, observe: Observer, failure: Failure) -> Iterator[None]:
-    """Inside, the outputs of the MLP's gate and up projections go to ``observe`` together, ``[T, I]`` each."""
+def _projections_caught(mlp: GatedMLP, observe: Observer, failure: Failure, inputs: bool = False) -> Iterator[None]:
+    """Inside, the outputs of the MLP's gate and up projections go to ``observe`` together, ``[T, I]`` each.
+
+    With ``inputs`` their input ``[T, H]`` does too.
+    """
     names = MERGED[:1] if mlp.merged else SEPARATE[:2]
     outputs: dict[str, Tensor] = {}
 
-    def catch(name: str, output: Tensor) -> None:
+    def catch(name: str, x: Tensor, output: Tensor) -> None:
         outputs[name] = output
         if len(outputs) == len(names):
             gate, up = (t.reshape(-1, mlp.neurons) for t in mlp.gate_and_up(outputs))
             outputs.clear()
             with _observing(mlp, failure):
-                observe(mlp, gate, up)
+                observe(mlp, gate, up, *((x.reshape(-1, mlp.hidden_size),) if inputs else ()))
 
-    hooks = {getattr(mlp.module, name): lambda module, args, output, name=name: catch(name, output) for name in names}
-    with hooked(nn.Module.register_forward_hook, hooks):
+    def hook(module: nn.Module, args: tuple, named: dict[str, Any], output: Tensor, name: str) -> None:
+        catch(name, *args, *named.values(), output)
+
+    hooks = {getattr(mlp.module, name): partial(hook, name=name) for name in names}
+    with hooked(nn.Module.register_forward_hook, hooks, with_kwargs=True):
         yield
 
 

@@ -27,8 +27,10 @@ from cats_ext.parallel.sharding import group_of
 from cats_ext.patching.apply import find_dense_mlps
 from cats_ext.patching.tracking import SparsityDriftWarning
 from cats_ext.patching.wrappers import unwrapped
-from cats_ext.thresholds.config import CatsConfig, LayerConfig, thresholds_of
+from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.fit import sample_all_ranks, weight_of
+from cats_ext.thresholds.rules import has_input_threshold
+from cats_ext.thresholds.statistics import thresholds_of
 
 
 @torch.inference_mode(False)
@@ -62,6 +64,9 @@ def calibrate(
     - ``two_threshold``: the gate's threshold is set to the lower sparsity s_u, then a neuron is dropped if ``|h_j|
       n_j`` is below its quantile s_d (dropped neurons counted as 0). ``s_u + s_d = 2 sparsity``, so a token reads as
       many bytes as with the plain rule. By default s_d is ``sparsity + 0.125``, closer where that leaves [0, 1).
+    - ``three_threshold``: as ``two_threshold``, and for the gate, not for up, inputs count as 0 if ``|x_i|`` is below
+      its quantile s_x, one for a layer. ``s_x = 0.6 sparsity`` and ``s_x + s_u + s_d = 2 sparsity``, so fewer neurons
+      are dropped for the columns of the gate that need not be read. Of dense MLPs with a gate_proj, on one rank.
 
     Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
@@ -82,17 +87,19 @@ def calibrate(
         sparsity: share of neurons to skip in every layer, in [0, 1); 0 sets thresholds of 0, which is the dense model.
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``. Without
             either it is 2/3.
-        rule: "two_threshold", "plain" or "weighted".
+        rule: "two_threshold", "plain", "weighted" or "three_threshold".
         down_sparsity: s_d of the two-threshold rule, with uniform allocation.
         gate_power: exponent of the gate's weights in [0, 1]; 0 is no weights. By default 1 with "weighted" and 1/2
-            with "two_threshold", there 0 for mixtures of experts.
+            with "two_threshold" and "three_threshold", there 0 for mixtures of experts.
         last_gate_power: the same of the last layer, whose output the logits are made of. By default no larger than
-            gate_power, 1 with "weighted" and 1/16 with "two_threshold".
+            gate_power, 1 with "weighted" and 1/16 with "two_threshold" and "three_threshold".
         importance: "norm", or "gradient", which comes closer to the dense model and takes a backward pass over 16,384
-            tokens. By default "gradient" with the two-threshold rule, dense MLPs and a model with a head, else "norm".
+            tokens. By default "gradient" with the two-threshold and the three-threshold rule, dense MLPs and a model
+            with a head, else "norm".
         allocation: "uniform" gives every layer the same sparsity, as in the paper. "search" spreads the bytes over
             layers, and over up and down, so that the predictions change least; the last layer stays as it is,
-            :mod:`cats_ext.thresholds.allocation`. Takes another backward pass over 16,384 tokens.
+            :mod:`cats_ext.thresholds.allocation`. Takes another backward pass over 16,384 tokens. Not with
+            "three_threshold".
         spread: of a search, the largest difference between a layer's up and down sparsity and those of the uniform
             allocation, in (0, 1].
         max_tokens: how many tokens to use at most.
@@ -108,7 +115,8 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: an argument is out of its range, there is too little data, the model has no gated MLP, is
-            patched already, a layer's activations are NaN, infinite or all zero, or the checkpoint is of another run.
+            patched already, the rule does not go with its MLPs, a layer's activations are NaN, infinite or all zero, or
+            the checkpoint is of another run.
         OSError: the checkpoint cannot be written; this is tried before the first pass.
     """
     group = group_of(unwrapped(model))
@@ -135,7 +143,8 @@ def calibrate(
 
         powers = settings.gate_powers(len(mlps))
         layers = {
-            m.name: LayerAccumulator(m, power, settings.importance) for m, power in zip(mlps, powers, strict=True)
+            m.name: LayerAccumulator(m, power, settings.importance, has_input_threshold(settings.rule))
+            for m, power in zip(mlps, powers, strict=True)
         }
         if checkpoint is not None and group is not None:
             raise ValueError(f"checkpoint must be None for a tensor-parallel model, got {str(checkpoint)!r}")
@@ -157,13 +166,14 @@ def _uniform_config(
 ) -> CatsConfig:
     """The config in which every layer has the same sparsity."""
     statistics = {name: layer.statistics() for name, layer in layers.items()}
-    thresholds, down_thresholds = thresholds_of(statistics, dict.fromkeys(layers, settings.split))
-    mlps = [layer.mlp for layer in layers.values()]
+    mlps, split = [layer.mlp for layer in layers.values()], settings.split
+    sparsities = {f"{matrix}_sparsity": share for matrix, share in split._asdict().items()}
     return CatsConfig(
-        thresholds=thresholds,
-        down_thresholds=down_thresholds,
+        **thresholds_of(statistics, dict.fromkeys(layers, split)),
         layers={
-            mlp.name: LayerConfig(mlp.hidden_size, mlp.intermediate_size, mlp.activation, *settings.split, mlp.experts)
+            mlp.name: LayerConfig(
+                mlp.hidden_size, mlp.intermediate_size, mlp.activation, experts=mlp.experts, **sparsities
+            )
             for mlp in mlps
         },
         model_type=getattr(getattr(model, "config", None), "model_type", None),
@@ -182,11 +192,16 @@ def _warn_of_ties(config: CatsConfig) -> None:
     """Warn of layers in which so many values are equal that no threshold can drop the wanted share of them."""
     for name, layer in config.layers.items():
         statistics = config.statistics[name]
-        reached = statistics.gate.share_below(statistics.cuts(layer.up_sparsity, layer.down_sparsity)[0])
-        if reached < layer.up_sparsity - 0.05:
-            warnings.warn(
-                f"so many gate activations of {name} are equal that its threshold drops {reached:.1%} of them, not "
-                f"{layer.up_sparsity:.1%}",
-                SparsityDriftWarning,
-                stacklevel=3,
-            )
+        cut, _ = statistics.cuts(layer.up_sparsity, layer.down_sparsity)
+        tests = [("gate activations", statistics.gate.share_below(cut), layer.up_sparsity)]
+        if statistics.inputs is not None:
+            below = statistics.inputs.share_below(float(config.input_thresholds[name]))
+            tests.append(("inputs", below, layer.input_sparsity))
+        for values, reached, wanted in tests:
+            if reached < wanted - 0.05:
+                warnings.warn(
+                    f"so many {values} of {name} are equal that its threshold drops {reached:.1%} of them, not "
+                    f"{wanted:.1%}",
+                    SparsityDriftWarning,
+                    stacklevel=3,
+                )

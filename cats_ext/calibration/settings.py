@@ -17,13 +17,17 @@ from cats_ext._inputs import LARGEST_SEED, check_integer
 from cats_ext._version import __version__
 from cats_ext.calibration.passes import has_gradients
 from cats_ext.patching.detection import GatedMLP
+from cats_ext.patching.surgery import check_rule
 from cats_ext.thresholds.allocation import ALLOCATIONS, LossTable, search_options
 from cats_ext.thresholds.rules import (
     DEFAULT_GATE_POWER,
     LAST_GATE_POWER,
+    Split,
     budget_of,
     check_choice,
     check_weights,
+    has_down_threshold,
+    has_input_threshold,
     sparsity_of,
     sparsity_split,
 )
@@ -60,6 +64,8 @@ class CalibrationSettings:
         if self.down_sparsity is not None and self.allocation == "search":
             raise ValueError(f"down_sparsity is for uniform allocation, got {self.down_sparsity} with a search")
         _ = self.split  # raises for a rule or a sparsity that is not possible
+        if has_input_threshold(self.rule) and self.allocation != "uniform":
+            raise ValueError(f"allocation must be 'uniform' for the rule {self.rule!r}, got {self.allocation!r}")
         if not isinstance(self.spread, (int, float)) or isinstance(self.spread, bool) or not 0 < self.spread <= 1:
             raise ValueError(f"spread must be a number in (0, 1], got {self.spread!r}")
         for name in ("max_tokens", "sequence_length", "batch_size"):
@@ -76,8 +82,8 @@ class CalibrationSettings:
         return 0.5 if self.sparsity is None else self.sparsity
 
     @property
-    def split(self) -> tuple[float, float]:
-        """Up and down sparsity of every layer in the uniform allocation."""
+    def split(self) -> Split:
+        """Of every layer in the uniform allocation."""
         return sparsity_split(self.target, self.rule, self.down_sparsity)
 
     def for_model(self, model: nn.Module, mlps: Sequence[GatedMLP]) -> CalibrationSettings:
@@ -86,13 +92,14 @@ class CalibrationSettings:
         Raises:
             ValueError: the model does not allow them.
         """
+        check_rule(self.rule, mlps)
         has_experts, gradients = any(mlp.experts for mlp in mlps), has_gradients(model)
-        importance = self.importance
+        importance, tests_down = self.importance, has_down_threshold(self.rule)
         if importance is None:
-            importance = "gradient" if self.rule == "two_threshold" and gradients and not has_experts else "norm"
+            importance = "gradient" if tests_down and gradients and not has_experts else "norm"
         gate_power, last_gate_power = self.gate_power, self.last_gate_power
         if gate_power is None:
-            gate_power = 0.0 if has_experts and self.rule == "two_threshold" else DEFAULT_GATE_POWER[self.rule]
+            gate_power = 0.0 if has_experts and tests_down else DEFAULT_GATE_POWER[self.rule]
         if last_gate_power is None:
             last_gate_power = min(gate_power, LAST_GATE_POWER[self.rule])
         if (importance == "gradient" or self.allocation == "search") and not gradients:

@@ -250,8 +250,7 @@ def _recalibrate(model: nn.Module, calibrate_on_train: Callable[..., CatsConfig]
     same = {key: getattr(old, key) for key in ("rule", "gate_power", "last_gate_power", "importance")}
     remove_cats(model)
     new = calibrate_on_train(allocation="uniform", **same)
-    targets = {name: (layer.up_sparsity, layer.down_sparsity) for name, layer in old.layers.items()}
-    new = new.with_targets(targets, old.sparsity)
+    new = new.with_targets({name: layer.split for name, layer in old.layers.items()}, old.sparsity)
     apply_cats(model, replace(new, sparse_prefill=old.sparse_prefill))
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cats_ext.patching.detection import ACTIVATION_NAMES, GatedMLP, recognise_activation
+from cats_ext.patching.detection import ACTIVATION_NAMES, MERGED, GatedMLP, recognise_activation
 from cats_ext.patching.experts import CatsExperts
 from cats_ext.patching.mlp import CatsMLP, CatsState, ForwardSettings, PatchedMLP
 from cats_ext.patching.projections import kind_of
 from cats_ext.patching.wrappers import rebind_forward
 from cats_ext.thresholds.config import CatsConfig
+from cats_ext.thresholds.rules import has_input_threshold
 
 _Kind = TypeVar("_Kind", bound=PatchedMLP)
 
@@ -69,6 +71,22 @@ def _memory_of(weight: Tensor, strides: tuple[int, ...]) -> tuple[int, torch.dty
     """The memory that ``weight`` takes with these strides: elements, dtype, device, and if of inference mode."""
     size = 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, strides, strict=True))
     return size, weight.dtype, weight.device, weight.is_inference()
+
+
+def check_rule(rule: str, mlps: Sequence[GatedMLP]) -> None:
+    """Raise ValueError unless ``rule`` goes with all ``mlps``: columns of a gate are read of a dense one only."""
+    if not has_input_threshold(rule):
+        return
+    for mlp in mlps:
+        found = (
+            (mlp.experts is not None, "the experts of a mixture"),
+            (mlp.merged, f"{MERGED[0]}, which is gate and up in one"),
+            (mlp.packed, "packed rows"),
+            (mlp.shard is not None, "a part of its neurons on this rank (tensor parallelism)"),
+        )
+        kind = next((kind for is_found, kind in found if is_found), None)
+        if kind is not None:
+            raise ValueError(f"rule {rule!r} needs a whole gate_proj of dense weights, got {kind} in {mlp.name}")
 
 
 def neuron_strides(weight: Tensor) -> tuple[int, ...]:

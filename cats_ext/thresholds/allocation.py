@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cats_ext.thresholds.rules import bytes_share, check_tensor, check_usable
+from cats_ext.thresholds.rules import Split, bytes_share, check_tensor, check_usable
 
 ALLOCATIONS = ("uniform", "search")
 _UP_SPARSITIES = (*(i / 20 for i in range(20)), 0.99)
@@ -75,7 +75,7 @@ class LossTable:
             and self.spread == other.spread
         )
 
-    def targets(self, budget: float, sizes: Sequence[int], uniform: tuple[float, float]) -> list[tuple[float, float]]:
+    def targets(self, budget: float, sizes: Sequence[int], uniform: Split) -> list[Split]:
         """Up and down sparsity of each layer with the smallest sum of losses; the last layer keeps the uniform ones.
 
         The last layer is left out because its MLP changes the logits directly. Masking it raises the average divergence
@@ -85,25 +85,24 @@ class LossTable:
         Args:
             budget: share of all MLP bytes that a token may read.
             sizes: of the layers, in any unit.
-            uniform: up and down sparsity that meet the budget if every layer has them.
+            uniform: meets the budget if every layer has it.
 
         Raises:
             ValueError: no option is within ``spread`` of ``uniform``, or the cheapest options exceed the budget.
         """
-        near = (self.options - torch.tensor(uniform, dtype=torch.float64)).abs().amax(1) <= self.spread + 1e-9
+        rows = uniform.up, uniform.down
+        near = (self.options - torch.tensor(rows, dtype=torch.float64)).abs().amax(1) <= self.spread + 1e-9
         options, losses = self.options[near], self.losses[:-1, near]
         if len(sizes) == 1:
             return [uniform]
         if not len(options):
-            raise ValueError(
-                f"no sparsity that was tried is within {self.spread} of {uniform}: a wider spread is needed"
-            )
+            raise ValueError(f"no sparsity that was tried is within {self.spread} of {rows}: a wider spread is needed")
         shares = torch.tensor([bytes_share(up, down) for up, down in options.tolist()], dtype=torch.float64)
         weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
         if budget < (1 - 1e-6) * float(shares.min()):
             raise ValueError(f"budget must be at least {float(shares.min()):.4g} for a search, got {budget:.4g}")
         choice = allocate(losses, weight[:-1, None] * shares, budget - float(weight[-1]) * bytes_share(*uniform))
-        return [*(tuple(options[option].tolist()) for option in choice), uniform]
+        return [*(Split(*options[option].tolist()) for option in choice), uniform]
 
 
 def allocate(losses: Tensor, costs: Tensor, budget: float) -> list[int]:

@@ -17,6 +17,7 @@ from cats_ext.thresholds.files import CONFIG_FILE, FORMAT_VERSION, load_config_f
 from cats_ext.thresholds.fit import MLPShape, check_mlp_weights, check_sample, difference
 from cats_ext.thresholds.rules import (
     RULES,
+    Split,
     budget_of,
     bytes_share,
     check_bool,
@@ -26,13 +27,16 @@ from cats_ext.thresholds.rules import (
     check_tensor,
     check_usable,
     check_weights,
+    has_down_threshold,
+    has_input_threshold,
     sparsity_split,
 )
-from cats_ext.thresholds.statistics import LARGEST, LayerStatistics
+from cats_ext.thresholds.statistics import LARGEST, LayerStatistics, thresholds_of
 
 _PLAIN_FIELDS = (
     *("rule", "sparsity", "gate_power", "last_gate_power", "importance", "sparse_prefill", "model_type", "calibration"),
 )
+_ABSENT = (("experts", None), ("input_sparsity", 0.0))  # of a layer's entries in the file
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,16 @@ class LayerConfig:
     up_sparsity: float  # of the rows of up_proj
     down_sparsity: float  # of the rows of down_proj, laid out by neuron
     experts: int | None = None  # number of experts in the module, each of this shape, with common thresholds
+    input_sparsity: float = 0.0  # of the columns of gate_proj, laid out by input
+
+    @property
+    def split(self) -> Split:
+        return Split(self.up_sparsity, self.down_sparsity, self.input_sparsity)
 
     @property
     def bytes_share(self) -> float:
         """Share of the dense MLP's weight bytes that one token reads."""
-        return bytes_share(self.up_sparsity, self.down_sparsity)
+        return bytes_share(*self.split)
 
     def validate(self, name: str) -> None:
         """Raise TypeError or ValueError, which name the layer, unless every entry is in its range."""
@@ -59,16 +68,17 @@ class LayerConfig:
                 check_count(f"layers[{name!r}].{key}", value, least, 2**31)
         if not isinstance(self.activation, str):
             raise TypeError(f"layers[{name!r}].activation must be a name, got {self.activation!r:.50}")
-        check_sparsity(f"layers[{name!r}].up_sparsity", self.up_sparsity)
-        check_sparsity(f"layers[{name!r}].down_sparsity", self.down_sparsity)
+        for key in ("up_sparsity", "down_sparsity", "input_sparsity"):
+            check_sparsity(f"layers[{name!r}].{key}", getattr(self, key))
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "experts" or value is not None}
+        """Without the entries that few layers have, where they say nothing."""
+        return {key: value for key, value in asdict(self).items() if (key, value) not in _ABSENT}
 
     @classmethod
     def from_dict(cls, name: str, entry: Any) -> LayerConfig:
-        known = [f.name for f in fields(cls)]
-        if not isinstance(entry, dict) or not {*known} - {"experts"} <= entry.keys() <= {*known}:
+        known, optional = [f.name for f in fields(cls)], dict(_ABSENT).keys()
+        if not isinstance(entry, dict) or not {*known} - optional <= entry.keys() <= {*known}:
             raise TypeError(f"layers[{name!r}] must be an object with {', '.join(known)}, got {entry!r:.80}")
         return cls(**entry)
 
@@ -77,11 +87,13 @@ class LayerConfig:
 class CatsConfig:
     """Thresholds by MLP name, their target sparsity, and how they were calibrated.
 
-    A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``.
+    A neuron is kept if ``|act(g)| >= threshold`` and, given a down threshold, ``|act(g) u| >= down_threshold``. Given
+    an input threshold, ``g`` is computed from the inputs with ``|x| >= input_threshold``.
 
     Attributes:
         thresholds: float32 ``[]`` or ``[I]`` by module name.
         down_thresholds: likewise; empty for the plain rule.
+        input_thresholds: float32 ``[]`` by module name; empty for all rules but ``three_threshold``.
         layers: shape, activation and targets by module name, in the model's order. With ``model_type`` they are the
             fingerprint that tells a config for another model.
         rule, sparsity, gate_power, last_gate_power, importance: as given to :func:`cats_ext.calibrate`.
@@ -107,6 +119,7 @@ class CatsConfig:
     importance: str = "norm"
     sparse_prefill: bool = True
     down_thresholds: dict[str, Tensor] = field(default_factory=dict)
+    input_thresholds: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict, repr=False)
     losses: LossTable | None = field(default=None, repr=False)
@@ -131,8 +144,8 @@ class CatsConfig:
 
         Args:
             sparsity: as in :func:`cats_ext.calibrate`, in [0, 1).
-            down_sparsity: as there; None for the default split of the two-threshold rule, or for the allocation over
-                layers that calibration found.
+            down_sparsity: as there; None for the rule's default split, or for the allocation over layers that
+                calibration found.
 
         Returns:
             The new config.
@@ -148,11 +161,11 @@ class CatsConfig:
         targets = self.losses.targets(budget_of(sparsity), sizes, split)
         return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
 
-    def with_targets(self, targets: dict[str, tuple[float, float]], sparsity: float) -> CatsConfig:
-        """As :meth:`at_sparsity`, with an up and a down sparsity of each layer's own.
+    def with_targets(self, targets: dict[str, Split], sparsity: float) -> CatsConfig:
+        """As :meth:`at_sparsity`, with a split of each layer's own.
 
         Args:
-            targets: up and down sparsity by layer name.
+            targets: by layer name.
             sparsity: the new config's entry ``sparsity``.
 
         Returns:
@@ -164,12 +177,11 @@ class CatsConfig:
         missing = [name for name in self.layers if name not in self.statistics]
         if missing:
             raise ValueError(f"config has no calibration statistics for {missing[0]}: calibrate the model again")
-        thresholds, down_thresholds = thresholds_of(self.statistics, targets)
         layers = {
-            name: replace(layer, up_sparsity=targets[name][0], down_sparsity=targets[name][1])
+            name: replace(layer, **{f"{matrix}_sparsity": share for matrix, share in targets[name]._asdict().items()})
             for name, layer in self.layers.items()
         }
-        return replace(self, thresholds=thresholds, down_thresholds=down_thresholds, layers=layers, sparsity=sparsity)
+        return replace(self, **thresholds_of(self.statistics, targets), layers=layers, sparsity=sparsity)
 
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""
@@ -186,23 +198,34 @@ class CatsConfig:
             )
         for name, layer in self.layers.items():
             layer.validate(name)
-        down_layers = self.layers if self.rule == "two_threshold" else {}
-        for field_name, expected in (("thresholds", self.layers), ("down_thresholds", down_layers)):
+            if layer.input_sparsity and not has_input_threshold(self.rule):
+                raise ValueError(
+                    f"layers[{name!r}].input_sparsity must be 0 for rule {self.rule!r}, got {layer.input_sparsity}"
+                )
+        for field_name, wanted in (
+            ("thresholds", True),
+            ("down_thresholds", has_down_threshold(self.rule)),
+            ("input_thresholds", has_input_threshold(self.rule)),
+        ):
             thresholds: dict[str, Tensor] = getattr(self, field_name)
+            expected = self.layers if wanted else {}
             if thresholds.keys() != expected.keys():
                 raise ValueError(
                     f"{field_name} must have one entry per layer for rule {self.rule!r}: "
                     + difference(expected, thresholds, "layers", field_name)
                 )
             for name, threshold in thresholds.items():
-                _check_threshold(f"{field_name}[{name!r}]", threshold, self.layers[name])
+                per_neuron = field_name != "input_thresholds" and not self.layers[name].experts
+                shapes = [(), (self.layers[name].intermediate_size,)] if per_neuron else [()]
+                check_tensor(f"{field_name}[{name!r}]", threshold, (torch.float32,), shapes)
+                check_usable(f"{field_name}[{name!r}]", threshold)
         if self.weights and self.weights.keys() != self.layers.keys():
             raise ValueError(
                 "weights must have one entry per layer: " + difference(self.layers, self.weights, "layers", "weights")
             )
         for name, statistics in self.statistics.items():
             if name in self.layers:
-                _check_shapes(name, statistics, self.thresholds[name], self.down_thresholds.get(name))
+                statistics.check_shapes(name, self.thresholds[name], self.down_thresholds.get(name))
         for name, sample in self.weights.items():
             check_sample(f"weights[{name!r}]", sample)
 
@@ -216,7 +239,7 @@ class CatsConfig:
         names = {mlp.name for mlp in mlps}
         for rename in (lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
             if names != self.layers.keys() and {rename(name) for name in self.layers} == names:
-                parts = ("thresholds", "down_thresholds", "layers", "statistics", "weights")
+                parts = ("thresholds", "down_thresholds", "input_thresholds", "layers", "statistics", "weights")
                 return replace(
                     self, **{part: {rename(name): v for name, v in getattr(self, part).items()} for part in parts}
                 )
@@ -277,6 +300,7 @@ class CatsConfig:
         self.validate()
         tensors = {f"{name}.threshold": t.cpu().contiguous() for name, t in self.thresholds.items()}
         tensors |= {f"{name}.down_threshold": t.cpu().contiguous() for name, t in self.down_thresholds.items()}
+        tensors |= {f"{name}.input_threshold": t.cpu().contiguous() for name, t in self.input_thresholds.items()}
         tensors |= {f"{name}.weights": t.cpu().contiguous() for name, t in self.weights.items()}
         numbers: dict[str, dict[str, int]] = {}  # what the counts of each layer stand for
         for name, statistics in self.statistics.items():
@@ -334,9 +358,9 @@ class CatsConfig:
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
             parts.setdefault(name, {})[part] = tensor
-        thresholds, down_thresholds, weights = (
+        thresholds, down_thresholds, input_thresholds, weights = (
             {name: parts[name].pop(key) for name in layers if key in parts[name]}
-            for key in ("threshold", "down_threshold", "weights")
+            for key in ("threshold", "down_threshold", "input_threshold", "weights")
         )
         if document["format_version"] < FORMAT_VERSION:  # infinite where a neuron has no weight
             for values in (thresholds, down_thresholds):
@@ -356,35 +380,10 @@ class CatsConfig:
         return cls(
             thresholds=thresholds,
             down_thresholds=down_thresholds,
+            input_thresholds=input_thresholds,
             layers=layers,
             statistics=statistics,
             losses=losses,
             weights=weights,
             **{key: document[key] for key in _PLAIN_FIELDS},
         )
-
-
-def thresholds_of(
-    statistics: dict[str, LayerStatistics], targets: dict[str, tuple[float, float]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Thresholds and down thresholds by name, for the up and down sparsity in ``targets``."""
-    both = {name: statistics[name].thresholds(*target) for name, target in targets.items()}
-    down_thresholds = {name: down for name, (_, down) in both.items() if down is not None}
-    return {name: threshold for name, (threshold, _) in both.items()}, down_thresholds
-
-
-def _check_threshold(name: str, threshold: Tensor, layer: LayerConfig) -> None:
-    check_tensor(name, threshold, (torch.float32,), [()] if layer.experts else [(), (layer.intermediate_size,)])
-    check_usable(name, threshold)
-
-
-def _check_shapes(name: str, statistics: LayerStatistics, threshold: Tensor, down_threshold: Tensor | None) -> None:
-    """Raise ValueError unless other thresholds, which ``statistics`` give, could be written over these."""
-    pairs = (("thresholds", threshold, "gate_weight"), ("down_thresholds", down_threshold, "down_weight"))
-    for field_name, value, weight in pairs:
-        want = getattr(statistics, weight)
-        if value is not None and value.shape != (() if want is None else want.shape):
-            raise ValueError(
-                f"{field_name}[{name!r}] must have shape {[] if want is None else list(want.shape)}, as its statistics "
-                f"give it, got {list(value.shape)}: to set it by hand, leave them out (statistics={{}})"
-            )

@@ -72,6 +72,12 @@ class Histogram:
                 raise ValueError(f"{not_finite} of {len(chunk)} values are NaN or infinite")
             self.counts += counts
 
+    def cpu(self) -> Histogram:
+        """The same counts on the CPU."""
+        copied = Histogram(self.mantissa_bits)
+        copied.counts = self.counts.cpu()
+        return copied
+
     @property
     def total(self) -> int:
         """Number of values counted."""

@@ -1,29 +1,54 @@
-"""The rules of calibration, and how each splits a sparsity between the up and the down projection.
+"""The rules of calibration, and how each splits a sparsity between the projections.
 
-A rule is a calibration method: "plain", "weighted" or "two_threshold", see :func:`cats_ext.calibrate`.
+A rule is a calibration method: "plain", "weighted", "two_threshold" or "three_threshold", see
+:func:`cats_ext.calibrate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-RULES = ("plain", "weighted", "two_threshold")
+RULES = ("plain", "weighted", "two_threshold", "three_threshold")
 IMPORTANCES = ("norm", "gradient")
 
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
+# The three-threshold rule skips this share of `sparsity` of the gate's columns, and so much less of both other matrices
+# that the bytes are the same; up and down then differ from their mean by the offset, or less near either end. On two
+# models these lost least at 0.5, with 0.30 of the gate, 0.19 of up and 0.51 of down, and at 0.675, with 0.40, 0.35 and
+# 0.60 (docs/quality-evidence.md, "Columns of the gate").
+INPUT_SHARE, THREE_THRESHOLD_OFFSET = 0.6, 0.16
 # Default exponents of the gate's weights, in all layers but the last, and in the last. Full weights in the last layer
 # lose accuracy on rare words and improve little else (docs/quality-evidence.md; its sweep_last, text and tasks.csv).
-DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5}
-LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625}
+DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5, "three_threshold": 0.5}
+LAST_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.0625, "three_threshold": 0.0625}
 
 
-def bytes_share(up_sparsity: float, down_sparsity: float) -> float:
-    """Share of the three equal matrices that one token reads; the gate is always read."""
-    return (3 - up_sparsity - down_sparsity) / 3
+class Split(NamedTuple):
+    """The shares of each matrix that a token skips."""
+
+    up: float  # of the rows of up_proj
+    down: float  # of the rows of down_proj, laid out by neuron
+    input: float = 0.0  # of the columns of gate_proj
+
+
+def has_down_threshold(rule: str) -> bool:
+    """Whether neurons are tested again, by what they contribute."""
+    return rule in ("two_threshold", "three_threshold")
+
+
+def has_input_threshold(rule: str) -> bool:
+    """Whether small inputs count as zero for the gate."""
+    return rule == "three_threshold"
+
+
+def bytes_share(up_sparsity: float, down_sparsity: float, input_sparsity: float = 0.0) -> float:
+    """Share of the three equal matrices that one token reads."""
+    return (3 - up_sparsity - down_sparsity - input_sparsity) / 3
 
 
 def check_sparsity(name: str, value: float) -> None:
@@ -100,17 +125,21 @@ def check_weights(rule: str, gate_power: float, last_gate_power: float, importan
     check_choice("importance", importance, IMPORTANCES)
 
 
-def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> tuple[float, float]:
-    """The up and down sparsity at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
+def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = None) -> Split:
+    """The shares skipped of each matrix at which ``rule`` reads the bytes of the plain rule at ``sparsity``."""
     check_sparsity("sparsity", sparsity)
     check_choice("rule", rule, RULES)
+    if down_sparsity is not None and rule != "two_threshold":
+        raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with '{rule}'")
+    if rule == "three_threshold":
+        mean = (1 - INPUT_SHARE / 2) * sparsity
+        offset = min(THREE_THRESHOLD_OFFSET, mean, 0.4 * (1 - sparsity))
+        return Split(mean - offset, mean + offset, INPUT_SHARE * sparsity)
     if rule != "two_threshold":
-        if down_sparsity is not None:
-            raise ValueError(f"down_sparsity is for the rule 'two_threshold', got {down_sparsity} with '{rule}'")
-        return sparsity, sparsity
+        return Split(sparsity, sparsity)
     if down_sparsity is None:
         offset = min(TWO_THRESHOLD_OFFSET, sparsity, (1 - sparsity) / 2)
-        return sparsity - offset, sparsity + offset
+        return Split(sparsity - offset, sparsity + offset)
     check_sparsity("down_sparsity", down_sparsity)
     up_sparsity = 2 * sparsity - down_sparsity
     if not 0 <= up_sparsity <= down_sparsity:
@@ -118,4 +147,4 @@ def sparsity_split(sparsity: float, rule: str, down_sparsity: float | None = Non
             f"down_sparsity must be in [sparsity, 2 * sparsity] = [{sparsity}, {2 * sparsity}] and below 1, "
             f"got {down_sparsity}"
         )
-    return up_sparsity, down_sparsity
+    return Split(up_sparsity, down_sparsity)

@@ -1,7 +1,8 @@
 """The statistics of a layer that calibration keeps: its thresholds for any sparsity follow from them without the model.
 
 The first threshold needs the distribution of the gate score. The second is tested on the neurons that passed the first,
-so it needs the joint distribution of gate score and contribution: a table of counts.
+so it needs the joint distribution of gate score and contribution: a table of counts. That of the inputs needs their own
+distribution; the other two are counted without it, of the dense model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from cats_ext.thresholds.histogram import MANTISSA_BITS, Histogram, bucket_edge, buckets_of, check_counts
-from cats_ext.thresholds.rules import check_count, check_tensor, check_usable
+from cats_ext.thresholds.rules import (
+    Split,
+    check_count,
+    check_tensor,
+    check_usable,
+    has_down_threshold,
+    has_input_threshold,
+)
 
 # This threshold drops zeros, and of other numbers the subnormal ones. One of these would not do: histograms count them
 # as zeros, and where they are flushed to zero it would keep everything.
@@ -22,7 +30,8 @@ LARGEST = torch.finfo(torch.float32).max  # this one drops every finite number
 GATE_BINS = 64  # of equal share; the contribution is assumed to be distributed alike within one
 CONTRIBUTION_BITS = 4  # mantissa bits of the contribution's buckets, 6 % wide and interpolated inside
 _COUNTS = (torch.int32, torch.int64)
-_NUMBERS = {"mantissa_bits", "first", "zeros", "total", "joint_first"}
+_OF_HISTOGRAM = ("mantissa_bits", "first", "zeros", "total")
+_NUMBERS = {*_OF_HISTOGRAM, *(f"input_{name}" for name in _OF_HISTOGRAM), "joint_first"}
 
 
 @dataclass(eq=False)
@@ -131,12 +140,14 @@ class LayerStatistics:
         gate: distribution of the gate score.
         joint: of gate score and contribution together; None if only the gate was calibrated.
         gate_weight, down_weight: float32 ``[I]``, or None.
+        inputs: distribution of the MLP's inputs; None if they are not tested.
     """
 
     gate: Histogram
     joint: JointHistogram | None = None
     gate_weight: Tensor | None = field(default=None, compare=False)
     down_weight: Tensor | None = field(default=None, compare=False)
+    inputs: Histogram | None = None
 
     def thresholds(self, up_sparsity: float, down_sparsity: float) -> tuple[Tensor, Tensor | None]:
         """``threshold`` (``[]``, or ``[I]`` with a gate weight) and ``down_threshold`` (likewise; None without joint).
@@ -151,27 +162,48 @@ class LayerStatistics:
 
     def cuts(self, up_sparsity: float, down_sparsity: float) -> tuple[float, float]:
         """The thresholds of gate score and contribution, before they are divided by the weights."""
-        cut = max(self.gate.quantile(up_sparsity), SMALLEST) if up_sparsity > 0 else 0.0
+        cut = _cut(self.gate, up_sparsity)
         if self.joint is None or down_sparsity <= up_sparsity:
             return cut, 0.0
         return cut, max(self.joint.quantile(cut, self.gate.share_below(cut), down_sparsity), SMALLEST)
 
+    def input_threshold(self, input_sparsity: float) -> Tensor | None:
+        """``[]``; None if inputs are not tested.
+
+        Args:
+            input_sparsity: share of inputs that count as zero for the gate, in [0, 1).
+        """
+        return None if self.inputs is None else torch.tensor(_cut(self.inputs, input_sparsity))
+
     def check_rule(self, name: str, rule: str, gate_weight: bool, down_weight: bool) -> None:
         """Raise ValueError unless there is what ``rule`` takes, with or without weights of the gate and of down."""
-        two = rule == "two_threshold"
-        for part, want in {"joint": two, "gate_weight": gate_weight, "down_weight": two and down_weight}.items():
+        two = has_down_threshold(rule)
+        wanted = {"joint": two, "gate_weight": gate_weight, "down_weight": two and down_weight}
+        for part, want in (wanted | {"inputs": has_input_threshold(rule)}).items():
             if (getattr(self, part) is not None) != want:
                 which = "have" if want else "not have"
                 raise ValueError(f"statistics[{name!r}] must {which} {part} with rule {rule!r} and the config's powers")
+
+    def check_shapes(self, name: str, threshold: Tensor, down_threshold: Tensor | None) -> None:
+        """Raise ValueError unless other thresholds, which these statistics give, could be written over these."""
+        pairs = (("thresholds", threshold, self.gate_weight), ("down_thresholds", down_threshold, self.down_weight))
+        for field_name, value, weight in pairs:
+            want = () if weight is None else weight.shape
+            if value is not None and value.shape != want:
+                raise ValueError(
+                    f"{field_name}[{name!r}] must have shape {list(want)}, as its statistics give it, got "
+                    f"{list(value.shape)}: to set it by hand, leave them out (statistics={{}})"
+                )
 
     # --- files: tensors for safetensors, and the numbers for JSON that describe them ----------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors, and the numbers that :meth:`unpack` needs beside them."""
-        first, counts = self.gate.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
-        tensors = {"gate_histogram": _narrow(counts)}
-        numbers = {"mantissa_bits": self.gate.mantissa_bits, "first": first, "zeros": self.gate.zeros}
-        numbers["total"] = self.gate.total
+        counts, numbers = _pack_histogram(self.gate)
+        tensors = {"gate_histogram": counts}
+        if self.inputs is not None:
+            tensors["input_histogram"], of_inputs = _pack_histogram(self.inputs)
+            numbers |= {f"input_{name}": number for name, number in of_inputs.items()}
         if self.joint is not None:
             joint = self.joint.trimmed()
             tensors |= {"joint_edges": joint.edges, "joint_counts": _narrow(joint.counts)}
@@ -188,14 +220,9 @@ class LayerStatistics:
         """
         if not isinstance(numbers, dict) or not numbers.keys() <= _NUMBERS:
             raise TypeError(f"statistics must be an object with {', '.join(sorted(_NUMBERS))}, got {numbers!r:.80}")
-        bits, first, zeros = (numbers[key] for key in ("mantissa_bits", "first", "zeros"))
-        counts = tensors.pop("gate_histogram")
-        check_tensor("gate_histogram", counts, _COUNTS, [(-1,)])
-        check_count("zeros", zeros)
-        gate = Histogram.from_trimmed(first, counts, bits, zeros)
-        check_counts("gate_histogram", gate.counts)
-        if gate.total != numbers.get("total", gate.total):  # not in files of version 2
-            raise ValueError(f"gate_histogram must count {numbers['total']!r:.50} values, got {gate.total}")
+        gate = _unpack_histogram("gate_histogram", tensors, numbers)
+        of_inputs = {key.removeprefix("input_"): n for key, n in numbers.items() if key.startswith("input_")}
+        inputs = _unpack_histogram("input_histogram", tensors, of_inputs) if of_inputs else None
         joint = None
         if "joint_first" in numbers:
             edges, counts = tensors.pop("joint_edges"), tensors.pop("joint_counts")
@@ -207,7 +234,41 @@ class LayerStatistics:
             if weight is not None:
                 check_tensor(key, weight, (torch.float32,), [(intermediate_size,)])
                 check_usable(key, weight)
-        return cls(gate, joint, **weights)
+        return cls(gate, joint, inputs=inputs, **weights)
+
+
+def thresholds_of(statistics: dict[str, LayerStatistics], targets: dict[str, Split]) -> dict[str, dict[str, Tensor]]:
+    """Of a :class:`CatsConfig`, the fields with thresholds by layer, for ``targets`` by layer."""
+    both = {name: statistics[name].thresholds(target.up, target.down) for name, target in targets.items()}
+    inputs = {name: statistics[name].input_threshold(target.input) for name, target in targets.items()}
+    return {
+        "thresholds": {name: threshold for name, (threshold, _) in both.items()},
+        "down_thresholds": {name: down for name, (_, down) in both.items() if down is not None},
+        "input_thresholds": {name: threshold for name, threshold in inputs.items() if threshold is not None},
+    }
+
+
+def _cut(histogram: Histogram, share: float) -> float:
+    """The value under which this share lies; one that drops nothing for a share of 0."""
+    return max(histogram.quantile(share), SMALLEST) if share > 0 else 0.0
+
+
+def _pack_histogram(histogram: Histogram) -> tuple[Tensor, dict[str, int]]:
+    first, counts = histogram.trimmed(start=1)  # apart from the zeros, what is occupied is narrow
+    numbers = (histogram.mantissa_bits, first, histogram.zeros, histogram.total)
+    return _narrow(counts), dict(zip(_OF_HISTOGRAM, numbers, strict=True))
+
+
+def _unpack_histogram(name: str, tensors: dict[str, Tensor], numbers: dict[str, int]) -> Histogram:
+    bits, first, zeros = (numbers[key] for key in ("mantissa_bits", "first", "zeros"))
+    counts = tensors.pop(name)
+    check_tensor(name, counts, _COUNTS, [(-1,)])
+    check_count("zeros", zeros)
+    histogram = Histogram.from_trimmed(first, counts, bits, zeros)
+    check_counts(name, histogram.counts)
+    if histogram.total != numbers.get("total", histogram.total):  # not in files of version 2
+        raise ValueError(f"{name} must count {numbers['total']!r:.50} values, got {histogram.total}")
+    return histogram
 
 
 def _per_neuron(cut: float, weight: Tensor | None) -> Tensor:

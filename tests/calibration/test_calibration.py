@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.models import HIDDEN, INTERMEDIATE, CharacterTokenizer, tiny_model,
 from cats_ext import CatsConfig, apply_cats, calibrate, sparsity_report, track_sparsity
 from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import find_gated_mlps
+from cats_ext.thresholds.rules import RULES
 
 BUCKET = 2**-9
 
@@ -83,6 +85,43 @@ def test_two_thresholds(weighted):
     assert config.bytes_share == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("importance", ["norm", "gradient"])
+def test_three_thresholds(importance):
+    model, ids, inputs = tiny_model(), tokens(600), {}
+    arguments = dict(importance=importance, sequence_length=200, batch_size=2, progress=False)
+    config = calibrate(model, ids, rule="three_threshold", **arguments)
+    for mlp in find_gated_mlps(model):
+        keep = lambda module, args, name=mlp.name: inputs.__setitem__(name, args[0])  # noqa: E731
+        mlp.module.gate_proj.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(input_ids=ids.view(3, 200))
+    for name, x in inputs.items():
+        assert config.input_thresholds[name].shape == () and config.layers[name].input_sparsity == 0.3
+        assert_in_bucket(float(config.input_thresholds[name]), exact_quantile(x.abs(), 0.3))
+        assert config.statistics[name].inputs.total == 600 * HIDDEN
+    assert config.bytes_share == pytest.approx(2 / 3)
+    two = calibrate(tiny_model(), ids, **arguments)  # all else is counted of the dense model, as there
+    for name, statistics in two.statistics.items():
+        assert replace(config.statistics[name], inputs=None) == statistics
+        assert torch.equal(config.statistics[name].gate_weight, statistics.gate_weight)
+        assert torch.equal(config.statistics[name].down_weight, statistics.down_weight)
+
+
+def test_inputs_of_any_call_are_counted():
+    """A model may pass them by name."""
+
+    class ByName(type(tiny_model().model.layers[0].mlp)):
+        def forward(self, x):
+            return self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
+
+    model, arguments = tiny_model(), dict(rule="three_threshold", progress=False)
+    expected = calibrate(model, tokens(200), **arguments)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = ByName
+    assert calibrate(model, tokens(200), **arguments).statistics == expected.statistics
+    assert all(not module._forward_hooks_with_kwargs for module in model.modules())
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 @pytest.mark.parametrize(
     ("rule", "power", "importance"),
@@ -110,9 +149,10 @@ def test_first_layer_reaches_its_target_on_the_same_text(family, rule, power, im
 
 
 def test_sparsity_zero_sets_thresholds_of_zero():
-    for rule in ("plain", "weighted", "two_threshold"):
+    for rule in RULES:
         config = calibrate(tiny_model(), tokens(200), sparsity=0, rule=rule, progress=False)
-        assert all((t == 0).all() for t in (*config.thresholds.values(), *config.down_thresholds.values()))
+        every = (config.thresholds, config.down_thresholds, config.input_thresholds)
+        assert all((t == 0).all() for thresholds in every for t in thresholds.values())
 
 
 def test_exact_zeros_of_relu_are_skipped():

@@ -75,6 +75,19 @@ def test_resumed_is_the_same(whole, tmp_path, monkeypatch, after):
     assert run[0] == 16 - after
 
 
+@pytest.mark.parametrize("after", [5, 10])  # in the first and in the last of three passes
+def test_inputs_are_continued_too(tmp_path, monkeypatch, after):
+    arguments = ARGUMENTS | dict(rule="three_threshold", allocation="uniform")
+    whole, model = calibrate(tiny_model(), tokens(400), **arguments), tiny_model()
+    interrupt_after(monkeypatch, after)
+    with pytest.raises(Interrupted):
+        calibrate(model, tokens(400), checkpoint=tmp_path / "checkpoint", **arguments)
+    monkeypatch.undo()
+    config = calibrate(model, tokens(400), checkpoint=tmp_path / "checkpoint", **arguments)
+    assert config.to_dict() == whole.to_dict() and config.statistics == whole.statistics
+    assert config.input_thresholds == whole.input_thresholds
+
+
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

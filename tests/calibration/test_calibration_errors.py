@@ -6,7 +6,17 @@ import pytest
 import torch
 from support.models import LAYERS, tiny_model, tokens
 
-from cats_ext import SparsityDriftWarning, apply_cats, calibrate, remove_cats, sparsity_report, track_sparsity
+from cats_ext import (
+    SparsityDriftWarning,
+    apply_cats,
+    calibrate,
+    quantize,
+    remove_cats,
+    sparsity_report,
+    track_sparsity,
+)
+from cats_ext.calibration.accumulator import LayerAccumulator
+from cats_ext.patching.detection import find_gated_mlps
 
 
 @pytest.mark.parametrize(
@@ -16,7 +26,11 @@ from cats_ext import SparsityDriftWarning, apply_cats, calibrate, remove_cats, s
         (dict(sparsity=-0.1), ValueError, r"sparsity must be in \[0, 1\), got -0.1"),
         (dict(sparsity=float("nan")), ValueError, r"sparsity must be in \[0, 1\), got nan"),
         (dict(sparsity="0.5"), TypeError, r"sparsity must be a number in \[0, 1\), got '0.5'"),
-        (dict(rule="best"), ValueError, "rule must be one of plain, weighted, two_threshold, got 'best'"),
+        (
+            dict(rule="best"),
+            ValueError,
+            "rule must be one of plain, weighted, two_threshold, three_threshold, got 'best'",
+        ),
         (
             dict(rule="plain", down_sparsity=0.6),
             ValueError,
@@ -55,6 +69,11 @@ def test_argument_errors(arguments, error, message):
             r"no sparsity that was tried is within 0.01 of \(0.375, 0.625\)",
         ),
         (dict(allocation="search", budget=0.335), ValueError, r"budget must be at least 0.34 for a search, got 0.335"),
+        (
+            dict(rule="three_threshold", allocation="search"),
+            ValueError,
+            "allocation must be 'uniform' for the rule 'three_threshold', got 'search'",
+        ),
         (dict(importance="luck"), ValueError, "importance must be one of norm, gradient, got 'luck'"),
     ],
 )
@@ -80,6 +99,43 @@ def test_all_zero_layer_is_named():
         model.model.layers[1].mlp.gate_proj.weight.zero_()
     with pytest.raises(ValueError, match=r"all gate activations of model.layers.1.mlp are zero"):
         calibrate(model, tokens(200), progress=False)
+
+
+def test_not_finite_inputs_are_counted_nowhere():
+    (mlp, *_) = find_gated_mlps(tiny_model())
+    layer = LayerAccumulator(mlp, 0.0, "norm", inputs=True)
+    gate = torch.ones(2, mlp.intermediate_size)
+    for bad in (float("nan"), float("-inf")):
+        x = torch.ones(2, mlp.hidden_size)
+        x[1, 3] = bad
+        with pytest.raises(ValueError, match=f"1 of {2 * mlp.hidden_size} values are NaN or infinite"):
+            layer.add_inputs_and_activations(gate, gate, x)
+    assert layer.inputs.total == layer.gate.total == 0
+
+
+def test_a_layer_whose_inputs_are_zero_is_named():
+    model = tiny_model("llama-bias")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+        model.model.layers[1].mlp.gate_proj.bias.normal_()
+    with pytest.raises(ValueError, match=r"all inputs of model\.layers\.1\.mlp are zero: no threshold"):
+        calibrate(model, tokens(200), rule="three_threshold", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("phi3", "gate_up_proj, which is gate and up in one"),
+        ("mixtral", "the experts of a mixture"),
+        ("quantised", "packed rows"),
+    ],
+)
+def test_a_gate_that_is_not_read_by_columns(family, found):
+    model = quantize(tiny_model(), progress=False) if family == "quantised" else tiny_model(family)
+    message = f"rule 'three_threshold' needs a whole gate_proj of dense weights, got {found} in model.layers.0.mlp"
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, tokens(200), rule="three_threshold", progress=False)
+    assert all(not module._forward_hooks for module in model.modules())
 
 
 def test_a_layer_that_no_token_reaches_is_named():
@@ -112,6 +168,17 @@ def test_all_equal_layer_is_kept_whole_and_warned_of():
     with track_sparsity(model), torch.no_grad():
         model(input_ids=tokens(50)[None])
     assert sparsity_report(model).layers[1].up_sparsity == 0
+
+
+def test_equal_inputs_are_kept_whole_and_warned_of():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.forward = lambda hidden: torch.ones_like(hidden)
+    with pytest.warns(
+        SparsityDriftWarning, match=r"so many inputs of model\.layers\.0\.mlp .* drops 0\.0% of them, not 30"
+    ):
+        config = calibrate(model, tokens(200), rule="three_threshold", progress=False)
+    assert all(threshold == 1 for threshold in config.input_thresholds.values())
 
 
 def test_without_gradients_norms_are_the_weights():

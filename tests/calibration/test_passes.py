@@ -11,15 +11,16 @@ from cats_ext._inputs import hooked
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
 def test_an_interrupt_right_after_a_hook_was_registered_leaves_none(kind):
     """Then nobody has its handle."""
-    module, options = nn.Linear(2, 2), {"with_kwargs": True} if "pre" in kind else {}
+    module = nn.Linear(2, 2)
 
     def register(module: nn.Module, hook, **options) -> None:
         getattr(nn.Module, f"register_{kind}")(module, hook, **options)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), hooked(register, {module: lambda *_: None}, **options):
+    with pytest.raises(KeyboardInterrupt), hooked(register, {module: lambda *_: None}, with_kwargs=True):
         pass
-    assert not (module._forward_hooks or module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs)
+    assert not (module._forward_hooks or module._forward_pre_hooks)
+    assert not (module._forward_hooks_with_kwargs or module._forward_pre_hooks_with_kwargs)
 
 
 def test_hooks_of_others_stay():

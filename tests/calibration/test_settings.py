@@ -27,6 +27,7 @@ def resolved(family: str = "llama", **given) -> CalibrationSettings:
         ({"allocation": "search"}, ("gradient", "search", [0.5, 0.5, 0.0625])),
         ({"rule": "plain"}, ("norm", "uniform", [0, 0, 0])),
         ({"rule": "weighted"}, ("norm", "uniform", [1, 1, 1])),
+        ({"rule": "three_threshold"}, ("gradient", "uniform", [0.5, 0.5, 0.0625])),
     ],
 )
 def test_defaults_of_the_rules(given, expected):

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from cats_ext.thresholds.allocation import LossTable, allocate, search_options
+from cats_ext.thresholds.rules import Split
+
+HALF = Split(0.5, 0.5)
 
 
 def brute_force(losses, costs, budget):
@@ -52,17 +55,18 @@ def test_allocation_errors():
 def test_a_table_weighs_layers_by_their_size():
     table = LossTable(torch.tensor([[0.0, 0.0], [0.6, 0.6]], dtype=torch.float64), torch.tensor([[0.0, 1.0]] * 3))
     # 0.6 of the small layer's rows saves 0.4 of a tenth of all bytes; only the large one affords the budget
-    assert table.targets(0.65, [1, 8, 1], (0.5, 0.5)) == [(0.0, 0.0), (0.6, 0.6), (0.5, 0.5)]
+    assert table.targets(0.65, [1, 8, 1], HALF) == [Split(0.0, 0.0), Split(0.6, 0.6), HALF]
 
 
 def test_no_layer_is_further_from_the_uniform_allocation_than_the_spread():
     options = torch.tensor([[i / 10, i / 10] for i in range(9)], dtype=torch.float64)
     losses = torch.stack([torch.arange(9.0), 100 * torch.arange(9.0), torch.zeros(9)])
-    for spread, first in ((1.0, [(0.8, 0.8), (0.2, 0.2)]), (0.2, [(0.7, 0.7), (0.3, 0.3)])):
-        assert LossTable(options, losses, spread).targets(2 / 3, [1] * 3, (0.5, 0.5)) == [*first, (0.5, 0.5)]
-    assert LossTable(options, losses[:1]).targets(2 / 3, [1], (0.5, 0.5)) == [(0.5, 0.5)]
+    for spread, first in ((1.0, (0.8, 0.2)), (0.2, (0.7, 0.3))):
+        expected = [*(Split(share, share) for share in first), HALF]
+        assert LossTable(options, losses, spread).targets(2 / 3, [1] * 3, HALF) == expected
+    assert LossTable(options, losses[:1]).targets(2 / 3, [1], HALF) == [HALF]
     with pytest.raises(ValueError, match=r"within 0.01 of \(0.55, 0.55\): a wider spread"):
-        LossTable(options, losses, 0.01).targets(0.64, [1] * 3, (0.55, 0.55))
+        LossTable(options, losses, 0.01).targets(0.64, [1] * 3, Split(0.55, 0.55))
 
 
 def test_options_are_sparsities():

@@ -310,3 +310,8 @@ def test_bytes_share_weighs_layers_by_size(plain):
     }
     config = replace(plain, layers=layers)
     assert config.bytes_share == pytest.approx((0.4 + 3 * 1.0 + 0.7) / 5)
+
+
+def test_columns_of_the_gate_count_as_rows_do(plain):
+    layer = replace(plain.layers[NAME], up_sparsity=0.2, down_sparsity=0.5, input_sparsity=0.3)
+    assert layer.bytes_share == pytest.approx(2 / 3)

@@ -37,7 +37,7 @@ NUMBERS = {"first": 9, "mantissa_bits": 9, "zeros": 0, "joint_first": 0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rule="magic"), "rule must be one of plain, weighted, two_threshold, got 'magic'"),
+        (dict(rule="magic"), "rule must be one of plain, weighted, two_threshold, three_threshold, got 'magic'"),
         (dict(rule=...), "missing entry 'rule'"),
         (dict(rule=["plain"]), r"rule must be one of .* got \['plain'\]"),
         (dict(rule="weighted"), "must not have joint with rule 'weighted'"),
@@ -51,7 +51,7 @@ NUMBERS = {"first": 9, "mantissa_bits": 9, "zeros": 0, "joint_first": 0}
         (dict(layers=[1]), r"layers must be an object, got \[1\]"),
         (dict(layers={NAME: 1}), "must be an object with hidden_size, .* got 1"),
         (dict(statistics=3), "statistics must be an object, got 3"),
-        (dict(statistics={NAME: []}), "statistics must be an object with first, joint_first"),
+        (dict(statistics={NAME: []}), "statistics must be an object with first, input_first"),
         (dict(statistics={NAME: NUMBERS | {"first": -1}}), r"first must be in \[0, \d+\], got -1"),
         (dict(statistics={NAME: NUMBERS | {"first": 10**30}}), r"first must be in \[0, \d+\], got 1000"),
         (dict(statistics={NAME: NUMBERS | {"mantissa_bits": 17}}), r"mantissa_bits must be in \[0, 16\], got 17"),
@@ -126,6 +126,58 @@ def test_invalid_tensors_with_a_right_hash(config, tmp_path, key, tensor, messag
     save_altered(config, tmp_path, tensors={f"{NAME}.{key}": tensor})
     with pytest.raises(ValueError, match=message):
         CatsConfig.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def columns():
+    return calibrate(tiny_model(), tokens(300), rule="three_threshold", importance="norm", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        (
+            "input_threshold",
+            ...,
+            f"input_thresholds must have one entry per layer for rule 'three_threshold': only in layers: {NAME}",
+        ),
+        ("input_threshold", torch.ones(3), rf"input_thresholds\['{NAME}'\] must have shape \[\], got \[3\]"),
+        ("input_threshold", torch.tensor(-1.0), rf"input_thresholds\['{NAME}'\] must be finite and >= 0, got -1.0"),
+        ("input_threshold", torch.tensor(1.0).double(), "must be a float32 tensor, got torch.float64"),
+        ("input_histogram", ..., "missing entry 'input_histogram'"),
+        ("input_histogram", torch.tensor([1, -1]), "input_histogram must have no negative count, got -1"),
+        ("input_histogram", torch.ones(4, dtype=torch.int64), r"input_histogram must count \d+ values, got \d+"),
+    ],
+)
+def test_invalid_tensors_of_inputs(columns, tmp_path, key, tensor, message):
+    save_altered(columns, tmp_path, tensors={f"{NAME}.{key}": tensor})
+    with pytest.raises(ValueError, match=message):
+        CatsConfig.from_pretrained(tmp_path)
+
+
+def test_inputs_belong_to_one_rule(config, columns, tmp_path):
+    save_altered(columns, tmp_path, {"rule": "two_threshold"})
+    with pytest.raises(ValueError, match="must not have inputs with rule 'two_threshold'"):
+        CatsConfig.from_pretrained(tmp_path)
+    save_altered(config, tmp_path, {"rule": "three_threshold"})
+    with pytest.raises(ValueError, match="must have inputs with rule 'three_threshold'"):
+        CatsConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="input_thresholds must have one entry per layer for rule 'two_threshold'"):
+        replace(config, input_thresholds=columns.input_thresholds)
+    layers = config.layers | {NAME: replace(config.layers[NAME], input_sparsity=0.3)}
+    with pytest.raises(ValueError, match=r"\.input_sparsity must be 0 for rule 'two_threshold', got 0\.3"):
+        replace(config, layers=layers)
+    with pytest.raises(ValueError, match=rf"layers\['{NAME}'\].input_sparsity must be in \[0, 1\), got 1.5"):
+        replace(columns, layers=columns.layers | {NAME: replace(columns.layers[NAME], input_sparsity=1.5)})
+
+
+def test_files_of_other_rules_do_not_mention_inputs(config, columns, tmp_path):
+    for made, expected in ((config, False), (columns, True)):
+        made.save_pretrained(tmp_path)
+        assert ("input" in (tmp_path / CONFIG_FILE).read_text()) == expected
+        assert any("input" in name for name in load_file(tmp_path / THRESHOLDS_FILE)) == expected
+        read = CatsConfig.from_pretrained(tmp_path)
+        assert read.to_dict() == made.to_dict() and read.statistics == made.statistics
 
 
 def test_loading_on_another_default_device(config, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,33 @@ def test_not_finite_is_an_error():
         JointHistogram.over(gate).add(torch.ones(3), torch.tensor([float("nan"), 1, -torch.inf]))
 
 
-@pytest.mark.parametrize(("rule", "weighted"), [("plain", False), ("two_threshold", False), ("two_threshold", True)])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.55])
+def test_the_share_of_inputs_is_reached(layer, share):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).pow(3)
+    _, _, statistics = layer
+    assert statistics.input_threshold(share) is None
+    inputs = Histogram()
+    inputs.add(x)
+    tested = replace(statistics, inputs=inputs)
+    threshold = tested.input_threshold(share)
+    assert threshold.shape == () and threshold.dtype == torch.float32
+    assert float((x.abs() < threshold).double().mean()) == pytest.approx(share, abs=0.002)
+    assert float(tested.input_threshold(0.0)) == 0
+    for one, other in zip(tested.thresholds(0.3, 0.6), statistics.thresholds(0.3, 0.6), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_of_which_most_are_zero():
+    inputs = Histogram()
+    inputs.add(torch.tensor([0.0] * 9 + [2.0]))
+    statistics = replace(statistics_of(torch.ones(4), torch.ones(4)), inputs=inputs)
+    assert float(statistics.input_threshold(0.5)) == SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("rule", "weighted"),
+    [("plain", False), ("two_threshold", False), ("two_threshold", True), ("three_threshold", True)],
+)
 def test_another_sparsity_needs_no_second_calibration(rule, weighted, tmp_path):
     arguments = dict(rule=rule, gate_power=int(weighted), sequence_length=100, progress=False)
     config = calibrate(tiny_model(), tokens(300), sparsity=0.5, **arguments)
@@ -110,7 +137,8 @@ def test_another_sparsity_needs_no_second_calibration(rule, weighted, tmp_path):
         for source in (config, CatsConfig.from_pretrained(tmp_path), config.at_sparsity(0.9)):
             got = source.at_sparsity(sparsity)
             assert got.to_dict() == want.to_dict()
-            for have, need in ((got.thresholds, want.thresholds), (got.down_thresholds, want.down_thresholds)):
+            for field in ("thresholds", "down_thresholds", "input_thresholds"):
+                have, need = getattr(got, field), getattr(want, field)
                 assert have.keys() == need.keys() and all(torch.equal(have[name], need[name]) for name in need)
     assert config.sparsity == 0.5  # as it was
 
