@@ -7,6 +7,7 @@ autocast, gradients and the weights. What the weights are and whether they can b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,8 +96,9 @@ deterministic = torch.are_deterministic_algorithms_enabled
 # (w_gate, w_up, w_down_t) and (gate_bias, up_bias, down_bias), as torch.ops.cats.sparse_mlp takes them. Without a gate,
 # w_gate is what comes before the activation, and w_up is None, as exact_mlp takes them.
 Operands = tuple[tuple[Tensor, Tensor | None, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
-# (threshold, down_threshold, activation)
-Mask = tuple[Tensor, Tensor | None, str]
+# (threshold, down_threshold, activation), of some kinds of projections with the input threshold before them, as their
+# op takes them. The op takes the activation's name; where dense products are masked, it can be any function.
+Mask = tuple[Tensor | str | Callable[[Tensor], Tensor] | None, ...]
 
 
 class Projections:
@@ -123,6 +125,17 @@ class Projections:
     def gate_up(source: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both projections ``[..., I]`` of ``x`` ``[..., H]``, dense."""
         raise NotImplementedError
+
+    @staticmethod
+    def mask(buffers: dict[str, Tensor | None], activation: str | Callable[[Tensor], Tensor]) -> Mask:
+        """What ``kernel`` and ``hidden`` take of a module's thresholds."""
+        return buffers["threshold"], buffers["down_threshold"], activation
+
+    @classmethod
+    def hidden(cls, source: Any, x: Tensor, mask: Mask, counts: Tensor | None) -> Tensor:
+        """The masked product ``[..., I]`` of ``x`` ``[..., H]``, from dense projections. Differentiable."""
+        gate, up = cls.gate_up(source, x)
+        return ops.masked_product(gate, up, *mask, counts)
 
     @staticmethod
     def down(source: Any, h: Tensor) -> Tensor:

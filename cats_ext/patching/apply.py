@@ -17,7 +17,15 @@ from cats_ext.parallel.sharding import group_of
 from cats_ext.patching import listeners
 from cats_ext.patching.detection import GatedMLP, check_module, find_gated_mlps
 from cats_ext.patching.mlp import PatchedMLP
-from cats_ext.patching.surgery import MemoryLayouts, make_dense, make_sparse, neuron_strides, patched_class, set_class
+from cats_ext.patching.surgery import (
+    MemoryLayouts,
+    check_rule,
+    make_dense,
+    make_sparse,
+    patched_class,
+    set_class,
+    sparse_layout,
+)
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
@@ -63,7 +71,8 @@ def apply_cats(
 
     The state dict, the Parameter objects and the modules stay the same ones; each down projection's memory is laid out
     with one contiguous row a neuron, layer by layer, so the peak of extra memory is one such matrix of each size, taken
-    before anything is changed. From then on ``save_pretrained`` of a transformers model writes a checkpoint with the
+    before anything is changed. With the rule ``three_threshold`` each gate's memory is laid out too, with one
+    contiguous row an input. From then on ``save_pretrained`` of a transformers model writes a checkpoint with the
     thresholds beside the dense weights, which ``from_pretrained`` loads patched. Of a tensor-parallel model, each rank
     takes the thresholds of its neurons; all ranks have to call this function, :func:`set_sparsity`,
     :func:`sparsity_report` and ``save_pretrained`` together, and what one rank refuses is an error on all.
@@ -76,9 +85,9 @@ def apply_cats(
         sparse_prefill: False to compute prompts densely (whatever has several tokens of a sequence, so also a draft
             that is being verified), True to mask them as generated tokens are; None for what the config says, by
             default True.
-        neuron_rows: False leaves each down projection's memory as it is. The mask is the same, but the sparse kernel is
-            never taken: for training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights
-            in shared memory or a flat buffer. Packed rows lie right as they are.
+        neuron_rows: False leaves all memory as it is. The mask is the same, but the sparse kernel is never taken: for
+            training under FSDP2, whose ``fully_shard`` takes contiguous weights only, and for weights in shared memory
+            or a flat buffer. Packed rows lie right as they are.
         check_weights: False takes thresholds that were made for other weights, such as those of the model that this one
             was tuned from. By default a sample of the weights is compared with the config's, in any dtype.
 
@@ -87,10 +96,10 @@ def apply_cats(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: the model is patched already, is quantised or cannot run sparsely, others have a down projection's
-            memory too (``share_memory``, a flat buffer), the config belongs to another model or other weights, or the
-            ranks of the model have other configs or cannot share its neurons evenly. The model is unchanged after any
-            error, KeyboardInterrupt included.
+        ValueError: the model is patched already, is quantised or cannot run sparsely, others have the memory of a
+            weight that is laid out too (``share_memory``, a flat buffer), the config belongs to another model or other
+            weights, its rule does not go with the model's MLPs, or the ranks of the model have other configs or cannot
+            share its neurons evenly. The model is unchanged after any error, KeyboardInterrupt included.
     """
     with raised_together(group_of(model)):
         if not isinstance(config, CatsConfig):
@@ -156,15 +165,20 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
     check_same(group, "config", partial(_digest, config))
     with raised_together(group):
         config = config.for_part(inner, mlps)
+        check_rule(config.rule, mlps)
         config.check_fits(inner, mlps)
-        strides = [neuron_strides(mlp.down_weight) if neuron_rows else mlp.down_weight.stride() for mlp in mlps]
+        wanted = [sparse_layout(mlp, config.rule) if neuron_rows else {} for mlp in mlps]
         layouts = MemoryLayouts(
-            {f"{mlp.name}.down_proj": (mlp.down_weight, own) for mlp, own in zip(mlps, strides, strict=True)}
+            {
+                f"{mlp.name}.{child}": weight
+                for mlp, layout in zip(mlps, wanted, strict=True)
+                for child, weight in layout.items()
+            }
         )
     try:
         with raised_together(group):
-            for mlp, own in zip(mlps, strides, strict=True):
-                make_sparse(mlp, config, layouts, own)
+            for mlp, layout in zip(mlps, wanted, strict=True):
+                make_sparse(mlp, config, layouts, layout)
             listeners.patched(inner, config)
         return model
     except BaseException:
@@ -175,7 +189,7 @@ def _patch(model: nn.Module, mlps: list[GatedMLP], config: CatsConfig, neuron_ro
 def _digest(config: CatsConfig) -> str:
     """Of what the ranks of a model have to agree on."""
     digest = sha256(repr(config.to_dict()).encode())
-    for thresholds in (config.thresholds, config.down_thresholds):
+    for thresholds in (config.thresholds, config.down_thresholds, config.input_thresholds):
         for name, threshold in thresholds.items():
             digest.update(name.encode() + threshold.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -195,19 +209,14 @@ def remove_cats(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: the model is not patched, has only some of the MLPs that were patched together, or others have a
-            down projection's memory too. The model is unchanged then.
+        ValueError: the model is not patched, has only some of the MLPs that were patched together, or others have the
+            memory of a weight that was laid out too. The model is unchanged then.
     """
     if not sparse_mlps(model):
         listeners.removing(unwrapped(model))  # what a removal from the part with the MLPs has left on the whole
     patched = patched_mlps(model, "there is nothing to remove")
     check_complete(model, patched)
-    layouts = MemoryLayouts(
-        {
-            m.down_name(name, m.forward_settings.projections): (m.cats.down_weight, m.cats.down_strides)
-            for name, m in patched.items()
-        }
-    )
+    layouts = MemoryLayouts({child: weight for name, m in patched.items() for child, weight in m.layouts(name).items()})
     finish_despite_interrupt(lambda: make_all_dense(model, list(patched.values()), layouts))
     return model
 
@@ -243,7 +252,12 @@ def current_config(model: nn.Module) -> CatsConfig:
         }
 
     config = next(iter(states.values())).cats.config
-    return replace(config, thresholds=read("threshold"), down_thresholds=read("down_threshold"))
+    return replace(
+        config,
+        thresholds=read("threshold"),
+        down_thresholds=read("down_threshold"),
+        input_thresholds=read("input_threshold"),
+    )
 
 
 def set_sparsity(model: nn.Module, sparsity: float, *, down_sparsity: float | None = None) -> nn.Module:

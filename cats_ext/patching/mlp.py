@@ -3,7 +3,8 @@
 Patching changes the class of the module and nothing around it: name, parent, children, parameters, hooks and state
 dict stay the same objects, and taking the class back undoes it (``surgery.py``). The down projection's weight keeps
 its shape [H, I] and its Parameter; its memory is laid out with one contiguous row a neuron, which both the sparse
-kernel and the dense products read, so there is one copy of the weights.
+kernel and the dense products read, so there is one copy of the weights. So is the gate's, with one contiguous row an
+input, where inputs have a threshold.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import DENSE, KERNEL, MASKED, Operands, choose
 from cats_ext.parallel.ranks import Shard
 from cats_ext.parallel.sharding import local
@@ -56,6 +56,8 @@ class CatsState:
     masking: bool = True  # in the call of experts in progress
     matrices: int = 3  # of the whole MLP; 2 without a gate
     shard: Shard | None = None  # the neurons that this rank has, if it has not all
+    gate_owner: nn.Module | None = None  # of the gate's weight, where that was laid out too
+    gate_strides: tuple[int, ...] = ()  # of it before
 
     @property
     def target(self) -> LayerConfig:
@@ -65,6 +67,12 @@ class CatsState:
     @property
     def down_weight(self) -> Tensor:
         return self.down_owner.down_proj if self.target.experts else local(self.down_owner.weight)
+
+    @property
+    def layouts(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The weights that were laid out, the down projection's first, and their strides before."""
+        down = self.down_weight, self.down_strides
+        return [down] if self.gate_owner is None else [down, (self.gate_owner.weight, self.gate_strides)]
 
     def own(self, threshold: Tensor | None) -> Tensor | None:
         """Of a threshold of the config, the part that belongs to the neurons that are here."""
@@ -78,15 +86,17 @@ class CatsState:
 class PatchedMLP(nn.Module):
     """What a patched module has beside its forward: the state, and what keeps it right while the module is used.
 
-    ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``) and ``counts`` (int64 ``[3]``) are buffers outside
-    the state dict. They follow the module from device to device and keep their dtype when the model is cast. Of a
-    tensor-parallel model, they are for the neurons of this rank.
+    ``threshold``, ``down_threshold`` (float32, ``[]`` or ``[I]``), ``input_threshold`` (float32 ``[]``) and ``counts``
+    (int64 ``[3]``, or ``[4]`` with an input threshold) are buffers outside the state dict. They follow the module from
+    device to device and keep their dtype when the model is cast. Of a tensor-parallel model, they are for the neurons
+    of this rank.
     """
 
     cats: CatsState
     forward_settings: ForwardSettings
     threshold: Tensor
     down_threshold: Tensor | None
+    input_threshold: Tensor | None
     counts: Tensor
 
     @classmethod
@@ -94,6 +104,11 @@ class PatchedMLP(nn.Module):
         """What the down projection of the module ``name``, with projections of ``KINDS``, is called in errors."""
         own = KINDS[projections].down_name
         return f"{name}.{own}" if name else own
+
+    def layouts(self, name: str) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """``CatsState.layouts`` of the module ``name``, by what errors call the projections."""
+        names = self.down_name(name, self.forward_settings.projections), f"{name}.gate_proj" if name else "gate_proj"
+        return dict(zip(names, self.cats.layouts, strict=False))
 
     def track(self, enabled: bool) -> None:
         """Count neurons from the next call on, or stop."""
@@ -106,6 +121,8 @@ class PatchedMLP(nn.Module):
         self.threshold.copy_(cats.own(config.thresholds[cats.name]))
         if self.down_threshold is not None:
             self.down_threshold.copy_(cats.own(config.down_thresholds[cats.name]))
+        if self.input_threshold is not None:
+            self.input_threshold.copy_(config.input_thresholds[cats.name])
         cats.config = config
 
     def read_activation(self) -> None:
@@ -136,10 +153,10 @@ class PatchedMLP(nn.Module):
 class CatsMLP(PatchedMLP):
     """A gated MLP that computes only the neurons above their thresholds; made from a dense one by ``apply_cats``.
 
-    Few tokens without gradients run ``torch.ops.cats.sparse_mlp``, or of packed rows ``sparse_mlp_packed``, on the
-    children's weights; many tokens the products of the dense layer, with the mask applied between them. Whenever a
-    projection is not a bare layer (an adapter at work, a hook), the children are called as modules, and so is an
-    activation that has been replaced or has a hook.
+    Few tokens without gradients run ``torch.ops.cats.sparse_mlp``, of packed rows ``sparse_mlp_packed`` and with a
+    threshold of inputs ``sparse_mlp_columns``, on the children's weights; many tokens the products of the dense layer,
+    with the mask applied between them. Whenever a projection is not a bare layer (an adapter at work, a hook), the
+    children are called as modules, and so is an activation that has been replaced or has a hook.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,14 +169,12 @@ class CatsMLP(PatchedMLP):
         implementation, operands = choose(x, hidden_size, projections, children, dense_prefill)
         if implementation == DENSE or (exact and implementation == MASKED and not tracking):
             return self.cats.original_class.forward(self, x)
-        threshold, down_threshold = buffers["threshold"], buffers["down_threshold"]
         counts = buffers["counts"] if tracking else None
         if implementation == KERNEL and activation is not None:
             module = children.get(own)  # hooks for all modules are seen by the projections
             if module is None or not (module._forward_hooks or module._forward_pre_hooks):
-                return projections.kernel(x, operands, (threshold, down_threshold, activation), counts)
-        gate, up = projections.gate_up(children, x)
-        h = masked_product(gate, up, threshold, down_threshold, self.activation(), counts)
+                return projections.kernel(x, operands, projections.mask(buffers, activation), counts)
+        h = projections.hidden(children, x, projections.mask(buffers, self.activation()), counts)
         return projections.down(children, h)
 
     def activation(self) -> str | Callable[[Tensor], Tensor]:
@@ -177,6 +192,8 @@ class CatsMLP(PatchedMLP):
         return KINDS[self.forward_settings.projections].operands(self._modules)
 
     def extra_repr(self) -> str:
-        thresholds = "one threshold" if self.down_threshold is None else "two thresholds"
         target = self.cats.target
-        return f"{thresholds}, target sparsity up {target.up_sparsity:.3f}, down {target.down_sparsity:.3f}"
+        shares = f"target sparsity up {target.up_sparsity:.3f}, down {target.down_sparsity:.3f}"
+        if self.input_threshold is not None:
+            return f"three thresholds, {shares}, input {target.input_sparsity:.3f}"
+        return f"{'one threshold' if self.down_threshold is None else 'two thresholds'}, {shares}"

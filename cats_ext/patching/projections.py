@@ -10,12 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops import definitions as ops
-from cats_ext.ops.dispatch import Mask, Operands, Projections, deterministic, needs_grad, packed_kernel_fits
+from cats_ext.ops.dispatch import (
+    Mask,
+    Operands,
+    Projections,
+    column_rows_fit,
+    columns_kernel_fits,
+    deterministic,
+    needs_grad,
+    packed_kernel_fits,
+)
+from cats_ext.ops.reference import kept_inputs
 from cats_ext.parallel.sharding import is_sharded, local
 from cats_ext.patching.wrappers import (
     BACKWARD_HOOKS,
@@ -49,6 +60,47 @@ class SeparateProjections(Projections):
     @staticmethod
     def down(source: dict[str, nn.Module], h: Tensor) -> Tensor:
         return call_linear(source["down_proj"], h)
+
+
+class ColumnProjections(SeparateProjections):
+    """As :class:`SeparateProjections`, of a gate that gets only the inputs above their threshold.
+
+    Of the operands, its weight is ``[H, I]``, with one contiguous row an input: those of the others are not read.
+    """
+
+    kernel_fits = staticmethod(columns_kernel_fits)
+
+    @staticmethod
+    def operands(source: dict[str, nn.Module]) -> Operands | None:
+        operands = SeparateProjections.operands(source)
+        if operands is None:
+            return None
+        (w_gate, w_up, w_down_t), biases = operands
+        weights = w_gate.t(), w_up, w_down_t
+        if w_gate.stride(0) != 1 or not column_rows_fit(weights):
+            return None
+        return weights, biases
+
+    @staticmethod
+    def mask(buffers: dict[str, Tensor | None], activation: str | Callable[[Tensor], Tensor]) -> Mask:
+        return buffers["input_threshold"], buffers["threshold"], buffers["down_threshold"], activation
+
+    @staticmethod
+    def hidden(source: dict[str, nn.Module], x: Tensor, mask: Mask, counts: Tensor | None) -> Tensor:
+        input_threshold, *mask = mask
+        kept = kept_inputs(x, input_threshold)
+        gate = call_linear(source["gate_proj"], torch.where(kept, x, 0))
+        h = ops.masked_product(gate, call_linear(source["up_proj"], x), *mask, None if counts is None else counts[:3])
+        if counts is not None:
+            counts[3] += kept.sum()
+        return h
+
+    @staticmethod
+    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
+        weights, biases = operands
+        if counts is not None:
+            return ops.sparse_mlp_columns_counted(x, *weights, counts, *mask, *biases, deterministic())
+        return ops.sparse_mlp_columns(x, *weights, *mask, *biases, deterministic())
 
 
 class MergedProjections(SeparateProjections):
@@ -204,6 +256,7 @@ class ShardedMergedProjections(MergedProjections):
 # By the name in a module's ForwardSettings.
 KINDS: dict[str, type[Projections]] = {
     "separate": SeparateProjections,
+    "columns": ColumnProjections,
     "merged": MergedProjections,
     "plain": PlainProjections,
     "plain_fc": FcProjections,
@@ -214,8 +267,10 @@ KINDS: dict[str, type[Projections]] = {
 }
 
 
-def kind_of(merged: bool, packed: bool, sharded: bool = False) -> str:
-    """The name in ``KINDS``."""
+def kind_of(merged: bool, packed: bool, sharded: bool = False, columns: bool = False) -> str:
+    """The name in ``KINDS``; with ``columns`` of a gate that is read by them, which is none of the others."""
+    if columns:
+        return "columns"
     if not (packed or sharded):
         return "merged" if merged else "separate"
     return ("packed" if packed else "sharded") + ("_merged" if merged else "")

@@ -89,10 +89,23 @@ def check_rule(rule: str, mlps: Sequence[GatedMLP]) -> None:
             raise ValueError(f"rule {rule!r} needs a whole gate_proj of dense weights, got {kind} in {mlp.name}")
 
 
-def neuron_strides(weight: Tensor) -> tuple[int, ...]:
-    """The strides of ``weight`` ``[..., H, I]`` with one contiguous row a neuron; its own if it lies that way.
+Layout = dict[str, tuple[Tensor, tuple[int, ...]]]
+"""Weights of a module and the strides that they are to have, by the names of the children or parameters."""
 
-    Packed rows always do.
+
+def sparse_layout(mlp: GatedMLP, rule: str) -> Layout:
+    """What the kernel needs: down_proj with one contiguous row a neuron, a gate read by columns with one an input."""
+    layout = {"down_proj": (mlp.down_weight, column_strides(mlp.down_weight))}
+    if has_input_threshold(rule):
+        weight = mlp.module.gate_proj.weight
+        layout["gate_proj"] = weight, column_strides(weight)
+    return layout
+
+
+def column_strides(weight: Tensor) -> tuple[int, ...]:
+    """The strides of ``weight`` ``[..., H, I]`` with each column contiguous; its own if it lies that way.
+
+    Packed rows of the down projection always do.
     """
     if weight.dtype == torch.uint8 or weight.mT.is_contiguous():
         return weight.stride()
@@ -101,28 +114,38 @@ def neuron_strides(weight: Tensor) -> tuple[int, ...]:
 
 
 def make_sparse(
-    mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, strides: tuple[int, ...], *, exact: bool = False
+    mlp: GatedMLP, config: CatsConfig, layouts: MemoryLayouts, layout: Layout, *, exact: bool = False
 ) -> None:
     """Turn one dense module into a :class:`CatsMLP`. If interrupted, :func:`make_dense` undoes what was done.
 
-    Where ``strides``, of the down projection's weight, are none of :func:`neuron_strides`, it takes the dense path.
+    Where ``layout`` has not what :func:`sparse_layout` has, it takes the dense path.
     """
     module = mlp.module
     name = next(name for name in ACTIVATION_NAMES if hasattr(module, name))
     own = getattr(module, name)
     relufied = recognise_activation(own) != mlp.activation
+    columns = has_input_threshold(config.rule)
     state = CatsState(
-        type(module), own, relufied, mlp.down_owner, mlp.down_weight.stride(), config, mlp.name, shard=mlp.shard
+        type(module),
+        own,
+        relufied,
+        mlp.down_owner,
+        mlp.down_weight.stride(),
+        config,
+        mlp.name,
+        shard=mlp.shard,
+        gate_owner=module.gate_proj if columns else None,
+        gate_strides=module.gate_proj.weight.stride() if columns else (),
     )
     settings = ForwardSettings(
         mlp.hidden_size,
         mlp.activation,
         None if relufied else name,
-        projections=kind_of(mlp.merged, mlp.packed, mlp.shard is not None),
+        projections=kind_of(mlp.merged, mlp.packed, mlp.shard is not None, columns),
         dense_prefill=not config.sparse_prefill,
         exact=exact,
     )
-    patch_module(module, CatsExperts if mlp.experts else CatsMLP, state, settings, layouts, strides)
+    patch_module(module, CatsExperts if mlp.experts else CatsMLP, state, settings, layouts, layout)
 
 
 def patch_module(
@@ -131,14 +154,14 @@ def patch_module(
     state: CatsState,
     settings: ForwardSettings,
     layouts: MemoryLayouts,
-    strides: tuple[int, ...],
+    layout: Layout,
 ) -> None:
-    """Let ``module`` compute as ``kind`` does, with its down projection's weight in the layout ``strides``."""
+    """Let ``module`` compute as ``kind`` does, with its weights in ``layout``."""
     module.cats = state  # first of all, so that make_dense knows what there is to undo
     module.forward_settings = settings
-    weight = state.down_weight
-    layouts.lay_out(weight, strides)
-    _register_buffers(module, weight.device)
+    for weight, strides in layout.values():
+        layouts.lay_out(weight, strides)
+    _register_buffers(module, state.down_weight.device)
     set_class(module, patched_class(kind, state.original_class))
 
 
@@ -146,11 +169,13 @@ def _register_buffers(module: nn.Module, device: torch.device) -> None:
     """Give a module that has its ``cats`` the thresholds of its config, and what counts neurons."""
     cats, config, name = module.cats, module.cats.config, module.cats.name
     thresholds = {"threshold": config.thresholds[name], "down_threshold": config.down_thresholds.get(name)}
+    thresholds["input_threshold"] = config.input_thresholds.get(name)
     with torch.inference_mode(False):  # they are written to later, also outside of it
         for name, value in thresholds.items():
             copy = None if value is None else cats.own(value).detach().to(device, torch.float32, copy=True)
             module.register_buffer(name, copy, persistent=False)
-        module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
+        counts = torch.zeros(4 if thresholds["input_threshold"] is not None else 3, dtype=torch.int64, device=device)
+        module.register_buffer("counts", counts, persistent=False)
 
 
 @functools.cache
@@ -215,8 +240,9 @@ def make_dense(module: nn.Module, layouts: MemoryLayouts) -> None:
     if "forward_settings" in vars(module):
         set_class(module, state.original_class)
         del module.forward_settings
-    for name in ("threshold", "down_threshold", "counts"):
+    for name in ("threshold", "down_threshold", "input_threshold", "counts"):
         if name in module._buffers:
             delattr(module, name)
-    layouts.lay_out(state.down_weight, state.down_strides)
+    for weight, strides in state.layouts:
+        layouts.lay_out(weight, strides)
     del module.cats

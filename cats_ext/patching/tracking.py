@@ -25,9 +25,12 @@ class SparsityDriftWarning(UserWarning):
     """Layers skip clearly more or fewer neurons than they were calibrated to."""
 
 
+_INPUT_SHARES = ("input_sparsity", "input_target")
+
+
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One MLP: the share of token-neuron pairs skipped, and the share the config aimed at."""
+    """One MLP: the shares of token-neuron pairs skipped, and of token-input pairs, and those the config aimed at."""
 
     name: str
     tokens: int
@@ -36,6 +39,8 @@ class LayerSparsity:
     up_target: float
     down_sparsity: float
     down_target: float
+    input_sparsity: float | None = None  # of the gate's columns; None where inputs are not tested
+    input_target: float | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -45,6 +50,7 @@ class LayerSparsity:
     def bytes_share(self) -> float:
         """Share of the MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
         gate, up, down = self.matrix_bytes
+        gate *= 1 - (self.input_sparsity or 0)
         return (gate + up * (1 - self.up_sparsity) + down * (1 - self.down_sparsity)) / self.weight_bytes
 
     @property
@@ -54,8 +60,18 @@ class LayerSparsity:
 
     @property
     def drift(self) -> float:
-        """By how much the sparsity reached differs from its target, the larger of up and down."""
-        return max(abs(self.up_sparsity - self.up_target), abs(self.down_sparsity - self.down_target))
+        """By how much the sparsity reached differs from its target, the largest of the matrices."""
+        return max(abs(reached - target) for _, reached, target in self.shares())
+
+    def shares(self) -> list[tuple[str, float, float]]:
+        """By matrix the sparsity reached and its target; of inputs, where they are tested."""
+        shares = [("up", self.up_sparsity, self.up_target), ("down", self.down_sparsity, self.down_target)]
+        return shares if self.input_sparsity is None else [*shares, ("input", self.input_sparsity, self.input_target)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        numbers = {key: value for key, value in asdict(self).items() if value is not None}
+        return numbers | {"weight_bytes": self.weight_bytes, "bytes_share": self.bytes_share}
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,15 @@ class SparsityReport:
         return self._mean("down_sparsity")
 
     @property
+    def input_sparsity(self) -> float | None:
+        """None where inputs are not tested."""
+        return self._mean("input_sparsity") if self._tests_inputs else None
+
+    @property
+    def _tests_inputs(self) -> bool:
+        return self.layers[0].input_sparsity is not None
+
+    @property
     def bytes_share(self) -> float:
         return self._mean("bytes_share")
 
@@ -101,15 +126,14 @@ class SparsityReport:
             "up_target": self._mean("up_target"),
             "down_sparsity": self.down_sparsity,
             "down_target": self._mean("down_target"),
+            **{share: self._mean(share) for share in _INPUT_SHARES if self._tests_inputs},
             "bytes_share": self.bytes_share,
-            "layers": [
-                {**asdict(layer), "weight_bytes": layer.weight_bytes, "bytes_share": layer.bytes_share}
-                for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
     def __rich__(self) -> Table:
-        columns = ("tokens", "up", "target", "down", "target", "MLP bytes")
+        inputs = self._tests_inputs
+        columns = ("tokens", "up", "target", "down", "target", *(("input", "target") * inputs), "MLP bytes")
         table = Table("layer", title="sparsity reached (share of neurons skipped)")
         for column in columns:
             table.add_column(column, justify="right")
@@ -117,7 +141,7 @@ class SparsityReport:
         def row(name: str, tokens: int, *shares: float) -> None:
             table.add_row(name, str(tokens), *(f"{share:.1%}" for share in shares))
 
-        shares = ("up_sparsity", "up_target", "down_sparsity", "down_target", "bytes_share")
+        shares = ("up_sparsity", "up_target", "down_sparsity", "down_target", *(_INPUT_SHARES * inputs), "bytes_share")
         for layer in self.layers:
             row(layer.name, layer.tokens, *(getattr(layer, share) for share in shares))
         table.add_section()
@@ -210,7 +234,8 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
     layers = []
     for name, module in patched.items():
         shard = module.cats.shard
-        evaluated, kept_up, kept_down = (module.counts if shard is None else shard.sum(module.counts)).tolist()
+        counts = module.counts if shard is None else shard.sum(module.counts)
+        evaluated, kept_up, kept_down, *kept_inputs = counts.tolist()
         if evaluated == 0:
             raise ValueError(
                 f"no token has been counted in {name}: call track_sparsity(model), run the model, then sparsity_report"
@@ -218,17 +243,22 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
         state, target = module.cats, module.cats.target
         neurons = target.intermediate_size * state.experts_per_token
         up_sparsity, down_sparsity = 1 - kept_up / evaluated, 1 - kept_down / evaluated
+        tokens, of_inputs = evaluated // neurons, {}
+        if kept_inputs:
+            reached = 1 - kept_inputs[0] / (tokens * target.hidden_size)
+            of_inputs = {"input_sparsity": reached, "input_target": target.input_sparsity}
         if isinstance(state.config, ExactConfig):  # any sparsity is the model's own
             target = replace(target, up_sparsity=up_sparsity, down_sparsity=down_sparsity)
         layers.append(
             LayerSparsity(
                 name=name,
-                tokens=evaluated // neurons,
+                tokens=tokens,
                 matrix_bytes=tuple(neurons * size for size in _row_bytes(module)),
                 up_sparsity=up_sparsity,
                 up_target=target.up_sparsity,
                 down_sparsity=down_sparsity,
                 down_target=target.down_sparsity,
+                **of_inputs,
             )
         )
     report = SparsityReport(layers)
@@ -237,8 +267,9 @@ def sparsity_report(model: nn.Module, *, tolerance: float | None = None) -> Spar
         worst = drifted[0]
         warnings.warn(
             f"sparsity is more than {tolerance:.1%} from its target in {len(drifted)} of {len(layers)} layers, "
-            f"furthest in {worst.name}: up {worst.up_sparsity:.1%} of {worst.up_target:.1%}, "
-            f"down {worst.down_sparsity:.1%} of {worst.down_target:.1%}. Calibrate on text like this",
+            f"furthest in {worst.name}: "
+            + ", ".join(f"{matrix} {reached:.1%} of {target:.1%}" for matrix, reached, target in worst.shares())
+            + ". Calibrate on text like this",
             SparsityDriftWarning,
             stacklevel=2,
         )

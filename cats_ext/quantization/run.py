@@ -34,6 +34,7 @@ from cats_ext.quantization.moments import Moments, parts_by_memory
 from cats_ext.rows import QuantizedLinear, RowFormat
 from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import sample_weights, weight_of
+from cats_ext.thresholds.rules import has_input_threshold
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,9 +89,10 @@ def quantize(
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``data`` is not what it can be.
         ValueError: an argument is out of its range, the model is quantised already, patched by
-            :func:`cats_ext.apply_exact` or cannot run sparsely, groups do not divide a matrix's rows, its weights are
-            not finite, have scales outside of float16, are no plain tensors or are tied to others, or no token of
-            ``data`` reaches a layer. The model is unchanged after any error, KeyboardInterrupt included.
+            :func:`cats_ext.apply_exact` or with the rule ``three_threshold``, or cannot run sparsely, groups do not
+            divide a matrix's rows, its weights are not finite, have scales outside of float16, are no plain tensors or
+            are tied to others, or no token of ``data`` reaches a layer. The model is unchanged after any error,
+            KeyboardInterrupt included.
     """
     config = QuantizationConfig(weights, group_size, zero_points, gate, up, down, scope)
     check_module(model)
@@ -220,10 +222,16 @@ def _gated_mlps(model: nn.Module) -> list[GatedMLP]:
     if not patched:
         return find_gated_mlps(model)
     check_complete(model, patched)
-    if any(isinstance(module.cats.config, ExactConfig) for module in patched.values()):
+    config = next(iter(patched.values())).cats.config
+    if isinstance(config, ExactConfig):
         raise ValueError(
             f"model of class {type(model).__name__} is patched by apply_exact: call remove_cats, quantize, and then "
             "apply_exact again"
+        )
+    if has_input_threshold(config.rule):
+        raise ValueError(
+            f"model of class {type(model).__name__} is patched with rule {config.rule!r}, which needs dense weights: "
+            "call remove_cats, quantize, and calibrate with another rule"
         )
     return [
         GatedMLP(name, m, m.cats.target.activation, MERGED[0] in m._modules, m.cats.target.experts)

@@ -11,7 +11,7 @@ from cats_ext.patching.detection import ACTIVATION_NAMES, check_module
 from cats_ext.patching.exact.detection import ExactLayer, find_exact_layers
 from cats_ext.patching.exact.modules import ExactState
 from cats_ext.patching.mlp import CatsMLP, ForwardSettings
-from cats_ext.patching.surgery import MemoryLayouts, make_sparse, neuron_strides, patch_module
+from cats_ext.patching.surgery import Layout, MemoryLayouts, column_strides, make_sparse, patch_module
 from cats_ext.patching.wrappers import unwrapped
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
@@ -53,12 +53,10 @@ def apply_exact(model: nn.Module) -> nn.Module:
     layers, _ = find_exact_layers(inner)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     config = ExactConfig.of(((layer.name, _layer_config(layer)) for layer in layers), model_type)
-    strides = [neuron_strides(layer.down_weight) for layer in layers]
-    layouts = MemoryLayouts(
-        {layer.down_name: (layer.down_weight, own) for layer, own in zip(layers, strides, strict=True)}
-    )
+    wanted = [{layer.down_name: (layer.down_weight, column_strides(layer.down_weight))} for layer in layers]
+    layouts = MemoryLayouts({name: weight for layout in wanted for name, weight in layout.items()})
     try:
-        for layer, own in zip(layers, strides, strict=True):
+        for layer, own in zip(layers, wanted, strict=True):
             if layer.kind is CatsMLP:
                 make_sparse(layer.mlp, config, layouts, own, exact=True)
             else:
@@ -81,7 +79,7 @@ def _layer_config(layer: ExactLayer) -> LayerConfig:
     return LayerConfig(*sizes, layer.activation, 0.0, 0.0, mlp.experts if mlp else None)
 
 
-def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, strides: tuple[int, ...]) -> None:
+def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, layout: Layout) -> None:
     module, weight = layer.module, layer.down_weight
     own_activation = next((name for name in ACTIVATION_NAMES if hasattr(module, name)), None)
     state = ExactState(
@@ -104,4 +102,4 @@ def _make_exact(layer: ExactLayer, config: ExactConfig, layouts: MemoryLayouts, 
         projections=layer.projections,
         dense_prefill=False,
     )
-    patch_module(module, layer.kind, state, settings, layouts, strides)
+    patch_module(module, layer.kind, state, settings, layouts, layout)
