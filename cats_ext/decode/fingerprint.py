@@ -19,7 +19,7 @@ from cats_ext.rows import RowFormat
 
 _BASE = frozenset(vars(nn.Module()))  # the attributes of every module; settings are the others
 _PLAIN = {bool, int, float, str, set, frozenset, torch.dtype, torch.device, type(None), RowFormat}
-_THRESHOLDS = ("threshold", "down_threshold")  # buffers of patched modules, written in place by set_sparsity
+_THRESHOLDS = ("threshold", "down_threshold", "input_threshold")  # of patched modules, written in place by set_sparsity
 
 _children, _parameters, _buffers = map(itemgetter, ("_modules", "_parameters", "_buffers"))
 _hooks = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")

@@ -228,7 +228,7 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
         return None
     if isinstance(mlp, CatsMLP):
         settings = mlp.forward_settings
-        if settings.tracking or not isinstance(mlp.activation(), str):
+        if settings.tracking or mlp.input_threshold is not None or not isinstance(mlp.activation(), str):
             return None
         operands = KINDS[settings.projections].operands(mlp._modules)
         mask = mlp.threshold, mlp.down_threshold, settings.activation

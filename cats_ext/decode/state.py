@@ -102,7 +102,8 @@ def uncounted(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def nothing_skipped(model: nn.Module) -> Iterator[None]:
     """Set all thresholds to 0 inside, in place: rounding then cannot move a neuron over its threshold."""
-    thresholds = [t for m in sparse_mlps(model).values() for t in (m.threshold, m.down_threshold) if t is not None]
+    every = [(m.threshold, m.down_threshold, m.input_threshold) for m in sparse_mlps(model).values()]
+    thresholds = [t for of_module in every for t in of_module if t is not None]
     with _restored(thresholds):
         with torch.inference_mode():
             for threshold in thresholds:

@@ -361,8 +361,23 @@ def test_captured_batch_on_cuda():
     assert torch.equal(decoded(DecodeEngine(model), ids, **options), generated(model, ids, **options))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gate_that_is_read_by_columns_is_called_in_the_step(fused, static_steps, called):
+    model, ids = tiny_model(), tokens(20)[None]
+    config = cats_ext.calibrate(model, [tokens(256)], sparsity=0.8, rule="three_threshold", progress=False)
+    cats_ext.apply_cats(model, config)
+    engine = statically(DecodeEngine(model, fused=fused))
+    sparse = generated(model, ids, **OPTIONS["greedy"])
+    called.clear()
+    assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), sparse) and engine.fused_active == fused
+    assert "sparse_mlp_columns" in called
+    cats_ext.set_sparsity(model, 0.1)
+    following = generated(model, ids, **OPTIONS["greedy"])
+    assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), following) and not torch.equal(following, sparse)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+@pytest.mark.parametrize("rule", ["plain", "two_threshold", "three_threshold"])
 @pytest.mark.parametrize("intermediate", [INTERMEDIATE, 2304])  # the second has a kernel for a step
 def test_captured_patched_model_on_cuda(rule, intermediate):
     model, ids = tiny_model(intermediate_size=intermediate).cuda(), tokens(20)[None].cuda()
