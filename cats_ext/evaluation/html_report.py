@@ -10,6 +10,7 @@ from typing import Any
 from cats_ext.evaluation import plots
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.files import CONFIG_FILE, read_json
+from cats_ext.thresholds.rules import has_input_threshold
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;
@@ -185,18 +186,17 @@ def _activation_section(config: CatsConfig) -> list[str]:
 
 def _layer_section(config: CatsConfig, reached: dict[str, dict[str, Any]]) -> list[str]:
     """Every layer's targets and, if it was measured, what was reached; folded under the range of the targets."""
-    header, rows = ["layer", "up skipped", "down skipped", "read"], []
+    matrices = ("up", "down", "input") if has_input_threshold(config.rule) else ("up", "down")
+    header, rows = ["layer", *(f"{matrix} skipped" for matrix in matrices), "read"], []
     for name, layer in config.layers.items():
-        shares = [layer.up_sparsity, layer.down_sparsity, layer.bytes_share]
+        shares = [*layer.split[: len(matrices)], layer.bytes_share]
         if reached:
-            found = reached[name]
-            shares += [found["up_sparsity"], found["down_sparsity"]]
+            shares += [reached[name][f"{matrix}_sparsity"] for matrix in matrices]
         rows.append([name, *(f"{share:.1%}" for share in shares)])
     if reached:
-        header += ["up reached", "down reached"]
-    layers = config.layers.values()
-    up, down = ([getattr(layer, f"{key}_sparsity") for layer in layers] for key in ("up", "down"))
-    spread = " and ".join(f"{_range(shares)} of {key}" for key, shares in (("up", up), ("down", down)))
+        header += [f"{matrix} reached" for matrix in matrices]
+    columns = zip(*(layer.split for layer in config.layers.values()), strict=True)
+    spread = " and ".join(f"{_range(shares)} of {matrix}" for matrix, shares in zip(matrices, columns, strict=False))
     summary = f"<summary>{len(rows)} layers skip {spread}</summary>"
     return ["<h2>Each layer</h2>", f"<details>{summary}{_table(header, rows)}</details>"]
 

@@ -68,7 +68,10 @@ def facts_of(
     model: nn.Module, train: list[Tensor], held_out: list[Tensor], settings: FinetuneSettings, config: CatsConfig | None
 ) -> dict[str, Any]:
     """What has to be equal for a tuning to be continued, as JSON types: settings, model, data and thresholds."""
-    thresholds = [] if config is None else [*config.thresholds.values(), *config.down_thresholds.values()]
+    thresholds = []
+    if config is not None:
+        for of_layers in (config.thresholds, config.down_thresholds, config.input_thresholds):
+            thresholds += of_layers.values()
     facts = asdict(settings) | {
         "model": weights_digest(model),
         "dtype": str(model.dtype),

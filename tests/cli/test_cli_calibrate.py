@@ -48,6 +48,21 @@ def test_calibrate_json_and_options(model_dir, text_file, tmp_path):
     assert config.bytes_share == pytest.approx(document["bytes_share"])
 
 
+def test_three_thresholds_from_calibration_to_text(model_dir, text_file, tmp_path):
+    out, text = tmp_path / "out", ("--text", text_file, "--sequence-length", 64)
+    document = json_of("calibrate", model_dir, *text, "-o", out, "--rule", "three_threshold", "--sparsity", 0.6)
+    (layer, *_) = document["layers"].values()
+    assert document["rule"] == "three_threshold" and layer["input_sparsity"] == pytest.approx(0.36)
+    measured = json_of("eval", model_dir, "--cats", out, "--text", text_file, "--window", 128, "--curve", 0.3)
+    first, second = (variant["reached"] for variant in measured["text"]["variants"])
+    assert first["input_target"] == pytest.approx(0.36) and second["input_target"] == pytest.approx(0.18)
+    assert first["bytes_share"] < second["bytes_share"]
+    generated = json_of("generate", model_dir, "--cats", out, "--prompt", "the cat", "--max-new-tokens", 8)
+    assert generated["text"]
+    error = error_of("calibrate", model_dir, *text, "-o", out, "--rule", "three_threshold", "--allocation", "search")
+    assert "--allocation must be 'uniform' for the rule 'three_threshold', got 'search'" in error
+
+
 def test_calibrate_says_what_to_do_next(model_dir, text_file, tmp_path):
     result = cats("calibrate", model_dir, "--text", text_file, "-o", tmp_path / "out")
     assert result.exit_code == 0 and f"{LAYERS} layers calibrated" in result.stdout

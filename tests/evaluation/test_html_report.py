@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from support.cli_runner import cats, error_of, json_of
+from support.models import tiny_model, tokens
 
 from cats_ext import CatsConfig, calibrate
 from cats_ext.evaluation.html_report import html_report
@@ -146,3 +147,10 @@ def test_a_measurement_of_another_form_is_named(thresholds, tmp_path, text):
     (tmp_path / "out" / "eval.json").write_text(json.dumps({"model": "a", "dtype": "b", "text": text}))
     with pytest.raises(ValueError, match=r"eval\.json is not what 'cats eval' wrote: "):
         html_report(tmp_path / "out")
+
+
+def test_columns_of_the_gate_have_a_column(tmp_path):
+    config = calibrate(tiny_model(), tokens(300), rule="three_threshold", progress=False)
+    config.save_pretrained(tmp_path)
+    page = html_report(tmp_path)
+    assert "input skipped" in page and "30% of input" in page

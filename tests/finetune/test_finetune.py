@@ -65,6 +65,21 @@ def test_the_tuned_model_is_saved_and_runs_on_the_kernel(run, model_dir, text_fi
     assert names == {"checkpoint-4", "checkpoint-6"}
 
 
+def test_tuning_with_three_thresholds(tmp_path, called):
+    config = cats_ext.calibrate(tiny_model(), tokens(300), rule="three_threshold", sparsity=0.6, progress=False)
+    found = tune(tmp_path, config=config, recalibrate=True)
+    assert found["recalibrated"]["sparsity"]["input_target"] == pytest.approx(0.36)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for mlp, before in zip(layers_of(model), layers_of(tiny_model()), strict=True):
+        assert not torch.equal(mlp.gate_proj.weight, before.gate_proj.weight)  # the adapter there has learnt
+    stored = layers_of(model)[0].cats.config
+    assert stored.rule == "three_threshold" and stored.layers == config.layers
+    assert stored.input_thresholds != config.input_thresholds
+    called.clear()
+    logits(model, few())
+    assert set(called) == {"sparse_mlp_columns"}
+
+
 def test_killed_while_it_writes_a_checkpoint_it_goes_on_with_the_same_loss(
     run, model_dir, text_file, tmp_path, monkeypatch
 ):

@@ -19,7 +19,7 @@ from support.models import tiny_model
 from support.patched import assert_unchanged, config_for, few, layers_of, logits, many, snapshot
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from cats_ext import CatsConfig, CatsMLP, apply_cats, remove_cats, set_sparsity
+from cats_ext import CatsConfig, CatsMLP, apply_cats, quantize, remove_cats, set_sparsity
 
 FILES = {
     "cats_config.json",
@@ -39,8 +39,14 @@ def load(directory, **arguments):
     return AutoModelForCausalLM.from_pretrained(directory, **arguments)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
-@pytest.mark.parametrize("rule", ["plain", "two_threshold"])
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        *((family, rule) for family in ("llama", "phi3", "gemma2") for rule in ("plain", "two_threshold")),
+        ("llama", "three_threshold"),
+        ("gemma2", "three_threshold"),
+    ],
+)
 def test_round_trip_with_identical_logits(family, rule, tmp_path):
     model = tiny_model(family)
     dense, config = logits(model, few()), config_for(model, rule=rule, gate_power=float(rule == "two_threshold"))
@@ -74,6 +80,21 @@ def test_with_and_without_a_head(cats_directory, config, tmp_path):
     with torch.no_grad():
         again = headed.model(input_ids=few()).last_hidden_state
         assert torch.equal(again, base(input_ids=few()).last_hidden_state) and not torch.equal(again, expected)
+
+
+def test_input_thresholds_with_and_without_a_head(tmp_path):
+    model = tiny_model()
+    apply_cats(model, config_for(model, rule="three_threshold")).save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert entry["rule"] == "three_threshold" and entry["bytes_share"] == pytest.approx(2 / 3)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.model(input_ids=few()).last_hidden_state
+        assert torch.equal(base(input_ids=few()).last_hidden_state, expected)
+    assert torch.equal(base.layers[1].mlp.input_threshold, model.model.layers[1].mlp.input_threshold)
+    quantize(tiny_model(), progress=False).save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"rule 'three_threshold' needs .* got packed rows in model\.layers\.0\.mlp"):
+        apply_cats(load(tmp_path / "packed"), CatsConfig.from_pretrained(tmp_path))
 
 
 def test_files_of_a_checkpoint(cats_directory, dense_directory, config):

@@ -1,4 +1,4 @@
-"""vLLM forks its engine off the process that has read the checkpoint. Needs no vLLM."""
+"""What vLLM's plugin does before vLLM: it reads the checkpoint, in the process that the engine is forked off."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from support.models import tiny_model, tokens
 
 import cats_ext
+from cats_ext.integrations.vllm.checkpoint import read_checkpoint
 
 FORKED = """
 import os, signal, sys
@@ -35,3 +36,11 @@ def test_a_forked_engine_has_its_threads(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
     subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=package, env=environment, timeout=60, check=True)
+
+
+def test_a_gate_that_is_read_by_columns_is_refused(tmp_path):
+    model = tiny_model()
+    config = cats_ext.calibrate(model, [tokens(128)], rule="three_threshold", progress=False)
+    cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has thresholds of rule 'three_threshold', which is not supported under vLLM"):
+        read_checkpoint(str(tmp_path), None)

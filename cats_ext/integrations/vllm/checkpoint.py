@@ -16,6 +16,7 @@ from cats_ext.quantization.layout import Rows, check_rows
 from cats_ext.thresholds.config import CatsConfig
 from cats_ext.thresholds.exact import EXACT
 from cats_ext.thresholds.files import CONFIG_FILE, OLD_FILES, read_json, thresholds_file
+from cats_ext.thresholds.rules import has_input_threshold
 
 INDEX = "model.safetensors.index.json"
 ENTRIES = {"quant_method", "rule", "sparsity", "bytes_share", "activation", "rows"}  # of quantization_config
@@ -103,6 +104,8 @@ def check_servable(config: CatsConfig, directory: Path) -> None:
     experts = next((name for name, layer in config.layers.items() if layer.experts), None)
     if experts is not None:
         raise ValueError(f"{directory} has thresholds of experts ({experts}), which are not supported under vLLM")
+    if has_input_threshold(config.rule):
+        raise ValueError(f"{directory} has thresholds of rule {config.rule!r}, which is not supported under vLLM")
     if not config.sparse_prefill:
         raise ValueError(
             f"{directory} has sparse_prefill=False, which is not supported under vLLM: it computes prompts and new "

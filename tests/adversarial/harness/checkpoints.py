@@ -69,7 +69,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Of one shape: the one to alter by both rules of thresholds, another model's, and that model saved densely."""
+    """Of one shape: the one to alter by each kind of thresholds, another model's, and that model saved densely."""
 
     by_rule: dict[str, Checkpoint]
     other: Checkpoint
@@ -88,6 +88,7 @@ def make_checkpoints(directory: Path) -> Checkpoints:
     by_rule = {
         "searched": make("searched", 0, **searched),
         "two_threshold": make("two_threshold", 0, sparsity=0.5, rule="two_threshold", gate_power=0.5),
+        "three_threshold": make("three_threshold", 0, sparsity=0.5, rule="three_threshold"),
         "plain": make("plain", 0, sparsity=0.5, rule="plain"),
     }
     other = make("other", 1, **searched)
