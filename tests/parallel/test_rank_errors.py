@@ -34,6 +34,21 @@ def test_packed_rows_are_refused(tmp_path):
         assert "is tensor-parallel, which a checkpoint with packed rows does not support" in str(error)
 
 
+def with_columns_of_the_gate(directory, config) -> None:
+    model = load_parallel(directory)
+    for refused in (
+        lambda: calibrate(model, tokens(200), rule=config.rule, progress=False),
+        lambda: apply_cats(model, config),
+    ):
+        with pytest.raises(ValueError, match=r"got a part of its neurons on this rank .* in model\.layers\.0\.mlp"):
+            refused()
+    assert not sparse_mlps(model)
+
+
+def test_a_part_of_a_gate_is_not_read_by_columns(dense_directory):
+    on_ranks(with_columns_of_the_gate, dense_directory, config_for(tiny_model(), rule="three_threshold"))
+
+
 def differing(directory, config) -> None:
     own = config.at_sparsity(0.5 if torch.distributed.get_rank() == 0 else 0.6)
     apply_cats(load_parallel(directory), own)
