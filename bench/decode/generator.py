@@ -17,6 +17,7 @@ import cats_ext
 from bench.lib.timing import synchronize
 from cats_ext.decode.cache import cache_argument
 from cats_ext.decode.engine import DecodeEngine
+from cats_ext.patching.detection import MERGED, SEPARATE
 from cats_ext.rows import QuantizedLinear
 
 COMPILED = ("compiled", "deferred")
@@ -70,13 +71,13 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def read_bytes(model: PreTrainedModel, skipped: float = 0.0) -> float:
-    """Bytes of weights that a step reads, if it skips this share of the up and down rows."""
+def read_bytes(model: PreTrainedModel, mlp_share: float = 1.0) -> float:
+    """Bytes of weights that a step reads, if it reads this share of those of the MLPs."""
     read = 0.0
     for path, linear in model.named_modules():
         if isinstance(linear, nn.Linear | QuantizedLinear):
-            kept = {"up_proj": 1 - skipped, "down_proj": 1 - skipped, "gate_up_proj": 1 - skipped / 2}
-            read += linear.weight.nbytes * kept.get(path.rpartition(".")[2], 1.0)
+            in_mlp = path.rpartition(".")[2] in (*SEPARATE, *MERGED)
+            read += linear.weight.nbytes * (mlp_share if in_mlp else 1.0)
     return read
 
 

@@ -44,6 +44,7 @@ from bench.lib.read_limit import gpu_read_limit
 from bench.lib.results import ResultFile
 from bench.lib.timing import in_turns
 from cats_ext.rows import FORMATS
+from cats_ext.thresholds.rules import RULES
 
 DENSE = "bf16"  # on CUDA; on a CPU float32
 
@@ -97,7 +98,7 @@ class Bench:
             before = time.perf_counter()
             generate(ids, 4)
             row = {"model": name, "layers": len(generate.model.layers), "mode": "gpt-fast", "weights": self.weights}
-            row |= {"prompt": prompt, "new_tokens": new, "rule": "", "sparsity": 0.0, "reached": ""}
+            row |= {"prompt": prompt, "new_tokens": new, "rule": "", "sparsity": 0.0, "reached": "", "mlp_share": 1.0}
             row["prepare_s"] = round(time.perf_counter() - before, 2)
             seconds = statistics.median(generate(ids, new) for _ in range(arguments.repetitions))
             row |= {"ms_per_token": round(seconds * 1e3, 4), "tokens_per_s": round(1 / seconds, 2)}
@@ -155,16 +156,20 @@ class Bench:
                     return print("out of time", flush=True)
                 self.speed(generator, sparsity, prompt, reached)
 
-    def set_sparsity(self, model: PreTrainedModel, sparsity: float) -> float | str:
-        """The share of neurons skipped at it, over a prompt of 64 tokens and 16 generated ones; nothing if dense."""
+    def set_sparsity(self, model: PreTrainedModel, sparsity: float) -> dict[str, float | str]:
+        """What is reached at it, over a prompt of 64 tokens and 16 generated ones.
+
+        The share of neurons that is skipped before up (reached; empty if dense), and the share of the MLPs' bytes that
+        is read (mlp_share).
+        """
         if not sparsity:
-            return ""
+            return {"reached": "", "mlp_share": 1.0}
         cats_ext.set_sparsity(model, sparsity)
         with cats_ext.track_sparsity(model):
             Generator(model, "eager", 0)(self.prompt(model, 64), 17)
             report = cats_ext.sparsity_report(model)
         cats_ext.reset_sparsity(model)
-        return round(report.up_sparsity, 4)
+        return {"reached": round(report.up_sparsity, 4), "mlp_share": round(report.bytes_share, 4)}
 
     def in_turns(self, mode: str, prompts: list[int], dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
         """Tokens of generate, at each sparsity beside the dense model, and with "eager" the first token."""
@@ -222,7 +227,7 @@ class Bench:
                 row |= {"of_dense": round(min(after) / min(before), 4), "of_dense_median": ratio(after, before)}
                 self.add("first_token.csv", row | {"turns": arguments.first_token_turns})
         for prompt, seconds in dense_times.items():
-            row = self.row(generators[0], prompt, new, 0.0, "", statistics.median(seconds))
+            row = self.row(generators[0], prompt, new, 0.0, self.set_sparsity(dense, 0.0), statistics.median(seconds))
             self.add("decode.csv", row | {"speedup": 1.0, "prepare_s": prepared[0]} | dense_memory[prompt])
         if self.out_of_time():
             print("out of time", flush=True)
@@ -238,15 +243,15 @@ class Bench:
         return torch.randint(3, model.config.vocab_size, (1, tokens), generator=seeded).to(self.device)
 
     def row(
-        self, generator: Generator, prompt: int, new: int, sparsity: float, reached: float | str, seconds: float
+        self, generator: Generator, prompt: int, new: int, sparsity: float, reached: dict[str, Any], seconds: float
     ) -> dict[str, Any]:
         row = {"model": self.name, "layers": generator.model.config.num_hidden_layers, "mode": generator.mode}
         row["weights"] = self.weights
         row |= {"prompt": prompt, "new_tokens": new, "rule": self.arguments.rule if sparsity else ""}
-        row |= {"sparsity": sparsity, "reached": reached}
+        row |= {"sparsity": sparsity} | reached
         return row | {"ms_per_token": round(seconds * 1e3, 4), "tokens_per_s": round(1 / seconds, 2)}
 
-    def speed(self, generator: Generator, sparsity: float, prompt: int, reached: float | str) -> None:
+    def speed(self, generator: Generator, sparsity: float, prompt: int, reached: dict[str, Any]) -> None:
         arguments, model, new = self.arguments, generator.model, self.arguments.new_tokens
         ids = self.prompt(model, prompt)
         prepared = self.prepare(generator, ids)
@@ -257,7 +262,7 @@ class Bench:
         memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if self.device == "cuda" else (0, 0)
         row = self.row(generator, prompt, new, sparsity, reached, seconds)
         row |= {"speedup": round(dense / seconds, 4), "prepare_s": prepared}
-        gb_per_s = read_bytes(model, float(reached or 0)) / seconds / 1e9
+        gb_per_s = read_bytes(model, reached["mlp_share"]) / seconds / 1e9
         row |= {"gb_per_s": round(gb_per_s), "share_of_limit": round(gb_per_s / self.limit, 3)}
         self.add("decode.csv", row | {"bytes_at_rest": memory[0], "bytes_peak": memory[1]})
 
@@ -268,7 +273,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["mistral-7b", "llama-2-7b"], help=f"{known}, a path")
     parser.add_argument("--layers", type=int, help="of random weights: only so many of the model's layers")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
-    parser.add_argument("--rule", default="plain", choices=("plain", "two_threshold", "weighted"))
+    parser.add_argument("--rule", default="plain", choices=RULES)
     parser.add_argument("--weights", nargs="+", choices=(DENSE, *FORMATS), default=[DENSE])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--peer-path", type=Path, help="a checkout of gpt-fast")

@@ -18,10 +18,10 @@ IMPORTANCES = ("norm", "gradient")
 # By default the two-threshold rule skips this much less of up_proj and this much more of down_proj than `sparsity`.
 TWO_THRESHOLD_OFFSET = 0.125
 # The three-threshold rule skips this share of `sparsity` of the gate's columns, and so much less of both other matrices
-# that the bytes are the same; up and down then differ from their mean by the offset, or less near either end. On two
-# models these lost least at 0.5, with 0.30 of the gate, 0.19 of up and 0.51 of down, and at 0.675, with 0.40, 0.35 and
-# 0.60 (docs/quality-evidence.md, "Columns of the gate").
-INPUT_SHARE, THREE_THRESHOLD_OFFSET = 0.6, 0.16
+# that the bytes are the same; up and down then differ from their mean by the offset, or less near either end. At 0.5
+# that is 0.30 of the gate, 0.25 of up and 0.45 of down. Other splits near it lose as much or more, by the divergence;
+# of those that lose as little it was the best one on tasks (docs/quality-evidence.md, "Columns of the gate").
+INPUT_SHARE, THREE_THRESHOLD_OFFSET = 0.6, 0.1
 # Default exponents of the gate's weights, in all layers but the last, and in the last. Full weights in the last layer
 # lose accuracy on rare words and improve little else (docs/quality-evidence.md; its sweep_last, text and tasks.csv).
 DEFAULT_GATE_POWER = {"plain": 0.0, "weighted": 1.0, "two_threshold": 0.5, "three_threshold": 0.5}
