@@ -193,15 +193,14 @@ def _warn_of_ties(config: CatsConfig) -> None:
     for name, layer in config.layers.items():
         statistics = config.statistics[name]
         cut, _ = statistics.cuts(layer.up_sparsity, layer.down_sparsity)
-        tests = [("gate activations", statistics.gate.share_below(cut), layer.up_sparsity)]
+        tests = [("so many gate activations of ", statistics.gate.share_below(cut), layer.up_sparsity)]
         if statistics.inputs is not None:
             below = statistics.inputs.share_below(float(config.input_thresholds[name]))
-            tests.append(("inputs", below, layer.input_sparsity))
-        for values, reached, wanted in tests:
+            tests.append(("so many inputs of ", below, layer.input_sparsity))
+        for so_many, reached, wanted in tests:
             if reached < wanted - 0.05:
                 warnings.warn(
-                    f"so many {values} of {name} are equal that its threshold drops {reached:.1%} of them, not "
-                    f"{wanted:.1%}",
+                    f"{so_many}{name} are equal that its threshold drops {reached:.1%} of them, not {wanted:.1%}",
                     SparsityDriftWarning,
                     stacklevel=3,
                 )

@@ -39,8 +39,8 @@ class LayerSparsity:
     up_target: float
     down_sparsity: float
     down_target: float
-    input_sparsity: float | None = None  # of the gate's columns; None where inputs are not tested
-    input_target: float | None = None
+    input_sparsity: float = 0.0  # of the gate's columns
+    input_target: float | None = None  # None where inputs are not tested
 
     @property
     def weight_bytes(self) -> int:
@@ -50,8 +50,8 @@ class LayerSparsity:
     def bytes_share(self) -> float:
         """Share of the MLP's weight bytes that a token by itself reads (decode at batch size 1)."""
         gate, up, down = self.matrix_bytes
-        gate *= 1 - (self.input_sparsity or 0)
-        return (gate + up * (1 - self.up_sparsity) + down * (1 - self.down_sparsity)) / self.weight_bytes
+        read = gate * (1 - self.input_sparsity) + up * (1 - self.up_sparsity) + down * (1 - self.down_sparsity)
+        return read / self.weight_bytes
 
     @property
     def bytes_read(self) -> float:
@@ -66,11 +66,12 @@ class LayerSparsity:
     def shares(self) -> list[tuple[str, float, float]]:
         """By matrix the sparsity reached and its target; of inputs, where they are tested."""
         shares = [("up", self.up_sparsity, self.up_target), ("down", self.down_sparsity, self.down_target)]
-        return shares if self.input_sparsity is None else [*shares, ("input", self.input_sparsity, self.input_target)]
+        return shares if self.input_target is None else [*shares, ("input", self.input_sparsity, self.input_target)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
-        numbers = {key: value for key, value in asdict(self).items() if value is not None}
+        absent = _INPUT_SHARES if self.input_target is None else ()
+        numbers = {key: value for key, value in asdict(self).items() if key not in absent}
         return numbers | {"weight_bytes": self.weight_bytes, "bytes_share": self.bytes_share}
 
 
@@ -97,13 +98,12 @@ class SparsityReport:
         return self._mean("down_sparsity")
 
     @property
-    def input_sparsity(self) -> float | None:
-        """None where inputs are not tested."""
-        return self._mean("input_sparsity") if self._tests_inputs else None
+    def input_sparsity(self) -> float:
+        return self._mean("input_sparsity")
 
     @property
     def _tests_inputs(self) -> bool:
-        return self.layers[0].input_sparsity is not None
+        return self.layers[0].input_target is not None
 
     @property
     def bytes_share(self) -> float:
