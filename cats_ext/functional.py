@@ -9,23 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cats_ext.ops import definitions as ops
 from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.dispatch import (
     KERNEL,
     MAX_EXPERT_TOKENS,
     MAX_KERNEL_TOKENS,
-    Mask,
+    ColumnsOfGate,
     Operands,
     Projections,
     choose,
     column_rows_fit,
-    columns_kernel_fits,
-    deterministic,
     kernel_fits,
     needs_grad,
 )
-from cats_ext.ops.reference import kept_inputs
 
 __all__ = [
     "MAX_EXPERT_TOKENS",
@@ -80,10 +76,10 @@ def sparse_mlp(
     """
     tensors = (w_gate, w_up, w_down_t), (gate_bias, up_bias, down_bias)
     implementation, operands = choose(x, w_down_t.shape[-1], _Tensors, tensors)
+    mask = threshold, down_threshold, activation
     if implementation == KERNEL:
-        return _Tensors.kernel(x, operands, (threshold, down_threshold, activation), counts)
-    gate, up = _Tensors.gate_up(tensors, x)
-    return _Tensors.down(tensors, masked_product(gate, up, threshold, down_threshold, activation, counts))
+        return _Tensors.kernel(x, operands, mask, counts)
+    return _Tensors.down(tensors, _Tensors.hidden(tensors, x, mask, counts))
 
 
 def sparse_mlp_columns(
@@ -129,8 +125,9 @@ def sparse_mlp_columns(
     """
     tensors = (w_gate_t, w_up, w_down_t), (gate_bias, up_bias, down_bias)
     implementation, operands = choose(x, w_down_t.shape[-1], _Columns, tensors)
+    mask = input_threshold, threshold, down_threshold, activation
     if implementation == KERNEL:
-        return _Columns.kernel(x, operands, (input_threshold, threshold, down_threshold, activation), counts)
+        return _Columns.kernel(x, operands, mask, counts)
     for name, t, dtype, shape in (
         ("input_threshold", input_threshold, torch.float32, []),
         ("counts", counts, torch.int64, [4]),
@@ -138,13 +135,7 @@ def sparse_mlp_columns(
         if t is not None and (t.dtype != dtype or list(t.shape) != shape):
             got = f"{t.dtype} of shape {list(t.shape)}"
             raise RuntimeError(f"sparse_mlp_columns: {name} must be {dtype} of shape {shape}, got {got}")
-    kept = kept_inputs(x, input_threshold)
-    gate = F.linear(torch.where(kept, x, 0), w_gate_t.t(), gate_bias)
-    up = F.linear(x, w_up, up_bias)
-    h = masked_product(gate, up, threshold, down_threshold, activation, None if counts is None else counts[:3])
-    if counts is not None:
-        counts[3] += kept.sum()
-    return _Columns.down(tensors, h)
+    return _Columns.down(tensors, _Columns.hidden(tensors, x, mask, counts))
 
 
 class _Tensors(Projections):
@@ -164,17 +155,14 @@ class _Tensors(Projections):
         return F.linear(h, source[0][2].t(), source[1][2])
 
 
-class _Columns(_Tensors):
-    kernel_fits = staticmethod(columns_kernel_fits)
-
+class _Columns(ColumnsOfGate, _Tensors):
     @staticmethod
     def operands(source: Operands) -> Operands | None:
         w_gate_t, _, w_down_t = source[0]
         return source if w_gate_t.stride(-1) == w_down_t.stride(-1) == 1 and column_rows_fit(source[0]) else None
 
     @staticmethod
-    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
-        weights, biases = operands
-        if counts is not None:
-            return ops.sparse_mlp_columns_counted(x, *weights, counts, *mask, *biases, deterministic())
-        return ops.sparse_mlp_columns(x, *weights, *mask, *biases, deterministic())
+    def gate_up(source: Operands, x: Tensor, for_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        (w_gate_t, w_up, _), (gate_bias, up_bias, _) = source
+        gate = F.linear(x if for_gate is None else for_gate, w_gate_t.t(), gate_bias)
+        return gate, F.linear(x, w_up, up_bias)

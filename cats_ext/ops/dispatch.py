@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.experts import triton_installed
+from cats_ext.ops.reference import kept_inputs
 from cats_ext.rows.product import has_product
 
 # What choose() answers.
@@ -167,6 +168,43 @@ class Projections:
         )
 
 
+class ColumnsOfGate(Projections):
+    """Projections whose gate gets only the inputs above their threshold, the first value of the mask.
+
+    Of the operands, its weight is ``[H, I]``, with one contiguous row an input: those of the others are not read.
+    """
+
+    @staticmethod
+    def kernel_fits(x: Tensor, hidden_size: int) -> bool:
+        return kernel_fits(x, hidden_size, MAX_COLUMN_TOKENS, 0)  # there is no tensor-core kernel
+
+    @staticmethod
+    def gate_up(source: Any, x: Tensor, for_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of other kinds; the gate takes ``for_gate`` instead of ``x`` if it is given."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mask(buffers: dict[str, Tensor | None], activation: str | Callable[[Tensor], Tensor]) -> Mask:
+        return buffers["input_threshold"], buffers["threshold"], buffers["down_threshold"], activation
+
+    @classmethod
+    def hidden(cls, source: Any, x: Tensor, mask: Mask, counts: Tensor | None) -> Tensor:
+        input_threshold, *mask = mask
+        kept = kept_inputs(x, input_threshold)
+        gate, up = cls.gate_up(source, x, torch.where(kept, x, 0))
+        h = ops.masked_product(gate, up, *mask, None if counts is None else counts[:3])
+        if counts is not None:
+            counts[3] += kept.sum()
+        return h
+
+    @staticmethod
+    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
+        weights, biases = operands
+        if counts is not None:
+            return ops.sparse_mlp_columns_counted(x, *weights, counts, *mask, *biases, deterministic())
+        return ops.sparse_mlp_columns(x, *weights, *mask, *biases, deterministic())
+
+
 def choose(
     x: Tensor, hidden_size: int, projections: type[Projections], source: Any, dense_prefill: bool = False
 ) -> tuple[str, Operands | None]:
@@ -266,11 +304,6 @@ def packed_kernel_fits(x: Tensor, hidden_size: int) -> bool:
     return kernel_fits(x, hidden_size, MAX_PACKED_TOKENS) and not (
         x.numel() > MAX_PACKED_BEFORE_PRODUCT * hidden_size and has_product(x)
     )
-
-
-def columns_kernel_fits(x: Tensor, hidden_size: int) -> bool:
-    """As :func:`kernel_fits`, of a gate that is read by columns: no tensor-core kernel does."""
-    return kernel_fits(x, hidden_size, MAX_COLUMN_TOKENS, 0)
 
 
 def column_rows_fit(weights: tuple[Tensor, Tensor, Tensor]) -> bool:

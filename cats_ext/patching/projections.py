@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.functional import linear as linear_product
 
 from cats_ext.ops import definitions as ops
 from cats_ext.ops.dispatch import (
+    ColumnsOfGate,
     Mask,
     Operands,
     Projections,
     column_rows_fit,
-    columns_kernel_fits,
     deterministic,
     needs_grad,
     packed_kernel_fits,
 )
-from cats_ext.ops.reference import kept_inputs
 from cats_ext.parallel.sharding import is_sharded, local
 from cats_ext.patching.wrappers import (
     BACKWARD_HOOKS,
@@ -62,13 +60,8 @@ class SeparateProjections(Projections):
         return call_linear(source["down_proj"], h)
 
 
-class ColumnProjections(SeparateProjections):
-    """As :class:`SeparateProjections`, of a gate that gets only the inputs above their threshold.
-
-    Of the operands, its weight is ``[H, I]``, with one contiguous row an input: those of the others are not read.
-    """
-
-    kernel_fits = staticmethod(columns_kernel_fits)
+class ColumnProjections(ColumnsOfGate, SeparateProjections):
+    """As :class:`SeparateProjections`, of a gate that gets only the inputs above their threshold."""
 
     @staticmethod
     def operands(source: dict[str, nn.Module]) -> Operands | None:
@@ -82,25 +75,9 @@ class ColumnProjections(SeparateProjections):
         return weights, biases
 
     @staticmethod
-    def mask(buffers: dict[str, Tensor | None], activation: str | Callable[[Tensor], Tensor]) -> Mask:
-        return buffers["input_threshold"], buffers["threshold"], buffers["down_threshold"], activation
-
-    @staticmethod
-    def hidden(source: dict[str, nn.Module], x: Tensor, mask: Mask, counts: Tensor | None) -> Tensor:
-        input_threshold, *mask = mask
-        kept = kept_inputs(x, input_threshold)
-        gate = call_linear(source["gate_proj"], torch.where(kept, x, 0))
-        h = ops.masked_product(gate, call_linear(source["up_proj"], x), *mask, None if counts is None else counts[:3])
-        if counts is not None:
-            counts[3] += kept.sum()
-        return h
-
-    @staticmethod
-    def kernel(x: Tensor, operands: Operands, mask: Mask, counts: Tensor | None) -> Tensor:
-        weights, biases = operands
-        if counts is not None:
-            return ops.sparse_mlp_columns_counted(x, *weights, counts, *mask, *biases, deterministic())
-        return ops.sparse_mlp_columns(x, *weights, *mask, *biases, deterministic())
+    def gate_up(source: dict[str, nn.Module], x: Tensor, for_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        gate = call_linear(source["gate_proj"], x if for_gate is None else for_gate)
+        return gate, call_linear(source["up_proj"], x)
 
 
 class MergedProjections(SeparateProjections):
