@@ -64,7 +64,7 @@ def main() -> None:
         if variant["rule"]:
             report = cats_ext.sparsity_report(model)
             shares = {
-                "gate": 1 - (report.input_sparsity or 0.0),
+                "gate": 1 - report.input_sparsity,
                 "up": 1 - report.up_sparsity,
                 "down": 1 - report.down_sparsity,
                 "mlp_share": report.bytes_share,

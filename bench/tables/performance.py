@@ -121,6 +121,34 @@ def memory() -> str:
     return f"{about}\n\n{table(header, rows)}"
 
 
+BUDGETS = ("0.6667", "0.55")
+RULES = {"two_threshold": "default", "three_threshold": "`three_threshold`"}
+
+
+def columns() -> str:
+    """The default rule and the one with a threshold of inputs, at equal bytes: one MLP, and a whole model."""
+    name, decoded = "h200/columns.csv", "h200/decode.csv"
+    data, rows = read(name), []
+    for shape in dict.fromkeys(row["shape"] for row in data):
+        group = {(row["path"], row["budget"]): row for row in data if row["shape"] == shape}
+        dense = group["dense", "1.0"]
+        paths = ("sparse_mlp", "sparse_mlp_columns")
+        times = [float(group[path, budget]["us"]) for budget in BUDGETS for path in paths]
+        size = f"{dense['hidden_size']}x{dense['intermediate_size']}"
+        rows.append([f"an MLP, {size}", *faster(times, float(dense["us"]), ".1f", "us")])
+    header = ["one token, bf16", "dense", *(f"{rule}, {float(b):.0%}" for b in BUDGETS for rule in RULES.values())]
+    rates, dense_rate, found = read(decoded), "", {}
+    for row in (row for row in rates if row["mode"] == "captured"):
+        rate, rule, sparsity = f"{float(row['tokens_per_s']):.1f}", row["rule"], float(row["sparsity"])
+        if not rule:
+            dense_rate = rate  # of the rows that follow: the same run
+        else:
+            found[rule, sparsity] = f"{rate}, {ratio(rate, dense_rate)}"
+    wanted = [found[rule, s] for s in (0.5, 0.675) for rule in RULES]
+    model = [f"{rates[0]['model']}, `DecodeEngine`, tokens a second", dense_rate, *wanted]
+    return f"{source(name, data[0])}; {source(decoded, rates[0])}.\n\n{table(header, [*rows, model])}"
+
+
 def host() -> str:
     name = "h100/host.csv"
     data = read(name)
@@ -175,6 +203,7 @@ PAGE = Page(
     {
         "decode": decode,
         "gpu": gpu,
+        "columns": columns,
         "cpu": cpu,
         "experts": experts,
         "first-token": first_token,
