@@ -77,6 +77,7 @@ inline SparseMlpParams check_sparse_mlp(const SparseMlpArguments &a) {
 inline SparseMlpParams check_sparse_mlp_step(const SparseMlpArguments &a, const TensorArgument &norm_weight,
                                              const TensorArgument &y_sum) {
     const char *op = a.gate_format.has_value() ? "sparse_mlp_packed_step" : "sparse_mlp_step";
+    if (a.input_threshold.has_value()) op = "sparse_mlp_columns_step";
     SparseMlpParams p = check_sparse_mlp(a);
     CATS_REQUIRE(p.tokens == 1 && (p.hidden_size == 1 || a.x.strides[a.x.dim - 1] == 1), op,
                  ": x must be one contiguous row, got shape ", shape(a.x));

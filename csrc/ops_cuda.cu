@@ -26,6 +26,15 @@ cudaStream_t current_stream(int32_t device_index) {
     return static_cast<cudaStream_t>(stream);
 }
 
+void check_columns(const char *op, const SparseMlpParams &params, cudaError_t error) {
+    CATS_REQUIRE(error != cudaErrorNotSupported, op,
+                 ": on CUDA every row must start at a multiple of 16 bytes and have a multiple of 16 bytes, and H "
+                 "is limited by the shared memory; got H = ",
+                 params.hidden_size, ", I = ", params.intermediate_size, ", and strides of ", params.w_gate_stride,
+                 ", ", params.w_up_stride, " and ", params.w_down_t_stride);
+    check_cuda(op, error);
+}
+
 struct CudaBackend {
     // Makes no guard with one GPU: prefill is bound by the host, and the guard's code is cold.
     class OnDevice {
@@ -72,12 +81,7 @@ struct CudaBackend {
         if (params.exact) return check_cuda(op, exact_mlp_cuda(params, workspace, between, stream, options));
         if (!params.input_threshold) return check_cuda(op, sparse_mlp_cuda(params, workspace, stream, options));
         const cudaError_t error = sparse_mlp_columns_cuda(params, workspace, between, stream, options);
-        CATS_REQUIRE(error != cudaErrorNotSupported, op,
-                     ": on CUDA every row must start at a multiple of 16 bytes and have a multiple of 16 bytes, and H "
-                     "is limited by the shared memory; got H = ",
-                     params.hidden_size, ", I = ", params.intermediate_size, ", and strides of ", params.w_gate_stride,
-                     ", ", params.w_up_stride, " and ", params.w_down_t_stride);
-        check_cuda(op, error);
+        check_columns(op, params, error);
     }
 
     static void run(const ActivatedMlpParams &params, int32_t device_index, bool deterministic) {
@@ -102,7 +106,7 @@ struct CudaBackend {
     }
 };
 
-// One token, added to y_sum. Needs no workspace. On CUDA only: decoding on a CPU gains nothing by it.
+// One token, added to y_sum. On CUDA only: decoding on a CPU gains nothing by it.
 void run_step(const char *op, const SparseMlpArguments &arguments, const Tensor &x, const Tensor &norm_weight,
               double norm_eps, const Tensor &y_sum) {
     SparseMlpParams params =
@@ -110,7 +114,13 @@ void run_step(const char *op, const SparseMlpArguments &arguments, const Tensor 
     params.norm_eps = float(norm_eps);
     params.y_sum = static_cast<float *>(y_sum.mutable_data_ptr());
     const CudaBackend::OnDevice on_device(x.get_device_index());
-    check_cuda(op, sparse_mlp_cuda(params, nullptr, current_stream(x.get_device_index())));
+    const cudaStream_t stream = current_stream(x.get_device_index());
+    if (!params.input_threshold) return check_cuda(op, sparse_mlp_cuda(params, nullptr, stream));
+    size_t bytes;
+    void *kept;
+    check_cuda(op, sparse_mlp_kept_bytes(params, &bytes));
+    check_cuda(op, get_workspace(stream, bytes, Contents::kAnything, &kept));
+    check_columns(op, params, sparse_mlp_columns_cuda(params, nullptr, kept, stream));
 }
 
 void sparse_mlp_step(const Tensor &x, const Tensor &norm_weight, double norm_eps, const Tensor &w_gate,
@@ -123,6 +133,26 @@ void sparse_mlp_step(const Tensor &x, const Tensor &norm_weight, double norm_eps
               argument("down_threshold", down_threshold), activation.value, argument("gate_bias", gate_bias),
               argument("up_bias", up_bias), argument("down_bias", std::nullopt)},
              x, norm_weight, norm_eps, y_sum);
+}
+
+void sparse_mlp_columns_step(const Tensor &x, const Tensor &norm_weight, double norm_eps, const Tensor &w_gate_t,
+                             const Tensor &w_up, const Tensor &w_down_t, const Tensor &y_sum,
+                             const Tensor &input_threshold, const Tensor &threshold,
+                             const OptionalTensor &down_threshold, const StringArgument &activation,
+                             const OptionalTensor &gate_bias, const OptionalTensor &up_bias) {
+    SparseMlpArguments arguments{argument("x", x),
+                                 argument("w_gate_t", w_gate_t),
+                                 argument("w_up", w_up),
+                                 argument("w_down_t", w_down_t),
+                                 argument("counts", std::nullopt),
+                                 argument("threshold", threshold),
+                                 argument("down_threshold", down_threshold),
+                                 activation.value,
+                                 argument("gate_bias", gate_bias),
+                                 argument("up_bias", up_bias),
+                                 argument("down_bias", std::nullopt)};
+    arguments.input_threshold = argument("input_threshold", input_threshold);
+    run_step("sparse_mlp_columns_step", arguments, x, norm_weight, norm_eps, y_sum);
 }
 
 void sparse_mlp_packed_step(const Tensor &x, const Tensor &norm_weight, double norm_eps, const Tensor &w_gate,
@@ -205,6 +235,7 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     implement_ops<CudaBackend>(m);
     m.impl("sparse_mlp_step", TORCH_BOX(&sparse_mlp_step));
+    m.impl("sparse_mlp_columns_step", TORCH_BOX(&sparse_mlp_columns_step));
     m.impl("sparse_mlp_packed_step", TORCH_BOX(&sparse_mlp_packed_step));
     m.impl("packed_linear_step", TORCH_BOX(&packed_linear_step));
     m.impl("packed_matmul", TORCH_BOX(&packed_matmul));

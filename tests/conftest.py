@@ -70,6 +70,7 @@ def cats_directory(tmp_path_factory):
 @pytest.fixture
 def called(monkeypatch):
     """The ops that patched MLPs call, in order: which implementation was chosen."""
+    from cats_ext.decode import fused
     from cats_ext.ops import definitions as ops
     from cats_ext.ops import experts as expert_ops
 
@@ -84,6 +85,7 @@ def called(monkeypatch):
     columns = ("sparse_mlp_columns", "sparse_mlp_columns_counted")
     for name in (*sparse, *columns, "gated_threshold", "gated_threshold_forward"):
         spy(ops, name)
+    spy(fused, "sparse_mlp_columns_step")
     spy(expert_ops, "sparse_experts")
     return names
 

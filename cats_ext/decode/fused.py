@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cats_ext.decode import launch as ops
 from cats_ext.decode.fingerprint import version
 from cats_ext.decode.launch import Attention, AttentionPartials, Norm, PackedRows, Weight
-from cats_ext.ops.definitions import sparse_mlp_packed_step, sparse_mlp_step
+from cats_ext.ops.definitions import sparse_mlp_columns_step, sparse_mlp_packed_step, sparse_mlp_step
 from cats_ext.ops.dispatch import deterministic
 from cats_ext.ops.plan import packed_linear_supported, step_supported
 from cats_ext.patching.detection import ACTIVATION_NAMES, MERGED, projection_names, recognise_activation
@@ -228,20 +228,20 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
         return None
     if isinstance(mlp, CatsMLP):
         settings = mlp.forward_settings
-        if settings.tracking or mlp.input_threshold is not None or not isinstance(mlp.activation(), str):
+        if settings.tracking or not isinstance(mlp.activation(), str):
             return None
-        operands = KINDS[settings.projections].operands(mlp._modules)
-        mask = mlp.threshold, mlp.down_threshold, settings.activation
+        kind = KINDS[settings.projections]
+        operands, mask = kind.operands(mlp._modules), kind.mask(mlp._buffers, settings.activation)
     else:
         operands = _packed_operands(mlp)
         mask = torch.zeros((), device=y_sum.device), None, _activation(mlp)  # nothing is below the threshold
     if operands is None or mask[-1] is None:
         return None
     weights, (gate_bias, up_bias, down_bias), *formats = operands
-    formats = formats[0] if formats else ()
-    if down_bias is not None or not step_supported(weights, norm.weight, y_sum, formats or None):
+    formats, columns = formats[0] if formats else (), len(mask) == 4
+    if down_bias is not None or not step_supported(weights, norm.weight, y_sum, formats or None, columns=columns):
         return None  # the sum has no bias
-    op = sparse_mlp_packed_step if formats else sparse_mlp_step
+    op = sparse_mlp_packed_step if formats else sparse_mlp_columns_step if columns else sparse_mlp_step
     return lambda x: op(x, norm.weight, norm.eps, *weights, *formats, y_sum, *mask, gate_bias, up_bias)
 
 

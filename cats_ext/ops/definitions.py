@@ -49,6 +49,8 @@ SCHEMAS = {
     # On CUDA raises cudaErrorNotSupported for shapes without a step kernel: plan.step_supported says which.
     "sparse_mlp_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
+    "sparse_mlp_columns_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_COLUMNS.removeprefix('Tensor x, ')}, "
+    f"Tensor(a!) y_sum, Tensor input_threshold, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     "sparse_mlp_packed_step": f"(Tensor x, Tensor norm_weight, float norm_eps, {_WEIGHTS.removeprefix('Tensor x, ')}, "
     f"{_FORMATS}, Tensor(a!) y_sum, {_THRESHOLDS}, Tensor? gate_bias=None, Tensor? up_bias=None) -> ()",
     # The MLP from its activations v [..., I] on, by the rows of those that are not zero: v * (x Wu) Wd, or v Wd without
@@ -89,6 +91,7 @@ sparse_mlp_packed_counted = torch.ops.cats.sparse_mlp_packed_counted
 sparse_mlp_columns = torch.ops.cats.sparse_mlp_columns
 sparse_mlp_columns_counted = torch.ops.cats.sparse_mlp_columns_counted
 sparse_mlp_step = torch.ops.cats.sparse_mlp_step
+sparse_mlp_columns_step = torch.ops.cats.sparse_mlp_columns_step
 sparse_mlp_packed_step = torch.ops.cats.sparse_mlp_packed_step
 activated_mlp = torch.ops.cats.activated_mlp
 exact_mlp = torch.ops.cats.exact_mlp
@@ -164,6 +167,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], tuple[Tensor, ...]], Callable]]
     "sparse_mlp_columns": (_like("x"), _sparse_mlp_columns_ref),
     "sparse_mlp_columns_counted": (_like("x"), _sparse_mlp_columns_ref),
     "sparse_mlp_step": (_like(), _step_ref(reference.sparse_mlp_ref)),
+    "sparse_mlp_columns_step": (_like(), _step_ref(reference.sparse_mlp_columns_ref)),
     "sparse_mlp_packed_step": (_like(), _step_ref(reference.sparse_mlp_packed_ref)),
     "activated_mlp": (_activated_mlp_output, _activated_mlp_ref),
     "exact_mlp": (_like("x"), _exact_mlp_ref),

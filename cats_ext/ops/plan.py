@@ -70,7 +70,7 @@ def _cats_plan() -> ctypes._CFuncPtr:
         reasons = "; ".join(f"{library.name}: {library.reason}" for library in LIBRARIES.values())
         raise RuntimeError(f"plan() needs a compiled library of cats_ext, and none is loaded: {reasons}")
     function = ctypes.CDLL(loaded[0]).cats_plan
-    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 4, ctypes.POINTER(ctypes.c_char_p))
+    shape = (*(ctypes.c_int64,) * 3, ctypes.c_int, *(ctypes.c_bool,) * 5, ctypes.POINTER(ctypes.c_char_p))
     function.argtypes, function.restype = (*shape, *(ctypes.c_int,) * 3, ctypes.POINTER(_Choice)), ctypes.c_bool
     return function
 
@@ -86,6 +86,7 @@ def plan(
     aligned: bool = True,
     deterministic: bool = False,
     exact: bool = False,
+    kept: bool = False,
     formats: tuple[str, str, str] | None = None,
 ) -> Plan:
     """The next launch for ``tokens`` tokens of a layer.
@@ -95,6 +96,7 @@ def plan(
         aligned: all rows and vectors start at multiples of 16 bytes, as those of whole tensors do.
         deterministic: the same bits in every run.
         exact: the form of ``exact_mlp``; with a cutoff, its first launch.
+        kept: the second launch of ``sparse_mlp_columns``, for one token; with ``step``, of ``sparse_mlp_columns_step``.
         formats: of packed gate, up and down rows (:mod:`cats_ext.rows`); None: dense weights.
 
     Raises:
@@ -104,7 +106,8 @@ def plan(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     names = (ctypes.c_char_p * 3)(*map(str.encode, formats)) if formats else None
-    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], aligned, step, deterministic, exact, names)
+    forms = (aligned, step, deterministic, exact, kept)
+    shape = (tokens, hidden_size, intermediate_size, _DTYPES[dtype], *forms, names)
     choice = _Choice()
     if not _cats_plan()(*shape, limits.compute_capability, limits.multiprocessors, limits.shared_bytes, choice):
         raise ValueError(f"formats must be three names of packed row formats, got {formats!r}")
@@ -123,20 +126,27 @@ def device_limits(device: torch.device) -> DeviceLimits:
 
 
 def step_supported(
-    weights: Sequence[Tensor], norm_weight: Tensor, y_sum: Tensor, formats: tuple[str, str, str] | None = None
+    weights: Sequence[Tensor],
+    norm_weight: Tensor,
+    y_sum: Tensor,
+    formats: tuple[str, str, str] | None = None,
+    *,
+    columns: bool = False,
 ) -> bool:
     """Whether ``sparse_mlp_step`` takes a layer with ``weights`` ``[I, H]``, or packed rows in ``formats``.
 
-    True where the op runs on its reference, which takes every layer.
+    With ``columns``, whether ``sparse_mlp_columns_step`` takes one that ``sparse_mlp_columns`` takes. True where the op
+    runs on its reference, which takes every layer.
     """
-    gate = weights[0]
-    if gate.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:
+    up = weights[1]
+    if up.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:
         return True
     strides = [weight.stride(0) * weight.element_size() for weight in weights]
     aligned = all(t.data_ptr() % 16 == 0 for t in (*weights, norm_weight, y_sum))
     aligned = aligned and all(stride % 16 == 0 and stride < 2**32 for stride in strides)
-    shape = norm_weight.numel(), gate.shape[0], 1, norm_weight.dtype
-    return plan(*shape, device_limits(gate.device), step=True, aligned=aligned, formats=formats).supported
+    shape = norm_weight.numel(), up.shape[0], 1, norm_weight.dtype
+    forms = {"step": True, "kept": columns, "aligned": aligned, "formats": formats}
+    return plan(*shape, device_limits(up.device), **forms).supported
 
 
 MAX_PACKED_INPUTS = 8192  # kMaxPackedInputs

@@ -1,5 +1,6 @@
-// The first launch of sparse_mlp_columns: the gates of one token, from the rows of a transposed gate whose input is
-// kept, and the list of the neurons that pass the first threshold.
+// The first launch of sparse_mlp_columns and of sparse_mlp_columns_step: the gates of one token, from the rows of a
+// transposed gate whose input is kept, and the list of the neurons that pass the first threshold. In a step every CTA
+// normalises x first.
 //
 // A CTA has some neurons, a segment, which are the same columns of every row. It lists the kept inputs in shared
 // memory, in order, and its threads read the segment's chunks of those rows, as many rows side by side as there are
@@ -50,7 +51,20 @@ __device__ __forceinline__ uint32_t count_before(uint32_t mine, int turn, uint32
     return before;
 }
 
-template <typename T>
+// Of all threads, to all. Synchronises them.
+__device__ __forceinline__ float sum_over_threads(float value) {
+    __shared__ float of_warps[kColumnsThreads / 32];
+#pragma unroll
+    for (int o = 16; o; o /= 2) value += __shfl_xor_sync(0xffffffffu, value, o);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kColumnsThreads / 32; w++) sum += of_warps[w];
+    return sum;
+}
+
+template <typename T, bool kStep>
 __global__ void __launch_bounds__(kColumnsThreads, 1) gate_columns_kernel(const __grid_constant__ SparseMlpParams p) {
     using Row = DenseRow<T>;
     constexpr int kPerChunk = Row::kPerChunk;
@@ -61,21 +75,46 @@ __global__ void __launch_bounds__(kColumnsThreads, 1) gate_columns_kernel(const 
     const int size = p.kept.size, first = blockIdx.x * size, neurons = min(size, intermediate - first);
 
     launch_dependents();
+    const auto load = [&](const void *row, int column) { // of a row of T: this thread's values, or zeros behind its end
+        using Columns = Values<T, kPerChunk>;
+        return column < hidden ? Columns::load(static_cast<const T *>(row) + column) : Columns{};
+    };
+    Values<T, kPerChunk> norm{}; // of the first tile
+    if constexpr (kStep) norm = load(p.norm_weight, tid * kPerChunk);
     wait_for_previous_kernel();
+    Values<T, kPerChunk> held = load(p.x, tid * kPerChunk); // likewise
     const float input_threshold = *p.input_threshold;
     float threshold = 0.f, bias = 0.f; // of neuron first + tid
     if (tid < neurons) {
         threshold = p.threshold[(first + tid) * p.threshold_stride];
         if (p.gate_bias) bias = to_float(static_cast<const T *>(p.gate_bias)[first + tid]);
     }
+    float scale = 1.f;
+    if constexpr (kStep) { // rounds where separate operations do
+        float squares = 0.f;
+        for (int column = tid * kPerChunk; column < hidden; column += kColumnsThreads * kPerChunk) {
+            float x[kPerChunk];
+            (column < kColumnsThreads * kPerChunk ? held : load(p.x, column)).decode(x);
+#pragma unroll
+            for (int e = 0; e < kPerChunk; e++) squares = fmaf(x[e], x[e], squares);
+        }
+        scale = rsqrtf(sum_over_threads(squares) / float(hidden) + p.norm_eps);
+    }
     uint32_t kept = 0;
     int turn = 0;
     for (int tile = 0; tile < hidden; tile += kColumnsThreads * kPerChunk, turn ^= 1) {
         const int column = tile + tid * kPerChunk;
-        uint4 bits{};
-        if (column < hidden) bits = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.x) + column);
+        if (tile) held = load(p.x, column);
         float x[kPerChunk];
-        decode(bits, x, T{});
+        held.decode(x);
+        if constexpr (kStep) {
+            if (tile) norm = load(p.norm_weight, column);
+            float w[kPerChunk];
+            norm.decode(w);
+#pragma unroll
+            for (int e = 0; e < kPerChunk; e++)
+                x[e] = to_float(round_to<T>(to_float(round_to<T>(x[e] * scale)) * w[e]));
+        }
         uint32_t keeps = 0;
 #pragma unroll
         for (int e = 0; e < kPerChunk; e++) keeps |= uint32_t(keep(x[e], input_threshold)) << e;
@@ -148,7 +187,10 @@ __global__ void __launch_bounds__(kColumnsThreads, 1) gate_columns_kernel(const 
         list[filler] = {UINT32_MAX, 0.f};
     if (tid) return;
     p.kept.counts[blockIdx.x] = count;
-    if (p.counts && blockIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long *>(p.counts + kNumCounts), kept);
+    if (!p.counts) return;
+    auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
+    atomicAdd(counts + 1, count);
+    if (blockIdx.x == 0) atomicAdd(counts + kNumCounts, kept);
 }
 
 } // namespace cats

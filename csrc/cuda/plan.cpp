@@ -61,7 +61,7 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
     // and the end of the launch gets longer: bench/results/h100/microbench_plan.csv. A step asks for its first rows
     // before the previous kernel has ended, and fills a third slot meanwhile, where there is room for it.
     ring.slots = overrides.slots ? std::min({overrides.slots, kMaxValues / choice.rows_per_batch, kMaxSlots})
-                                 : (shape.step ? 3 : 2);
+                                 : (shape.step && !shape.kept ? 3 : 2);
     // The more is in L2 when the previous kernel ends, the less the start costs: 1 / 2 / 4 batches a team take 83.0 /
     // 82.2 / 81.4 us (same file), 6 / 8 / 10 / 12 take 80.3 / 80.3 / 80.4 / 81.8 at 50 % sparsity and 51.4 / 51.1
     // / 51.0 / 52.0 at 90 % (kernel_experiments.csv). A team's first batches are fixed, not drawn. A step was tuned
@@ -229,7 +229,7 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
             "the kernel for packed rows needs compute capability 9.0, x of 16 bits, and groups of 64 or 128 columns";
     }
     if ((shape.step || shape.kept) && reason) return none(reason);
-    if (shape.step && small_chunks(shape, device))
+    if (shape.step && !shape.kept && small_chunks(shape, device))
         return none("the kernel for small layers is faster, and has no step");
     for (int64_t most = kMaxTokensPerLaunch; !reason && most; most /= 2) {
         const int tokens = int(std::min(most, shape.tokens));
@@ -256,10 +256,11 @@ Choice plan(const Shape &shape, const DeviceLimits &device, const PlanOverrides 
 // For Python (cats_ext/ops/plan.py). formats: names of packed ones, of gate, up and down, or null. False: no such name.
 extern "C" __attribute__((visibility("default"))) bool
 cats_plan(int64_t tokens, int64_t hidden_size, int64_t intermediate_size, DType dtype, bool aligned, bool step,
-          bool deterministic, bool exact, const char *const *formats, int compute_capability, int multiprocessors,
-          int shared_bytes, Choice *choice) {
+          bool deterministic, bool exact, bool kept, const char *const *formats, int compute_capability,
+          int multiprocessors, int shared_bytes, Choice *choice) {
     Shape shape{tokens, hidden_size, intermediate_size, row_layout(dtype), aligned, step, deterministic};
     shape.exact = exact;
+    shape.kept = kept;
     for (int i = 0; formats && i < 3; i++)
         if (!parse_row_format(formats[i], &shape.formats[i])) return false;
     *choice = plan(shape, {compute_capability, multiprocessors, shared_bytes});

@@ -75,8 +75,8 @@ struct RingSizes {
 };
 
 // The pipelined kernel's: of sparse_mlp, of sparse_mlp_step, of exact_mlp, of exact_mlp's first launch with a cutoff,
-// and of sparse_mlp_columns' second launch.
-enum class Form : int32_t { kOrdinary, kStep, kExact, kGates, kKept };
+// and of the second launch of sparse_mlp_columns and of sparse_mlp_columns_step.
+enum class Form : int32_t { kOrdinary, kStep, kExact, kGates, kKept, kKeptStep };
 
 // Rows of 16-bit elements have instances of kExact and kGates.
 constexpr bool has_exact_instance(const RowLayout &row) { return row.mma_operand; }

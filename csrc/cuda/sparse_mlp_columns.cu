@@ -22,17 +22,18 @@ size_t neurons_bytes(const KeptNeurons &kept) { return size_t(kept.segments) * k
 
 template <typename T>
 cudaError_t launch_gates(const SparseMlpParams &params, const LaunchSize &size, const LaunchTarget &target) {
-    return launch_kernel<gate_columns_kernel<T>>(size, target, params);
+    if (params.y_sum) return launch_kernel<gate_columns_kernel<T, true>>(size, target, params);
+    return launch_kernel<gate_columns_kernel<T, false>>(size, target, params);
 }
 
 bool fits(const SparseMlpParams &params, const DeviceLimits &limits, int64_t shared_bytes) {
     const auto aligned = [&](const void *base, int64_t row) {
         return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row * element_bytes(params) % 16 == 0;
     };
-    return aligned(params.x, params.hidden_size) && aligned(params.w_gate, params.intermediate_size) &&
-           aligned(params.w_gate, params.w_gate_stride) && params.w_gate_stride * element_bytes(params) < 1ll << 32 &&
-           params.intermediate_size < kMaxNeurons && params.kept.segments <= kMaxSegments &&
-           shared_bytes <= limits.shared_bytes - 1024;
+    return aligned(params.x, params.hidden_size) && aligned(params.norm_weight, 0) &&
+           aligned(params.w_gate, params.intermediate_size) && aligned(params.w_gate, params.w_gate_stride) &&
+           params.w_gate_stride * element_bytes(params) < 1ll << 32 && params.intermediate_size < kMaxNeurons &&
+           params.kept.segments <= kMaxSegments && shared_bytes <= limits.shared_bytes - 1024;
 }
 
 } // namespace

@@ -49,6 +49,8 @@ cudaError_t launch_pipelined(const Choice &choice, const RingArguments &args, co
                 if (args.mlp.exact) return launch(rows, std::integral_constant<Form, Form::kExact>{});
             }
             if constexpr (kTokens == 1) {
+                if (args.mlp.kept.neurons && args.mlp.y_sum)
+                    return launch(rows, std::integral_constant<Form, Form::kKeptStep>{});
                 if (args.mlp.kept.neurons) return launch(rows, std::integral_constant<Form, Form::kKept>{});
                 if (args.mlp.y_sum) return launch(rows, std::integral_constant<Form, Form::kStep>{});
             }

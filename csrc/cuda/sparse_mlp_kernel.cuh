@@ -18,7 +18,8 @@
 //
 // exact_mlp's form has no thresholds: what is exactly zero is skipped. Without an up matrix gate rows lead to down rows
 // at once. The form for gates alone writes them, and in place of y their sums. The form for kept neurons has no gate
-// rows: their list was written by the previous kernel (gate_columns.cuh), and its batches are of up rows.
+// rows: their list was written by the previous kernel (gate_columns.cuh), and its batches are of up rows; in a step it
+// asks for none before the wait.
 #pragma once
 
 #include "activation.cuh"
@@ -30,7 +31,9 @@ namespace cats {
 template <class Row, typename T, class Pipe, int kTokens, int kTeams, int kTeamWarps, int kChunks, int kRows,
           Form kForm>
 __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
-    constexpr bool kStep = kForm == Form::kStep, kGates = kForm == Form::kGates, kKept = kForm == Form::kKept;
+    constexpr bool kStep = kForm == Form::kStep || kForm == Form::kKeptStep, kGates = kForm == Form::kGates;
+    constexpr bool kKept = kForm == Form::kKept || kForm == Form::kKeptStep;
+    constexpr bool kEarly = kStep && !kKept; // asks for rows before the wait
     constexpr bool kExact = kForm == Form::kExact || kGates;
     using Columns = Values<T, Row::kPerChunk>; // of x
     constexpr int kWarps = kTeams * kTeamWarps, kPerChunk = Row::kPerChunk, kDots = kRows * kTokens;
@@ -72,7 +75,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     // batches the CTAs would end up to a tenth of the whole time apart. Gates alone lead to none: their batches are
     // fixed, and so are their sums.
     const uint32_t intermediate = uint32_t(p.intermediate_size);
-    uint32_t batches = (intermediate + kRows - 1) / kRows;
+    const uint32_t gate_batches = (intermediate + kRows - 1) / kRows;
     const uint32_t first_batch = blockIdx.x * kTeams + team;
     const auto teams = [&] { return gridDim.x * kTeams; }; // computed again, to save a register
 
@@ -84,7 +87,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     Pipe pipe(smem + warp * ring.slots * kRows * segment_bytes,
               reinterpret_cast<uint64_t *>(smem + layout.barriers) + warp * ring.slots, ring.slots, segment_bytes,
               bytes);
-    if constexpr (!kStep) wait_for_previous_kernel();
+    if constexpr (!kEarly) wait_for_previous_kernel();
     __shared__ uint32_t segment_ends[kKept ? kMaxSegments : 1]; // batches of the segments up to and with each
     if constexpr (kKept) {
         if (warp == 0) {
@@ -103,8 +106,11 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             for (int s = first; s < end; s++) segment_ends[s] = up_to += batches_in(s);
         }
         __syncthreads();
-        batches = segment_ends[p.kept.segments - 1];
     }
+    const auto batches = [&] { // read again, to save a register
+        if constexpr (kKept) return segment_ends[p.kept.segments - 1];
+        else return gate_batches;
+    };
 
     // The leader's next draw is always on its way, one batch before it is needed.
     const bool leader = team_warp == 0 && lane == 0;
@@ -115,7 +121,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         if (leader && !fixed()) draw_ticket(drawn, args.workspace.next_batch);
     };
     const auto after_first = [&](uint32_t ticket) { return teams() * ring.first_batches + ticket; };
-    if constexpr (!kStep) draw();
+    if constexpr (!kEarly) draw();
 
     uint32_t kept = 0, kept_down = 0; // token-neuron pairs
     // The queues. Slots are filled and emptied in ring order.
@@ -139,7 +145,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     // kKept: lane r has row r of the next batch, asked for when its number is known.
     KeptNeuron next{};
     const auto look_up = [&] {
-        if (!kKept || next_batch >= batches) return;
+        if (!kKept || next_batch >= batches()) return;
         uint32_t before = 0;
         for (int s = lane; s < p.kept.segments; s += 32) before += segment_ends[s] <= next_batch;
         const uint32_t segment = __reduce_add_sync(kAll, before);
@@ -164,13 +170,12 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             state.values[free][0] = next.value, state.value_tokens[free] = 1;
             row = next.neuron | free << 24;
         }
-        kept += count;
         request(RowKind::kUp, row, count);
         follow_with_down(row, count);
     };
     const auto refill = [&] {
         while (in_flight < ring.slots) {
-            const bool last = next_known && next_batch >= batches; // no more gates: a batch need not be full
+            const bool last = next_known && next_batch >= batches(); // no more gates: a batch need not be full
             if (!kGates && (downs >= kRows || (last && downs))) {
                 const uint32_t count = min(downs, uint32_t(kRows));
                 request(RowKind::kDown, state.down_queue[(down_head + lane) % kMaxValues], count);
@@ -201,6 +206,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                 norm[i] =
                     Columns::load(static_cast<const T *>(p.norm_weight) + (first_chunk + i * 32 + lane) * kPerChunk);
         }
+    }
+    if constexpr (kEarly) {
         wait_for_previous_kernel();
         draw();
     }
@@ -240,7 +247,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
             if (!next_known) next_batch = exchange.next_batch;
         }
         if (!next_known) {
-            if (next_batch < batches) draw();
+            if (next_batch < batches()) draw();
             look_up();
         }
         next_known = true;
@@ -270,7 +277,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
 
     while (true) {
         if (!in_flight) { // nothing is on its way, and perhaps nothing is left
-            if (next_known && next_batch >= batches) break;
+            if (next_known && next_batch >= batches()) break;
             float none[kDots] = {};
             sum_over_team(none);
             refill();
@@ -400,7 +407,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
                     uint32_t tokens = 0;
 #pragma unroll
                     for (int m = 0; m < kTokens; m++) tokens |= (keeps >> (r * kTokens + m) * kLanesPerDot & 1) << m;
-                    kept_down += __popc(tokens);
+                    if constexpr (kForm != Form::kKeptStep) kept_down += __popc(tokens); // a step counts nothing
                     if (my_row == r && row != kNoRow && writes_result) {
                         state.values[v][my_token] = result;
                         state.value_tokens[v] = tokens;
@@ -423,10 +430,10 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         refill();
     }
 
-    if (p.counts && leader) {
+    if (kForm != Form::kKeptStep && p.counts && leader) {
         auto *counts = reinterpret_cast<unsigned long long *>(p.counts);
         if (first_batch == 0) atomicAdd(counts, (unsigned long long)(p.intermediate_size * p.tokens));
-        atomicAdd(counts + 1, (unsigned long long)kept);
+        if constexpr (!kKept) atomicAdd(counts + 1, (unsigned long long)kept); // otherwise the launch before has
         atomicAdd(counts + 2, (unsigned long long)kept_down);
     }
 
@@ -445,6 +452,9 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
 
     // Sum the teams in the rings' space, which is free now, and add to the other CTAs' sums.
     float *team_sums = reinterpret_cast<float *>(smem); // [kTeams][hidden]
+    int own_chunks = chunks;
+    // So that it is compared again: the compiler spilled a predicate over the loop.
+    if constexpr (kForm == Form::kKeptStep) asm volatile("" : "+r"(own_chunks));
     const OutputOrder<0> order{int(p.tokens), hidden};
 #pragma unroll
     for (int m = 0; m < kTokens; m++) {
@@ -452,7 +462,7 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kChunks; i++) {
-            if (i * 32 + lane >= chunks) break;
+            if (i * 32 + lane >= own_chunks) break;
             float *to = team_sums + team * hidden + (first_chunk + i * 32 + lane) * kPerChunk;
 #pragma unroll
             for (int e = 0; e < kPerChunk; e += 4)

@@ -29,9 +29,9 @@ cudaError_t sparse_mlp_partial_sums_bytes(const SparseMlpParams &params, size_t 
 cudaError_t sparse_mlp_cuda(const SparseMlpParams &params, void *workspace, cudaStream_t stream,
                             const SparseMlpLaunchOptions &options = {});
 
-// sparse_mlp_columns, with the workspace and the options of sparse_mlp, token by token. kept: sparse_mlp_kept_bytes of
-// memory of any contents, a multiple of 256, for one launch at a time on the current device; 0 for other forms.
-// cudaErrorNotSupported where a row is no multiple of 16 bytes, or one is too long.
+// sparse_mlp_columns and its step, with the workspace and the options of sparse_mlp, token by token. kept:
+// sparse_mlp_kept_bytes of memory of any contents, a multiple of 256, for one launch at a time on the current device; 0
+// for other forms. cudaErrorNotSupported where a row is no multiple of 16 bytes, or one is too long.
 cudaError_t sparse_mlp_kept_bytes(const SparseMlpParams &params, size_t *bytes);
 cudaError_t sparse_mlp_columns_cuda(const SparseMlpParams &params, void *workspace, void *kept, cudaStream_t stream,
                                     const SparseMlpLaunchOptions &options = {});

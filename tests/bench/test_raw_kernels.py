@@ -10,7 +10,8 @@ from support.op_cases import assert_close, make_case
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.slow,  # compiles all kernels, about a minute
+    pytest.mark.slow,  # compiles all kernels, a minute, or several beside other tests
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("ninja")), reason="needs nvcc and ninja"),
 ]
 

@@ -362,7 +362,7 @@ def test_captured_batch_on_cuda():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_gate_that_is_read_by_columns_is_called_in_the_step(fused, static_steps, called):
+def test_steps_of_a_gate_that_is_read_by_columns(fused, static_steps, called):
     model, ids = tiny_model(), tokens(20)[None]
     config = cats_ext.calibrate(model, [tokens(256)], sparsity=0.8, rule="three_threshold", progress=False)
     cats_ext.apply_cats(model, config)
@@ -370,7 +370,7 @@ def test_a_gate_that_is_read_by_columns_is_called_in_the_step(fused, static_step
     sparse = generated(model, ids, **OPTIONS["greedy"])
     called.clear()
     assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), sparse) and engine.fused_active == fused
-    assert "sparse_mlp_columns" in called
+    assert ("sparse_mlp_columns_step" if fused else "sparse_mlp_columns") in called
     cats_ext.set_sparsity(model, 0.1)
     following = generated(model, ids, **OPTIONS["greedy"])
     assert torch.equal(decoded(engine, ids, **OPTIONS["greedy"]), following) and not torch.equal(following, sparse)

@@ -1,9 +1,13 @@
-"""The MLP of one token in a decode step: its input normalised by the kernel, its output left as a sum in float32."""
+"""The MLP of one token in a decode step: its input normalised by the kernel, its output left as a sum in float32.
+
+Both steps of dense weights: ``sparse_mlp_step``, and ``sparse_mlp_columns_step`` with an ``input_sparsity``.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support.columns_cases import make_columns_case
 from support.op_cases import DEVICES, clear_of, make_case, normal
 
 from cats_ext import ops
@@ -19,11 +23,24 @@ EPS = 1e-5
 
 
 def arguments(
-    device, hidden=64, intermediate=48, dtype=F32, rule="scalar", activation="silu", bias=False, sparsity=0.5
+    device,
+    hidden=64,
+    intermediate=48,
+    dtype=F32,
+    rule="scalar",
+    activation="silu",
+    bias=False,
+    sparsity=0.5,
+    input_sparsity=None,
 ):
     """What the op takes, with a zero sum, and the float64 result."""
     x, norm = normal(hidden, seed=7, scale=3.0).to(dtype), (1 + normal(hidden, seed=8, scale=0.2)).to(dtype)
-    case = make_case(1, hidden, intermediate, dtype, rule="all kept", activation=activation, bias=bias)
+    make = make_case if input_sparsity is None else make_columns_case
+    case = make(1, hidden, intermediate, dtype, rule="all kept", activation=activation, bias=bias)
+    if input_sparsity is not None:  # a gap, over which rounding moves none
+        small = normal(hidden, seed=9).argsort().argsort() < input_sparsity * hidden
+        x = torch.where(small, 0.02 * x.sign(), x.sign() + x)
+        case.input_threshold = torch.tensor({0.0: 0.0, 1.0: float("inf")}.get(input_sparsity, 0.03))
     case.x, case.biases[2] = reference.rms_norm_ref(x, norm, EPS), None
     v, h = case.values()
     margin = 1e-5 if dtype == F32 else 3e-3
@@ -37,7 +54,7 @@ def arguments(
     expected = case.expected()
     y_sum = torch.zeros(-(-(hidden + 1) // 4) * 4, device=device)
     there = lambda t: t.to(device) if isinstance(t, torch.Tensor) else t  # noqa: E731
-    weights, rest = case.args()[1:4], case.args()[4:9]
+    weights, rest = case.args()[1:4], case.args()[4:-1]
     return [*map(there, (x, norm)), EPS, *map(there, weights), y_sum, *map(there, rest)], expected
 
 
@@ -47,6 +64,11 @@ def check(args, expected):
     assert (got - expected).norm() <= TOLERANCE[x.dtype] * expected.norm()
 
 
+def op_of(args):
+    return ops.sparse_mlp_columns_step if len(args) == 13 else ops.sparse_mlp_step
+
+
+@pytest.mark.parametrize("input_sparsity", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "dtype", "rule", "activation", "bias"),
@@ -62,17 +84,24 @@ def check(args, expected):
         (8192, 300, BF16, "vector, vector", "silu", False),
     ],
 )
-def test_adds_the_mlp_of_the_normalised_row(device, hidden, intermediate, dtype, rule, activation, bias):
-    args, expected = arguments(device, hidden, intermediate, dtype, rule, activation, bias)
+def test_adds_the_mlp_of_the_normalised_row(
+    device, hidden, intermediate, dtype, rule, activation, bias, input_sparsity
+):
+    if input_sparsity is not None:
+        intermediate -= intermediate % 8
+    args, expected = arguments(
+        device, hidden, intermediate, dtype, rule, activation, bias, input_sparsity=input_sparsity
+    )
     for _ in range(3):
         args[6].zero_()
-        ops.sparse_mlp_step(*args)
+        op_of(args)(*args)
         check(args, expected)
 
 
 @pytest.mark.gpu
-def test_sums_of_several_layers_in_one_graph():
-    layers = [arguments("cuda", 576, 2500, BF16, sparsity=s) for s in (0.2, 0.5, 0.8)]
+@pytest.mark.parametrize("input_sparsity", [None, 0.4])
+def test_sums_of_several_layers_in_one_graph(input_sparsity):
+    layers = [arguments("cuda", 576, 2496, BF16, sparsity=s, input_sparsity=input_sparsity) for s in (0.2, 0.5, 0.8)]
     sums = torch.zeros(len(layers), 580, device="cuda")
     for (args, _), row in zip(layers, sums, strict=True):
         args[6] = row
@@ -80,7 +109,7 @@ def test_sums_of_several_layers_in_one_graph():
     with torch.cuda.graph(graph):
         sums.zero_()
         for args, _ in layers:
-            ops.sparse_mlp_step(*args)
+            op_of(args)(*args)
     for _ in range(5):
         graph.replay()
     for args, expected in layers:
@@ -95,6 +124,7 @@ def test_layers_without_a_kernel_say_so(hidden, intermediate):
         ops.sparse_mlp_step(*args)
 
 
+@pytest.mark.parametrize("input_sparsity", [None, 0.4])
 @pytest.mark.parametrize("device", [*DEVICES, "meta"])
 @pytest.mark.parametrize(
     ("which", "change", "message"),
@@ -110,14 +140,25 @@ def test_layers_without_a_kernel_say_so(hidden, intermediate):
         ),
     ],
 )
-def test_errors(device, which, change, message):
-    args, _ = arguments("cpu")
+def test_errors(device, which, change, message, input_sparsity):
+    args, _ = arguments("cpu", input_sparsity=input_sparsity)
     args = [t.to(device) if isinstance(t, torch.Tensor) else t for t in args]
     args[which] = change(args[which])
-    with pytest.raises(RuntimeError, match=message):
-        ops.sparse_mlp_step(*args)
+    name = op_of(args).default._schema.name.removeprefix("cats::")
+    with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+        op_of(args)(*args)
 
 
+@pytest.mark.parametrize("input_sparsity", [None, 0.4])
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    torch.library.opcheck(ops.sparse_mlp_step, tuple(arguments(device, 64, 2200)[0]))
+def test_opcheck(device, input_sparsity):
+    args, _ = arguments(device, 64, 2200, input_sparsity=input_sparsity)
+    torch.library.opcheck(op_of(args), tuple(args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "intermediate"), [(60, 2200), (64, 2204)])  # rows of no whole 16 bytes
+def test_columns_without_a_kernel_say_so(hidden, intermediate):
+    args, _ = arguments("cuda", hidden, intermediate, F16, input_sparsity=0.4)
+    with pytest.raises(RuntimeError, match=r"^sparse_mlp_columns_step: .*16 bytes"):
+        ops.sparse_mlp_columns_step(*args)
