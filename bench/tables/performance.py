@@ -139,14 +139,17 @@ def columns() -> str:
     header = ["one token, bf16", "dense", *(f"{rule}, {float(b):.0%}" for b in BUDGETS for rule in RULES.values())]
     rates, dense_rate, found = read(decoded), "", {}
     for row in (row for row in rates if row["mode"] == "captured"):
-        rate, rule, sparsity = f"{float(row['tokens_per_s']):.1f}", row["rule"], float(row["sparsity"])
+        rate, rule = f"{float(row['tokens_per_s']):.1f}", row["rule"]
         if not rule:
             dense_rate = rate  # of the rows that follow: the same run
         else:
-            found[rule, sparsity] = f"{rate}, {ratio(rate, dense_rate)}"
-    wanted = [found[rule, s] for s in (0.5, 0.675) for rule in RULES]
-    model = [f"{rates[0]['model']}, `DecodeEngine`, tokens a second", dense_rate, *wanted]
-    return f"{source(name, data[0])}; {source(decoded, rates[0])}.\n\n{table(header, [*rows, model])}"
+            found.setdefault(rule, [dense_rate]).append((float(row["sparsity"]), f"{rate}, {ratio(rate, dense_rate)}"))
+    for rule, (dense_rate, *of_rule) in found.items():
+        cells = [dict(of_rule)[s] if rule == other else "" for s in (0.5, 0.675) for other in RULES]
+        rows.append([f"{rates[0]['model']}, `DecodeEngine`, tokens a second", dense_rate, *cells])
+    commits = {"commit": ", ".join(dict.fromkeys(row["commit"] for row in rates))}
+    about = f"{data[0]['device']}: {source(name, data[0])}; {source(decoded, rates[0] | commits)}."
+    return f"{about}\n\n{table(header, rows)}"
 
 
 def host() -> str:

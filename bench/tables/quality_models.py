@@ -57,8 +57,11 @@ def made(kind: str = "compare") -> str:
     names = [f"quality/{kind}_{model}_{part}.csv" for model, part in parts]
     if not names:
         raise FileNotFoundError(f"quality/{kind}_*.csv")
-    row = read(names[0])[0]
-    where = f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+    rows = [read(name)[0] for name in names]
+    device, torch, commit, date = (
+        ", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("device", "torch", "commit", "date")
+    )
+    where = f"{device}, torch {torch}, commit {commit}, {date}"
     return f"{', '.join(map(link, names))}, {where}."
 
 
