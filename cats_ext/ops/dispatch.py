@@ -55,9 +55,12 @@ MOST_BATCHED_GB_PER_S = 4000
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
 
-# As MAX_KERNEL_TOKENS, of sparse_mlp_columns; and its longest rows on CUDA: the inputs that are kept, and batches of
-# rows, then have room in the shared memory of every card (csrc/cuda/plan.h).
-MAX_COLUMN_TOKENS = {"cpu": 16, "cuda": 1}
+# As MAX_KERNEL_TOKENS, of sparse_mlp_columns. On two cores with AVX-512-BF16, 1024x3584, two thirds of the pairs kept,
+# bf16 takes 1.3 ms for 4 tokens and 1.9 for 8, and the dense products 1.5 and 1.8; fp32 takes 3.0 and 5.0 for 8
+# (bench/results/cpu/columns_tokens.log). On CUDA each token takes two launches: two tokens would take 1.3 times as long
+# as the dense MLP takes for one (bench/results/h200/columns.csv, at two thirds). And its longest rows on CUDA: the
+# inputs that are kept, and batches of rows, then have room in the shared memory of every card (csrc/cuda/plan.h).
+MAX_COLUMN_TOKENS = {"cpu": 8, "cuda": 1}
 MOST_COLUMN_INPUTS, MOST_COLUMN_BYTES = 12288, 32768
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it

@@ -62,7 +62,7 @@ def formula(mlp, x):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "gemma2"])
-@pytest.mark.parametrize(("count", "op"), [(1, "sparse_mlp_columns"), (16, "sparse_mlp_columns"), (40, None)])
+@pytest.mark.parametrize(("count", "op"), [(1, "sparse_mlp_columns"), (8, "sparse_mlp_columns"), (40, None)])
 def test_few_and_many_tokens_are_the_formula(family, count, op, called):
     mlp, x = layers_of(patched(family))[0], torch.randn(1, count, HIDDEN)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_as_many_tokens_as_its_own_limit_says(monkeypatch):
     def chosen(count):
         return dispatch.choose(torch.randn(1, count, HIDDEN), HIDDEN, ColumnProjections, mlp._modules)[0]
 
-    assert chosen(16) == dispatch.KERNEL and chosen(40) == dispatch.MASKED
+    assert chosen(8) == dispatch.KERNEL and chosen(40) == dispatch.MASKED
     monkeypatch.setitem(dispatch.MAX_COLUMN_TOKENS, "cpu", 3)
     assert chosen(3) == dispatch.KERNEL and chosen(4) == dispatch.MASKED
 
