@@ -99,10 +99,10 @@ def sparse_mlp_columns(
 ) -> Tensor:
     """As :func:`sparse_mlp`, with a gate that sees only the larger inputs: ``g = sum of x_i Wg_i over |x_i| >= t``.
 
-    Inputs below ``input_threshold`` count as zero for the gate; ``u = x Wu`` takes them all. For few tokens, without
-    gradients, the sparse kernel does not read the rows of ``w_gate_t`` of inputs that no token keeps; otherwise the
-    dense masked path runs, which multiplies them with zero: an infinite or NaN weight there makes its output NaN. It
-    runs on CUDA, too, where a row of a weight is no multiple of 16 bytes, or H is large.
+    Inputs below ``input_threshold`` count as zero for the gate; ``u = x Wu`` takes them all. For few tokens (one on
+    CUDA), without gradients, the sparse kernel does not read the rows of ``w_gate_t`` of inputs that no token keeps;
+    otherwise the dense masked path runs, which multiplies them with zero: an infinite or NaN weight there makes its
+    output NaN. It runs on CUDA, too, where a row of a weight is no multiple of 16 bytes, or H is large.
 
     Args:
         x: ``[..., H]``, float32, float16 or bfloat16 (float64 takes the dense path).

@@ -210,7 +210,7 @@ inline const void *check_vector(const char *op, const TensorArgument &t, const T
     return t.data;
 }
 
-// An absent threshold is null; the first one must be there.
+// An absent threshold is null; the first one must be there. intermediate_size 0: one value only.
 inline const float *check_threshold(const char *op, const TensorArgument &t, const TensorArgument &like,
                                     int64_t intermediate_size, int64_t *stride) {
     if (!t.present()) return nullptr;

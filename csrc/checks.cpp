@@ -56,8 +56,8 @@ cats_check(const char *op_name, const NamedTensor *tensors, int64_t count, const
             if (op.substr(op.size() - 5) == "_step")
                 check_sparse_mlp_step(arguments, argument("norm_weight"), argument("y_sum"));
             else check_sparse_mlp(arguments);
-            const std::string_view plain = op.substr(0, op.size() - 8);
-            if (op.substr(plain.size()) == "_counted") check_present(std::string(plain).c_str(), arguments.counts);
+            if (const size_t end = op.rfind("_counted"); end != op.npos)
+                check_present(std::string(op.substr(0, end)).c_str(), arguments.counts);
         } else if (op == "exact_mlp") {
             check_exact_mlp({argument("x"), argument("w_gate"), argument("w_up"), argument("w_down_t"), activation,
                              deviations ? std::optional<double>(*deviations) : std::nullopt, flag,

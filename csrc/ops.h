@@ -81,7 +81,7 @@ Tensor run_sparse_mlp(const char *op, SparseMlpParams params, const Tensor &x, c
         if (params.tokens == 0) return y;
         Tensor x_rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
         if (params.input_threshold && reinterpret_cast<uintptr_t>(x_rows.const_data_ptr()) % 16)
-            x_rows = torch::stable::clone(x_rows); // this form has no kernel that reads it
+            x_rows = torch::stable::clone(x_rows); // on CUDA this form has no kernel that reads it
         params.x = x_rows.const_data_ptr();
         params.y = y.mutable_data_ptr();
         if (counts.has_value()) params.counts = static_cast<int64_t *>(counts->mutable_data_ptr());

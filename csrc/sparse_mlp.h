@@ -63,12 +63,12 @@ struct SparseMlpParams {
     // The form for a step of decoding writes y_sum instead of y, for one token, without counts and down_bias. x is
     // normalised first: x / rms(x) * norm_weight. y stays an fp32 sum, which the next kernel rounds. y_sum is [H + 1]
     // and zero before the launch; its last element is scratch. Weights and norm_weight are read before the previous
-    // kernel has ended.
+    // kernel has ended; with input_threshold only norm_weight.
     float *y_sum;            // or null
     const void *norm_weight; // [H]
     float norm_eps;          // added to the mean square
 
-    int64_t *counts; // [kNumCounts], added to; or null
+    int64_t *counts; // [kNumCounts], or [kNumColumnsCounts] with input_threshold, added to; or null
 
     // The form for models that are sparse by themselves (exact_mlp), without thresholds: what is exactly zero is
     // skipped. g and v are rounded to dtype, as a model's own modules round them, so that the same neurons are zero.

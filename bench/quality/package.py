@@ -4,9 +4,9 @@
     python bench quality.package --model DIR_OR_GGUF --name NAME --inputs inputs.json.gz --output bench/results/quality
 
 Each rule is calibrated once, on the calibration windows of the inputs; thresholds of every sparsity follow from that.
-It computes in float32, with TF32 products on CUDA. ``package_NAME_text.csv`` has the shares read, counted
-on the reported windows (c4), the divergence from the dense model there and on those for development (dev), and how long
-calibration took. ``package_NAME_tasks.csv`` has the tasks, items of even index reported.
+All is in float32, with TF32 products on CUDA. ``package_NAME_text.csv`` has the shares read, counted on the reported
+windows (c4), the divergence from the dense model there and on those for development (dev), and the calibration's
+seconds. ``package_NAME_tasks.csv`` has the tasks, items of even index reported.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def _projections_caught(mlp: GatedMLP, observe: Observer, failure: Failure, inpu
                 observe(mlp, gate, up, *((x.reshape(-1, mlp.hidden_size),) if inputs else ()))
 
     def hook(module: nn.Module, args: tuple, named: dict[str, Any], output: Tensor, name: str) -> None:
-        catch(name, *args, *named.values(), output)
+        catch(name, args[0] if args else next(iter(named.values())), output)
 
     hooks = {getattr(mlp.module, name): partial(hook, name=name) for name in names}
     with hooked(nn.Module.register_forward_hook, hooks, with_kwargs=True):

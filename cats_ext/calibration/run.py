@@ -65,8 +65,9 @@ def calibrate(
       n_j`` is below its quantile s_d (dropped neurons counted as 0). ``s_u + s_d = 2 sparsity``, so a token reads as
       many bytes as with the plain rule. By default s_d is ``sparsity + 0.125``, closer where that leaves [0, 1).
     - ``three_threshold``: as ``two_threshold``, and for the gate, not for up, inputs count as 0 if ``|x_i|`` is below
-      its quantile s_x, one for a layer. ``s_x = 0.6 sparsity`` and ``s_x + s_u + s_d = 2 sparsity``, so fewer neurons
-      are dropped for the columns of the gate that need not be read. Of dense MLPs with a gate_proj, on one rank.
+      its quantile s_x, one for a layer. ``s_x = 0.6 sparsity``, ``s_x + s_u + s_d = 2 sparsity``, so fewer neurons are
+      dropped for the columns of the gate that need not be read, and ``s_d = s_u + 0.2``, closer where that leaves
+      [0, 1). Of dense MLPs with a gate_proj, on one rank.
 
     Weights: with importance "norm", ``n_j = norm(Wd_j)`` and ``c_j = rms(u_j) n_j``. With "gradient", ``n_j =
     rms(Wd_j . g)`` and ``c_j = rms(u_j Wd_j . g)``, where g is the gradient of the model's own log-likelihood at the
@@ -84,7 +85,8 @@ def calibrate(
             mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out). See
             :func:`cats_ext.data.windows.collect_windows` for how windows are made and chosen.
         tokenizer: needed for texts.
-        sparsity: share of neurons to skip in every layer, in [0, 1); 0 sets thresholds of 0, which is the dense model.
+        sparsity: share of neurons to skip in every layer, in [0, 1); with several shares, the one of as many bytes.
+            0 sets thresholds of 0, which is the dense model.
         budget: instead of sparsity, the share of MLP weight bytes that a token may read: ``1 - 2/3 sparsity``. Without
             either it is 2/3.
         rule: "two_threshold", "plain", "weighted" or "three_threshold".

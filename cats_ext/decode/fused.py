@@ -19,7 +19,7 @@ from cats_ext.decode import launch as ops
 from cats_ext.decode.fingerprint import version
 from cats_ext.decode.launch import Attention, AttentionPartials, Norm, PackedRows, Weight
 from cats_ext.ops.definitions import sparse_mlp_columns_step, sparse_mlp_packed_step, sparse_mlp_step
-from cats_ext.ops.dispatch import deterministic
+from cats_ext.ops.dispatch import ColumnsOfGate, deterministic
 from cats_ext.ops.plan import packed_linear_supported, step_supported
 from cats_ext.patching.detection import ACTIVATION_NAMES, MERGED, projection_names, recognise_activation
 from cats_ext.patching.mlp import CatsMLP, PatchedMLP
@@ -226,22 +226,26 @@ def _sparse_step(mlp: nn.Module, norm: Norm, y_sum: Tensor) -> Callable[[Tensor]
     """What adds the output of a patched MLP, or of one with packed rows, for x to ``y_sum``; None if no op serves."""
     if not _is_plain(mlp) or deterministic():
         return None
+    columns, op = False, sparse_mlp_step
     if isinstance(mlp, CatsMLP):
         settings = mlp.forward_settings
         if settings.tracking or not isinstance(mlp.activation(), str):
             return None
         kind = KINDS[settings.projections]
         operands, mask = kind.operands(mlp._modules), kind.mask(mlp._buffers, settings.activation)
+        if columns := issubclass(kind, ColumnsOfGate):
+            op = sparse_mlp_columns_step
     else:
         operands = _packed_operands(mlp)
         mask = torch.zeros((), device=y_sum.device), None, _activation(mlp)  # nothing is below the threshold
     if operands is None or mask[-1] is None:
         return None
     weights, (gate_bias, up_bias, down_bias), *formats = operands
-    formats, columns = formats[0] if formats else (), len(mask) == 4
+    formats = formats[0] if formats else ()
+    if formats:
+        op = sparse_mlp_packed_step
     if down_bias is not None or not step_supported(weights, norm.weight, y_sum, formats or None, columns=columns):
         return None  # the sum has no bias
-    op = sparse_mlp_packed_step if formats else sparse_mlp_columns_step if columns else sparse_mlp_step
     return lambda x: op(x, norm.weight, norm.eps, *weights, *formats, y_sum, *mask, gate_bias, up_bias)
 
 

@@ -62,6 +62,7 @@ MAX_PACKED_BEFORE_PRODUCT = 4
 # inputs that are kept, and batches of rows, then have room in the shared memory of every card (csrc/cuda/plan.h).
 MAX_COLUMN_TOKENS = {"cpu": 8, "cuda": 1}
 MOST_COLUMN_INPUTS, MOST_COLUMN_BYTES = 12288, 32768
+MOST_COLUMN_NEURONS = 1 << 18
 
 # As MAX_KERNEL_TOKENS, of activated_mlp. On an H200, compiled, with masks that are independent from token to token, it
 # takes 0.68 to 0.80 of the time of the fastest dense path for 2 tokens (bench/results/h200/exact.csv). For 4 it takes
@@ -317,7 +318,11 @@ def column_rows_fit(weights: tuple[Tensor, Tensor, Tensor]) -> bool:
     inputs, size = w_up.shape[1], w_up.element_size()
     places = (n for w in weights for n in (w.storage_offset(), w.stride(0), w.shape[1]))
     return (
-        inputs <= MOST_COLUMN_INPUTS and inputs * size <= MOST_COLUMN_BYTES and all(n * size % 16 == 0 for n in places)
+        inputs <= MOST_COLUMN_INPUTS
+        and inputs * size <= MOST_COLUMN_BYTES
+        and w_up.shape[0] <= MOST_COLUMN_NEURONS
+        and all(n * size % 16 == 0 for n in places)
+        and all(w.stride(0) * size < 2**32 for w in weights)
     )
 
 

@@ -135,8 +135,8 @@ def step_supported(
 ) -> bool:
     """Whether ``sparse_mlp_step`` takes a layer with ``weights`` ``[I, H]``, or packed rows in ``formats``.
 
-    With ``columns``, whether ``sparse_mlp_columns_step`` takes one that ``sparse_mlp_columns`` takes. True where the op
-    runs on its reference, which takes every layer.
+    With ``columns``, whether ``sparse_mlp_columns_step`` takes one that ``sparse_mlp_columns`` takes; the gate is then
+    ``[H, I]``. True where the op runs on its reference, which takes every layer.
     """
     up = weights[1]
     if up.device.type != "cuda" or not LIBRARIES["_C_cuda"].loaded:

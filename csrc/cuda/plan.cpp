@@ -75,9 +75,10 @@ Choice pipelined(const Shape &shape, const DeviceLimits &device, const PlanOverr
                                 warp_state_bytes(tokens, rows), team_state_bytes(rows * tokens, team.team_warps))
                        .total);
     };
-    if (shape.step && !overrides.slots && shared_bytes() > shared_limit(device)) ring.slots = 2;
+    const int limit = shared_limit(device) - (shape.kept ? kMaxSegments * int(sizeof(uint32_t)) : 0); // also static
+    if (shape.step && !overrides.slots && shared_bytes() > limit) ring.slots = 2;
     choice.shared_bytes = shared_bytes();
-    return choice.shared_bytes <= shared_limit(device) ? choice : Choice{};
+    return choice.shared_bytes <= limit ? choice : Choice{};
 }
 
 // team_shapes(), computed once.

@@ -30,7 +30,8 @@ bool fits(const SparseMlpParams &params, const DeviceLimits &limits, int64_t sha
     const auto aligned = [&](const void *base, int64_t row) {
         return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row * element_bytes(params) % 16 == 0;
     };
-    return aligned(params.x, params.hidden_size) && aligned(params.norm_weight, 0) &&
+    return aligned(params.w_up, params.w_up_stride) && aligned(params.w_down_t, params.w_down_t_stride) &&
+           aligned(params.x, params.hidden_size) && aligned(params.norm_weight, 0) &&
            aligned(params.w_gate, params.intermediate_size) && aligned(params.w_gate, params.w_gate_stride) &&
            params.w_gate_stride * element_bytes(params) < 1ll << 32 && params.intermediate_size < kMaxNeurons &&
            params.kept.segments <= kMaxSegments && shared_bytes <= limits.shared_bytes - 1024;

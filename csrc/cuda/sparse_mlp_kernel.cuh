@@ -92,7 +92,8 @@ __device__ __forceinline__ void sparse_mlp_body(const RingArguments &args) {
     if constexpr (kKept) {
         if (warp == 0) {
             const int each = (p.kept.segments + 31) / 32, first = lane * each, end = min(first + each, p.kept.segments);
-            const auto batches_in = [&](int s) { return (__ldg(p.kept.counts + s) + kRows - 1) / kRows; };
+            // Not __ldg: the previous kernel may write them while this one runs.
+            const auto batches_in = [&](int s) { return (p.kept.counts[s] + kRows - 1) / kRows; };
             uint32_t mine = 0;
 #pragma unroll 4
             for (int s = first; s < end; s++) mine += batches_in(s);
