@@ -161,11 +161,11 @@ class CatsConfig:
         targets = self.losses.targets(budget_of(sparsity), sizes, split)
         return self.with_targets(dict(zip(self.layers, targets, strict=True)), sparsity)
 
-    def with_targets(self, targets: dict[str, Split], sparsity: float) -> CatsConfig:
+    def with_targets(self, targets: dict[str, tuple[float, ...]], sparsity: float) -> CatsConfig:
         """As :meth:`at_sparsity`, with a split of each layer's own.
 
         Args:
-            targets: by layer name.
+            targets: by layer name the shares to skip of up, of down and, if inputs are tested, of the gate's columns.
             sparsity: the new config's entry ``sparsity``.
 
         Returns:
@@ -177,11 +177,12 @@ class CatsConfig:
         missing = [name for name in self.layers if name not in self.statistics]
         if missing:
             raise ValueError(f"config has no calibration statistics for {missing[0]}: calibrate the model again")
+        splits = {name: Split(*targets[name]) for name in self.layers}
         layers = {
-            name: replace(layer, **{f"{matrix}_sparsity": share for matrix, share in targets[name]._asdict().items()})
+            name: replace(layer, **{f"{matrix}_sparsity": share for matrix, share in splits[name]._asdict().items()})
             for name, layer in self.layers.items()
         }
-        return replace(self, **thresholds_of(self.statistics, targets), layers=layers, sparsity=sparsity)
+        return replace(self, **thresholds_of(self.statistics, splits), layers=layers, sparsity=sparsity)
 
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the config is complete and every threshold is usable."""

@@ -13,6 +13,7 @@ from support.patched import InterruptAt, config_for, few, layers_of, logits, man
 from transformers import AutoModelForCausalLM
 
 from cats_ext import CatsMLP, apply_cats, remove_cats, set_sparsity, sparsity_report, track_sparsity
+from cats_ext.thresholds.rules import Split
 
 RULES = ["plain", "two_threshold", "three_threshold"]
 
@@ -46,6 +47,19 @@ def test_as_if_calibrated_so(rule, sparsity):
     assert report.bytes_share == pytest.approx(1 - 2 / 3 * sparsity, abs=0.05)
     targets = [share for key, share in report.to_dict().items() if key.endswith("_target")]
     assert sum(targets) == pytest.approx(2 * sparsity)
+
+
+@pytest.mark.parametrize(("rule", "shares"), [("two_threshold", (0.2, 0.6)), ("three_threshold", (0.2, 0.6, 0.4))])
+def test_targets_of_a_layer_are_plain_numbers(rule, shares):
+    config = config_for(tiny_model(), 0.5, rule)
+    split = Split(*shares)
+    new = config.with_targets(dict.fromkeys(config.layers, shares), 0.4)
+    assert {layer.split for layer in new.layers.values()} == {split}
+    assert all(
+        torch.equal(new.thresholds[name], config.statistics[name].thresholds(0.2, 0.6)[0]) for name in new.layers
+    )
+    of_inputs = {name: config.statistics[name].input_threshold(split.input) for name in new.layers}
+    assert new.input_thresholds == {name: value for name, value in of_inputs.items() if value is not None}
 
 
 def test_there_and_back_and_another_split(model):
