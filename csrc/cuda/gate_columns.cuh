@@ -17,10 +17,10 @@
 
 namespace cats {
 
-// 16 bytes of weights, which are read once.
+// 16 bytes of weights, which are read once. Coherent: the previous kernel may write them while this one waits for it.
 __device__ __forceinline__ uint4 load_once(const void *from) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(__cvta_generic_to_global(from)));
     return v;
