@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import LAYERS, tiny_model, tokens
+from support.patched import GATES_NOT_BY_COLUMNS
 
 from cats_ext import (
     SparsityDriftWarning,
@@ -122,14 +123,7 @@ def test_a_layer_whose_inputs_are_zero_is_named():
         calibrate(model, tokens(200), rule="three_threshold", progress=False)
 
 
-@pytest.mark.parametrize(
-    ("family", "found"),
-    [
-        ("phi3", "gate_up_proj, which is gate and up in one"),
-        ("mixtral", "the experts of a mixture"),
-        ("quantised", "packed rows"),
-    ],
-)
+@pytest.mark.parametrize(("family", "found"), GATES_NOT_BY_COLUMNS.items())
 def test_a_gate_that_is_not_read_by_columns(family, found):
     model = quantize(tiny_model(), progress=False) if family == "quantised" else tiny_model(family)
     message = f"rule 'three_threshold' needs a whole gate_proj of dense weights, got {found} in model.layers.0.mlp"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model, tokens
 from support.patched import (
+    GATES_NOT_BY_COLUMNS,
     InterruptAt,
     assert_unchanged,
     config_for,
@@ -333,14 +334,7 @@ def test_rows_that_the_kernel_takes(hidden, intermediate, dtype, expected):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "found"),
-    [
-        ("phi3", "gate_up_proj, which is gate and up in one"),
-        ("mixtral", "the experts of a mixture"),
-        ("quantised", "packed rows"),
-    ],
-)
+@pytest.mark.parametrize(("family", "found"), GATES_NOT_BY_COLUMNS.items())
 def test_a_gate_that_is_not_read_by_columns(family, found):
     model = quantize(tiny_model(), progress=False) if family == "quantised" else tiny_model(family)
     config, before = config_for(tiny_model(), rule=RULE), snapshot(model)
