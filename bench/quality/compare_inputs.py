@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _SHOTS = 6
 _PEOPLE, _THINGS = ("Anna", "Ben", "Carla", "David"), ("apples", "books", "coins", "pens")
+DRAWS = 5  # of the text for calibration
 # Modules whose functions are plain Python, read as text.
 _MODULES = """argparse ast bisect calendar cmd codecs collections/__init__ configparser contextlib copy csv datetime
 difflib dis doctest email/message enum fileinput fractions ftplib functools gettext glob gzip heapq html/parser
@@ -37,7 +38,10 @@ urllib/parse urllib/request uuid warnings wave weakref webbrowser xml/dom/minido
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, data: Path, window: int, scale: float) -> dict[str, list[list[int]]]:
-    """Windows for calibration, for judging a search, for development, and those that are reported."""
+    """Windows for calibration, for judging a search, for development, and those that are reported.
+
+    The draws of the text for calibration after the first have windows that nothing else uses.
+    """
     loaded, documents = load_texts(data), c4_documents(data)
     middle = "\n\n".join(documents[len(documents) // 2 :])
     wiki = "\n\n".join(row["text"] for row in read_jsonl(data / "text/wiki_paragraphs.jsonl.gz"))
@@ -47,8 +51,12 @@ def texts(tokenizer: PreTrainedTokenizerBase, data: Path, window: int, scale: fl
         ids = token_ids(tokenizer, text, (skip + count) * window).view(-1, window)
         return ids[skip:].tolist()
 
+    def draw(skip: int) -> list[list[int]]:
+        return windows(loaded["wikitext_valid"], 16, skip) + windows(loaded["c4_end"], 16, skip)
+
     return {
-        "calibration": windows(loaded["wikitext_valid"], 16) + windows(loaded["c4_end"], 16),
+        "calibration": draw(0),
+        **{f"calibration_{k}": draw(24 + 16 * (k - 1)) for k in range(1, DRAWS)},
         "held": windows(loaded["wikitext_valid"], 4, 16) + windows(loaded["c4_end"], 8, 16),
         "dev": windows(middle, 16) + windows(wiki, 8),
         "c4": windows(loaded["c4"], 48),

@@ -3,18 +3,22 @@
     python bench quality.compare_inputs --model DIR_OR_GGUF --data ../shared/data --output inputs.json.gz
     python bench quality.package --model DIR_OR_GGUF --name NAME --inputs inputs.json.gz --output bench/results/quality
 
-Each rule is calibrated once, on the calibration windows of the inputs; thresholds of every sparsity follow from that.
-All is in float32, with TF32 products on CUDA. ``package_NAME_text.csv`` has the shares read, counted on the reported
-windows (c4), the divergence from the dense model there and on those for development (dev), and the calibration's
-seconds. ``package_NAME_tasks.csv`` has the tasks, items of even index reported.
+Each rule is calibrated on several draws of text, since thresholds depend on it; those of every sparsity follow from one
+calibration. All is in float32, with TF32 products on CUDA. ``package_NAME_text.csv`` has the shares read, counted on
+the reported windows (c4), the divergence from the dense model there and on those for development (dev), and the
+calibration's seconds. ``package_NAME_tasks.csv`` has the tasks, items of even index reported, for each draw and for the
+mean of all draws, whose standard error is that of the items' means.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
+import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -24,10 +28,38 @@ import cats_ext
 from bench.lib import machine
 from bench.lib.command import command
 from bench.lib.results import ResultFile
-from bench.quality.compare_model import add_tasks, divergence_of, last_states
+from bench.quality.compare_inputs import DRAWS
+from bench.quality.compare_model import ALONE, add_tasks, divergence_of, last_states
 from bench.quality.task_scores import answers
 
 _TEXTS = ("c4", "dev")
+
+
+def mean_of_draws(dense: dict[str, list[bool]], draws: list[dict[str, list[bool]]]) -> list[dict[str, object]]:
+    """Rows of each task and of the mean of eight, for items of odd (dev) and of even index (reported).
+
+    An item's accuracy is the share of draws that answered it right.
+    """
+    rows = []
+    for half, start in (("dev", 1), ("reported", 0)):
+        tasks = {}
+        for task, right in dense.items():
+            right = right[start::2]
+            share = [statistics.fmean(found) for found in zip(*(d[task][start::2] for d in draws), strict=True)]
+            change = [found - before for found, before in zip(share, right, strict=True)]
+            tasks[task] = {
+                "items": len(right),
+                "dense": statistics.fmean(right),
+                "sparse": statistics.fmean(share),
+                "difference": statistics.fmean(change),
+                "difference_se": statistics.stdev(change) / math.sqrt(len(change)),
+            }
+        eight = [row for task, row in tasks.items() if task not in ALONE]
+        mean = {key: statistics.fmean(row[key] for row in eight) for key in ("dense", "sparse", "difference")}
+        mean["items"] = sum(row["items"] for row in eight)
+        mean["difference_se"] = math.hypot(*(row["difference_se"] for row in eight)) / len(eight)
+        rows += [{"half": half, "task": task} | row for task, row in ({"mean": mean} | tasks).items()]
+    return rows
 
 
 def main() -> None:
@@ -37,6 +69,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True, help="of quality.compare_inputs")
     parser.add_argument("--rules", nargs="+", default=["two_threshold", "three_threshold"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[2 / 3, 0.55], help="shares of the MLPs' bytes")
+    parser.add_argument("--draws", type=_draws, default=1, help=f"of the text for calibration, up to {DRAWS}")
     parser.add_argument("--batch", type=int, default=8, help="windows in a forward pass")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="of tasks")
     args = parser.parse_args()
@@ -57,7 +90,8 @@ def main() -> None:
 
     @torch.no_grad()
     def measure(variant: dict[str, object]) -> None:
-        row, labels = {"model": args.name} | variant, {"model": args.name, "variant": variant["variant"]}
+        row = {"model": args.name} | variant
+        labels = {key: row[key] for key in ("model", "variant", "draw")}
         with cats_ext.track_sparsity(model) if variant["rule"] else torch.no_grad():
             states = last_states(model, texts["c4"], args.batch)
         shares = dict.fromkeys(("gate", "up", "down", "mlp_share"), 1.0)
@@ -77,17 +111,30 @@ def main() -> None:
         print({key: value for key, value in text_table.rows[-1].items() if key not in facts}, flush=True)
         found = dense_answers if not variant["rule"] else answers(model, document["tasks"], args.batch_tokens)
         add_tasks(task_table, labels, dense_answers, found)
+        found_of[str(variant["variant"])].append(found)
 
-    measure({"variant": "dense", "rule": "", "budget": 1.0, "calibration_s": 0.0})
+    found_of: dict[str, list[dict[str, list[bool]]]] = defaultdict(list)
+    measure({"variant": "dense", "rule": "", "budget": 1.0, "draw": 0, "calibration_s": 0.0})
     for rule in args.rules:
-        began = time.perf_counter()
-        config = cats_ext.calibrate(model, texts["calibration"].cpu(), rule=rule, progress=False)
-        seconds = time.perf_counter() - began
-        for budget in args.budgets:
-            cats_ext.apply_cats(model, config.at_sparsity(1.5 * (1 - budget)))
-            variant = f"{rule} {budget:.3g}"
-            measure({"variant": variant, "rule": rule, "budget": budget, "calibration_s": seconds})
-            cats_ext.remove_cats(model)
+        for draw in range(args.draws):
+            windows = texts[f"calibration_{draw}" if draw else "calibration"].cpu()
+            began = time.perf_counter()
+            config = cats_ext.calibrate(model, windows, rule=rule, progress=False)
+            seconds = time.perf_counter() - began
+            for budget in args.budgets:
+                cats_ext.apply_cats(model, config.at_sparsity(1.5 * (1 - budget)))
+                labels = {"variant": f"{rule} {budget:.3g}", "rule": rule, "budget": budget, "draw": draw}
+                measure(labels | {"calibration_s": seconds})
+                cats_ext.remove_cats(model)
+    for variant, found in found_of.items():
+        labels = {"model": args.name, "variant": variant, "draw": "mean"}
+        task_table.add(*(labels | row for row in mean_of_draws(dense_answers, found)))
+
+
+def _draws(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= DRAWS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {DRAWS}, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from bench.lib.machine import ROOT
 from bench.tables.pages import link, read, table
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
+MEANS = ("mlp_share", "model_share", "c4_kl", "c4_ppl")  # over draws
 TASKS = {"mean": "eight tasks", "lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"}
 NAMES = {
     "default, alike": "default",
@@ -40,12 +41,20 @@ Row = dict[str, str]
 
 
 def text_rows(kind: str, model: str) -> dict[str, Row]:
-    return {row["variant"]: row for row in read(f"quality/{kind}_{model}_text.csv")}
+    """By variant; of several draws of the text for calibration the mean."""
+    draws: dict[str, list[Row]] = {}
+    for row in read(f"quality/{kind}_{model}_text.csv"):
+        draws.setdefault(row["variant"], []).append(row)
+    return {variant: rows[0] | {key: mean(rows, key) for key in MEANS} for variant, rows in draws.items()}
+
+
+def mean(rows: list[Row], key: str) -> str:
+    return str(sum(float(row[key]) for row in rows) / len(rows)) if key in rows[0] else ""
 
 
 def task_rows(kind: str, model: str) -> dict[tuple[str, str], Row]:
-    rows = read(f"quality/{kind}_{model}_tasks.csv")
-    return {(row["variant"], row["task"]): row for row in rows if row["half"] == "reported"}
+    rows = [row for row in read(f"quality/{kind}_{model}_tasks.csv") if row["half"] == "reported"]
+    return {(row["variant"], row["task"]): row for row in rows if row.get("draw", "mean") == "mean"}
 
 
 def measured(kind: str, model: str, part: str) -> bool:
@@ -81,7 +90,7 @@ def accuracy(row: Row | None) -> str:
 
 def perplexity(row: Row, dense: Row) -> str:
     value, ratio = float(row["c4_ppl"]), float(row["c4_ppl"]) / float(dense["c4_ppl"])
-    return f"{value:.2f}" if row is dense else f"{value:.2f} ({ratio:.3f}x)"
+    return f"{value:.2f}" if row["variant"] == "dense" else f"{value:.2f} ({ratio:.3f}x)"
 
 
 def rows_of(variants: tuple[str, ...], share: str, kind: str = "compare") -> str:

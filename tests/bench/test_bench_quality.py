@@ -14,7 +14,7 @@ from support.models import tiny_model, tokens
 from torch import nn
 
 from bench.lib.results import read_rows
-from bench.quality import calibration_time, compare_columns, compare_rules, merge, quantized_tasks
+from bench.quality import calibration_time, compare_columns, compare_rules, merge, package, quantized_tasks
 from bench.quality.compare_columns import Columns, rule_of, shares
 from bench.quality.compare_peers import Peer, PeerData, linears
 from bench.quality.compare_rules import Layer
@@ -192,6 +192,50 @@ def test_a_calibration_is_timed_cold_and_warm(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(float(row["seconds"]) > 0 and row["tokens"] == "128" and row["commit"] == "abc" for row in rows)
     assert float(rows[0]["weights_gb"]) == pytest.approx(158016 * 4 / 1e9, rel=1e-3)
+
+
+def test_an_item_counts_by_the_share_of_draws_that_answer_it():
+    dense = {"piqa": [True, False] * 4, "lambada": [True] * 8}
+    draws = [{"piqa": [True, False] * 4, "lambada": [True] * 8}, {"piqa": [False, True] * 4, "lambada": [True] * 8}]
+    rows = {(row["half"], row["task"]): row for row in package.mean_of_draws(dense, draws)}
+    assert rows["reported", "piqa"]["sparse"] == 0.5 and rows["reported", "piqa"]["difference"] == -0.5
+    assert rows["dev", "piqa"]["difference"] == 0.5 and rows["reported", "lambada"]["difference"] == 0
+    assert rows["reported", "mean"] == rows["reported", "piqa"] | {"half": "reported", "task": "mean"}
+
+    draws = [{"piqa": [i < n for i in range(8)], "lambada": [True] * 8} for n in (2, 6)]
+    row = package.mean_of_draws(dense, draws)[-2]  # reported, of items 0, 2, 4 and 6
+    assert row["difference"] == pytest.approx(-0.5)
+    assert row["difference_se"] == pytest.approx(torch.tensor([0, -0.5, -0.5, -1]).std().item() / 2)
+
+
+def test_the_packages_rules_are_measured_on_every_draw(tmp_path, monkeypatch):
+    ids = tokens(400).tolist()
+    exact = [{"requests": [[ids[i : i + 5], ids[i + 5 : i + 6]]], "answer": None} for i in range(8)]
+    windows = tokens(8 * 64).view(4, 2, 64).tolist()
+    texts = dict(zip(("calibration", "calibration_1", "c4", "dev"), windows, strict=True))
+    inputs = tmp_path / "inputs.json.gz"
+    inputs.write_bytes(gzip.compress(json.dumps({"texts": texts, "tasks": {"piqa": exact, "lambada": exact}}).encode()))
+    monkeypatch.setattr(package.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_model())
+    arguments = f"--model tiny --name tiny --inputs {inputs} --commit abc --output {tmp_path} --budgets 0.6"
+    monkeypatch.setattr(sys, "argv", ["package.py", *arguments.split(), "--draws", "2"])
+    package.main()
+
+    text = read_rows(tmp_path / "package_tiny_text.csv")
+    assert [(row["rule"], row["draw"]) for row in text[1:]] == [
+        (rule, str(draw)) for rule in ("two_threshold", "three_threshold") for draw in range(2)
+    ]
+    assert all(float(row["c4_kl"]) > 0 and float(row["mlp_share"]) < 0.9 for row in text[1:])
+    assert len({row["c4_kl"] for row in text}) == 5  # the draws differ, too
+    rows = read_rows(tmp_path / "package_tiny_tasks.csv")
+    for name in ("two_threshold 0.6", "three_threshold 0.6"):
+        for task in ("mean", "piqa", "lambada"):
+            found = {r["draw"]: r for r in rows if (r["variant"], r["half"], r["task"]) == (name, "reported", task)}
+            each = [float(found[draw]["sparse"]) for draw in "01"]
+            assert float(found["mean"]["sparse"]) == pytest.approx(sum(each) / 2)
+
+    monkeypatch.setattr(sys, "argv", ["package.py", *arguments.split(), "--draws", "6"])
+    with pytest.raises(SystemExit):
+        package.main()
 
 
 def test_tasks_of_packed_models_are_compared_with_the_model_as_it_is(tmp_path, monkeypatch):
