@@ -8,8 +8,9 @@ namespace cats {
 
 template <typename T> __device__ __forceinline__ T activate(T g, Activation activation) {
     constexpr T kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456080286535588;
+    if (activation == Activation::kSilu) return g / (T(1) + exp(-g)); // before a jump through a table
     switch (activation) {
-    case Activation::kSilu: return g / (T(1) + exp(-g));
+    case Activation::kSilu: break;
     case Activation::kGelu: return T(0.5) * g * (T(1) + erf(g * kSqrtHalf));
     case Activation::kGeluTanh: return T(0.5) * g * (T(1) + tanh(kSqrtTwoOverPi * (g + T(0.044715) * g * g * g)));
     case Activation::kRelu: return g < T(0) ? T(0) : g; // NaN stays NaN

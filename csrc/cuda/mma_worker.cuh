@@ -17,7 +17,7 @@
 namespace cats {
 
 using DenseBatches =
-    Batches<kDenseBatches.rows, kDenseBatches.tokens, kDenseBatches.workers, kDenseBatches.max_pending, false>;
+    Batches<kDenseBatches.rows, kDenseBatches.tokens, kDenseBatches.workers, kDenseBatches.max_pending, true>;
 
 template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
     using Ring = cats::Ring<DenseBatches>;
@@ -35,6 +35,7 @@ template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
     __device__ void run() {
 #pragma unroll
         for (int i = 0; i < kResidentGroups; i++) load_x(i, x_[i]);
+        if constexpr (kBulk) wait_for_x();
 #pragma unroll
         for (int i = 0; i < kGroups; i++)
 #pragma unroll
@@ -96,6 +97,22 @@ template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
         const bool exists = group(i) < groups_ && token < p_.tokens;
 #pragma unroll
         for (int t = 0; t < 4; t++) x[t] = exists ? from[4 * t] : 0;
+    }
+
+    // Lets the scheduler copy when x is here: loads wait for all copies that were started before them, some 6 us.
+    __device__ __forceinline__ void wait_for_x() const {
+        uint32_t all = 0; // of x: what does not stay in registers comes into L1
+#pragma unroll
+        for (int i = 0; i < kGroups; i++) {
+            uint32_t x[4];
+            if (i < kResidentGroups) x[0] = x_[i][0], x[1] = x_[i][1], x[2] = x_[i][2], x[3] = x_[i][3];
+            else load_x(i, x);
+            all ^= x[0] ^ x[1] ^ x[2] ^ x[3];
+        }
+        // A use of all of x; the first dot products overwrite it.
+        reinterpret_cast<uint32_t *>(ring_.partials(0, warp_))[lane_] = all;
+        __syncwarp();
+        asm volatile("bar.arrive 1, %0;" ::"n"((kWorkerWarps + 1) * 32) : "memory");
     }
 
     // This warp's part of the dot products of all rows with all tokens. Meaningless for absent rows.

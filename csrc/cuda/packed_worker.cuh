@@ -47,30 +47,34 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
           blocks_(ceil_div(p.hidden_size, kPackedColumns)) {}
 
     // Before the previous kernel has ended: what it does not write.
-    __device__ __forceinline__ void load_norm(float (&norm)[32]) const { load_columns(p_.norm_weight, 0, 0, norm); }
+    __device__ __forceinline__ void load_norm(float (&norm)[32]) const { columns_of(p_.norm_weight, 0, 0).load(norm); }
 
-    __device__ void load_x() {
-        float most = 0.f;
+    // wait(): until x is there. Its addresses are computed before that: loads that come after the copies of rows wait
+    // for all of these, which takes 3 us with int8 rows.
+    template <typename Wait> __device__ __forceinline__ void load_x(Wait wait) {
+        Columns columns[kSets];
 #pragma unroll
         for (int s = 0; s < kSets; s++) {
-            float x[32];
-            load_columns(p_.x, s, row_ % kTokens, x);
-            most = fmaxf(most, largest(x));
+            columns[s] = columns_of(p_.x, s, row_ % kTokens);
+            asm volatile("" : "+l"(columns[s].from), "+r"(columns[s].count)); // computed here
+        }
+        wait();
+        float x[kSets][32], most = 0.f;
+#pragma unroll
+        for (int s = 0; s < kSets; s++) {
+            columns[s].load(x[s]);
+            most = fmaxf(most, largest(x[s]));
         }
         const float factor = factor_for(most);
 #pragma unroll
-        for (int s = 0; s < kSets; s++) {
-            float x[32];
-            load_columns(p_.x, s, row_ % kTokens, x);
-            keep_x(s, x, factor);
-        }
+        for (int s = 0; s < kSets; s++) keep_x(s, x[s], factor);
     }
 
     // One token: x / rms(x) * norm weight, rounded where separate operations round.
     __device__ void load_normalised_x(const float (&norm)[32]) {
         __shared__ float squares[kWorkers];
         float x[32], sum = 0.f;
-        load_columns(p_.x, 0, 0, x);
+        columns_of(p_.x, 0, 0).load(x);
 #pragma unroll
         for (int i = 0; i < 32; i++) sum = fmaf(x[i], x[i], sum);
 #pragma unroll
@@ -96,7 +100,10 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         while (true) {
             wait(ring_.full(at.slot), at.parity);
             const RowKind kind = ring_.state(at.slot).kind;
-            if (kind == RowKind::kEnd) break;
+            if (kind == RowKind::kEnd) {
+                arrive_as_warp(ring_.done(at.slot)); // ends the Decider
+                break;
+            }
             const RowFormat &format = format_of(p_, kind);
             if (kind != RowKind::kDown) {
                 if constexpr (kDotType != WeightType::kFloat8 && kSmallGroups) {
@@ -167,22 +174,31 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
 
     // The columns of x that this lane's registers of B hold, of set s: of one block, the words that ldmatrix gives its
     // quad_. Zeros where there is no such column or token.
-    __device__ __forceinline__ void load_columns(const void *data, int s, int token, float (&out)[32]) const {
-        constexpr int kRun = kDotType == WeightType::kInt4 ? 8 : 4; // consecutive columns
+    struct Columns {
+        static constexpr int kRun = kDotType == WeightType::kInt4 ? 8 : 4; // consecutive columns
+        const T *from;
+        int count; // columns from there on
+        __device__ __forceinline__ void load(float (&out)[32]) const {
+#pragma unroll
+            for (int i = 0; i < 32; i += 4) {
+                const int column = i / kRun * 4 * kRun + i % kRun;
+                float part[8] = {};
+                if (column < count) {
+                    const uint2 bits = *reinterpret_cast<const uint2 *>(from + column);
+                    decode(make_uint4(bits.x, bits.y, 0, 0), part, T{});
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) out[i + k] = part[k];
+            }
+        }
+    };
+
+    __device__ __forceinline__ Columns columns_of(const void *data, int s, int token) const {
         const int in_warp = s * kSetBlocks + row_ / kTokens, block = warp_ * kBlocks + in_warp;
         const bool exists = in_warp < kBlocks && block < blocks_ && token < p_.tokens;
-        const T *from = static_cast<const T *>(data) + int64_t(token) * p_.hidden_size;
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-            const int column = block * kPackedColumns + (i / kRun * 4 + quad_) * kRun + i % kRun;
-            float part[8] = {};
-            if (exists && column < p_.hidden_size) {
-                const uint2 bits = *reinterpret_cast<const uint2 *>(from + column);
-                decode(make_uint4(bits.x, bits.y, 0, 0), part, T{});
-            }
-#pragma unroll
-            for (int k = 0; k < 4; k++) out[i + k] = part[k];
-        }
+        const int first = block * kPackedColumns + quad_ * Columns::kRun;
+        return {static_cast<const T *>(data) + int64_t(token) * p_.hidden_size + first,
+                exists ? int(p_.hidden_size) - first : 0};
     }
 
     // x as the operands of Unpack need it, in fp16, and its sums by groups of 64 columns, which offsets are multiplied

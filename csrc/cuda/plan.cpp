@@ -128,7 +128,9 @@ Choice batched(const Shape &shape, const DeviceLimits &device, const PlanOverrid
     ring.row_stride =
         row_bytes(int(shape.hidden_size / shape.row.columns_per_chunk), 0) + 16; // ldmatrix: 8 rows from all banks
     ring.first_batches = std::max(1, overrides.first_batches ? overrides.first_batches : 2);
-    ring.slots = std::min(overrides.slots ? overrides.slots : 2, sizes.max_pending / sizes.rows - 1);
+    // On an H200 two tokens of 4096x14336 take 79.1 us at 50 % with 3 slots; with 2, and decisions before further gate
+    // rows, they took 84.5 (bench/results/h200/packed_kernel.log).
+    ring.slots = std::min(overrides.slots ? overrides.slots : 3, sizes.max_pending / sizes.rows - 1);
     const auto shared_bytes = [&] {
         return ring_bytes(ring.slots, sizes.rows * ring.row_stride, sizes) + sizes.scheduler_bytes();
     };
@@ -170,7 +172,7 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     }
     if (!instance) return {};
     choice.bulk_copy = true;
-    choice.threads = (instance->workers + 1 + kCopierWarps) * 32;
+    choice.threads = (instance->workers + kDecidingWarps + kCopierWarps) * 32;
     choice.column_groups = instance->blocks;
     RingSizes &ring = choice.ring;
     ring.row_stride = round_up(row_bytes, 128) + 16; // ldmatrix: 8 rows from all banks
@@ -178,12 +180,13 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     const auto shared_bytes = [&] {
         return ring_bytes(ring.slots, ring.rows * ring.row_stride, sizes) + sizes.scheduler_bytes();
     };
-    // 16 rows a batch with 5 slots take 38.1 / 29.6 / 23.1 us at 0 / 50 / 90 % sparsity, with 6 slots 39.2 / 30.0
-    // / 23.3, 8 rows with 12 slots 63.4 / 46.7 / 32.0 (bench/results/h100/packed_plan.log): what a batch costs beside
-    // its columns decides. Rows too long for 3 slots of 16 come in batches of 8.
+    // On an H200 4 slots take 29.3 / 24.1 / 19.6 us at 0 / 50 / 90 % sparsity, 5 slots 29.6 / 24.2 / 19.8 and 6 slots
+    // 31.4 / 24.7 / 20.0 (bench/results/h200/packed_kernel.log). 8 rows a batch took 63 us where 16 took 38
+    // (bench/results/h100/packed_plan.log): what a batch costs beside its columns decides. Rows too long for 3 slots of
+    // 16 come in batches of 8.
     for (int rows : {16, 8}) {
         ring.rows = rows;
-        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 5;
+        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 4;
         while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
         if (shared_bytes() <= shared_limit(device) && (ring.slots > 2 || rows == 8)) break;
     }
@@ -191,10 +194,14 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     if (choice.shared_bytes > shared_limit(device)) return {};
     choice.rows_per_batch = ring.rows;
     choice.ctas = std::min(device.multiprocessors, ceil_div(shape.intermediate_size, ring.rows));
-    // All of an average CTA's gate batches of 14,336 neurons, where the previous kernel may still write the weights; a
-    // step has asked for some of them by then.
-    const int first_batches = shape.step ? 4 : 7;
-    ring.first_batches = overrides.first_batches ? overrides.first_batches : first_batches * 16 / ring.rows;
+    // A CTA's first batches are in L2 when the previous kernel ends, and are not drawn. All CTAs together ask for about
+    // 14 MiB, about what memory brings while a kernel ends. int8 rows take 50.4 / 28.6 us at 0 / 90 % with one batch,
+    // 48.3 / 28.2 with two and 49.5 / 29.3 with seven (same file): the CTA that starts last waits for what all others
+    // have asked for.
+    const int64_t round_bytes = choice.ctas * ring.rows * row_bytes;
+    ring.first_batches = overrides.first_batches
+                             ? overrides.first_batches
+                             : int(std::clamp<int64_t>(((28 << 20) / round_bytes + 1) / 2, 1, 7 * 16 / ring.rows));
     return choice;
 }
 

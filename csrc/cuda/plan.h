@@ -194,7 +194,7 @@ struct BatchSizes {
 
     CATS_HOST_DEVICE constexpr int row_state_bytes() const { return 8 + tokens * 4; }
     CATS_HOST_DEVICE constexpr int batch_state_bytes() const {
-        return round_up(rows * (row_state_bytes() + 4) + 8, 16);
+        return round_up(rows * (row_state_bytes() + 4) + 12, 16);
     }
     CATS_HOST_DEVICE constexpr int partial_bytes() const { return workers * rows * tokens * int(sizeof(float)); }
     CATS_HOST_DEVICE constexpr int scheduler_bytes() const { return 2 * max_pending * row_state_bytes(); }
@@ -202,7 +202,7 @@ struct BatchSizes {
 
 // slot_bytes: of the rows of a batch.
 CATS_HOST_DEVICE constexpr int ring_bytes(int slots, int slot_bytes, BatchSizes sizes) {
-    return slots * (slot_bytes + sizes.partial_bytes() + sizes.batch_state_bytes() + 3 * int(sizeof(uint64_t)));
+    return slots * (slot_bytes + sizes.partial_bytes() + sizes.batch_state_bytes() + 4 * int(sizeof(uint64_t)));
 }
 
 // Batched: as of the tensor cores' instructions, tokens padded to 8, batches of 8 rows, 32 columns at a time. With the
@@ -221,7 +221,8 @@ CATS_HOST_DEVICE constexpr bool has_batched_instance(int column_groups, int arch
 // Packed rows: 16 rows a batch, as many as the tensor cores take at a time. Each worker warp has so many blocks of 128
 // columns; a thread has room for x and y of 16 blocks in all tokens.
 CATS_HOST_DEVICE constexpr BatchSizes packed_batches(int tokens, int workers) { return {16, tokens, workers, 256}; }
-constexpr int kCopierWarps = 3; // with the scheduler and 8 workers 12 warps, which leaves 168 registers a thread
+constexpr int kDecidingWarps = 2; // one asks for rows, one applies the thresholds
+constexpr int kCopierWarps = 2;   // with these and 8 workers 12 warps, which leaves 168 registers a thread
 struct PackedInstance {
     int tokens, workers, blocks;
 };

@@ -1,10 +1,11 @@
 // What the warps of the kernels with a scheduler share: a ring of batches of weight rows in shared memory. A batch is
 // up to kRows rows of one kind. The scheduler warp asks for batches, the worker warps compute with them and free their
-// slots, all in ring order. Each slot has three barriers:
+// slots, all in ring order. Each slot has four barriers:
 //
-//     asked[slot]  the batch's state is written; only before sm_90, where the workers copy the rows
-//     full[slot]   the rows have arrived, and the state is complete
-//     done[slot]   every worker warp has read the rows and written its partial dot products, and every copier the state
+//     asked[slot]    the batch's state is written; only where other warps copy the rows
+//     full[slot]     the rows have arrived, and the state is complete
+//     done[slot]     every worker warp has read the rows and written its partial dot products, and every copier the
+//     state decided[slot]  where a warp of its own decides: it has read the partial dot products and the state
 #pragma once
 
 #include "mbarrier.cuh"
@@ -34,6 +35,7 @@ template <int kRows_, int kTokens_, int kWorkers_, int kMaxPending_, bool kGates
         float thresholds[kRows]; // if each neuron has its own: copied like the rows
         RowKind kind;
         int down_slot; // up rows: the slot that has the same neurons' down rows already, or kNoSlot
+        uint32_t kept; // from a Decider of its own warp: neurons that it has queued
     };
     static_assert(sizeof(RowState<kTokens>) == kSizes.row_state_bytes() && sizeof(State) == kSizes.batch_state_bytes());
 };
@@ -50,6 +52,10 @@ __device__ __forceinline__ void arrive_as_warp(uint64_t *barrier) {
     if (threadIdx.x % 32 < kArrivalsPerWarp) arrive(barrier);
 }
 
+// Arrivals at full[slot] of those who write the state: the scheduler twice, or once where the values come from a
+// decision. A barrier with one arrival would be complete if that came before the scheduler has expected any bytes.
+constexpr int kStateArrivals = 2;
+
 template <class Batches_> class Ring {
   public:
     using Batches = Batches_;
@@ -63,8 +69,9 @@ template <class Batches_> class Ring {
     __device__ void init(int copy_arrivals, int copiers = 0) const {
         for (int s = threadIdx.x % 32; s < sizes_.slots; s += 32) {
             init_barrier(asked(s), kArrivalsPerWarp);
-            init_barrier(full(s), kArrivalsPerWarp + copy_arrivals);
+            init_barrier(full(s), kStateArrivals * kArrivalsPerWarp + copy_arrivals);
             init_barrier(done(s), (Batches::kWorkers + copiers) * kArrivalsPerWarp);
+            init_barrier(decided(s), kArrivalsPerWarp);
         }
         publish_barriers();
     }
@@ -82,10 +89,11 @@ template <class Batches_> class Ring {
         return reinterpret_cast<BatchState *>(partials(sizes_.slots, 0))[slot];
     }
     __device__ __forceinline__ uint64_t *asked(int slot) const {
-        return reinterpret_cast<uint64_t *>(&state(sizes_.slots)) + 3 * slot;
+        return reinterpret_cast<uint64_t *>(&state(sizes_.slots)) + 4 * slot;
     }
     __device__ __forceinline__ uint64_t *full(int slot) const { return asked(slot) + 1; }
     __device__ __forceinline__ uint64_t *done(int slot) const { return asked(slot) + 2; }
+    __device__ __forceinline__ uint64_t *decided(int slot) const { return asked(slot) + 3; }
 
     // A position in the ring and the parity of the slot's current phase.
     struct Cursor {

@@ -5,7 +5,8 @@
 // (kGatesFirst), gate rows go first: then no row waits for a decision at the end but the very last.
 //
 // This is one warp's chain of dependent instructions, some 5 cycles each. A batch must pass through it in less time
-// than its rows take to arrive, so the loop has one copy of each step and does as little as possible.
+// than its rows take to arrive, so the loop has one copy of each step and does as little as possible. Where that is not
+// enough (packed rows), a warp of its own decides.
 #pragma once
 
 #include "activation.cuh"
@@ -35,54 +36,231 @@ __device__ __forceinline__ void prefetch_first_batches(const RingArguments &args
     }
 }
 
-template <class Batches, class Row, typename T, Copies kCopies> class Scheduler {
-    static constexpr bool kBulk = kCopies != Copies::kByWorkers, kCopiers = kCopies == Copies::kByCopiers;
-    static constexpr uint32_t kAll = 0xffffffffu;
-    static constexpr int kRows = Batches::kRows, kTokens = Batches::kTokens;
-    // Lane l has row l / kRowLanes, and of its values kValues from first_token() on.
-    static constexpr int kRowLanes = 32 / kRows, kValues = kTokens > kRowLanes ? kTokens / kRowLanes : 1;
-    // With fewer tokens than that, kShared lanes have the same value, and each sums the partial sums of some workers.
+// Which lane of the deciding warp has which values of a batch: lane l has row l / kRowLanes, and of its values kValues
+// from first_token() on. With fewer tokens than that, kShared lanes have the same value.
+template <class Batches> struct DecisionLanes {
+    static constexpr int kTokens = Batches::kTokens, kRowLanes = 32 / Batches::kRows;
+    static constexpr int kValues = kTokens > kRowLanes ? kTokens / kRowLanes : 1;
     static constexpr int kShared = kRowLanes / (kTokens < kRowLanes ? kTokens : kRowLanes);
     static_assert(kValues <= 2 && Batches::kWorkers % kShared == 0);
-    using RowState = cats::RowState<kTokens>;
+
+    static __device__ __forceinline__ int row() { return threadIdx.x % 32 / kRowLanes; }
+    static __device__ __forceinline__ int first_token() {
+        const int in_row = threadIdx.x % kRowLanes;
+        return kShared == 1 ? in_row * kValues : in_row / kShared;
+    }
+    static __device__ __forceinline__ void copy_values(float *to, const float *from) {
+        if constexpr (kValues == 2) *reinterpret_cast<float2 *>(to) = *reinterpret_cast<const float2 *>(from);
+        else *to = *from;
+    }
+};
+
+// The neurons whose up rows, or whose down rows, are still to be asked for: two queues of kMaxPending in shared memory.
+template <class Batches> class PendingRows {
+  public:
+    using RowState = cats::RowState<Batches::kTokens>;
+    __device__ explicit PendingRows(uint8_t *smem) : rows_(reinterpret_cast<RowState *>(smem)) {}
+    __device__ __forceinline__ RowState *at(RowKind kind, uint32_t i) const {
+        return rows_ + (kind == RowKind::kDown ? Batches::kMaxPending : 0) + i % uint32_t(Batches::kMaxPending);
+    }
+
+  private:
+    RowState *rows_;
+};
+
+// Applies the activation and the thresholds to batches that the workers have computed.
+template <class Batches, typename T> class Decider {
+    static constexpr uint32_t kAll = 0xffffffffu;
+    using Lanes = DecisionLanes<Batches>;
+    using RowState = cats::RowState<Batches::kTokens>;
+    static constexpr int kRowLanes = Lanes::kRowLanes, kValues = Lanes::kValues, kShared = Lanes::kShared;
+
+  public:
+    __device__ Decider(const SparseMlpParams &p, const Ring<Batches> &ring, uint8_t *pending)
+        : p_(p), ring_(ring), pending_(pending) {}
+
+    __device__ void load_thresholds() {
+        threshold_ = *p_.threshold;
+        if (p_.down_threshold) down_threshold_ = *p_.down_threshold; // otherwise 0: keeps all
+    }
+
+    // As a warp of its own: of all batches in ring order.
+    __device__ void run() {
+        load_thresholds();
+        typename Ring<Batches>::Cursor at;
+        while (true) {
+            wait(ring_.done(at.slot), at.parity);
+            auto &state = ring_.state(at.slot);
+            const RowKind kind = state.kind;
+            if (kind == RowKind::kEnd) break;
+            const uint32_t kept = kind == RowKind::kDown ? 0 : decide(at.slot, kind);
+            if (lane_ == 0) state.kept = kept;
+            __syncwarp();
+            arrive_as_warp(ring_.decided(at.slot));
+            at.advance(ring_);
+        }
+    }
+
+    // act(g) and the first threshold for gate rows, h and the second one for up rows. Queues the neurons that some
+    // token keeps, unless their down rows are on their way already, and returns how many it has queued.
+    __device__ __forceinline__ uint32_t decide(int slot, RowKind kind) {
+        const int r = Lanes::row(), part = lane_ % kRowLanes, first = Lanes::first_token();
+        auto &state = ring_.state(slot);
+        RowState &row = state.rows[r];
+        const bool gate = kind == RowKind::kGate;
+        const uint32_t neuron = row.neuron;
+        const int down_slot = state.down_slot;
+        const void *biases = gate ? p_.gate_bias : p_.up_bias;
+        const float bias = biases && neuron != kNoNeuron ? to_float(static_cast<const T *>(biases)[neuron]) : 0.f;
+        const bool one_each = gate ? p_.threshold_stride : p_.down_threshold_stride;
+        const float threshold = one_each ? state.thresholds[r] : (gate ? threshold_ : down_threshold_);
+
+        // Of the lanes that have the same value each sums the partial sums of some workers.
+        float sums[2][kValues] = {}, values[kValues];
+#pragma unroll
+        for (int i = 0; i < Batches::kWorkers / kShared; i++) {
+            float partial[kValues];
+            Lanes::copy_values(partial,
+                               ring_.partials(slot, i * kShared + part % kShared) + r * Batches::kTokens + first);
+#pragma unroll
+            for (int k = 0; k < kValues; k++) sums[i % 2][k] += partial[k];
+        }
+#pragma unroll
+        for (int k = 0; k < kValues; k++) {
+            values[k] = sums[0][k] + sums[1][k];
+#pragma unroll
+            for (int o = 1; o < kShared; o *= 2) values[k] += __shfl_xor_sync(kAll, values[k], o);
+            values[k] += bias;
+        }
+        const uint32_t candidates = gate ? (1u << p_.tokens) - 1 : row.tokens;
+        uint32_t tokens = 0;
+#pragma unroll
+        for (int i = 0; i < kValues; i++) {
+            values[i] = gate ? activate(values[i], p_.activation) : values[i] * row.values[first + i];
+            tokens |= uint32_t(keep(values[i], threshold)) << (first + i);
+        }
+#pragma unroll
+        for (int o = kShared; o < kRowLanes; o *= 2) tokens |= __shfl_xor_sync(kAll, tokens, o);
+        tokens = neuron == kNoNeuron ? 0 : tokens & candidates;
+        if (part == 0) {
+            if (gate) kept_ += __popc(tokens);
+            else kept_down_ += __popc(tokens);
+        }
+
+        RowState *to = nullptr; // where the neuron goes next, if some token keeps it
+        uint32_t queued = 0;
+        if (down_slot != kNoSlot) { // its down row is on its way already
+            to = &ring_.state(down_slot).rows[r];
+        } else {
+            const uint32_t kept_rows = __ballot_sync(kAll, part == 0 && tokens);
+            const uint32_t rank = __popc(kept_rows & ((1u << kRowLanes * r) - 1));
+            queued = __popc(kept_rows);
+            if (tokens) to = pending_.at(gate ? RowKind::kUp : RowKind::kDown, (gate ? next_up_ : next_down_) + rank);
+            if (gate) next_up_ += queued;
+            else next_down_ += queued;
+        }
+        if (to) {
+            if (part == 0) {
+                if (down_slot == kNoSlot) to->neuron = neuron;
+                to->tokens = tokens;
+            }
+            Lanes::copy_values(&to->values[first], values);
+        }
+        __syncwarp();
+        if (down_slot != kNoSlot) arrive_as_warp(ring_.full(down_slot));
+        return queued;
+    }
+
+    __device__ void add_counts() const { // token-neuron pairs
+        auto *counts = reinterpret_cast<unsigned long long *>(p_.counts);
+        const uint32_t kept = __reduce_add_sync(kAll, kept_), kept_down = __reduce_add_sync(kAll, kept_down_);
+        if (lane_) return;
+        if (blockIdx.x == 0) atomicAdd(counts, (unsigned long long)(p_.intermediate_size * p_.tokens));
+        atomicAdd(counts + 1, (unsigned long long)kept);
+        atomicAdd(counts + 2, (unsigned long long)kept_down);
+    }
+
+  private:
+    const SparseMlpParams &p_;
+    const Ring<Batches> &ring_;
+    const PendingRows<Batches> pending_;
+    const uint32_t lane_ = threadIdx.x % 32;
+    float threshold_ = 0.f, down_threshold_ = 0.f; // if all neurons have the same
+    uint32_t next_up_ = 0, next_down_ = 0;         // the ends of the two queues
+    uint32_t kept_ = 0, kept_down_ = 0;
+};
+
+// kSeparate: another warp is the Decider. It is told of the down rows that follow their up rows together with these.
+template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> class Scheduler {
+    static constexpr bool kBulk = kCopies != Copies::kByWorkers, kCopiers = kCopies == Copies::kByCopiers;
+    static constexpr uint32_t kAll = 0xffffffffu;
+    static constexpr int kRows = Batches::kRows;
+    using Lanes = DecisionLanes<Batches>;
+    using RowState = cats::RowState<Batches::kTokens>;
     using BatchState = typename Batches::State;
 
   public:
-    __device__ Scheduler(const RingArguments &args, const Ring<Batches> &ring, uint8_t *smem)
-        : args_(args), p_(args.mlp), ring_(ring), pending_(reinterpret_cast<RowState *>(smem)), row_bytes_(args.mlp),
-          intermediate_(uint32_t(args.mlp.intermediate_size)),
+    __device__ Scheduler(const RingArguments &args, const Ring<Batches> &ring, uint8_t *pending)
+        : args_(args), p_(args.mlp), ring_(ring), pending_(pending), decider_(args.mlp, ring, pending),
+          row_bytes_(args.mlp), intermediate_(uint32_t(args.mlp.intermediate_size)),
           batches_((intermediate_ + ring.rows() - 1) / ring.rows()), next_batch_(blockIdx.x) {}
 
-    // The form for a step of decoding: no kernel writes the weights, so the first rows are asked for before the wait.
+    // Where other warps copy, and wait for the previous kernel; and for a step of decoding, where no kernel writes the
+    // weights. Thresholds, which a previous kernel may write, come with the rows.
     __device__ void ask_before_wait() {
-        if (thresholds_differ(p_)) return; // they come with the rows
+        if (p_.y_sum ? thresholds_differ(p_) : !kCopiers) return;
         while (in_flight_ < args_.ring.slots && next_known_ && next_batch_ < batches_ && ask()) {
         }
     }
 
     __device__ void run() {
-        threshold_ = *p_.threshold;
-        if (p_.down_threshold) down_threshold_ = *p_.down_threshold; // otherwise 0: keeps all
+        if constexpr (!kSeparate) decider_.load_thresholds();
         draw(), draw();
         while (true) {
             while (in_flight_ < args_.ring.slots && ask()) {
             }
-            if (!in_flight_) break;
-            wait(ring_.done(head_.slot), head_.parity);
-            if (kind_in(head_.slot) != RowKind::kDown) decide();
-            __syncwarp();
-            head_.advance(ring_);
-            in_flight_--;
+            if (in_flight_ < args_.ring.slots && nothing_follows()) break;
+            wait(kSeparate ? ring_.decided(head_.slot) : ring_.done(head_.slot), head_.parity);
+            take_head();
         }
+        // The end follows the last batch at once: the workers need not wait until that has come back here.
         if (lane_ == 0) ring_.state(tail_.slot).kind = RowKind::kEnd;
         __syncwarp();
         if (!kBulk || kCopiers) arrive_as_warp(ring_.asked(tail_.slot));
-        arrive_as_warp(ring_.full(tail_.slot));
+        for (int i = 0; i < kStateArrivals; i++) arrive_as_warp(ring_.full(tail_.slot));
         if (kBulk && !kCopiers && thresholds_differ(p_)) arrive_after_async_copies(ring_.full(tail_.slot));
-        if (p_.counts) add_counts();
+        if constexpr (!kSeparate) {
+            while (in_flight_) {
+                wait(ring_.done(head_.slot), head_.parity);
+                take_head();
+            }
+            if (p_.counts) decider_.add_counts();
+        }
     }
 
   private:
+    // Whether no decision that is still to be made leads to a row.
+    __device__ __forceinline__ bool nothing_follows() const {
+        return next_known_ && next_batch_ >= batches_ && !gates_in_flight_ && !ups_ && !downs_ && owing_ == kNoSlot &&
+               !ups_in_flight_;
+    }
+
+    // The batch at the head has been computed, and decided if another warp does so.
+    __device__ __forceinline__ void take_head() {
+        const RowKind kind = kind_in(head_.slot);
+        if (kind != RowKind::kDown) {
+            uint32_t queued;
+            if constexpr (kSeparate) queued = ring_.state(head_.slot).kept;
+            else queued = decider_.decide(head_.slot, kind);
+            if (kind == RowKind::kGate) gates_in_flight_--, ups_ += queued;
+            else ups_in_flight_ -= ~paired_ >> head_.slot & 1, downs_ += queued;
+            if (!kSeparate && owing_ == head_.slot) owing_ = kNoSlot; // their down rows have been queued
+        }
+        __syncwarp();
+        head_.advance(ring_);
+        in_flight_--;
+    }
+
     // Gate batches. A CTA starts with batches b, b + CTAs, ..., as many as are prefetched; from then on it draws the
     // next from a counter in global memory. How many rows a batch leads to depends on the input: with fixed batches the
     // CTAs would end up to a tenth of the whole time apart. A draw takes a while, so two are always on their way.
@@ -103,10 +281,6 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
         if (next_batch_ < batches_) draw();
     }
 
-    __device__ __forceinline__ RowState *pending(RowKind kind, uint32_t i) const {
-        return pending_ + (kind == RowKind::kDown ? Batches::kMaxPending : 0) + i % uint32_t(Batches::kMaxPending);
-    }
-
     __device__ __forceinline__ RowKind kind_in(int slot) const { return RowKind(kinds_ >> 2 * slot & 3); }
 
     // Asks for one batch; false if there is none to ask for.
@@ -116,11 +290,12 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
         const uint32_t rows = ring_.rows();
         uint32_t count = rows;
         const bool owed = owing_ != kNoSlot;
+        bool paired = false;
         if (owed) { // the down rows of that slot's up rows, whose dot products are not known yet
             BatchState &state = ring_.state(owing_);
             kind = RowKind::kDown;
             from = &state.rows[lane_ % kRows];
-            if (lane_ == 0) state.down_slot = tail_.slot;
+            if (!kSeparate && lane_ == 0) state.down_slot = tail_.slot;
         } else {
             bool full = true;
             if (downs_ >= rows) kind = RowKind::kDown;
@@ -128,7 +303,7 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
             else {
                 learn_next_batch();
                 if (next_batch_ >= batches_) // no gate rows are left: the batch need not be full
-                    kind = downs_ ? RowKind::kDown : RowKind::kUp, full = false;
+                    kind = (Batches::kGatesFirst ? !ups_ : downs_ > 0) ? RowKind::kDown : RowKind::kUp, full = false;
                 else if (ups_ + (gates_in_flight_ + 1) * rows > Batches::kMaxPending) {
                     if (!Batches::kGatesFirst || ups_ < rows) return false;
                     kind = RowKind::kUp;
@@ -138,8 +313,10 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
                 const bool down = kind == RowKind::kDown;
                 if (!full) count = min(down ? downs_ : ups_, rows);
                 if (!count) return false;
-                if (Batches::kGatesFirst && count < rows && gates_in_flight_) return false; // it may get fuller
-                from = pending(kind, (down ? first_down_ : first_up_) + lane_ % kRows);
+                if (Batches::kGatesFirst && count < rows && (gates_in_flight_ || (down && ups_in_flight_)))
+                    return false; // it may get fuller
+                paired = !down && !p_.down_threshold && (!Batches::kGatesFirst || (count == ups_ && !gates_in_flight_));
+                from = pending_.at(kind, (down ? first_down_ : first_up_) + lane_ % kRows);
                 if (down) first_down_ += count, downs_ -= count;
                 else first_up_ += count, ups_ -= count;
             }
@@ -153,28 +330,38 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
                 next_batch_ += gridDim.x;
             else next_known_ = false;
             gates_in_flight_++;
+        } else if (kSeparate && owed) { // the Decider writes the rest, and may have done so
+            neuron = from->neuron;
         } else {
             neuron = from->neuron, tokens = from->tokens;
             if (lane_ >= count) neuron = kNoNeuron, tokens = 0;
             // A lane copies its row's values. The lane of that number knows where they are.
-            const auto *row = reinterpret_cast<const RowState *>(
-                __shfl_sync(kAll, reinterpret_cast<uint64_t>(from), lane_ / kRowLanes));
-            copy_values(&state.rows[lane_ / kRowLanes].values[first_token()], &row->values[first_token()]);
+            const auto *row =
+                reinterpret_cast<const RowState *>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(from), Lanes::row()));
+            Lanes::copy_values(&state.rows[Lanes::row()].values[Lanes::first_token()],
+                               &row->values[Lanes::first_token()]);
         }
         const bool present = lane_ < kRows && neuron != kNoNeuron;
-        if (lane_ < kRows) state.rows[lane_].neuron = neuron, state.rows[lane_].tokens = tokens;
+        if (lane_ < kRows) state.rows[lane_].neuron = neuron;
+        if (lane_ < kRows && !(kSeparate && owed)) state.rows[lane_].tokens = tokens;
         const uint32_t present_rows = __popc(__ballot_sync(kAll, present));
         kinds_ = (kinds_ & ~(3u << 2 * tail_.slot)) | uint32_t(kind) << 2 * tail_.slot;
-        // Without a second test nothing is left to decide after a gate row: the down rows follow their up rows at once.
-        // Their h comes later.
-        owing_ = kind == RowKind::kUp && !p_.down_threshold ? tail_.slot : kNoSlot;
+        // Without a second test nothing is left to decide after a gate row: the down rows can follow their up rows at
+        // once, and their h comes later. Where gate rows went first, only the last ones do: the workers would wait for
+        // h in between.
+        owing_ = paired ? tail_.slot : kNoSlot;
+        paired_ = (paired_ & ~(1u << tail_.slot)) | uint32_t(paired) << tail_.slot;
+        if (kind == RowKind::kUp && !paired) ups_in_flight_++;
         if (lane_ == 0) {
-            state.kind = kind, state.down_slot = kNoSlot;
+            auto next = tail_;
+            next.advance(ring_);
+            state.kind = kind, state.down_slot = kSeparate && paired ? next.slot : kNoSlot;
             if (kBulk) expect_bytes(ring_.full(tail_.slot), row_bytes_(kind) * present_rows);
         }
         __syncwarp();
         if (!kBulk || kCopiers) arrive_as_warp(ring_.asked(tail_.slot));
-        if (!owed) arrive_as_warp(ring_.full(tail_.slot));
+        arrive_as_warp(ring_.full(tail_.slot));
+        if (!owed) arrive_as_warp(ring_.full(tail_.slot)); // otherwise from the decision
         if (kBulk && !kCopiers) {
             if (present) {
                 copy_threshold(p_, state, lane_);
@@ -188,110 +375,24 @@ template <class Batches, class Row, typename T, Copies kCopies> class Scheduler 
         return true;
     }
 
-    __device__ __forceinline__ int first_token() const {
-        return kShared == 1 ? lane_ % kRowLanes * kValues : lane_ % kRowLanes / kShared;
-    }
-
-    static __device__ __forceinline__ void copy_values(float *to, const float *from) {
-        if constexpr (kValues == 2) *reinterpret_cast<float2 *>(to) = *reinterpret_cast<const float2 *>(from);
-        else *to = *from;
-    }
-
-    // Applies act(g) and the first threshold, or h and the second, to the neurons of the batch at the head.
-    __device__ __forceinline__ void decide() {
-        const int slot = head_.slot, r = lane_ / kRowLanes, part = lane_ % kRowLanes, first = first_token();
-        BatchState &state = ring_.state(slot);
-        RowState &row = state.rows[r];
-        const bool gate = kind_in(slot) == RowKind::kGate;
-        const uint32_t neuron = row.neuron;
-        const int down_slot = state.down_slot;
-        const void *biases = gate ? p_.gate_bias : p_.up_bias;
-        const float bias = biases && neuron != kNoNeuron ? to_float(static_cast<const T *>(biases)[neuron]) : 0.f;
-        const bool one_each = gate ? p_.threshold_stride : p_.down_threshold_stride;
-        const float threshold = one_each ? state.thresholds[r] : (gate ? threshold_ : down_threshold_);
-
-        float sums[2][kValues] = {}, values[kValues];
-#pragma unroll
-        for (int i = 0; i < Batches::kWorkers / kShared; i++) {
-            float partial[kValues];
-            copy_values(partial, ring_.partials(slot, i * kShared + part % kShared) + r * kTokens + first);
-#pragma unroll
-            for (int k = 0; k < kValues; k++) sums[i % 2][k] += partial[k];
-        }
-#pragma unroll
-        for (int k = 0; k < kValues; k++) {
-            values[k] = sums[0][k] + sums[1][k];
-#pragma unroll
-            for (int o = 1; o < kShared; o *= 2) values[k] += __shfl_xor_sync(kAll, values[k], o);
-            values[k] += bias;
-        }
-        const uint32_t candidates = gate ? (1u << p_.tokens) - 1 : row.tokens;
-        uint32_t tokens = 0;
-#pragma unroll
-        for (int i = 0; i < kValues; i++) {
-            values[i] = gate ? activate(values[i], p_.activation) : values[i] * row.values[first + i];
-            tokens |= uint32_t(keep(values[i], threshold)) << (first + i);
-        }
-#pragma unroll
-        for (int o = 1; o < kRowLanes; o *= 2) tokens |= __shfl_xor_sync(kAll, tokens, o);
-        tokens = neuron == kNoNeuron ? 0 : tokens & candidates;
-        if (part == 0) {
-            if (gate) kept_ += __popc(tokens);
-            else kept_down_ += __popc(tokens);
-        }
-        if (gate) gates_in_flight_--;
-
-        RowState *to = nullptr;     // where the neuron goes next, if some token keeps it
-        if (down_slot != kNoSlot) { // its down row is on its way already
-            to = &ring_.state(down_slot).rows[r];
-        } else {
-            const uint32_t kept_rows = __ballot_sync(kAll, part == 0 && tokens);
-            const uint32_t rank = __popc(kept_rows & ((1u << kRowLanes * r) - 1)), count = __popc(kept_rows);
-            if (tokens)
-                to = pending(gate ? RowKind::kUp : RowKind::kDown,
-                             (gate ? first_up_ + ups_ : first_down_ + downs_) + rank);
-            if (gate) ups_ += count;
-            else downs_ += count;
-            if (owing_ == slot) owing_ = kNoSlot;
-        }
-        if (to) {
-            if (part == 0) {
-                if (down_slot == kNoSlot) to->neuron = neuron;
-                to->tokens = tokens;
-            }
-            copy_values(&to->values[first], values);
-        }
-        __syncwarp();
-        if (down_slot != kNoSlot) arrive_as_warp(ring_.full(down_slot));
-    }
-
-    __device__ void add_counts() const { // token-neuron pairs
-        auto *counts = reinterpret_cast<unsigned long long *>(p_.counts);
-        const uint32_t kept = __reduce_add_sync(kAll, kept_), kept_down = __reduce_add_sync(kAll, kept_down_);
-        if (lane_) return;
-        if (blockIdx.x == 0) atomicAdd(counts, (unsigned long long)(p_.intermediate_size * p_.tokens));
-        atomicAdd(counts + 1, (unsigned long long)kept);
-        atomicAdd(counts + 2, (unsigned long long)kept_down);
-    }
-
     const RingArguments &args_;
     const SparseMlpParams &p_;
     const Ring<Batches> &ring_;
-    RowState *pending_; // in shared memory: two queues of kMaxPending, of neurons whose up and down rows come next
+    const PendingRows<Batches> pending_;
+    Decider<Batches, T> decider_;
     const uint32_t lane_ = threadIdx.x % 32;
     const typename Row::Bytes row_bytes_; // of a kind of row
     const uint32_t intermediate_, batches_;
     const uint64_t policy_ = read_once_policy();
-    float threshold_ = 0.f, down_threshold_ = 0.f; // if all neurons have the same
     uint32_t next_batch_, drawn_[2] = {}, draws_ = 0;
     bool next_known_ = true;
     typename Ring<Batches>::Cursor head_, tail_;
-    uint32_t kinds_ = 0; // of the slots, two bits each
-    int in_flight_ = 0;  // batches
-    uint32_t gates_in_flight_ = 0;
-    int owing_ = kNoSlot;                                          // the slot whose neurons' down rows come next
+    uint32_t kinds_ = 0;                               // of the slots, two bits each
+    int in_flight_ = 0;                                // batches
+    uint32_t paired_ = 0;                              // of the slots: up rows whose down rows were asked for with them
+    uint32_t gates_in_flight_ = 0, ups_in_flight_ = 0; // batches; of up rows those that are not paired
+    int owing_ = kNoSlot;                              // the slot whose neurons' down rows come next
     uint32_t first_up_ = 0, ups_ = 0, first_down_ = 0, downs_ = 0; // the two queues
-    uint32_t kept_ = 0, kept_down_ = 0;
 };
 
 // One of several warps that copy the rows that the scheduler asks for. A bulk copy is started by one lane after the
@@ -319,9 +420,9 @@ template <class Batches, class Row> class Copier {
                               ring_.full(at.slot), policy);
             }
             if (thresholds) arrive_after_async_copies(ring_.full(at.slot));
-            if (kind == RowKind::kEnd) break;
             __syncwarp();
             arrive_as_warp(ring_.done(at.slot)); // the state has been read, also by a copier that has no row
+            if (kind == RowKind::kEnd) break;
             at.advance(ring_);
         }
     }

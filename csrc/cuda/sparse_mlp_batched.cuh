@@ -20,7 +20,7 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
     extern __shared__ __align__(128) uint8_t smem[];
     const Ring<DenseBatches> ring(smem, args.ring);
     constexpr BatchSizes kSizes = DenseBatches::kSizes;
-    Scheduler<DenseBatches, Row, T, kBulk ? Copies::kByScheduler : Copies::kByWorkers> scheduler(
+    Scheduler<DenseBatches, Row, T, kBulk ? Copies::kByScheduler : Copies::kByWorkers, false> scheduler(
         args, ring, smem + ring_bytes(args.ring.slots, kSizes.rows * args.ring.row_stride, kSizes));
     const bool schedules = warp == kSizes.workers;
     launch_dependents();
@@ -31,6 +31,8 @@ __device__ __forceinline__ void sparse_mlp_batched_body(const RingArguments &arg
     __syncthreads();
     wait_for_previous_kernel();
     if (schedules) {
+        if constexpr (kBulk)
+            asm volatile("bar.sync 1, %0;" ::"n"((kSizes.workers + 1) * 32) : "memory"); // see wait_for_x
         scheduler.run();
     } else {
         MmaWorker<Row, T, kBulk, kGroups> worker(p, ring, warp);

@@ -137,8 +137,8 @@ PINNED = [
     # Rows beyond 8,192 columns need the 255 registers of 8 warps.
     (12288, 33792, 1, BF16, H100, dict(kernel="pipelined", teams=1, team_warps=8, chunks=6, threads=256)),
     # Two to eight tokens on the tensor cores: 4,096 columns are 12 groups of 32 for each of 11 worker warps.
-    (4096, 14336, 2, BF16, H100, dict(kernel="batched", tokens=2, token_padding=2, column_groups=12, slots=2)),
-    (4096, 14336, 3, BF16, H100, dict(kernel="batched", tokens=3, token_padding=4, column_groups=12, slots=2)),
+    (4096, 14336, 2, BF16, H100, dict(kernel="batched", tokens=2, token_padding=2, column_groups=12, slots=3)),
+    (4096, 14336, 3, BF16, H100, dict(kernel="batched", tokens=3, token_padding=4, column_groups=12, slots=3)),
     (4096, 14336, 8, BF16, H100, dict(kernel="batched", tokens=8, token_padding=8, threads=384)),
     (4096, 14336, 20, BF16, H100, dict(kernel="batched", tokens=8)),
     # Two slots of 8 rows of 8 KiB do not fit 99 KiB, 5,120 columns no registers, and fp32 no tensor cores: two at once.
@@ -247,6 +247,10 @@ def test_a_step_of_packed_rows_needs_the_kernel_for_them(formats):
 def test_packed_rows_of_mistral_7b():
     for tokens, taken in ((1, 1), (2, 2), (3, 3), (4, 4), (16, 4)):
         p = plan(4096, 14336, tokens, BF16, H100, formats=("int4_g128",) * 3)
-        assert (p.kernel, p.tokens, p.column_groups, p.ring_rows, p.slots) == ("packed", taken, 4, 16, 5)
+        assert (p.kernel, p.tokens, p.column_groups, p.ring_rows, p.slots) == ("packed", taken, 4, 16, 4)
+        assert (p.threads, p.first_batches) == (384, 3)  # 132 CTAs have 4.5 MB in a batch each
+    p = plan(4096, 14336, 1, BF16, H100, formats=("int8_g128",) * 3)
+    assert (p.kernel, p.ring_rows, p.slots, p.first_batches) == ("packed", 16, 3, 2)
+    assert plan(1024, 2816, 1, BF16, H100, formats=("int4_g128",) * 3).first_batches == 7
     with pytest.raises(ValueError, match=r"formats must be three names of packed row formats, got .*int3"):
         plan(4096, 14336, 1, BF16, H100, formats=("int3",) * 3)
