@@ -113,8 +113,15 @@ def main() -> None:
         add_tasks(task_table, labels, dense_answers, found)
         found_of[str(variant["variant"])].append(found)
 
+    def add_means() -> None:
+        for variant, found in found_of.items():
+            labels = {"model": args.name, "variant": variant, "draw": "mean"}
+            task_table.add(*(labels | row for row in mean_of_draws(dense_answers, found)))
+        found_of.clear()
+
     found_of: dict[str, list[dict[str, list[bool]]]] = defaultdict(list)
     measure({"variant": "dense", "rule": "", "budget": 1.0, "draw": 0, "calibration_s": 0.0})
+    add_means()
     for rule in args.rules:
         for draw in range(args.draws):
             windows = texts[f"calibration_{draw}" if draw else "calibration"].cpu()
@@ -126,9 +133,7 @@ def main() -> None:
                 labels = {"variant": f"{rule} {budget:.3g}", "rule": rule, "budget": budget, "draw": draw}
                 measure(labels | {"calibration_s": seconds})
                 cats_ext.remove_cats(model)
-    for variant, found in found_of.items():
-        labels = {"model": args.name, "variant": variant, "draw": "mean"}
-        task_table.add(*(labels | row for row in mean_of_draws(dense_answers, found)))
+        add_means()
 
 
 def _draws(text: str) -> int:

@@ -41,17 +41,17 @@ MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
 # to 16. 2048x8192 takes 37 to 50, and dense 46 for 1. Longer rows do not fit, and without the copy engine of compute
 # capability 9.0 it is slower (bench/results/h100: kernel_experiments, microbench, mlp_tokens, mlp_small.csv). So it is
-# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 99 us for 4 tokens at 50 %
-# sparsity, and dense 95 (bench/results/h200/serving_tokens.csv).
+# where the memory is faster than the H100's 3.4 TB/s: on an H200, with 4.8, it takes 95 us for 4 tokens at 50 %
+# sparsity, and dense 92 (bench/results/h200/serving_tokens.csv).
 MAX_BATCHED_TOKENS, BATCHED_HIDDEN_SIZES, BATCHED_CAPABILITY = 4, range(3072, 4225, 32), 9
 MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which other paths unpack first. At 50 % sparsity, on two cores with AVX-512,
 # 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0; int8 9.3
 # and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 226 us for
-# 16 tokens and to unpack and multiply 228; int8 281 and 248. packed_matmul, where there is one, takes 83 and 90 for 4
-# tokens and as long for 8; the kernel takes 58 and 72 for 4, and 5 tokens are two launches, of 4 and of 1
-# (h200/packed_tokens.csv).
+# 16 tokens and to unpack and multiply 228; int8 281 and 248 (h200/packed_tokens.csv). packed_matmul, where there is
+# one, takes 81 and 88 for 4 tokens and as long for 8; the kernel takes 45 and 58 for 4. 5 tokens are two launches, of 4
+# and of 1, which take 70 and 97: with int4 less than packed_matmul, with int8 more (h200/packed.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
 
