@@ -4,9 +4,11 @@
 
 Every path is captured in a CUDA graph over layers of distinct weights, several times the L2 in all; paths take turns,
 medians are reported. Thresholds are exact quantiles of |act(gate)| for the x in use; with several tokens a neuron's row
-is read if one of them keeps it. "int4pack" is torch's tinygemm kernel, groups of 128, compiled with its activation;
-"int8" is a product with weights that torch.compile converts as it reads them, one scale a row. From 4 tokens on
-"product" is packed_matmul, which reads all packed rows, with the mask of the first sparsity between its products.
+is read if one of them keeps it. "40 / 60 %" has a second threshold, on h: 40 % of the up rows and 60 % of the down rows
+are skipped, the bytes of one threshold at 50 %. "int4pack" is torch's tinygemm kernel, groups of 128, compiled with its
+activation; "int8" is a product with weights that torch.compile converts as it reads them, one scale a row. From 4
+tokens on "product" is packed_matmul, which reads all packed rows, with the mask of the first sparsity between its
+products.
 """
 
 from __future__ import annotations
@@ -61,15 +63,31 @@ def packed_variants(name: str, x: Tensor, intermediate: int, sparsities: list[fl
     values = [F.silu(x.float() @ forms[0].unpack(w[0], hidden).t()).abs() for w in layers]
     names = [form.name for form in forms]
     gate, up, down = (form.row_bytes(hidden) for form in forms)
-    for sparsity in sparsities:
-        thresholds = [kth_threshold(v, sparsity) for v in values]
-        rows = sum(int((v >= t).any(0).sum()) for v, t in zip(values, thresholds, strict=True)) / count
+    products = [v * (x.float() @ forms[1].unpack(w[1], hidden).t()).abs() for v, w in zip(values, layers, strict=True)]
 
-        def run(thresholds: list[Tensor] = thresholds) -> list[Tensor]:
-            return [ops.sparse_mlp_packed(x, *w, *names, t) for w, t in zip(layers, thresholds, strict=True)]
+    def kept(tests: list[Tensor], thresholds: list[Tensor]) -> float:
+        """Rows of a layer that some token keeps, in the mean."""
+        return sum(int((v >= t).any(0).sum()) for v, t in zip(tests, thresholds, strict=True)) / count
 
-        read = intermediate * gate + rows * (up + down)
-        yield Variant(name, f"{name} {sparsity:.0%}", sparsity, read, count, Captured(run))
+    for sparsity, offset in [(s, 0.0) for s in sparsities] + [(0.5, 0.1)] * (0.5 in sparsities):
+        thresholds = [kth_threshold(v, sparsity - offset) for v in values]
+        pairs: list[tuple[Tensor, Tensor | None]] = [(t, None) for t in thresholds]
+        up_rows = down_rows = kept(values, thresholds)
+        path, title = name, f"{name} {sparsity:.0%}"
+        if offset:
+            passed = [h.where(v >= t, 0) for h, v, t in zip(products, values, thresholds, strict=True)]
+            second = [kth_threshold(h, sparsity + offset) for h in passed]
+            pairs, down_rows = list(zip(thresholds, second, strict=True)), kept(passed, second)
+            path, title = f"{name} two", f"{name} {sparsity - offset:.0%} / {sparsity + offset:.0%}"
+
+        def run(pairs: list[tuple[Tensor, Tensor | None]] = pairs) -> list[Tensor]:
+            return [
+                ops.sparse_mlp_packed(x, *w, *names, t, down_threshold=d)
+                for w, (t, d) in zip(layers, pairs, strict=True)
+            ]
+
+        read = intermediate * gate + up_rows * up + down_rows * down
+        yield Variant(path, title, sparsity, read, count, Captured(run))
     if not has_product(x) or len(x) < 4:
         return
     thresholds = [kth_threshold(v, sparsities[0]) for v in values]

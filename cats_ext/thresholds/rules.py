@@ -106,11 +106,11 @@ def budget_of(sparsity: float) -> float:
 
 
 def sparsity_of(budget: float) -> float:
-    """Inverse of :func:`budget_of`. Raises unless ``budget`` is in (1/3, 1]: the gate alone is 1/3 of the bytes."""
+    """Inverse of :func:`budget_of`. Raises unless it is in (1/3, 1]: a sparsity of 1 leaves 1/3 of the bytes."""
     if not isinstance(budget, (int, float)) or isinstance(budget, bool):
         raise TypeError(f"budget must be a number in (1/3, 1], got {budget!r}")
     if not 1 / 3 < budget <= 1:
-        raise ValueError(f"budget must be in (1/3, 1], since the gate alone is 1/3 of the bytes, got {budget}")
+        raise ValueError(f"budget must be in (1/3, 1], as a sparsity of 1 leaves 1/3 of the bytes, got {budget}")
     return 1.5 * (1 - budget)
 
 

@@ -17,7 +17,7 @@
 namespace cats {
 
 using DenseBatches =
-    Batches<kDenseBatches.rows, kDenseBatches.tokens, kDenseBatches.workers, kDenseBatches.max_pending, true>;
+    Batches<kDenseBatches.rows, kDenseBatches.tokens, kDenseBatches.workers, kDenseBatches.max_pending>;
 
 template <class Row, typename T, bool kBulk, int kGroups> class MmaWorker {
     using Ring = cats::Ring<DenseBatches>;

@@ -40,7 +40,7 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
     static_assert((kTokens == 1 || kTokens == 2 || kTokens == 4) && 2 * kBlocks % kShare == 0);
 
   public:
-    using Batches = cats::Batches<kSizes.rows, kTokens, kWorkers, kSizes.max_pending, true>;
+    using Batches = cats::Batches<kSizes.rows, kTokens, kWorkers, kSizes.max_pending>;
 
     __device__ PackedWorker(const SparseMlpParams &p, const Ring<Batches> &ring, int warp)
         : p_(p), ring_(ring), lane_(threadIdx.x % 32), warp_(warp), quad_(lane_ % 4), row_(lane_ / 4),

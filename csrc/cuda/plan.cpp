@@ -180,13 +180,13 @@ Choice packed(const Shape &shape, const DeviceLimits &device, const PlanOverride
     const auto shared_bytes = [&] {
         return ring_bytes(ring.slots, ring.rows * ring.row_stride, sizes) + sizes.scheduler_bytes();
     };
-    // On an H200 4 slots take 29.3 / 24.1 / 19.6 us at 0 / 50 / 90 % sparsity, 5 slots 29.6 / 24.2 / 19.8 and 6 slots
+    // On an H200 4 slots take 29.3 / 24.1 / 19.6 us at 0 / 50 / 90 % sparsity, 5 slots 29.6 / 24.2 / 19.7 and 6 slots
     // 31.4 / 24.7 / 20.0 (bench/results/h200/packed_kernel.log). 8 rows a batch took 63 us where 16 took 38
     // (bench/results/h100/packed_plan.log): what a batch costs beside its columns decides. Rows too long for 3 slots of
     // 16 come in batches of 8.
     for (int rows : {16, 8}) {
         ring.rows = rows;
-        ring.slots = overrides.slots ? std::min(overrides.slots, 16) : 4;
+        ring.slots = std::min({overrides.slots ? overrides.slots : 4, sizes.max_pending / rows - 1, kMaxSlots});
         while (ring.slots > 2 && shared_bytes() > shared_limit(device)) ring.slots--;
         if (shared_bytes() <= shared_limit(device) && (ring.slots > 2 || rows == 8)) break;
     }

@@ -4,8 +4,9 @@
 //
 //     asked[slot]    the batch's state is written; only where other warps copy the rows
 //     full[slot]     the rows have arrived, and the state is complete
-//     done[slot]     every worker warp has read the rows and written its partial dot products, and every copier the
-//     state decided[slot]  where a warp of its own decides: it has read the partial dot products and the state
+//     done[slot]     every worker warp has read the rows and written its partial dot products, every copier has read
+//                    the state
+//     decided[slot]  where a warp of its own decides: it has read the partial dot products and the state
 #pragma once
 
 #include "mbarrier.cuh"
@@ -24,17 +25,16 @@ template <int kTokens> struct RowState {
 };
 
 // The batches of one kernel. kMaxPending: neurons whose up row, or whose down row, is still to be asked for, a power of
-// two. kGatesFirst: see Scheduler.
-template <int kRows_, int kTokens_, int kWorkers_, int kMaxPending_, bool kGatesFirst_> struct Batches {
+// two.
+template <int kRows_, int kTokens_, int kWorkers_, int kMaxPending_> struct Batches {
     static constexpr int kRows = kRows_, kTokens = kTokens_, kWorkers = kWorkers_, kMaxPending = kMaxPending_;
-    static constexpr bool kGatesFirst = kGatesFirst_;
     static constexpr BatchSizes kSizes{kRows, kTokens, kWorkers, kMaxPending};
 
     struct alignas(16) State {
         RowState<kTokens> rows[kRows];
         float thresholds[kRows]; // if each neuron has its own: copied like the rows
         RowKind kind;
-        int down_slot; // up rows: the slot that has the same neurons' down rows already, or kNoSlot
+        int down_slot; // up rows: the slot that has, or will have, the same neurons' down rows, or kNoSlot
         uint32_t kept; // from a Decider of its own warp: neurons that it has queued
     };
     static_assert(sizeof(RowState<kTokens>) == kSizes.row_state_bytes() && sizeof(State) == kSizes.batch_state_bytes());

@@ -1,12 +1,11 @@
-// The scheduler warp of sparse_mlp_batched.cuh and sparse_mlp_packed.cuh decides which rows are read. It keeps the ring
-// full, sums the worker warps' partial dot products, applies the activation and the thresholds, and queues the up and
-// down rows of the neurons that some token keeps. These rows go before further gate rows: then the queues stay short,
-// and little is left to do after the last gate row. Where they are long enough for most of a CTA's neurons
-// (kGatesFirst), gate rows go first: then no row waits for a decision at the end but the very last.
+// Which rows sparse_mlp_batched.cuh and sparse_mlp_packed.cuh read. The Scheduler keeps the ring full. The Decider sums
+// the worker warps' partial dot products, applies the activation and the thresholds, and queues the up and down rows of
+// the neurons that some token keeps. Gate rows go first, as far as the queues have room for all their neurons: then no
+// row waits for a decision at the end but the very last.
 //
-// This is one warp's chain of dependent instructions, some 5 cycles each. A batch must pass through it in less time
-// than its rows take to arrive, so the loop has one copy of each step and does as little as possible. Where that is not
-// enough (packed rows), a warp of its own decides.
+// Each is a chain of dependent instructions, some 5 cycles each. A batch must pass through both in less time than its
+// rows take to arrive, so the loop has one copy of each step and does as little as possible. Where one warp for both is
+// too slow (packed rows), each has its own.
 #pragma once
 
 #include "activation.cuh"
@@ -102,7 +101,7 @@ template <class Batches, typename T> class Decider {
     }
 
     // act(g) and the first threshold for gate rows, h and the second one for up rows. Queues the neurons that some
-    // token keeps, unless their down rows are on their way already, and returns how many it has queued.
+    // token keeps, unless their down rows are asked for with their up rows, and returns how many it has queued.
     __device__ __forceinline__ uint32_t decide(int slot, RowKind kind) {
         const int r = Lanes::row(), part = lane_ % kRowLanes, first = Lanes::first_token();
         auto &state = ring_.state(slot);
@@ -149,7 +148,7 @@ template <class Batches, typename T> class Decider {
 
         RowState *to = nullptr; // where the neuron goes next, if some token keeps it
         uint32_t queued = 0;
-        if (down_slot != kNoSlot) { // its down row is on its way already
+        if (down_slot != kNoSlot) { // its down row comes there
             to = &ring_.state(down_slot).rows[r];
         } else {
             const uint32_t kept_rows = __ballot_sync(kAll, part == 0 && tokens);
@@ -286,7 +285,7 @@ template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> 
     // Asks for one batch; false if there is none to ask for.
     __device__ __forceinline__ bool ask() {
         RowKind kind = RowKind::kGate;
-        const RowState *from = nullptr; // up and down: what is known of this lane's row, lane % 8
+        const RowState *from = nullptr; // up and down: what is known of row lane % kRows
         const uint32_t rows = ring_.rows();
         uint32_t count = rows;
         const bool owed = owing_ != kNoSlot;
@@ -299,13 +298,12 @@ template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> 
         } else {
             bool full = true;
             if (downs_ >= rows) kind = RowKind::kDown;
-            else if (!Batches::kGatesFirst && ups_ >= rows) kind = RowKind::kUp;
             else {
                 learn_next_batch();
                 if (next_batch_ >= batches_) // no gate rows are left: the batch need not be full
-                    kind = (Batches::kGatesFirst ? !ups_ : downs_ > 0) ? RowKind::kDown : RowKind::kUp, full = false;
+                    kind = ups_ ? RowKind::kUp : RowKind::kDown, full = false;
                 else if (ups_ + (gates_in_flight_ + 1) * rows > Batches::kMaxPending) {
-                    if (!Batches::kGatesFirst || ups_ < rows) return false;
+                    if (ups_ < rows) return false;
                     kind = RowKind::kUp;
                 }
             }
@@ -313,9 +311,8 @@ template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> 
                 const bool down = kind == RowKind::kDown;
                 if (!full) count = min(down ? downs_ : ups_, rows);
                 if (!count) return false;
-                if (Batches::kGatesFirst && count < rows && (gates_in_flight_ || (down && ups_in_flight_)))
-                    return false; // it may get fuller
-                paired = !down && !p_.down_threshold && (!Batches::kGatesFirst || (count == ups_ && !gates_in_flight_));
+                if (count < rows && (gates_in_flight_ || (down && ups_in_flight_))) return false; // it may get fuller
+                paired = !down && !p_.down_threshold && count == ups_ && !gates_in_flight_;
                 from = pending_.at(kind, (down ? first_down_ : first_up_) + lane_ % kRows);
                 if (down) first_down_ += count, downs_ -= count;
                 else first_up_ += count, ups_ -= count;
@@ -346,9 +343,8 @@ template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> 
         if (lane_ < kRows && !(kSeparate && owed)) state.rows[lane_].tokens = tokens;
         const uint32_t present_rows = __popc(__ballot_sync(kAll, present));
         kinds_ = (kinds_ & ~(3u << 2 * tail_.slot)) | uint32_t(kind) << 2 * tail_.slot;
-        // Without a second test nothing is left to decide after a gate row: the down rows can follow their up rows at
-        // once, and their h comes later. Where gate rows went first, only the last ones do: the workers would wait for
-        // h in between.
+        // Without a second test nothing is left to decide after a gate row: the down rows could follow all up rows at
+        // once, and their h come later. Only the last ones do: in between the workers would wait for h.
         owing_ = paired ? tail_.slot : kNoSlot;
         paired_ = (paired_ & ~(1u << tail_.slot)) | uint32_t(paired) << tail_.slot;
         if (kind == RowKind::kUp && !paired) ups_in_flight_++;

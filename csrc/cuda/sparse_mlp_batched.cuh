@@ -1,7 +1,7 @@
 // The one-pass sparse gated MLP for 2 to 8 tokens. On the CUDA cores the arithmetic of 4 tokens takes longer than the
 // rows take to arrive, so it is done on the tensor cores, in batches of 8 rows. y of 8 tokens fills half the registers
 // of a multiprocessor at H 4096. So a CTA has one team of worker warps (mma_worker.cuh), each with its own columns, and
-// one warp that decides for all of them (scheduler.cuh). Workers never wait for a decision, only for rows.
+// one warp that decides for all of them (scheduler.cuh). Workers wait for rows, and at the end for the last decision.
 //
 // A row is read once, if any token keeps its neuron. Its stored bytes are the tensor cores' operand as they are, so
 // only row formats with an MmaOperand have this kernel. Programmatic dependent launch: as in sparse_mlp_kernel.cuh.

@@ -15,7 +15,7 @@
 namespace cats {
 
 // compute-sanitizer's racecheck does not follow what orders a copy after the workers' reads of its slot: they tell the
-// scheduler, and it the copier. Compiled for it, the scheduler copies.
+// Decider, it the Scheduler, and that the copier. Compiled for it, the Scheduler copies.
 #ifdef CATS_FOR_RACECHECK
 constexpr Copies kPackedCopies = Copies::kByScheduler;
 #else

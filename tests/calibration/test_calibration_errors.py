@@ -52,7 +52,7 @@ def test_argument_errors(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(budget=0.3), ValueError, r"budget must be in \(1/3, 1\], since the gate alone is 1/3 .* got 0.3"),
+        (dict(budget=0.3), ValueError, r"budget must be in \(1/3, 1\], as a sparsity of 1 leaves 1/3 .* got 0.3"),
         (dict(budget=1.1), ValueError, r"budget must be in .* got 1.1"),
         (dict(budget="half"), TypeError, r"budget must be a number in \(1/3, 1\], got 'half'"),
         (dict(budget=0.6, sparsity=0.5), ValueError, "give sparsity or budget, not both, got 0.5 and 0.6"),
