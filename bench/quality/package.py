@@ -12,7 +12,6 @@ mean of all draws, whose standard error is that of the items' means.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import math
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True, help="of quality.compare_inputs")
     parser.add_argument("--rules", nargs="+", default=["two_threshold", "three_threshold"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[2 / 3, 0.55], help="shares of the MLPs' bytes")
-    parser.add_argument("--draws", type=_draws, default=1, help=f"of the text for calibration, up to {DRAWS}")
+    parser.add_argument("--draws", type=int, choices=range(1, DRAWS + 1), default=1, help="of the text for calibration")
     parser.add_argument("--batch", type=int, default=8, help="windows in a forward pass")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="of tasks")
     args = parser.parse_args()
@@ -134,12 +133,6 @@ def main() -> None:
                 measure(labels | {"calibration_s": seconds})
                 cats_ext.remove_cats(model)
         add_means()
-
-
-def _draws(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= DRAWS:
-        raise argparse.ArgumentTypeError(f"must be from 1 to {DRAWS}, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ template <class Batches, typename T> class Decider {
             auto &state = ring_.state(at.slot);
             const RowKind kind = state.kind;
             if (kind == RowKind::kEnd) break;
-            const uint32_t kept = kind == RowKind::kDown ? 0 : decide(at.slot, kind);
-            if (lane_ == 0) state.kept = kept;
+            const uint32_t queued = kind == RowKind::kDown ? 0 : decide(at.slot, kind);
+            if (lane_ == 0) state.queued = queued;
             __syncwarp();
             arrive_as_warp(ring_.decided(at.slot));
             at.advance(ring_);

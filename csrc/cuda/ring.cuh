@@ -34,8 +34,8 @@ template <int kRows_, int kTokens_, int kWorkers_, int kMaxPending_> struct Batc
         RowState<kTokens> rows[kRows];
         float thresholds[kRows]; // if each neuron has its own: copied like the rows
         RowKind kind;
-        int down_slot; // up rows: the slot that has, or will have, the same neurons' down rows, or kNoSlot
-        uint32_t kept; // from a Decider of its own warp: neurons that it has queued
+        int down_slot;   // up rows: the slot that has, or will have, the same neurons' down rows, or kNoSlot
+        uint32_t queued; // neurons of the batch that a Decider of its own warp has queued
     };
     static_assert(sizeof(RowState<kTokens>) == kSizes.row_state_bytes() && sizeof(State) == kSizes.batch_state_bytes());
 };

@@ -93,7 +93,7 @@ template <class Batches, class Row, typename T, Copies kCopies, bool kSeparate> 
         const RowKind kind = kind_in(head_.slot);
         if (kind != RowKind::kDown) {
             uint32_t queued;
-            if constexpr (kSeparate) queued = ring_.state(head_.slot).kept;
+            if constexpr (kSeparate) queued = ring_.state(head_.slot).queued;
             else queued = decider_.decide(head_.slot, kind);
             if (kind == RowKind::kGate) gates_in_flight_--, ups_ += queued;
             else ups_in_flight_ -= ~paired_ >> head_.slot & 1, downs_ += queued;
