@@ -328,7 +328,8 @@ template <WeightType kType, int kGroup, typename T, int kBlocks> class PackedLin
         uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int low = kInt4 ? i : i / 2 * 4 + i % 2, high = low + (kInt4 ? 4 : 2);
+            constexpr int kOperands = Unpack::kOperands;
+            const int low = i / kOperands * 2 * kOperands + Unpack::first(i % kOperands), high = low + Unpack::kStep;
             const __half2 pair = __floats2half2_rn(x[low] * factor / shrink(i), x[high] * factor / shrink(i));
             words[i] = reinterpret_cast<const uint32_t &>(pair);
         }

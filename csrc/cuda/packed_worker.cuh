@@ -5,10 +5,9 @@
 //     down:      D[16 columns, 8] += W^T[16 columns, 16 neurons] B[16 neurons, 8]
 //
 // The order of the columns in a dot product does not matter, so a lane multiplies the 32-bit words that ldmatrix gives
-// it. Masked bits of a word are two fp16 numbers as they are, subnormal ones: a weight times 2^-24. Such products are
-// exact in fp32 and run at full speed. The offset of the weights is subtracted at the end, times the sum of what was
-// multiplied. x is scaled by a power of two for each warp, so that fp16 has its range; h * scale, too, by one that is
-// lowered when a value would not fit.
+// it, as unpack.cuh makes operands of them. The offset of integer weights is subtracted at the end, times the sum of
+// what was multiplied. x is scaled by a power of two for each warp, so that fp16 has its range; h * scale, too, by one
+// that is lowered when a value would not fit.
 //
 // One token needs one of the 8 columns of B. The others hold what would otherwise take registers: in a dot product x of
 // other blocks of 128 columns (only the diagonal of D is used), and for the down rows h of other groups of 64 columns,
@@ -207,9 +206,11 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         float sums[2] = {};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            constexpr bool kInt4 = kDotType == WeightType::kInt4;
-            const int first = kInt4 ? i / 4 * 8 + i % 4 : i / 2 * 4 + i % 2, second = first + (kInt4 ? 4 : 2);
-            const float weight = kInt4 && i % 2 ? 16.f : 1.f; // of the operand
+            using Unpack = cats::Unpack<kDotType>;
+            constexpr int kOperands = Unpack::kOperands;
+            const int first = i / kOperands * 2 * kOperands + Unpack::first(i % kOperands),
+                      second = first + Unpack::kStep;
+            const float weight = kDotType == WeightType::kInt4 && i % 2 ? 16.f : 1.f; // of the operand
             const __half2 pair = __floats2half2_rn(x[first] * factor / weight, x[second] * factor / weight);
             x_[s][i] = reinterpret_cast<const uint32_t &>(pair);
             sums[i / 8] += (__low2float(pair) + __high2float(pair)) * weight;
@@ -256,11 +257,15 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
                (group & ((1 << shift) - 1)) * (format.zero_points ? 4 : 2);
     }
 
-    // What lies behind the end of a short row is read as well, and multiplied by zero: its operands are finite,
-    // whatever it is. racecheck would report that it may be about to change.
+    // Block b of this warp's columns is not behind the end of a short row.
+    __device__ __forceinline__ bool in_row(int b) const { return warp_ * kBlocks + b < blocks_; }
+
+    // What lies behind the end of a short row is read as well. Its dot products are not used. In down rows it is
+    // multiplied by zero: operands of integers are finite, whatever it is. racecheck would report that it may be about
+    // to change.
     __device__ __forceinline__ bool is_read(int b) const {
 #ifdef CATS_FOR_RACECHECK
-        return warp_ * kBlocks + b < blocks_;
+        return in_row(b);
 #else
         return true;
 #endif
@@ -380,8 +385,15 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
         const uint32_t stride = uint32_t(ring_.row(slot, 1) - first_row);
         // The column of B that this lane holds: a group of 64 columns, a token, and for one token a part of h * scale.
         const int column_group = row_ / (kPartColumns * kTokens), token = row_ / kPartColumns % kTokens;
-        const uint32_t tiles_at = smem_address(first_row) + (lane_ % 8 + (rows == 8 ? 0 : lane_ / 8 % 2 * 8)) * stride +
-                                  lane_ / 16 * kChunkBytes;
+        int tile_row = lane_ % 8 + (rows == 8 ? 0 : lane_ / 8 % 2 * 8); // whose address this lane gives to ldmatrix
+        if constexpr (kFloat8) { // an absent row may hold NaN codes: another one instead
+            const bool absent = state.rows[tile_row].tokens == 0;
+            const uint32_t present = __ballot_sync(kAll, !absent);
+            if (!present) return;
+            const int other = __shfl_sync(kAll, tile_row, __ffs(present) - 1);
+            if (absent) tile_row = other;
+        }
+        const uint32_t tiles_at = smem_address(first_row) + tile_row * stride + lane_ / 16 * kChunkBytes;
         const int group_shift = format.group_size == 128 ? 7 : 6;
 #pragma unroll
         for (int s = 0; s < kSums; s++) {
@@ -436,13 +448,15 @@ template <WeightType kDotType, typename T, int kTokens, int kWorkers, int kBlock
             for (int share = 0; share < kShare; share++) {
                 const int group = s * kShare + share; // of 64 columns, in this warp
                 const bool mine = column_group == share;
-                if (!is_read(group / 2)) continue;
+                if (!(kFloat8 ? in_row(group / 2) : is_read(group / 2))) continue; // of fp8: no NaN codes into D
                 const uint32_t at = tiles_at + block_at<kType>(group / 2, scale_bytes) + group % 2 * (kInt4 ? 32 : 64);
                 constexpr int kLoads = kInt4 ? 1 : 2; // 16 rows of 32 bytes
 #pragma unroll
                 for (int load = 0; load < kLoads; load++) {
                     uint32_t t[4];
                     load_tiles<true>(t, at + load * 32);
+#pragma unroll
+                    for (uint32_t &word : t) word = Unpack::columns(word);
 #pragma unroll
                     for (int i = 0; i < Unpack::kOperands; i++) {
                         const uint32_t a[4] = {Unpack::operand(t[0], i), Unpack::operand(t[2], i),

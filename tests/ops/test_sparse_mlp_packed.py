@@ -91,11 +91,14 @@ def test_rows_with_a_stride(name, device):
     assert_close(ops.sparse_mlp_packed(*case.args(rows=[gate, up, case.rows[2]])), case.expected())
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "hidden"), [(torch.float32, 128), (torch.bfloat16, 128), (torch.bfloat16, 640)], ids=str
+)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("name", FORMATS)
-def test_rows_of_dropped_neurons_are_not_used(name, tokens, device):
-    """NaN scales in the up and down rows that no token keeps."""
-    case = make_packed_case(tokens, 128, 170, name, torch.float32, device, sparsity=0.8)
+def test_rows_of_dropped_neurons_are_not_used(name, tokens, dtype, hidden, device):
+    """NaN as scales and as weights in the up and down rows that no token keeps."""
+    case = make_packed_case(tokens, hidden, 170, name, dtype, device, sparsity=0.8)
     v, h = case.values()
     keeps = (v >= case.threshold) & (h >= case.down_threshold)
     expected = case.expected()
