@@ -2,14 +2,16 @@
 
     python bench serving.tensor_parallel -h
     torchrun --nproc-per-node 2 bench serving.tensor_parallel --output bench/results/h200/tensor_parallel.csv
+    torchrun --nproc-per-node 2 bench serving.tensor_parallel --compile --output bench/results/h200/tensor_parallel.csv
 
 Layers of Llama-3-70B's shape with random weights, thresholds calibrated on random tokens with the paper's rule, one
-sequence. Dense and sparse steps are the model's own forward on the same weights, each captured in a CUDA graph on every
-rank, and replayed in turns. Beside the time of a step: that of the step without its all-reduces, which shows what they
-take with the waiting for the slowest rank (its masks are others, of about the same size), that of an all-reduce by
-itself, the busiest rank's kept rows to the mean in one step, and the read limit of the first GPU. `serving.scaling`
-predicts other numbers of ranks from these rows. Appends, so that runs with 2, 4 and 8 ranks share a file. Without a GPU
-it runs on gloo, uncaptured, as a test.
+sequence. Dense and sparse steps are the model's own forward on the same weights, with --compile both compiled, each
+captured in a CUDA graph on every rank, and replayed in turns. Beside the time of a step: that of the step without its
+all-reduces, if it is not compiled, which shows what they take with the waiting for the slowest rank (its masks are
+others, of about the same size), that of an all-reduce by itself, the busiest rank's kept rows to the mean in one step,
+and the read limit of the first GPU. `serving.scaling` predicts other numbers of ranks from the rows that are not
+compiled. Appends, so that runs with 2, 4 and 8 ranks share a file. Without a GPU it runs on gloo, uncaptured, as a
+test.
 """
 
 from __future__ import annotations
@@ -104,19 +106,22 @@ def busiest_to_mean(model: nn.Module, step: Run) -> float:
 
 
 class Steps:
-    """The dense and the sparse step of a model, of the token after a prompt, and each without its all-reduces."""
+    """The dense and the sparse step of a model, of the token after a prompt, and each without its all-reduces; of a
+    compiled one not that, for a compiled step keeps its all-reduces.
+    """
 
-    def __init__(self, model: nn.Module, configs: dict[float, cats_ext.CatsConfig]) -> None:
+    def __init__(self, model: nn.Module, configs: dict[float, cats_ext.CatsConfig], compile: bool) -> None:
         self.model, self.configs = model, configs
-        session = Session(model, 1, LENGTH, False, (), False, False)
+        session = Session(model, 1, LENGTH, False, (), False, compile)
         ids = torch.randint(0, VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(model.device)
         session.start(ids, None, [], False)
         session.prefill()
         session.position.fill_(PROMPT)
-        self.step = session._model_step
+        self.step = session._step
         self.runs: dict[tuple[bool, bool], Run] = {}
+        self.variants = [(sparsity, alone) for sparsity in (0.0, *configs) for alone in (False, True)[: 2 - compile]]
         for dense in (True, False):
-            for alone in (False, True):
+            for alone in (False, True)[: 2 - compile]:
                 with (
                     cats_ext.masking_disabled(model) if dense else nullcontext(),
                     patch.object(dist, "all_reduce", lambda *_, **__: None) if alone else nullcontext(),
@@ -141,6 +146,7 @@ def main() -> None:
     parser = command(__spec__, __doc__, "CSV file for the results; rows are appended")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-70b")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="the model's forward, dense and sparse")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     arguments = parser.parse_args()
@@ -160,10 +166,9 @@ def main() -> None:
         thresholds = cats_ext.calibrate(model, ids, rule="plain", sparsity=0.5, sequence_length=512, progress=False)
         configs = {sparsity: thresholds.at_sparsity(sparsity) for sparsity in arguments.sparsities}
         cats_ext.apply_cats(model, thresholds)
-        steps = Steps(model, configs)
-        variants = [(sparsity, alone) for sparsity in (0.0, *configs) for alone in (False, True)]
-        found = in_turns(variants, steps.seconds, arguments.rounds, 1)
-        times = {variant: statistics.median(values) for variant, values in zip(variants, found, strict=True)}
+        steps = Steps(model, configs, arguments.compile)
+        found = in_turns(steps.variants, steps.seconds, arguments.rounds, 1)
+        times = {variant: statistics.median(values) for variant, values in zip(steps.variants, found, strict=True)}
         reduce_seconds = all_reduce_seconds(model, 2 * arguments.layers, arguments.rounds)
         limit = gpu_read_limit() if cuda and first else float("nan")
         dist.barrier()
@@ -172,7 +177,7 @@ def main() -> None:
             if sparsity:
                 steps.seconds((sparsity, False))  # sets the thresholds
                 imbalance = busiest_to_mean(model, steps.step)
-            step, alone = times[sparsity, False], times[sparsity, True]
+            step, alone = times[sparsity, False], times.get((sparsity, True))
             row: dict[str, Any] = {
                 "shape": arguments.shape,
                 "hidden_size": model.config.hidden_size,
@@ -180,13 +185,14 @@ def main() -> None:
                 "kv_size": model.config.num_key_value_heads * model.config.head_dim,
                 "element_bytes": model.dtype.itemsize,
                 "layers": arguments.layers,
+                "compiled": int(arguments.compile),
                 "ranks": dist.get_world_size(),
                 "sparsity": sparsity,
                 "tokens_per_s": 1 / step,
                 "speedup": times[0.0, False] / step,
                 "step_us": step * 1e6,
-                "without_all_reduce_us": alone * 1e6,
-                "all_reduce_share": 1 - alone / step,
+                "without_all_reduce_us": "" if alone is None else alone * 1e6,
+                "all_reduce_share": "" if alone is None else 1 - alone / step,
                 "all_reduce_us": reduce_seconds * 1e6,
                 "busiest_to_mean": imbalance,
                 "read_gb_s": limit,
