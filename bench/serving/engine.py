@@ -8,7 +8,7 @@ cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups 
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
 running engine. A step's time is the median over --repetitions of an output's, which is the median over its windows of
 16 steps: neither the prompts' step nor one that the host delays counts, nor do the quick ones that follow such a delay.
-To the first token it is the median over --repetitions. Tokens are sampled at temperature 1, since a random model's
+To the first token it is the median over five times as many. Tokens are sampled at temperature 1, since a random model's
 greedy text repeats itself.
 Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
 weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
@@ -35,7 +35,6 @@ from bench.lib import machine
 from bench.lib.command import command
 from bench.lib.models import CONFIGS, random_model
 from bench.lib.results import ResultFile
-from bench.serving.worker import LIMIT
 from cats_ext.ops.dispatch import MAX_SERVED_TOKENS
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
 OUTPUT, WINDOW = 80, 16  # tokens, which are steps
 PROMPT = 32
 FIRST_TOKEN_PROMPT = 1024
+FIRST_TOKENS = 5  # times as many of them as outputs: each takes milliseconds, and they differ by percents
+LIMIT = "BENCH_MAX_SERVED_TOKENS"
 
 
 def make_checkpoints(name: str, layers: int | None, directory: Path, device: str) -> dict[str, Path]:
@@ -107,6 +108,9 @@ def serve(
         tensor_parallel_size=ranks,
         load_format="auto" if any(directory.glob("*.safetensors")) else "dummy",
     )
+    limits = llm.collective_rpc("max_served_tokens")
+    if kernel_tokens is not None and limits != [kernel_tokens] * ranks:
+        raise RuntimeError(f"the workers take the kernel for up to {limits} tokens, not {kernel_tokens}")
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(1)
     pipe.send((version, time.perf_counter() - started))
@@ -270,7 +274,7 @@ def measure(
         timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
         add("decode", sequences, median_times(timed, "decode", sequences, arguments.repetitions))
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
-    add("first_token", 1, median_times(timed, "first_token", 1, arguments.repetitions))
+    add("first_token", 1, median_times(timed, "first_token", 1, FIRST_TOKENS * arguments.repetitions))
 
 
 if __name__ == "__main__":
