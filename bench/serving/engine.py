@@ -8,8 +8,8 @@ cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups 
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
 running engine. A step's time is the median over --repetitions of an output's, which is the median over its windows of
 16 steps: neither the prompts' step nor one that the host delays counts, nor do the quick ones that follow such a delay.
-To the first token it is the median over five times as many. Tokens are sampled at temperature 1, since a random model's
-greedy text repeats itself.
+To the first token, at the first of --sparsities only, it is the median over 40 times as many. Tokens are sampled at
+temperature 1, since a random model's greedy text repeats itself.
 Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
 weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
 random tokens with the paper's rule.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 OUTPUT, WINDOW = 80, 16  # tokens, which are steps
 PROMPT = 32
 FIRST_TOKEN_PROMPT = 1024
-FIRST_TOKENS = 5  # times as many of them as outputs: each takes milliseconds, and they differ by percents
+FIRST_TOKENS = 40  # times as many of them as outputs: each takes milliseconds, and they differ by some percent
 LIMIT = "BENCH_MAX_SERVED_TOKENS"
 
 
@@ -273,6 +273,8 @@ def measure(
         few = sequences <= arguments.kernel_tokens
         timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
         add("decode", sequences, median_times(timed, "decode", sequences, arguments.repetitions))
+    if not first:
+        return
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
     add("first_token", 1, median_times(timed, "first_token", 1, FIRST_TOKENS * arguments.repetitions))
 
