@@ -1,4 +1,5 @@
-// Chooses the kernels for this processor, once. CATS_CPU_ISA=portable|avx2|avx512|avx512bf16 overrides the choice.
+// Chooses the kernels for this processor, once. CATS_CPU_ISA=portable|avx2|avx512|avx512vnni|avx512bf16 overrides the
+// choice.
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -22,7 +23,9 @@ std::vector<Candidate> candidates() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl");
-    list.push_back({&avx512bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+    const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+    list.push_back({&avx512bf16::kernels, has_vnni && __builtin_cpu_supports("avx512bf16")});
+    list.push_back({&avx512vnni::kernels, has_vnni});
     list.push_back({&avx512::kernels, has_avx512});
     list.push_back({&avx2::kernels, has_avx2});
 #endif

@@ -42,6 +42,7 @@ namespace portable { extern const CpuKernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const CpuKernels kernels; }
 namespace avx512 { extern const CpuKernels kernels; }
+namespace avx512vnni { extern const CpuKernels kernels; }
 namespace avx512bf16 { extern const CpuKernels kernels; }
 #endif
 // clang-format on

@@ -20,6 +20,9 @@
 #include "parallel.inl.h"
 #include "rows/dense.inl.h"
 #include "rows/packed.inl.h"
+#ifdef CATS_DOT_INT8
+#include "rows/digits.inl.h"
+#endif
 #include "vec.inl.h"
 
 namespace cats::CATS_ISA {
@@ -59,8 +62,9 @@ static void dot(Row *rows, const X *const *x, int64_t columns, float (*out)[kMax
     for (int64_t tile = 0; tile < columns; tile += Row::kTileColumns) {
         for (int r = 0; r < Rows; r++) rows[r].open(tile);
         const int64_t end = min(columns - tile, Row::kTileColumns) + tile;
+        constexpr int kStep = kDotColumns<Row, X>;
         int64_t c = tile;
-        for (; c + Row::kBlock <= end; c += Row::kBlock) dot_block(acc, rows, c, Row::kBlock, x);
+        for (; c + kStep <= end; c += kStep) dot_block(acc, rows, c, kStep, x);
         if constexpr (Row::kScaled) continue; // whole blocks
         const int64_t left = end - c;
         if (left >= kGroup) __builtin_unreachable(); // spares the compiler a branch in load(), and moves in the loop
@@ -169,7 +173,7 @@ template <class T> struct SparseMlp {
     int32_t *const kept;  // [I]: neurons that some token keeps
     float *const partial; // [parts, tokens, padded]: y of each part
     Part *const part;     // [parts]
-    void *x_gate, *x_up;  // [tokens, padded]: x as the dot products of gate and of up take it
+    void *x_gate, *x_up;  // [tokens, padded / kOperandColumns]: x as the dot products of gate and of up take it
     const T *const given; // [M, I]: act(g) where it is given and there is no w_gate, otherwise null
     float cutoffs[kMaxTokens];
     KeptInput *const inputs; // [tokens, H]: with an input_threshold, inputs that a token keeps, in order
@@ -221,19 +225,11 @@ template <class T> struct SparseMlp {
 
     template <class Row> void *pack_x(int slot) const {
         typedef typename DotOperand<Row, T>::type X;
-        X *const x = workspace<X>(slot, tokens * padded);
-        for (int64_t t = 0; t < tokens; t++) {
-            const T *from = static_cast<const T *>(p.x) + (first_token + t) * p.hidden_size;
-            X *to = x + t * padded;
-            std::memset(to, 0, padded * sizeof(X));
-            if constexpr (std::is_same_v<X, float>) {
-                for (int64_t c = 0; c < p.hidden_size; c += kGroup)
-                    store_group<ColumnOrder::kConsecutive>(to + c,
-                                                           load_group<Row::kOrder>(from + c, p.hidden_size - c));
-            } else {
-                std::memcpy(to, from, p.hidden_size * sizeof(X));
-            }
-        }
+        const int64_t size = padded / kOperandColumns<X>;
+        X *const x = workspace<X>(slot, tokens * size);
+        for (int64_t t = 0; t < tokens; t++)
+            make_operand<Row>(x + t * size, static_cast<const T *>(p.x) + (first_token + t) * p.hidden_size,
+                              p.hidden_size, padded);
         return x;
     }
 
@@ -257,7 +253,8 @@ template <class T> struct SparseMlp {
         constexpr int half = kRows / 2; // as many accumulators, and each row is read for two tokens
         for (int r = 0; r < kRows; r += half)
             for (int64_t t = 0; t < tokens; t += 2) {
-                const X *pair[2] = {x + t * padded, x + min(t + 1, tokens - 1) * padded};
+                const int64_t size = padded / kOperandColumns<X>;
+                const X *pair[2] = {x + t * size, x + min(t + 1, tokens - 1) * size};
                 float result[half][kMaxTokens];
                 dot<half, 2>(rows + r, pair, columns<Row>(), result);
                 for (int i = 0; i < half; i++)

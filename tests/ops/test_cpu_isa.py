@@ -14,7 +14,7 @@ import cats_ext
 from cats_ext.native.library import LIBRARIES
 
 HERE = Path(__file__).parent
-ALL = ["portable", "avx2", "avx512", "avx512bf16"]
+ALL = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 # "compiled for avx2, portable, of which this processor runs avx2, portable; uses avx2"
 COMPILED, SUPPORTED, USED = re.search(
     r"compiled for (.*), of which this processor runs (.*); uses (\w+)", LIBRARIES["_C"].build_info

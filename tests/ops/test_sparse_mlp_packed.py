@@ -130,6 +130,34 @@ def test_x_far_from_one(name, device):
         assert (got - wanted).norm() <= 3e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_outliers_and_small_inputs(name, dtype):
+    """A large x beside small ones, as a language model's."""
+    case = make_packed_case(6, 256, 60, name, dtype, "cpu", rule="all kept", activation="relu")
+    case.x[0, 5] = 50
+    case.x[1, 7::64] = -80
+    case.x[2] = 0
+    case.x[3] = 2.0**-3
+    case.x[4] = 1.9921875  # the last number before 2
+    case.x[5, ::2] *= 2.0**-9
+    y, expected = ops.sparse_mlp_packed(*case.args()).double(), case.expected().to(dtype).double()
+    assert not y[2].any()
+    for got, wanted in zip(y, expected, strict=True):
+        assert (got - wanted).norm() <= torch.finfo(dtype).eps * wanted.norm()
+
+
+@pytest.mark.parametrize("power", [-133, -60, 60])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_range_of_bfloat16(name, power):
+    """x from subnormal to large: y goes with its square."""
+    case = make_packed_case(1, 128, 20, name, torch.bfloat16, "cpu", rule="all kept", activation="relu")
+    case.x *= 2.0**power
+    y, expected = ops.sparse_mlp_packed(*case.args()).double(), case.expected().to(torch.bfloat16).double()
+    assert (y - expected).norm() <= torch.finfo(torch.bfloat16).eps * expected.norm()
+    assert expected.any() == (power > -100)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_deterministic(name, device):
     case = make_packed_case(2, 256, 300, name, torch.float32, device)

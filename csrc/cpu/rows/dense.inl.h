@@ -1,19 +1,20 @@
 // A row of weights as the kernel reads it. A row format is a type with these members; the kernel knows nothing else,
 // and the dtype of x, the biases and y is another type (T in sparse_mlp.inl.h):
 //
-//     Storage          what a weight's row stride counts
-//     Row(data, next)  the row that begins at `data`; at `next`, the one after it, to prefetch. Default-constructible
-//     too kOrder           which columns load() puts into which lanes kTileColumns     columns that are read after one
-//     open(); a multiple of kBlock kBlock           columns of a block; a multiple of kGroup. Rows of packed formats
-//     are whole blocks kScaled          whether a block has a factor kOffset          whether a block has an offset
-//     open(column)     before blocks of the tile that begins at `column` are asked for
-//     block(column, n) the block that begins at `column`, with n columns left in the row. It has
-//         load(i)      its kGroup columns from i on as fp32; what is beyond the row is 0
-//         scale        factor of what load() gives, in each lane; if kScaled
-//         offset       what is subtracted before; if kOffset
+// - Storage: what a weight's row stride counts
+// - Row(data, next): the row that begins at `data`; at `next`, the one after it, to prefetch. Default-constructible too
+// - kOrder: which columns load() puts into which lanes
+// - kTileColumns: columns that are read after one open(); a multiple of kBlock
+// - kBlock: columns of a block; a multiple of kGroup. Rows of packed formats are whole blocks
+// - kScaled: whether a block has a factor; kOffset: whether it has an offset
+// - open(column): before blocks of the tile that begins at `column` are asked for
+// - block(column, n): the block that begins at `column`, with n columns left in the row. It has
+//     - load(i): its kGroup columns from i on as fp32; what is beyond the row is 0
+//     - scale: factor of what load() gives, in each lane; if kScaled
+//     - offset: what is subtracted before; if kOffset
 //
 // x . row is computed in fp32 from load(), unless the instruction set multiplies the stored values itself. Then the
-// format specialises DotOperand and overloads dot_group.
+// format specialises DotOperand and overloads dot_group, or dot_block and make_operand (digits.inl.h).
 #pragma once
 
 #include "../vec.inl.h"
@@ -49,6 +50,15 @@ template <class T> struct DenseRow {
 template <class Row, class T> struct DotOperand {
     typedef float type;
 };
+template <class X> constexpr int kOperandColumns = 1;                  // that one X stands for
+template <class Row, class X> constexpr int kDotColumns = Row::kBlock; // that dot_block takes at a time
+
+// n columns of a token, and zeros up to `padded`.
+template <class Row, class T> CATS_INLINE void make_operand(float *to, const T *from, int64_t n, int64_t padded) {
+    std::memset(to, 0, padded * sizeof(*to));
+    for (int64_t c = 0; c < n; c += kGroup)
+        store_group<ColumnOrder::kConsecutive>(to + c, load_group<Row::kOrder>(from + c, n - c));
+}
 
 // acc + x . block over kGroup columns, lane by lane.
 template <class Block> CATS_INLINE VecF dot_group(VecF acc, const Block &block, int i, const float *x) {
@@ -61,6 +71,11 @@ template <class Block> CATS_INLINE VecF dot_group(VecF acc, const Block &block, 
 template <> struct DotOperand<DenseRow<BFloat16>, BFloat16> {
     typedef BFloat16 type;
 };
+
+template <class Row> CATS_INLINE void make_operand(BFloat16 *to, const BFloat16 *from, int64_t n, int64_t padded) {
+    std::memset(to, 0, padded * sizeof(*to));
+    std::memcpy(to, from, n * sizeof(*to));
+}
 
 CATS_INLINE VecF dot_group(VecF acc, const DenseRow<BFloat16>::Block &block, int i, const BFloat16 *x) {
     BFloat16 last[kGroup] = {};
