@@ -85,7 +85,8 @@ def main() -> None:
         raise SystemExit(
             f"--measured {arguments.measured} is not there: torchrun bench serving.tensor_parallel makes it"
         )
-    for row in predictions(read_rows(arguments.measured), dict(arguments.all_reduce_us)):
+    rows = [row for row in read_rows(arguments.measured) if row["compiled"] == "0"]
+    for row in predictions(rows, dict(arguments.all_reduce_us)):
         print(f"{row['ranks']} ranks, {row['sparsity']:.0%}: {row['layer_us']:.1f} us a layer, {row['speedup']:.2f}x")
 
 

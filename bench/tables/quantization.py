@@ -13,6 +13,7 @@ TASKS, ALONE = (
     {"lambada": "LAMBADA", "arithmetic": "arithmetic", "next_line": "next line"},
 )
 DECODE, TOKENS, PROMPTS = "h200/decode_packed.csv", "h200/packed_tokens.csv", "h200/prompts.csv"
+CPU = "cpu-epyc-zen4/mlp_rows.csv"
 PATHS = {"kernel": "the kernel at 50%", "product": "products with the rows", "unpacked": "unpacked"}
 MODELS = {"mistral-7b": "Mistral-7B", "llama-3-8b": "Llama-3-8B"}
 PEERS = ("bf16", "int8", "int4pack")
@@ -87,8 +88,31 @@ def _layers(file: str) -> str:
         cells = [f"{float(row['us']):.1f} us" for row in data if row["path"] == name]
         if cells:
             rows.append([f"`sparse_mlp_packed`, {title}", *cells])
+        two = [f"{float(row['us']):.1f} us" for row in data if row["path"] == f"{name} two"]
+        if two:  # the bytes of one threshold at 50 %
+            rows.append([f"`sparse_mlp_packed`, {title}, 40 % of up and 60 % of down rows", "", *two, "", ""])
     header = ["one MLP, 4096x14336, one token", "dense or 0 %", "50 %", "70 %", "90 %"]
     return f"{data[0]['device']}: {source(file, data[0])}.\n\n{table(header, rows)}"
+
+
+def cpu() -> str:
+    data = read(CPU)
+    dense = min(float(row["ms"]) for row in data if row["path"] == "dense")
+    ms = {(row["path"], float(row["sparsity"])): f"{float(row['ms']):.2f}" for row in data if row["path"] != "dense"}
+    sparsities = list(dict.fromkeys(sparsity for _, sparsity in ms))
+    rows = [["dense, bf16", f"{dense:.2f} ms"] + [""] * (len(sparsities) - 1)]
+    for path in dict.fromkeys(path for path, _ in ms):
+        title = "`sparse_mlp`, bf16" if path == "sparse_mlp" else f"`sparse_mlp_packed`, {path}"
+        cells = [
+            f"{ms[path, s]} ms" + ("" if path == "sparse_mlp" else f", {ratio(ms['sparse_mlp', s], ms[path, s])}")
+            for s in sparsities
+        ]
+        rows.append([title, *cells])
+    first = data[0]
+    header = ["one MLP, 4096x14336, one token", *("dense or 0 %" if not s else f"{s:.0%}" for s in sparsities)]
+    about = f"{first['device']} (Zen 4), {first['threads']} threads, kernels {first['kernels']}, read limit "
+    about += f"{float(first['read_limit_gb_per_s']):.0f} GB/s: {source(CPU, first)}. Ratios are to bf16 rows."
+    return f"{about}\n\n{table(header, rows)}"
 
 
 def decode() -> str:
@@ -164,6 +188,7 @@ PAGE = Page(
         "quality": quality,
         "tasks": tasks,
         "layers": layers,
+        "cpu": cpu,
         "decode": decode,
         "models-prompts": models_prompts,
         "prompts": prompts,

@@ -31,10 +31,10 @@ DENSE = "dense"  # without a mask: prompts of a config with sparse_prefill=False
 MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 
 # As MAX_KERNEL_TOKENS, under vLLM, whose graphs take the choice for each captured size. On an H200 a step of Mistral-7B
-# with 2 sequences takes 0.98 times as long as the dense one at 50 % sparsity and 0.89 times at 70 %; with 4 the kernel
-# is slower at 50 % (bench/results/h200: serving.csv, serving_tokens.csv). Longer rows than the tensor cores take are
-# served to one sequence: of Llama-3-70B's shape over two GPUs, 2 sequences take 1.06 times as long as dense at 50 %
-# (serving_two_gpus.csv).
+# with 2 sequences takes 0.92 times as long as the dense one at 50 % sparsity and 0.84 times at 70 %; with 4 the kernel
+# would take 1.03, 0.96 and 0.81 times at 50, 70 and 90 %, and the sparsity can change while an engine runs
+# (bench/results/h200/serving.csv). Longer rows than the tensor cores take are served to one sequence: of Llama-3-70B's
+# shape over two GPUs, 2 sequences take 1.06 times as long as dense at 50 % (serving_two_gpus.csv).
 MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
@@ -48,10 +48,11 @@ MOST_BATCHED_GB_PER_S = 4000
 
 # As MAX_KERNEL_TOKENS, of packed rows, which other paths unpack first. At 50 % sparsity, on two cores with AVX-512,
 # 1024x3584, fp32, int4 takes 9.1 ms for 48 tokens and 17.7 for 96, and to unpack and multiply 15.6 and 14.0; int8 9.3
-# and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 226 us for
-# 16 tokens and to unpack and multiply 228; int8 281 and 248 (h200/packed_tokens.csv). packed_matmul, where there is
-# one, takes 81 and 88 for 4 tokens and as long for 8; the kernel takes 45 and 58 for 4. 5 tokens are two launches, of 4
-# and of 1, which take 70 and 97: with int4 less than packed_matmul, with int8 more (h200/packed.csv).
+# and 18.4, and 10.4 and 13.3 (bench/results/cpu/packed_tokens.csv). On an H200, 4096x14336, bf16, int4 takes 182 us for
+# 16 tokens, 361 for 32, and to unpack and multiply 228 and 224; int8 232, 460, 248 and 244 (h200/packed_tokens.csv).
+# packed_matmul, where there is one, takes 83 and 90 for 4 tokens and as long for 8; the kernel takes 46 and 57 for 4.
+# 5 tokens are two launches, of 4 and of 1, which take 70 and 96: with int4 less than packed_matmul, with int8 more
+# (h200/packed.csv).
 MAX_PACKED_TOKENS = {"cpu": 48, "cuda": 16}
 MAX_PACKED_BEFORE_PRODUCT = 4
 

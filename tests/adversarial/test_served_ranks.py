@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the ranks are children of this process
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the ranks are children of this process,
+os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # which may have used a GPU before
 
 from support.served import PROMPTS, engine, save_checkpoint, served, skip_without_vllm
 
