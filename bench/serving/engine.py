@@ -8,8 +8,9 @@ cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups 
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
 running engine. A step's time is the median over --repetitions of an output's, which is the median over its windows of
 16 steps: neither the prompts' step nor one that the host delays counts, nor do the quick ones that follow such a delay.
-To the first token, at the first of --sparsities only, it is the median over 40 times as many. Tokens are sampled at
-temperature 1, since a random model's greedy text repeats itself.
+To the first token, at the first of --sparsities only, it is the median over 40 times as many. A speedup is the median
+of the turns', for hosts change their speed. Tokens are sampled at temperature 1, since a random model's greedy text
+repeats itself.
 Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
 weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
 random tokens with the paper's rule.
@@ -181,10 +182,13 @@ class Engine:
         self.process.kill()
 
 
-def median_times(engines: dict[str, Engine], phase: str, sequences: int, repetitions: int) -> dict[str, float]:
-    """The median of each engine's times, taken in turns."""
+def timed_in_turns(
+    engines: dict[str, Engine], phase: str, sequences: int, repetitions: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The median of each engine's times, taken in turns, and of the dense engine's to it within a turn."""
     turns = [{name: engine.time(phase, sequences) for name, engine in engines.items()} for _ in range(repetitions)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in engines}
+    times = {name: statistics.median(turn[name] for turn in turns) for name in engines}
+    return times, {name: statistics.median(turn["dense"] / turn[name] for turn in turns) for name in engines}
 
 
 def main() -> None:
@@ -255,10 +259,11 @@ def measure(
     for name in engines.keys() - {"dense", "awq"}:
         engines[name].set(sparsity)
 
-    def add(phase: str, sequences: int, times: dict[str, float]) -> None:
+    def add(phase: str, sequences: int, engines: dict[str, Engine], repetitions: int) -> None:
+        times, speedups = timed_in_turns(engines, phase, sequences, repetitions)
         row = common | {"phase": phase, "sparsity": sparsity, "sequences": sequences}
         row |= {f"{name}_ms": value * 1e3 for name, value in times.items()}
-        row |= {f"{name}_speedup": times["dense"] / times[name] for name in times.keys() - {"dense"}}
+        row |= {f"{name}_speedup": speedups[name] for name in times.keys() - {"dense"}}
         print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()))
         missing = {f"{name}_{key}": "" for name in ("kernel", "awq") for key in ("ms", "speedup")}
         file.add(missing | row)
@@ -272,11 +277,11 @@ def measure(
             return
         few = sequences <= arguments.kernel_tokens
         timed = {name: engine for name, engine in engines.items() if name != "kernel" or few}
-        add("decode", sequences, median_times(timed, "decode", sequences, arguments.repetitions))
+        add("decode", sequences, timed, arguments.repetitions)
     if not first:
         return
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
-    add("first_token", 1, median_times(timed, "first_token", 1, FIRST_TOKENS * arguments.repetitions))
+    add("first_token", 1, timed, FIRST_TOKENS * arguments.repetitions)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ def vllm() -> str:
     data = read(VLLM)
     sparsities = list(dict.fromkeys(row["sparsity"] for row in data))
 
-    def cell(milliseconds: str, dense: str) -> str:
-        shown = f"{float(milliseconds):.2f}"
-        return f"{shown} ms, {ratio(dense, shown)}"
+    def cell(row: dict[str, str]) -> str:
+        dense, shown = (f"{float(row[key]):.2f}" for key in ("dense_ms", "sparse_ms"))
+        speedup = f"{float(row['sparse_speedup']):.2f}x" if row["phase"] == "first_token" else ratio(dense, shown)
+        return f"{shown} ms, {speedup}"
 
     rows = []
     for phase, sequences in dict.fromkeys((row["phase"], row["sequences"]) for row in data):
@@ -31,7 +32,7 @@ def vllm() -> str:
         for sparsity in sparsities:
             row = of_size.get(sparsity)
             line += [f"{float(row['dense_ms']):.2f} ms"] if row else [""]
-            line += [cell(row["sparse_ms"], f"{float(row['dense_ms']):.2f}")] if row else [""]
+            line += [cell(row)] if row else [""]
         rows.append([sequences if phase == "decode" else "first token of 1,024", *line])
     head = ["sequences"]
     for sparsity in sparsities:
@@ -116,14 +117,16 @@ def tokens() -> str:
 
 def transformers() -> str:
     data = read(PARALLEL)
-    dense = {row["compiled"]: f"{float(row['step_us']):.0f}" for row in data if not float(row["sparsity"])}
+    dense = {
+        (row["ranks"], row["compiled"]): f"{float(row['step_us']):.0f}" for row in data if not float(row["sparsity"])
+    }
     rows = [
         [
             row["ranks"],
             "compiled" if int(row["compiled"]) else "as it is",
             f"{float(row['sparsity']):.0%}",
             f"{float(row['step_us']):.0f} us",
-            ratio(dense[row["compiled"]], f"{float(row['step_us']):.0f}"),
+            ratio(dense[row["ranks"], row["compiled"]], f"{float(row['step_us']):.0f}"),
             f"{float(row['without_all_reduce_us']):.0f} us" if row["without_all_reduce_us"] else "",
             f"{float(row['busiest_to_mean']):.3f}",
         ]
@@ -133,9 +136,9 @@ def transformers() -> str:
     layer = layer_of(first)
     gains: dict[str, list[str]] = {}
     for row in data:
-        if float(row["sparsity"]):
+        if float(row["sparsity"]) and row["ranks"] == first["ranks"]:
             saved = 2 * float(row["sparsity"]) * layer.matrix / (int(row["ranks"]) * layer.rate) * int(row["layers"])
-            step = float(dense[row["compiled"]])
+            step = float(dense[row["ranks"], row["compiled"]])
             gains.setdefault(row["compiled"], []).append(f"{step / (step - saved):.2f}x")
     about = (
         f"{first['device']}, {first['layers']} layers of {first['shape']}, bf16, an all-reduce by itself "
@@ -143,8 +146,8 @@ def transformers() -> str:
     )
     head = ["GPUs", "forward", "sparsity", "step", "to dense", "step without all-reduces", "busiest to mean"]
     limits = (
-        f"If MLPs saved just the time of the bytes that they skip, the step would gain {' and '.join(gains['0'])} as "
-        f"it is, and {' and '.join(gains['1'])} compiled."
+        f"If MLPs saved just the time of the bytes that they skip, the step of {first['ranks']} GPUs would gain "
+        f"{' and '.join(gains['0'])} as it is, and {' and '.join(gains['1'])} compiled."
     )
     return f"{about}\n\n{table(head, rows)}\n\n{limits}"
 

@@ -11,10 +11,6 @@ import time
 
 import pytest
 import torch
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the ranks are children of this process,
-os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # which may have used a GPU before
-
 from support.served import PROMPTS, engine, save_checkpoint, served, skip_without_vllm
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +23,9 @@ SECONDS = 120  # of an engine that hangs
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_call_and_the_other_rank(rank, tmp_path):
+def test_a_killed_rank_ends_the_call_and_the_other_rank(rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the ranks are children of this process,
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # which may have used a GPU before
     from vllm import SamplingParams
 
     directory = save_checkpoint(tmp_path, "llama", "two_threshold")

@@ -92,7 +92,8 @@ def test_the_median_counts_and_the_first_call_does_not(monkeypatch):
         return made
 
     engines = {"dense": make("dense", [9, 2, 3]), "sparse": make("sparse", [4, 5, 6])}
-    assert engine.median_times(engines, "decode", 4, 3) == {"dense": 3, "sparse": 5}
+    times, speedups = engine.timed_in_turns(engines, "decode", 4, 3)
+    assert times == {"dense": 3, "sparse": 5} and speedups == {"dense": 1, "sparse": 0.5}
     turns = [(name, "decode", 4) for name in ("dense", "sparse")]
     assert asked == [turns[0], *turns[:1], turns[1], *turns[1:], *turns, *turns]
 

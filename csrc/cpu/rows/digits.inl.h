@@ -1,6 +1,7 @@
 // Dot products of packed int4 and int8 rows with x of 16 bits by vpdpbusd, which multiplies bytes and adds four
-// products to a 32-bit integer. x becomes integers of two bytes, with a power of two for each piece of a row: it is
-// rounded by at most 2^-14 of the piece's largest x. x in fp32 is multiplied in fp32.
+// products to a 32-bit integer. x becomes integers of three bytes, with a power of two for each piece of a row: it is
+// rounded by at most 2^-21 of the piece's largest x. Two bytes, 2^-14, make errors that show in results of 16 bits. x
+// in fp32 is multiplied in fp32.
 #pragma once
 
 #include "dense.inl.h"
@@ -32,27 +33,28 @@ template <class Row, WeightType type> constexpr int kDotColumns<Row, Digits<type
 // The digits of one piece, of which the first n columns are x and the others zero.
 template <WeightType type, class T> CATS_INLINE Digits<type> digits_of(const T *from, int64_t n) {
     constexpr int kColumns = Digits<type>::kColumns, kParts = Digits<type>::kParts;
-    VecF x[kColumns / kLanes], largest = {};
+    VecF x[kColumns / kLanes];
+    VecI largest = {}; // bits of the largest |x|: those of NaN are more than those of infinity
     for (int i = 0; i < kColumns / kLanes; i++) {
         const int64_t left = n - i * kLanes;
         x[i] = load(from + i * kLanes, left > 0 ? left : 0);
-        largest = abs(x[i]) <= largest ? largest : abs(x[i]); // a NaN stays
+        const VecI bits = (VecI)abs(x[i]);
+        largest = bits > largest ? bits : largest;
     }
-    float most = 0.f;
-    for (int lane = 0; lane < kLanes; lane++) most = largest[lane] <= most ? most : largest[lane];
+    int32_t most = 0;
+    for (int lane = 0; lane < kLanes; lane++) most = largest[lane] > most ? largest[lane] : most;
 
     Digits<type> digits = {};
-    uint32_t bits;
-    std::memcpy(&bits, &most, sizeof(bits));
-    if (bits >= 0x7f800000) {
+    if (most >= 0x7f800000) {
         digits.scale = __builtin_nanf("");
         return digits;
     }
-    const int exponent = min(20 - (int(bits >> 23) - 127), 126); // the largest becomes 2^20 or more, and less than 2^21
-    const float factor = __builtin_ldexpf(1.f, exponent);
+    // The largest becomes 2^20 or more, and less than 2^21; if it is subnormal, less. In two steps: 2^146 is no fp32.
+    const int exponent = min(20 - ((most >> 23) - 127), 146), half = exponent / 2;
+    const float factor = __builtin_ldexpf(1.f, half), factor_too = __builtin_ldexpf(1.f, exponent - half);
     digits.scale = __builtin_ldexpf(1.f, -exponent);
     for (int i = 0; i < kColumns / kLanes; i++) {
-        VecI value = (VecI)(x[i] * factor + 0x1.8p23f) - 0x4b400000; // the sum rounds to an integer
+        VecI value = (VecI)(x[i] * factor * factor_too + 0x1.8p23f) - 0x4b400000; // the sum rounds to an integer
         for (int lane = 0; lane < kLanes; lane++) digits.sums[(i * kLanes + lane) / kParts / 4] += value[lane];
         for (int k = 0; k < Digits<type>::kBytes; k++) {
             const VecI last = ((value + 128) & 255) - 128;
@@ -76,7 +78,7 @@ template <int kGroups, int kStride> CATS_INLINE VecF by_group(const float *from)
     if constexpr (kGroups == 1) return broadcast(from[0]);
     VecI index;
     for (int lane = 0; lane < kLanes; lane++) index[lane] = lane * kGroups / kLanes * kStride;
-    const __m512 found = _mm512_maskz_loadu_ps((1 << kGroups * kStride) - 1, from);
+    const __m512 found = _mm512_maskz_loadu_ps((1 << ((kGroups - 1) * kStride + 1)) - 1, from);
     return (VecF)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, found);
 }
 
@@ -113,7 +115,7 @@ CATS_INLINE void dot_block(VecF (&acc)[Rows][Tokens], const Row *rows, int64_t c
             VecF products = __builtin_convertvector((VecI)total, VecF);
             if constexpr (kStride == 2)
                 products -= by_group<kGroups, kStride>(scales + 1) * __builtin_convertvector(sums, VecF);
-            acc[r][t] = fma(scale * at[t]->scale, products, acc[r][t]);
+            acc[r][t] = fma(scale * products, broadcast(at[t]->scale), acc[r][t]);
         }
     }
 }

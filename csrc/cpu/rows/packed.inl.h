@@ -1,4 +1,5 @@
 // Packed rows (row_format.h): int4, int8 and fp8, widened to fp32, so that sums are as exact as those of dense rows.
+// For dot products on integers see digits.inl.h.
 #pragma once
 
 #include "../vec.inl.h"
