@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -87,5 +89,15 @@ def check_heads(heads: int | None) -> None:
 
 
 def end() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, and then the process with code 0 as ``os._exit`` does.
+
+    Threads of gloo outlive their group. One that drops a tensor while Python ends its interpreter aborts the process
+    (pytorch/pytorch#190489), and torchrun then takes a run with a whole result for a failure.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()  # os._exit does not call them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

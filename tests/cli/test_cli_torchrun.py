@@ -100,6 +100,45 @@ def test_an_error_of_one_rank_is_the_document(rank, model_dir, tmp_path):
     assert json.loads(result.stdout) == {"error": "no such tokens"}
 
 
+WORK_IS_LEFT = """
+import atexit, os, sys, time
+import torch
+import torch.distributed as dist
+from cats_ext import cli
+from cats_ext.cli import torchrun
+
+end, collectives = torchrun.end, 1000
+
+def end_before_the_other_rank():
+    if os.environ["RANK"] == "1":
+        for _ in range(collectives):
+            dist.all_reduce(torch.ones(1), async_op=True)  # gloo's thread has the last reference
+        atexit.register(lambda: print("ended", file=sys.stderr))
+        end()
+        return
+    try:
+        for _ in range(collectives):
+            time.sleep(0.002)  # more seconds than Python needs to end
+            dist.all_reduce(torch.ones(1))
+    except RuntimeError:  # the other rank has ended
+        pass
+    end()
+
+torchrun.end = end_before_the_other_rank
+cli.main()
+"""
+
+
+def test_a_collective_that_is_left_over_does_not_abort_a_rank(model_dir, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(WORK_IS_LEFT)
+    arguments = ("generate", model_dir, "--prompt", "the cat", "--max-new-tokens", 2, "--json")
+    result = torchrun(*arguments, module=(script,))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["text"]
+    assert result.stderr.count("ended\n") == 1
+
+
 @pytest.mark.parametrize(("arguments", "code", "ended"), [(["--version"], 0, True), (["report", "/none"], 1, False)])
 def test_the_group_is_ended_after_success_only(arguments, code, ended, monkeypatch):
     ends = []

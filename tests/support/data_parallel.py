@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -80,3 +81,4 @@ if __name__ == "__main__":
     if rank == 0:
         torch.save({name.removeprefix("module."): value for name, value in found.items()}, result)
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may still drop tensors, which aborts while Python ends (pytorch/pytorch#190489)
