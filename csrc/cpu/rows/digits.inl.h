@@ -51,10 +51,10 @@ template <WeightType type, class T> CATS_INLINE Digits<type> digits_of(const T *
     }
     // The largest becomes 2^20 or more, and less than 2^21; if it is subnormal, less. In two steps: 2^146 is no fp32.
     const int exponent = min(20 - ((most >> 23) - 127), 146), half = exponent / 2;
-    const float factor = __builtin_ldexpf(1.f, half), factor_too = __builtin_ldexpf(1.f, exponent - half);
+    const float first = __builtin_ldexpf(1.f, half), second = __builtin_ldexpf(1.f, exponent - half);
     digits.scale = __builtin_ldexpf(1.f, -exponent);
     for (int i = 0; i < kColumns / kLanes; i++) {
-        VecI value = (VecI)(x[i] * factor * factor_too + 0x1.8p23f) - 0x4b400000; // the sum rounds to an integer
+        VecI value = (VecI)(x[i] * first * second + 0x1.8p23f) - 0x4b400000; // the sum rounds to an integer
         for (int lane = 0; lane < kLanes; lane++) digits.sums[(i * kLanes + lane) / kParts / 4] += value[lane];
         for (int k = 0; k < Digits<type>::kBytes; k++) {
             const VecI last = ((value + 128) & 255) - 128;
