@@ -138,8 +138,9 @@ def json_text(document: dict[str, Any]) -> str:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """``document`` on standard output."""
+    """``document`` on standard output, at once: torchrun ends a rank when another one has failed."""
     sys.stdout.write(json_text(document))
+    sys.stdout.flush()
 
 
 def write_output(option: str, path: Path, text: str) -> None:

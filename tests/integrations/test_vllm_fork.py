@@ -35,7 +35,7 @@ def test_a_forked_engine_has_its_threads(tmp_path):
     cats_ext.apply_cats(model, config).save_pretrained(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
-    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=package, env=environment, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], cwd=package, env=environment, timeout=240, check=True)
 
 
 def test_a_gate_that_is_read_by_columns_is_refused(tmp_path):

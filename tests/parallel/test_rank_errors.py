@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from unittest.mock import patch
 
 import pytest
 import torch
 from support.models import tiny_model, tokens
 from support.patched import config_for, few_and_many
-from support.ranks import GROUP_SECONDS, RankError, load_parallel, on_ranks, takes_tensor_parallelism
+from support.ranks import RankError, load_parallel, on_ranks, takes_tensor_parallelism
 
 from cats_ext import apply_cats, apply_exact, calibrate, quantize, remove_cats, set_sparsity, sparsity_report
 from cats_ext.decode import DecodeEngine
@@ -137,12 +136,11 @@ def die(directory) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others(cats_directory):
-    started = time.monotonic()
     first, second = on_ranks(die, cats_directory, fail=True)
     assert "the process has ended" in str(second)
     assert isinstance(first, RankError)
     assert "RuntimeError" in str(first) or "DistBackendError" in str(first)
-    assert time.monotonic() - started < GROUP_SECONDS + 30
+    assert "imed out" not in str(first)
 
 
 # --- errors between communications ----------------------------------------------------------------------------------
@@ -169,11 +167,9 @@ def calibrate_with_nan(directory, projection, arguments) -> None:
     ids=str,
 )
 def test_activations_that_are_not_finite_on_one_rank(projection, arguments, dense_directory):
-    started = time.monotonic()
     first, second = on_ranks(calibrate_with_nan, dense_directory, projection, arguments, fail=True)
     assert "ValueError: activations of model.layers.0.mlp: " in str(second)
     assert str(second) in (str(first).replace("ValueError: rank 1 has stopped with ", ""), str(first))
-    assert time.monotonic() - started < GROUP_SECONDS
 
 
 def full_disk(*arguments, **named) -> None:
@@ -199,13 +195,11 @@ def save_where_it_fails(directory, target, place, main_only) -> None:
 @pytest.mark.parametrize("place", ["directory", "config.json", "weights", "publish", "thresholds"])
 def test_a_checkpoint_that_cannot_be_written(place, main_only, cats_directory, tmp_path):
     (tmp_path / "file").touch()
-    started = time.monotonic()
     first, second = on_ranks(save_where_it_fails, cats_directory, tmp_path, place, main_only, fail=True)
     expected = {"directory": "NotADirectoryError", "thresholds": "TypeError"}.get(place, "OSError: [Errno 28]")
     assert str(first).startswith(expected)
     assert str(second) == f"ValueError: rank 0 has stopped with {first}"
     assert os.listdir(tmp_path) == ["file"]
-    assert time.monotonic() - started < GROUP_SECONDS
 
 
 def save_with_state_dict_of_one_rank(directory, target) -> None:

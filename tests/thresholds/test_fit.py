@@ -135,9 +135,9 @@ def test_it_costs_nothing_with_large_layers():
     for name, shape in (("gate_proj", (28672, 8192)), ("up_proj", (28672, 8192)), ("down_proj", (8192, 28672))):
         module.register_parameter(name, nn.Parameter(torch.zeros(1, dtype=torch.bfloat16).expand(shape)))
     sample_weights(partial(weight_of, module))
-    start = time.perf_counter()
+    start = time.thread_time()
     sample_weights(partial(weight_of, module))
-    assert time.perf_counter() - start < 0.1  # of a layer with 1.4 GB
+    assert time.thread_time() - start < 0.1  # of a layer with 1.4 GB
 
 
 def test_with_and_without_a_head(config):
@@ -168,6 +168,6 @@ def test_check_weights_is_checked(config):
 
 def test_differing_names_are_found_in_linear_time():
     left, right = ([f"{side}.{i}" for i in range(50_000)] for side in "ab")
-    start = time.perf_counter()
+    start = time.thread_time()
     assert difference(left, right, "left", "right").startswith("only in left: a.0, a.1, a.2 and 49997 more; only in")
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,9 +23,7 @@ skip_without_vllm()
 @pytest.fixture(scope="module")
 def server(llama, tmp_path_factory):
     """The address of a server for ``llama``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     options = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8 --kv-cache-memory-bytes 67108864"
     options = [*options.split(), "--middleware", "cats_ext.integrations.vllm.metrics.SparsityMetrics"]
     options += ["--additional-config", '{"cats": {"count": true}}']
@@ -43,10 +43,19 @@ def server(llama, tmp_path_factory):
         yield address
     finally:
         process.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        finally:
-            process.kill()
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    """A port that the system gives to nobody before vLLM has been imported and binds it."""
+    for port in random.sample(range(20000, 32000), 20):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("20 ports between 20000 and 32000 are taken")
 
 
 def _answers(address: str) -> bool:
