@@ -40,6 +40,7 @@ from bench.lib.models import random_model
 from bench.lib.read_limit import gpu_read_limit
 from bench.lib.results import ResultFile
 from bench.lib.timing import device_seconds, host_seconds, in_turns
+from cats_ext.cli import torchrun
 from cats_ext.decode.session import Session
 from cats_ext.patching.apply import sparse_mlps
 
@@ -203,7 +204,7 @@ def main() -> None:
                 result.add(row)
         del steps  # NCCL does not end before the graphs that have its kernels
         gc.collect()
-    dist.destroy_process_group()
+    torchrun.end()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import tiny_model
 from support.patched import config_for
+from support.ranks import run_torchrun, takes_tensor_parallelism
 
 from bench.kernels import packed_tokens
 from bench.lib.results import read_rows
@@ -33,6 +35,19 @@ def test_kept_rows_are_counted_by_rank():
     assert rows.tolist() == [[3, 0], [0, 0]]
     assert busiest_to_mean(rows).tolist() == [2, 1]
     assert parts(kept, torch.tensor([0, 3, 1, 2]), 2).tolist() == [[2, 1], [0, 0]]
+
+
+@takes_tensor_parallelism
+def test_tensor_parallelism_on_two_cpu_ranks(tmp_path):
+    command = ["bench", "serving.tensor_parallel", "--shape", "tiny", "--layers", 2, "--rounds", 1]
+    result = run_torchrun(*command, "--output", tmp_path / "rows.csv", cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    dense, *sparse = rows = read_rows(tmp_path / "rows.csv")
+    assert [(row["ranks"], row["sparsity"]) for row in rows] == [("2", "0"), ("2", "0.5"), ("2", "0.7")]
+    assert float(dense["speedup"]) == float(dense["busiest_to_mean"]) == 1
+    for row in sparse:
+        assert float(row["speedup"]) == pytest.approx(float(dense["step_us"]) / float(row["step_us"]), rel=1e-3)
+        assert 1 < float(row["busiest_to_mean"]) < 2  # ranks have other masks
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,20 +10,19 @@ from pathlib import Path
 
 import pytest
 from support.cli_runner import json_of
-from support.ranks import takes_tensor_parallelism
+from support.ranks import run_torchrun, takes_tensor_parallelism
 
 import cats_ext
 from cats_ext import cli
+from cats_ext.cli import common
 from cats_ext.cli import torchrun as program
 
 pytestmark = [takes_tensor_parallelism, pytest.mark.usefixtures("one_thread")]
 
 
 def torchrun(*arguments: object, count: int = 2, module: tuple = ("-m", "cats_ext")) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += map(str, (*module, *arguments))
     package = Path(cats_ext.__file__).parents[1]  # the one that is tested, also if it is not the sources here
-    return subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=240)
+    return run_torchrun(*module, *arguments, count=count, cwd=package)
 
 
 def document_of(*arguments: object) -> dict:
@@ -137,6 +137,14 @@ def test_a_collective_that_is_left_over_does_not_abort_a_rank(model_dir, tmp_pat
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["text"]
     assert result.stderr.count("ended\n") == 1
+
+
+def test_json_is_written_at_once(monkeypatch):
+    """torchrun ends a rank soon after another one has failed."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    common.print_json({"error": "no such tokens"})
+    assert json.loads(written.getvalue()) == {"error": "no such tokens"}
 
 
 @pytest.mark.parametrize(("arguments", "code", "ended"), [(["--version"], 0, True), (["report", "/none"], 1, False)])

@@ -1,10 +1,12 @@
-"""Runs a function on several processes that make a process group (gloo), as torchrun would."""
+"""Runs a function on several processes that make a process group (gloo), as torchrun would; or torchrun itself."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -58,6 +60,11 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, fail
         if isinstance(result, RankError) and not fail:
             raise result
     return results
+
+
+def run_torchrun(*command: object, count: int = 2, cwd: Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run([*launcher, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def _result(end: Connection) -> Any:
