@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cuda/packed_linear_launch.h"
@@ -230,6 +231,91 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
     });
 }
 
+// --- cats_vllm::mlp: see integrations/vllm_op.py
+// ----------------------------------------------------------------------
+
+Tensor linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gate and up: both tensors, or the halves of the only one.
+struct Halves {
+    Tensor gate, up;
+    Halves(const std::vector<Tensor> &tensors, int64_t dim) : gate(tensors[0]), up(tensors.back()) {
+        if (tensors.size() == 2) return;
+        const int64_t size = gate.size(dim) / 2;
+        Tensor whole = tensors[0];
+        gate = torch::stable::narrow(whole, dim, 0, size), up = torch::stable::narrow(whole, dim, size, size);
+    }
+};
+
+// Errors of what is called below have no sentence of their own.
+void check_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
+               const OptionalTensor &down_threshold, const StringArgument &activation,
+               const std::vector<Tensor> &biases, const OptionalTensor &down_bias) {
+    constexpr const char *op = "mlp", *names[] = {"gate_up[0]", "gate_up[1]"},
+                         *bias_names[] = {"biases[0]", "biases[1]"};
+    const TensorArgument row = argument("x", x), down = argument("w_down", w_down);
+    check_dtype(op, row, /*allow_double=*/false);
+    CATS_REQUIRE(row.dim >= 1, op, ": x must have at least one dimension, got shape []");
+    CATS_REQUIRE(gate_up.size() == 1 || gate_up.size() == 2, op, ": gate_up must be one or two tensors, got ",
+                 gate_up.size());
+    CATS_REQUIRE(biases.empty() || biases.size() == gate_up.size(), op, ": biases must be none or ", gate_up.size(),
+                 ", as many as gate_up, got ", biases.size());
+    check_like(op, down, row);
+    const int64_t hidden_size = row.last_size();
+    CATS_REQUIRE(down.dim == 2 && down.sizes[0] == hidden_size && hidden_size > 0 && down.sizes[1] > 0, op,
+                 ": w_down must have shape [H, I] with x's last dimension H = ", hidden_size, ", got ", shape(down));
+    CATS_REQUIRE(hidden_size == 1 || down.strides[0] == 1, op,
+                 ": w_down must have unit stride in its first dimension, one contiguous row a neuron, got strides ",
+                 strides(down));
+    const int64_t rows = 2 * down.sizes[1] / int64_t(gate_up.size());
+    int64_t stride;
+    for (size_t i = 0; i < gate_up.size(); i++) {
+        check_weight(op, argument(names[i], gate_up[i]), row, rows, hidden_size, &stride);
+        if (!biases.empty()) check_vector(op, argument(bias_names[i], biases[i]), row, rows);
+    }
+    check_vector(op, argument("down_bias", down_bias), row, hidden_size);
+    const TensorArgument given = argument("threshold", threshold);
+    check_present(op, given);
+    check_threshold(op, given, row, down.sizes[1], &stride);
+    check_threshold(op, argument("down_threshold", down_threshold), row, down.sizes[1], &stride);
+    check_activation(op, activation.value);
+}
+
+Tensor mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
+           const OptionalTensor &down_threshold, const StringArgument &activation, const std::vector<Tensor> &biases,
+           const OptionalTensor &down_bias, int64_t kernel_tokens) {
+    check_mlp(x, gate_up, w_down, threshold, down_threshold, activation, biases, down_bias);
+    if (x.numel() <= kernel_tokens * x.size(x.dim() - 1)) {
+        using torch::stable::detail::from;
+        const Halves weights(gate_up, 0);
+        OptionalTensor gate_bias, up_bias;
+        if (!biases.empty()) {
+            const Halves halves(biases, 0);
+            gate_bias = halves.gate, up_bias = halves.up;
+        }
+        Tensor down = w_down;
+        std::array<StableIValue, 10> stack{
+            from(x),         from(weights.gate),   from(weights.up),       from(torch::stable::transpose(down, 0, 1)),
+            from(threshold), from(down_threshold), from(activation.value), from(gate_bias),
+            from(up_bias),   from(down_bias)};
+        TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cats_vllm::kernel_mlp", "", stack.data(), TORCH_ABI_VERSION));
+        return torch::stable::detail::to<Tensor>(stack[0]);
+    }
+    return allocating("mlp", "x", x, [&] {
+        std::vector<Tensor> products;
+        for (size_t i = 0; i < gate_up.size(); i++)
+            products.push_back(linear(x, gate_up[i], biases.empty() ? OptionalTensor{} : biases[i]));
+        const Halves halves(products, x.dim() - 1);
+        return linear(gated_threshold<CudaBackend>(halves.gate, halves.up, threshold, down_threshold, activation),
+                      w_down, down_bias);
+    });
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
@@ -240,6 +326,8 @@ STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     m.impl("packed_linear_step", TORCH_BOX(&packed_linear_step));
     m.impl("packed_matmul", TORCH_BOX(&packed_matmul));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(cats_vllm, CUDA, m) { m.impl("mlp", TORCH_BOX(&mlp)); }
 
 } // namespace cats
 

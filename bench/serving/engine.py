@@ -8,8 +8,9 @@ cats_ext/ops/dispatch.py. With --awq there is a fourth, of AWQ's int4 in groups 
 own kernels. They are timed in turns on otherwise idle GPUs, --tensor-parallel for each. The sparsity is set in the
 running engine. A step's time is the median over --repetitions of an output's, which is the median over its windows of
 16 steps: neither the prompts' step nor one that the host delays counts, nor do the quick ones that follow such a delay.
-To the first token, at the first of --sparsities only, it is the median over 40 times as many. A speedup is the median
-of the turns', for hosts change their speed. Tokens are sampled at temperature 1, since a random model's greedy text
+To the first token, at the first of --sparsities only, it is the median over 16 times as many turns, each with the
+median of five prompts one after the other. A speedup is the median of the turns', for hosts change their speed; every
+second turn has the engines in the other order. Tokens are sampled at temperature 1, since a random model's greedy text
 repeats itself.
 Sizes at which no engine takes the kernel are timed at the first of --sparsities only, for the masked products read all
 weights at each. Rows are written as they come; --seconds ends the run. Weights are random, thresholds calibrated on
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 OUTPUT, WINDOW = 80, 16  # tokens, which are steps
 PROMPT = 32
 FIRST_TOKEN_PROMPT = 1024
-FIRST_TOKENS = 40  # times as many of them as outputs: each takes milliseconds, and they differ by some percent
+FIRST_TOKEN_TURNS = 16  # times as many as of outputs: each takes milliseconds, and they differ by some percent
+FIRST_TOKENS = 5  # in a turn
 LIMIT = "BENCH_MAX_SERVED_TOKENS"
 
 
@@ -114,16 +116,20 @@ def serve(
         raise RuntimeError(f"the workers take the kernel for up to {limits} tokens, not {kernel_tokens}")
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(1)
+
+    def times(sequences: int, length: int, tokens: int) -> list[float]:
+        return step_times(llm, torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist(), tokens)
+
     pipe.send((version, time.perf_counter() - started))
     while (order := pipe.recv()) is not None:
         if order[0] == "set":
             pipe.send(set_sparsity(llm, order[1]))
             continue
         phase, sequences = order
-        length = PROMPT if phase == "decode" else FIRST_TOKEN_PROMPT
-        ids = torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist()
-        times = step_times(llm, ids, OUTPUT if phase == "decode" else 1)
-        pipe.send(window_median(times) if phase == "decode" else times[-1])
+        if phase == "decode":
+            pipe.send(window_median(times(sequences, PROMPT, OUTPUT)))
+        else:
+            pipe.send(statistics.median(times(sequences, FIRST_TOKEN_PROMPT, 1)[-1] for _ in range(FIRST_TOKENS)))
 
 
 def step_times(llm: LLM, prompts: list[list[int]], tokens: int) -> list[float]:
@@ -186,7 +192,11 @@ def timed_in_turns(
     engines: dict[str, Engine], phase: str, sequences: int, repetitions: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The median of each engine's times, taken in turns, and of the dense engine's to it within a turn."""
-    turns = [{name: engine.time(phase, sequences) for name, engine in engines.items()} for _ in range(repetitions)]
+    order = list(engines.items())
+    turns = [
+        {name: engine.time(phase, sequences) for name, engine in order[:: -1 if turn % 2 else 1]}
+        for turn in range(repetitions)
+    ]
     times = {name: statistics.median(turn[name] for turn in turns) for name in engines}
     return times, {name: statistics.median(turn["dense"] / turn[name] for turn in turns) for name in engines}
 
@@ -281,7 +291,7 @@ def measure(
     if not first:
         return
     timed = {name: engine for name, engine in engines.items() if name != "kernel"}
-    add("first_token", 1, timed, FIRST_TOKENS * arguments.repetitions)
+    add("first_token", 1, timed, FIRST_TOKEN_TURNS * arguments.repetitions)
 
 
 if __name__ == "__main__":

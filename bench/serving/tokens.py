@@ -2,7 +2,7 @@
 
     python bench serving.tokens --output bench/results/h200/serving_tokens.csv
 
-An MLP as the plugin calls it (cats_ext/integrations/vllm/mlp.py), by the kernel and by dense products with the mask
+An MLP as the plugin calls it (cats_ext/integrations/vllm_op.py), by the kernel and by dense products with the mask
 between them, with and without counting, against the dense one as vLLM computes it: one product for gate and up,
 SiLU and product in one compiled kernel, down in its own layout. Each is a CUDA graph over layers of distinct weights,
 several times the L2 in all; they take turns, and medians are reported. Thresholds are exact quantiles for the x in use.

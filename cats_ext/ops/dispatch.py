@@ -36,6 +36,7 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # (bench/results/h200/serving.csv). Longer rows than the tensor cores take are served to one sequence: of Llama-3-70B's
 # shape over two GPUs, 2 sequences take 1.06 times as long as dense at 50 % (serving_two_gpus.csv).
 MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
+ALL_TOKENS = 1 << 31
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2
@@ -299,9 +300,13 @@ def kernel_fits(
     )
 
 
-def served_tokens(hidden_size: int) -> int:
-    """For how many tokens the kernel is taken under vLLM on CUDA."""
-    return MAX_SERVED_TOKENS if hidden_size <= MAX_SERVED_ROW else min(MAX_SERVED_TOKENS, 1)
+def served_tokens(x: Tensor) -> int:
+    """For how many tokens the kernel is taken under vLLM, of dense weights of ``x``'s dtype; ``x`` is ``[..., H]``."""
+    if x.dtype not in ops.SPARSE_DTYPES:
+        return 0
+    if x.is_cuda:
+        return MAX_SERVED_TOKENS if x.shape[-1] <= MAX_SERVED_ROW else min(MAX_SERVED_TOKENS, 1)
+    return ALL_TOKENS if x.dtype in _SCALAR_ON_CPU else MAX_KERNEL_TOKENS["cpu"]
 
 
 def packed_kernel_fits(x: Tensor, hidden_size: int) -> bool:

@@ -1,7 +1,6 @@
 """ServedMLP: what a gated MLP of vLLM becomes, with its own children and the sparse forward.
 
-The forward is one op that torch.compile does not look into: whether the kernel runs depends on the number of tokens,
-which would be fixed while tracing. In a CUDA graph the choice is made for each captured size.
+The forward is one op (vllm_op.py).
 """
 
 from __future__ import annotations
@@ -11,19 +10,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
 
 from cats_ext.integrations.vllm.checkpoint import Checkpoint
+from cats_ext.integrations.vllm_op import gated_mlp, halves
 from cats_ext.ops import dispatch
-from cats_ext.ops.definitions import masked_product
 from cats_ext.ops.reference import ACTIVATIONS
 from cats_ext.patching.detection import MERGED, PROBE_TOLERANCE, SEPARATE
-from cats_ext.patching.projections import PackedOperands, PackedProjections
-from cats_ext.rows import RowFormat
-from cats_ext.rows.product import packed_product
 from cats_ext.thresholds.config import CatsConfig, LayerConfig
 from cats_ext.thresholds.exact import ExactConfig
 from cats_ext.thresholds.fit import check_weights
@@ -73,17 +68,16 @@ class ServedMLP(nn.Module):
         *inputs, down = (self._modules[name] for name in self.served.projections)
         mask = self.threshold, self.down_threshold, self.served.activation
         if not all(isinstance(linear, LinearBase) for linear in (*inputs, down)):
-            gate, up = _halves([_call(linear, x) for linear in inputs])
+            gate, up = halves([_call(linear, x) for linear in inputs])
             return _call(down, torch.ops.cats.gated_threshold_forward(gate, up, *mask))
         biases = [linear.bias for linear in inputs if linear.bias is not None]
         down_bias = None if down.tp_rank > 0 else down.bias
         weights = [linear.weight for linear in inputs]
-        operands = x, weights, down.weight, self.served.formats, *mask, biases, down_bias
-        if self.counts is None:
-            y = torch.ops.cats_vllm.mlp(*operands)
-        else:
-            y = torch.ops.cats_vllm.mlp_counted(*operands, self.counts, self.served.counting == dispatch.KERNEL)
+        y = gated_mlp(x, weights, down.weight, self.served.formats, mask, biases, down_bias, self._counting())
         return tensor_model_parallel_all_reduce(y) if _is_reduced(down) else y
+
+    def _counting(self) -> tuple[Tensor, bool] | None:
+        return None if self.counts is None else (self.counts, self.served.counting == dispatch.KERNEL)
 
     @torch.inference_mode()
     def set_thresholds(self, config: CatsConfig) -> None:
@@ -193,11 +187,11 @@ def _check_formula(mlp: nn.Module, served: ServedState) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(4, served.layer.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(down.weight.device, down.params_dtype)
-    size = _halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
+    size = halves([_call(linear, x) for linear in inputs])[0].float().pow(2).mean()
     if down.tp_size > 1:
         size = tensor_model_parallel_all_reduce(size[None])[0] / down.tp_size
     x[2:] *= (32 / size.sqrt().clamp(min=1e-3)).to(x.dtype)
-    gate, up = _halves([_call(linear, x) for linear in inputs])
+    gate, up = halves([_call(linear, x) for linear in inputs])
     expected = _call(down, ACTIVATIONS[served.activation](gate) * up).float()
     found = mlp.forward(x).float()
     tolerance = PROBE_TOLERANCE.get(x.dtype, 1e-4)
@@ -217,72 +211,3 @@ def _is_reduced(down: LinearBase) -> bool:
 def _call(linear: nn.Module, x: Tensor) -> Tensor:
     y = linear(x)
     return y[0] if isinstance(y, tuple) else y
-
-
-def _halves(tensors: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Gate and up, from both or from one tensor with both."""
-    gate, up = tensors if len(tensors) == 2 else tensors[0].chunk(2, dim)
-    return gate, up
-
-
-# --- the op ---------------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("cats_vllm", "DEF")
-# gate_up: both weights in one, or one each; likewise their biases, or none. w_down [H, I] with one contiguous row a
-# neuron. Of packed rows, uint8 with one row a neuron each, formats has those of gate, up and down; else it is empty.
-# Two ops, as cats::sparse_mlp and sparse_mlp_counted: only one that counts writes to an argument; of kernel_only, where
-# the kernel runs, in which that costs nothing.
-_ARGUMENTS = (
-    "Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, Tensor threshold, Tensor? down_threshold, "
-    "str activation, Tensor[] biases, Tensor? down_bias"
-)
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(f"mlp({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"mlp_counted({_ARGUMENTS}, Tensor(a!) counts, bool kernel_only) -> Tensor", tags=_TAGS)
-
-
-def _mlp(
-    x: Tensor,
-    gate_up: list[Tensor],
-    w_down: Tensor,
-    formats: list[str],
-    threshold: Tensor,
-    down_threshold: Tensor | None,
-    activation: str,
-    biases: list[Tensor],
-    down_bias: Tensor | None,
-    counts: Tensor | None = None,
-    kernel_only: bool = False,
-) -> Tensor:
-    mask = threshold, down_threshold, activation
-    if _takes_kernel(x, packed=bool(formats)):
-        all_biases = *(_halves(biases, 0) if biases else (None, None)), down_bias
-        if formats:
-            operands = PackedOperands((*_halves(gate_up, 0), w_down), all_biases, tuple(formats))
-            return PackedProjections.kernel(x, operands, mask, counts)
-        return dispatch.Projections.kernel(x, ((*_halves(gate_up, 0), w_down.t()), all_biases), mask, counts)
-    forms = [RowFormat.parse(name) for name in formats]
-
-    def product(i: int, w: Tensor) -> Tensor:
-        bias = biases[i] if biases else None
-        return packed_product(x, w, forms[i], x.shape[-1], bias=bias) if formats else F.linear(x, w, bias)
-
-    gate, up = _halves([product(i, w) for i, w in enumerate(gate_up)])
-    h = masked_product(gate, up, *mask, None if kernel_only else counts)
-    if formats:
-        return packed_product(h, w_down, forms[-1], x.shape[-1], input_rows=True, bias=down_bias)
-    return F.linear(h, w_down, down_bias)
-
-
-def _takes_kernel(x: Tensor, packed: bool) -> bool:
-    if packed:
-        return dispatch.packed_kernel_fits(x, x.shape[-1])
-    if x.is_cuda:
-        return x.numel() <= dispatch.served_tokens(x.shape[-1]) * x.shape[-1]
-    return dispatch.kernel_fits(x, x.shape[-1])
-
-
-for _op in ("mlp", "mlp_counted"):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_op, _mlp, _device)
-    torch.library.register_fake(f"cats_vllm::{_op}", lambda x, *_: x.new_empty(x.shape), lib=_library)
