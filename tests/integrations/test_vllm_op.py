@@ -148,7 +148,7 @@ def test_errors(tokens, name, value, message):
     gate_up, w_down, _, mask, biases, down_bias = make_operands(case, merged=True)
     arguments = dict(x=case.x, gate_up=gate_up, w_down=w_down)
     arguments |= dict(zip(("threshold", "down_threshold", "activation"), mask, strict=True))
-    arguments |= dict(biases=biases, down_bias=down_bias, kernel_tokens=2)
+    arguments |= dict(biases=[] if name == "gate_up" else biases, down_bias=down_bias, kernel_tokens=2)
     if isinstance(value, torch.dtype):
         arguments[name] = arguments[name].to(value)
     elif isinstance(value, list):
