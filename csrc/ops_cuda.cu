@@ -231,14 +231,16 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
     });
 }
 
-// --- cats_vllm::mlp: see integrations/vllm_op.py
-// ----------------------------------------------------------------------
+// --- cats_vllm::mlp, plain and counted: see integrations/vllm_op.py ------------------------------------------------
+
+template <class... Arguments> Tensor call_op(const char *op, const Arguments &...arguments) {
+    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 Tensor linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    return call_op("aten::linear", x, weight, bias);
 }
 
 // Gate and up: both tensors, or the halves of the only one.
@@ -255,7 +257,7 @@ struct Halves {
 // Errors of what is called below have no sentence of their own.
 void check_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
                const OptionalTensor &down_threshold, const StringArgument &activation,
-               const std::vector<Tensor> &biases, const OptionalTensor &down_bias) {
+               const std::vector<Tensor> &biases, const OptionalTensor &down_bias, const OptionalTensor &counts) {
     constexpr const char *op = "mlp", *names[] = {"gate_up[0]", "gate_up[1]"},
                          *bias_names[] = {"biases[0]", "biases[1]"};
     const TensorArgument row = argument("x", x), down = argument("w_down", w_down);
@@ -284,36 +286,52 @@ void check_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor
     check_threshold(op, given, row, down.sizes[1], &stride);
     check_threshold(op, argument("down_threshold", down_threshold), row, down.sizes[1], &stride);
     check_activation(op, activation.value);
+    check_counts(op, argument("counts", counts), row);
 }
 
-Tensor mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
-           const OptionalTensor &down_threshold, const StringArgument &activation, const std::vector<Tensor> &biases,
-           const OptionalTensor &down_bias, int64_t kernel_tokens) {
-    check_mlp(x, gate_up, w_down, threshold, down_threshold, activation, biases, down_bias);
+Tensor run_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
+               const OptionalTensor &down_threshold, const StringArgument &activation,
+               const std::vector<Tensor> &biases, const OptionalTensor &down_bias, int64_t kernel_tokens,
+               const OptionalTensor &counts, bool kernel_only) {
+    check_mlp(x, gate_up, w_down, threshold, down_threshold, activation, biases, down_bias, counts);
     if (x.numel() <= kernel_tokens * x.size(x.dim() - 1)) {
-        using torch::stable::detail::from;
         const Halves weights(gate_up, 0);
+        const Tensor w_down_t = torch::stable::transpose(w_down, 0, 1);
         OptionalTensor gate_bias, up_bias;
         if (!biases.empty()) {
             const Halves halves(biases, 0);
             gate_bias = halves.gate, up_bias = halves.up;
         }
-        Tensor down = w_down;
-        std::array<StableIValue, 10> stack{
-            from(x),         from(weights.gate),   from(weights.up),       from(torch::stable::transpose(down, 0, 1)),
-            from(threshold), from(down_threshold), from(activation.value), from(gate_bias),
-            from(up_bias),   from(down_bias)};
-        TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cats_vllm::kernel_mlp", "", stack.data(), TORCH_ABI_VERSION));
-        return torch::stable::detail::to<Tensor>(stack[0]);
+        if (counts.has_value())
+            return call_op("cats_vllm::kernel_mlp_counted", x, weights.gate, weights.up, w_down_t, *counts, threshold,
+                           down_threshold, activation.value, gate_bias, up_bias, down_bias);
+        return call_op("cats_vllm::kernel_mlp", x, weights.gate, weights.up, w_down_t, threshold, down_threshold,
+                       activation.value, gate_bias, up_bias, down_bias);
     }
     return allocating("mlp", "x", x, [&] {
         std::vector<Tensor> products;
         for (size_t i = 0; i < gate_up.size(); i++)
             products.push_back(linear(x, gate_up[i], biases.empty() ? OptionalTensor{} : biases[i]));
         const Halves halves(products, x.dim() - 1);
-        return linear(gated_threshold<CudaBackend>(halves.gate, halves.up, threshold, down_threshold, activation),
-                      w_down, down_bias);
+        const Tensor h = run_gated_threshold<CudaBackend>(
+            halves.gate, halves.up, kernel_only ? OptionalTensor{} : counts, threshold, down_threshold, activation);
+        return linear(h, w_down, down_bias);
     });
+}
+
+Tensor mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
+           const OptionalTensor &down_threshold, const StringArgument &activation, const std::vector<Tensor> &biases,
+           const OptionalTensor &down_bias, int64_t kernel_tokens) {
+    return run_mlp(x, gate_up, w_down, threshold, down_threshold, activation, biases, down_bias, kernel_tokens,
+                   std::nullopt, false);
+}
+
+Tensor mlp_counted(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
+                   const OptionalTensor &down_threshold, const StringArgument &activation,
+                   const std::vector<Tensor> &biases, const OptionalTensor &down_bias, int64_t kernel_tokens,
+                   const Tensor &counts, bool kernel_only) {
+    return run_mlp(x, gate_up, w_down, threshold, down_threshold, activation, biases, down_bias, kernel_tokens, counts,
+                   kernel_only);
 }
 
 } // namespace
@@ -327,7 +345,10 @@ STABLE_TORCH_LIBRARY_IMPL(cats, CUDA, m) {
     m.impl("packed_matmul", TORCH_BOX(&packed_matmul));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cats_vllm, CUDA, m) { m.impl("mlp", TORCH_BOX(&mlp)); }
+STABLE_TORCH_LIBRARY_IMPL(cats_vllm, CUDA, m) {
+    m.impl("mlp", TORCH_BOX(&mlp));
+    m.impl("mlp_counted", TORCH_BOX(&mlp_counted));
+}
 
 } // namespace cats
 

@@ -60,14 +60,18 @@ _DENSE = f"Tensor x, Tensor[] gate_up, Tensor w_down, {_RULE}, int kernel_tokens
 _PACKED = f"Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, {_RULE}"
 # Counting ops are others, as sparse_mlp_counted is: only they write to an argument.
 _COUNTS = "Tensor(a!) counts, bool kernel_only"
+_WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
+_KERNEL_RULE = (
+    "Tensor threshold, Tensor? down_threshold, str activation, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias"
+)
 _SCHEMAS = {
     "mlp": f"({_DENSE}) -> Tensor",
     "mlp_counted": f"({_DENSE}, {_COUNTS}) -> Tensor",
     "packed_mlp": f"({_PACKED}) -> Tensor",
     "packed_mlp_counted": f"({_PACKED}, {_COUNTS}) -> Tensor",
-    # What mlp calls for few tokens, in Python: a graph that is being captured does not wait for the host.
-    "kernel_mlp": "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor threshold, Tensor? down_threshold, "
-    "str activation, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias) -> Tensor",
+    # What the C++ calls for few tokens, in Python: a graph that is being captured does not wait for the host.
+    "kernel_mlp": f"({_WEIGHTS}, {_KERNEL_RULE}) -> Tensor",
+    "kernel_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_KERNEL_RULE}) -> Tensor",
 }
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
@@ -121,8 +125,12 @@ def _packed_mlp(
     return packed_product(h, w_down, forms[-1], hidden_size, input_rows=True, bias=down_bias)
 
 
-def _kernel_mlp(x: Tensor, *operands: Tensor | str | None) -> Tensor:
-    return definitions.sparse_mlp(x, *operands, dispatch.deterministic())
+def _kernel_mlp(*operands: Tensor | str | None) -> Tensor:
+    return definitions.sparse_mlp(*operands, dispatch.deterministic())
+
+
+def _kernel_mlp_counted(*operands: Tensor | str | None) -> Tensor:
+    return definitions.sparse_mlp_counted(*operands, dispatch.deterministic())
 
 
 def _register() -> None:
@@ -132,12 +140,14 @@ def _register() -> None:
         "packed_mlp": _packed_mlp,
         "packed_mlp_counted": _packed_mlp,
         "kernel_mlp": _kernel_mlp,
+        "kernel_mlp_counted": _kernel_mlp_counted,
     }
+    compiled = {"mlp", "mlp_counted"} if LIBRARIES["_C_cuda"].loaded else set()
     for name, schema in _SCHEMAS.items():
         _library.define(name + schema, tags=_TAGS)
         torch.library.register_fake(f"cats_vllm::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
         for device in ("CPU", "CUDA"):
-            if not (name == "mlp" and device == "CUDA" and LIBRARIES["_C_cuda"].loaded):
+            if device == "CPU" or name not in compiled:
                 _library.impl(name, in_python[name], device)
 
 

@@ -36,7 +36,7 @@ MAX_KERNEL_TOKENS = {"cpu": 16, "cuda": 2}
 # (bench/results/h200/serving.csv). Longer rows than the tensor cores take are served to one sequence: of Llama-3-70B's
 # shape over two GPUs, 2 sequences take 1.06 times as long as dense at 50 % (serving_two_gpus.csv).
 MAX_SERVED_TOKENS, MAX_SERVED_ROW = 2, 4224
-ALL_TOKENS = 1 << 31
+ALL_TOKENS = 1 << 31  # more than any x has
 
 # 16-bit weights of these hidden sizes have a tensor-core kernel. On an H100, 4096x14336, with masks that are
 # independent from token to token, it takes 83 to 130 us for 4 tokens and 107 to 138 for 8; dense takes 132 to 135 for 2

@@ -107,12 +107,14 @@ def test_opcheck(tokens, device):
 
 
 @pytest.mark.gpu
-def test_the_same_bits_if_they_are_asked_for(monkeypatch):
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_same_bits_if_they_are_asked_for(counted, monkeypatch):
     """What torch.use_deterministic_algorithms says when the kernel runs, not when a graph was traced."""
     asked = []
     monkeypatch.setattr(dispatch, "deterministic", lambda: asked.append(True) or True)
     case = make_case(1, HIDDEN, INTERMEDIATE, device="cuda")
-    assert_close(gated_mlp(case.x, *make_operands(case, merged=True)), case.expected())
+    counting = (torch.zeros(3, dtype=torch.int64, device="cuda"), True) if counted else None
+    assert_close(gated_mlp(case.x, *make_operands(case, merged=True), counting), case.expected())
     assert asked == [True]
 
 
@@ -138,6 +140,7 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ("activation", "tanh", "activation must be .* got 'tanh'"),
         ("down_bias", (63,), r"down_bias must have shape \[64\], got \[63\]"),
         ("down_bias", "cpu", "down_bias must be on .* cuda:0, got cpu"),
+        ("counts", (2,), r"counts must .*\[3\]"),
     ],
 )
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -157,5 +160,8 @@ def test_errors(tokens, name, value, message):
         arguments[name] = on("cuda", *value)
     else:
         arguments[name] = arguments[name].cpu() if value == "cpu" else value
+    op = torch.ops.cats_vllm.mlp
+    if name == "counts":
+        arguments["kernel_only"], op = False, torch.ops.cats_vllm.mlp_counted
     with pytest.raises(RuntimeError, match=f"mlp: {message}"):
-        torch.ops.cats_vllm.mlp(*arguments.values())
+        op(*arguments.values())
