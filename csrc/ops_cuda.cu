@@ -233,14 +233,19 @@ Tensor packed_matmul(const Tensor &x, const Tensor &rows, const StringArgument &
 
 // --- cats_vllm::mlp, plain and counted: see integrations/vllm_op.py ------------------------------------------------
 
-template <class... Arguments> Tensor call_op(const char *op, const Arguments &...arguments) {
-    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+Tensor linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias) {
-    return call_op("aten::linear", x, weight, bias);
+// What torch.use_deterministic_algorithms says, which the stable ABI does not: an op in Python. Few tokens ask it,
+// which decoding has, and that is in a CUDA graph.
+bool deterministic() {
+    StableIValue result = 0;
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cats_vllm::deterministic", "", &result, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<bool>(result);
 }
 
 // Gate and up: both tensors, or the halves of the only one.
@@ -254,7 +259,7 @@ struct Halves {
     }
 };
 
-// Errors of what is called below have no sentence of their own.
+// Errors of the products have no sentence of their own.
 void check_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
                const OptionalTensor &down_threshold, const StringArgument &activation,
                const std::vector<Tensor> &biases, const OptionalTensor &down_bias, const OptionalTensor &counts) {
@@ -302,11 +307,8 @@ Tensor run_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor
             const Halves halves(biases, 0);
             gate_bias = halves.gate, up_bias = halves.up;
         }
-        if (counts.has_value())
-            return call_op("cats_vllm::kernel_mlp_counted", x, weights.gate, weights.up, w_down_t, *counts, threshold,
-                           down_threshold, activation.value, gate_bias, up_bias, down_bias);
-        return call_op("cats_vllm::kernel_mlp", x, weights.gate, weights.up, w_down_t, threshold, down_threshold,
-                       activation.value, gate_bias, up_bias, down_bias);
+        return sparse_mlp<CudaBackend>(x, weights.gate, weights.up, w_down_t, counts, threshold, down_threshold,
+                                       activation, gate_bias, up_bias, down_bias, deterministic());
     }
     return allocating("mlp", "x", x, [&] {
         std::vector<Tensor> products;

@@ -235,7 +235,8 @@ def run(arguments: argparse.Namespace, directory: Path) -> None:
             limits["awq"], paths["awq"] = None, describe_awq(paths["dense"], directory / "awq")
         for name, limit in limits.items():
             path, ranks = paths.get(name, paths["sparse"]), arguments.tensor_parallel
-            engines[name] = Engine(path, arguments.sizes, limit, ranks, directory / f"cache-{name}")
+            cache = directory / f"cache-{name}"  # one each: the limit is a constant of the compiled graph
+            engines[name] = Engine(path, arguments.sizes, limit, ranks, cache)
         for name, engine in list(engines.items()):
             try:
                 version, seconds = engine.pipe.recv()

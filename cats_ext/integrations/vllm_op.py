@@ -1,9 +1,9 @@
 """The forward of a gated MLP under vLLM as one op that torch.compile does not look into. Without vLLM.
 
 Whether the kernel runs depends on the number of tokens, which would be fixed while tracing. In a CUDA graph the choice
-is made for each captured size. Prompts run outside of graphs, where vLLM waits for the host: an op in Python takes it
-longer than what inductor makes of a dense MLP, so the op of dense weights is C++ (``csrc/ops_cuda.cu``;
-``bench/results/h200/first_token.log``).
+is made for each captured size. Prompts longer than the largest of these run outside of graphs, where vLLM may wait for
+the host, and there an op in Python takes longer than what inductor makes of a dense MLP. So the ops of dense weights
+are C++ on CUDA (``csrc/ops_cuda.cu``; ``bench/results/h200/first_token.log``).
 """
 
 from __future__ import annotations
@@ -58,20 +58,14 @@ _ops = torch.ops.cats_vllm
 _RULE = "Tensor threshold, Tensor? down_threshold, str activation, Tensor[] biases, Tensor? down_bias"
 _DENSE = f"Tensor x, Tensor[] gate_up, Tensor w_down, {_RULE}, int kernel_tokens"
 _PACKED = f"Tensor x, Tensor[] gate_up, Tensor w_down, str[] formats, {_RULE}"
-# Counting ops are others, as sparse_mlp_counted is: only they write to an argument.
+# Counting has ops of its own, as sparse_mlp has: only they write to an argument.
 _COUNTS = "Tensor(a!) counts, bool kernel_only"
-_WEIGHTS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t"
-_KERNEL_RULE = (
-    "Tensor threshold, Tensor? down_threshold, str activation, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias"
-)
 _SCHEMAS = {
     "mlp": f"({_DENSE}) -> Tensor",
     "mlp_counted": f"({_DENSE}, {_COUNTS}) -> Tensor",
     "packed_mlp": f"({_PACKED}) -> Tensor",
     "packed_mlp_counted": f"({_PACKED}, {_COUNTS}) -> Tensor",
-    # What the C++ calls for few tokens, in Python: a graph that is being captured does not wait for the host.
-    "kernel_mlp": f"({_WEIGHTS}, {_KERNEL_RULE}) -> Tensor",
-    "kernel_mlp_counted": f"({_WEIGHTS}, Tensor(a!) counts, {_KERNEL_RULE}) -> Tensor",
+    "deterministic": "() -> bool",  # for the C++, when it runs
 }
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
@@ -125,30 +119,17 @@ def _packed_mlp(
     return packed_product(h, w_down, forms[-1], hidden_size, input_rows=True, bias=down_bias)
 
 
-def _kernel_mlp(*operands: Tensor | str | None) -> Tensor:
-    return definitions.sparse_mlp(*operands, dispatch.deterministic())
-
-
-def _kernel_mlp_counted(*operands: Tensor | str | None) -> Tensor:
-    return definitions.sparse_mlp_counted(*operands, dispatch.deterministic())
-
-
 def _register() -> None:
-    in_python = {
-        "mlp": _mlp,
-        "mlp_counted": _mlp,
-        "packed_mlp": _packed_mlp,
-        "packed_mlp_counted": _packed_mlp,
-        "kernel_mlp": _kernel_mlp,
-        "kernel_mlp_counted": _kernel_mlp_counted,
-    }
+    in_python = {"mlp": _mlp, "mlp_counted": _mlp, "packed_mlp": _packed_mlp, "packed_mlp_counted": _packed_mlp}
     compiled = {"mlp", "mlp_counted"} if LIBRARIES["_C_cuda"].loaded else set()
     for name, schema in _SCHEMAS.items():
         _library.define(name + schema, tags=_TAGS)
+    for name, function in in_python.items():
         torch.library.register_fake(f"cats_vllm::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
         for device in ("CPU", "CUDA"):
             if device == "CPU" or name not in compiled:
-                _library.impl(name, in_python[name], device)
+                _library.impl(name, function, device)
+    _library.impl("deterministic", lambda: dispatch.deterministic(), "CompositeExplicitAutograd")
 
 
 _register()

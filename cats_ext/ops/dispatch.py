@@ -301,7 +301,10 @@ def kernel_fits(
 
 
 def served_tokens(x: Tensor) -> int:
-    """For how many tokens the kernel is taken under vLLM, of dense weights of ``x``'s dtype; ``x`` is ``[..., H]``."""
+    """For how many tokens the kernel is taken under vLLM, of dense weights of ``x``'s dtype; ``x`` is ``[..., H]``.
+
+    vLLM does not use autocast.
+    """
     if x.dtype not in ops.SPARSE_DTYPES:
         return 0
     if x.is_cuda:

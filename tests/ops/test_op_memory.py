@@ -10,6 +10,7 @@ import torch
 from support.columns_cases import make_columns_case
 from support.op_cases import DEVICES, make_case
 
+import cats_ext.integrations.vllm_op  # noqa: F401  registers its ops
 from cats_ext import ops
 from cats_ext.native.library import LIBRARIES
 
@@ -38,6 +39,9 @@ def resident_bytes() -> int:
         "gated_threshold_forward",
         "gated_threshold_counted",
         "gated_threshold_backward",
+        "cats_vllm::mlp, kernel",
+        "cats_vllm::mlp, products",
+        "cats_vllm::mlp_counted, kernel",
     ],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -48,6 +52,8 @@ def test_calls_keep_no_memory(op, device):
     args = case.args()
     gate = torch.ones(1, 16, device=device)
     rule = *args[4:6], "silu"
+    served = args[0], [*args[1:3]], args[3].t(), *rule, [*args[7:9]], args[9]
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
     columns = make_columns_case(1, 8, 16, device=device, bias=True)
     args = {
         "sparse_mlp": args,
@@ -59,8 +65,12 @@ def test_calls_keep_no_memory(op, device):
         "gated_threshold_forward": (gate, gate, *rule),
         "gated_threshold_counted": (gate, gate, torch.zeros(3, dtype=torch.int64, device=device), *rule),
         "gated_threshold_backward": (gate, gate, gate, *rule),
+        "cats_vllm::mlp, kernel": (*served, 2),
+        "cats_vllm::mlp, products": (*served, 0),
+        "cats_vllm::mlp_counted, kernel": (*served, 2, counts, False),
     }[op]
-    call = getattr(ops, op)
+    name, _, of_vllm = op.partition(",")[0].rpartition("::")
+    call = getattr(torch.ops.cats_vllm if name else ops, of_vllm)
 
     def grown(calls: int) -> int:
         before = resident_bytes()
