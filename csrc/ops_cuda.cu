@@ -240,8 +240,8 @@ Tensor linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias)
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// What torch.use_deterministic_algorithms says, which the stable ABI does not: an op in Python. Few tokens ask it,
-// which decoding has, and that is in a CUDA graph.
+// Whether torch.use_deterministic_algorithms is on. The stable ABI cannot tell, so an op in Python does. Only the
+// kernel's path asks: that of decoding, which is captured in CUDA graphs.
 bool deterministic() {
     StableIValue result = 0;
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cats_vllm::deterministic", "", &result, TORCH_ABI_VERSION));
@@ -259,7 +259,7 @@ struct Halves {
     }
 };
 
-// Errors of the products have no sentence of their own.
+// Torch's own errors keep their reason to themselves (see allocating), so the products' operands are checked here.
 void check_mlp(const Tensor &x, const std::vector<Tensor> &gate_up, const Tensor &w_down, const Tensor &threshold,
                const OptionalTensor &down_threshold, const StringArgument &activation,
                const std::vector<Tensor> &biases, const OptionalTensor &down_bias, const OptionalTensor &counts) {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.op_cases import DEVICES, Case, assert_close, make_case
 from support.packed_rows import make_packed_case
-from torch import Tensor
 
 from cats_ext.integrations.vllm_op import gated_mlp, halves
 from cats_ext.native.library import LIBRARIES
@@ -93,6 +92,14 @@ def test_the_kernel_takes_few_tokens(counted, device):
         assert (counts[0] == tokens * INTERMEDIATE) == counted
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_limit_on_a_cpu_is_that_of_patched_models(dtype):
+    limit = dispatch.served_tokens(torch.empty(1, HIDDEN, dtype=dtype))
+    for tokens in (1, 16, 17, 300):
+        x = torch.empty(tokens, HIDDEN, dtype=dtype)
+        assert (tokens <= limit) == dispatch.kernel_fits(x, HIDDEN)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("tokens", "kernel_only", "counted"), [(1, True, True), (40, True, False), (40, False, True)])
 def test_counts(tokens, kernel_only, counted, device):
@@ -143,10 +150,6 @@ def test_the_same_bits_if_they_are_asked_for(counted, monkeypatch):
     assert asked == [True]
 
 
-def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(*shape, dtype=dtype, device=device)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -180,9 +183,9 @@ def test_errors(tokens, name, value, message):
     if isinstance(value, torch.dtype):
         arguments[name] = arguments[name].to(value)
     elif isinstance(value, list):
-        arguments[name] = [on("cuda", *shape) for shape in value]
+        arguments[name] = [torch.zeros(shape, device="cuda") for shape in value]
     elif isinstance(value, tuple):
-        arguments[name] = on("cuda", *value)
+        arguments[name] = torch.zeros(value, device="cuda")
     else:
         arguments[name] = arguments[name].cpu() if value == "cpu" else value
     op = torch.ops.cats_vllm.mlp

@@ -24,10 +24,10 @@ from cats_ext.rows import FORMATS
 CASES = {"cpu": 150, "cuda": int(os.environ.get("CATS_RANDOM_CASES", 400))}
 SEED = int(os.environ.get("CATS_RANDOM_SEED", 0))
 BATCH = 250  # cases between two synchronisations
-# Of int4 rows on the tensor cores, beside the rounding of the result: errors of sums, as a part of the norm of what is
-# summed up. Their root of the mean square is 2^-20, the largest that was seen 2^-15.9; of int8 and fp8 rows 2^-23 and
-# 2^-19.9, which needs no allowance (bench/results/h200/packed_rounding.log). Most likely bits of subnormal operands are
-# lost where products are aligned.
+# What is allowed to sums over int4 rows on the tensor cores, beside the rounding of the result: a part of the norm of
+# what is summed up. Their errors have a root mean square of 2^-20 of it; the largest that was seen is 2^-15.9. Those of
+# int8 and fp8 rows are 2^-23 and 2^-19.9, and need no allowance (bench/results/h200/packed_rounding.log). Most likely
+# bits of subnormal operands are lost where products are aligned.
 INT4_SUMS = 2.0**-15
 MARGIN = 1e-5  # no value is nearer to its threshold, relative to 1 + threshold, so that rounding changes no mask
 KINDS = ["zero", "scalar", "scalar", "vector", "vector", "infinite"]

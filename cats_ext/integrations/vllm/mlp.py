@@ -1,6 +1,6 @@
 """ServedMLP: what a gated MLP of vLLM becomes, with its own children and the sparse forward.
 
-The forward is one op (vllm_op.py).
+Its forward calls one op: see vllm_op.py.
 """
 
 from __future__ import annotations
